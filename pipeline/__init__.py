@@ -1,0 +1,1 @@
+"""The data path: beton → uint8 canvases → paired views with recorded geometry."""

@@ -1,0 +1,55 @@
+"""Backends that turn decoded images and given view parameters into the views the model sees.
+
+They draw nothing: two backends given the same parameters differ only by rounding.
+"""
+
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.views import ViewParams
+
+BACKENDS = ("reference", "kornia")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+JITTER_NEUTRAL = (1, 1, 1, 0)  # the amounts, in ViewParams.jitter, that leave an image as it is
+SOLARIZE_THRESHOLD = 128  # levels of 0..255; from here on a value is inverted
+
+
+class Backend(Protocol):
+    def __call__(
+        self,
+        canvas: Tensor,
+        sizes: Tensor,
+        params: ViewParams,
+        size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Crop, resize, flip, colour and normalise both views of B images.
+
+        canvas: uint8 [B, Hmax, Wmax, 3], image b at the top left of its canvas, anything beyond it.
+        sizes: int64 [B, 2], height and width of each image in pixels.
+        params: what to apply, for the same B images.
+        size: side S of the views in pixels.
+        Returns `dtype` [2, B, 3, S, S] on `device`, ImageNet-normalised, each view channels_last.
+        """
+        ...
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name. Imported only now: kornia takes seconds. Raises UserError."""
+    if name not in BACKENDS:
+        raise UserError(f"unknown augmentation backend {name!r}; choose from {', '.join(BACKENDS)}")
+    backend: Backend = import_module(f"pipeline.augment.{name}").apply
+    return backend
+
+
+def empty_views(batch: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [2, B, 3, S, S], each view channels_last."""
+    memory = torch.empty(2, batch, size, size, 3, device=device, dtype=dtype)
+    return memory.permute(0, 1, 4, 2, 3)

@@ -1,0 +1,165 @@
+"""The same recipe as whole-batch tensor operations on any device: kornia's, rounded like PIL's.
+
+PIL keeps uint8 between operations and rounds in its own way in each; following it costs little and
+keeps the two backends within about one level of 255.
+
+B images, S view side. A batch of views is float32 [B, 3, S, S] in 0..1, between operations on whole
+levels k / 255.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from kornia.color import hsv_to_rgb, rgb_to_grayscale, rgb_to_hsv
+from kornia.enhance import (
+    adjust_brightness_accumulative,
+    adjust_contrast_with_mean_subtraction,
+    adjust_saturation_with_gray_subtraction,
+    normalize,
+    solarize,
+)
+from kornia.filters import filter2d_separable
+from kornia.geometry.transform import hflip
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from pipeline.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    JITTER_NEUTRAL,
+    SOLARIZE_THRESHOLD,
+    empty_views,
+)
+from pipeline.views import ViewParams
+
+
+def apply(
+    canvas: Tensor,
+    sizes: Tensor,  # not needed: a crop never reaches beyond its image
+    params: ViewParams,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `pipeline.augment.Backend`."""
+    canvas = canvas.to(device, non_blocking=True)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    views = empty_views(len(canvas), size, device, dtype)
+    for v in range(2):
+        x = crop_and_flip(canvas, params.crops[v], params.flipped[v], size)
+        views[v] = normalize(_photometric(x, params, v), mean, std)
+    return views
+
+
+def crop_and_flip(
+    canvas: Tensor, crops: NDArray[np.int32], flipped: NDArray[np.bool_], size: int
+) -> Tensor:
+    """uint8 [B, Hmax, Wmax, 3] -> [B, 3, S, S]."""
+    x = torch.empty(len(canvas), 3, size, size, device=canvas.device)
+    for b, (x0, y0, x1, y1) in enumerate(crops.tolist()):
+        crop = canvas[b, y0:y1, x0:x1].permute(2, 0, 1)[None]
+        if canvas.device.type != "cpu":  # only there does PyTorch resize uint8: 8 times as fast
+            crop = crop.float()
+        x[b] = interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+    _update(x, flipped, hflip)
+    return x.round_().clamp_(0, 255).div_(255)
+
+
+def _photometric(x: Tensor, params: ViewParams, v: int) -> Tensor:
+    """Apply view v's colour operations to [B, 3, S, S] in place, each to its images."""
+    for place in range(4):
+        for number, operation in enumerate(_JITTER):
+            amount = params.jitter[v, :, number]
+            here = params.jittered[v] & (params.order[v, :, place] == number)
+            _update(x, here & (amount != JITTER_NEUTRAL[number]), operation, amount)
+    _update(x, params.grey[v], _grey)
+    _update(x, params.sigma[v] > 0, _blur, blur_kernels(params.sigma[v]))
+    _update(x, params.solarized[v], _solarize)
+    return x
+
+
+def _update(
+    x: Tensor, mask: NDArray[np.bool_], operation: Callable[..., Tensor], *arguments: NDArray[Any]
+) -> None:
+    """x[i] = operation(x[i], arguments[i]) for the images i that the mask [B] names, all at once.
+
+    Host arrays decide who takes part: a mask on the device would make the host wait for it.
+    """
+    if not mask.any():
+        return
+    rows = torch.from_numpy(np.flatnonzero(mask)).to(x.device)
+    x[rows] = operation(x[rows], *(torch.from_numpy(a[mask]).to(x.device) for a in arguments))
+
+
+def _round(x: Tensor) -> Tensor:
+    return (x * 255).round_().div_(255)
+
+
+def _truncate(x: Tensor) -> Tensor:
+    """To the level below, as PIL's blend does. A level that came out a little low stays itself."""
+    return (x * 255 + 1e-3).floor_().div_(255)
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return _truncate(adjust_brightness_accumulative(x, factor))
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return _truncate(adjust_contrast_with_mean_subtraction(x, factor))
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return _truncate(adjust_saturation_with_gray_subtraction(x, factor))
+
+
+def _hue(x: Tensor, turns: Tensor) -> Tensor:
+    """PIL's hue is a byte: 255 levels make a turn, but it wraps at 256. kornia's is in radians."""
+    level = 2 * math.pi / 255
+    hue, saturation, value = rgb_to_hsv(x).unbind(1)
+    hue = (hue / level + 1e-3).floor_() + (turns * 255).trunc_()[:, None, None]
+    hsv = torch.stack((hue.remainder_(256) * level, _truncate(saturation), value), dim=1)
+    return _round(hsv_to_rgb(hsv))
+
+
+# By the numbers of ViewParams.order.
+_JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    _brightness,
+    _contrast,
+    _saturation,
+    _hue,
+)
+
+
+def _grey(x: Tensor) -> Tensor:
+    return _round(rgb_to_grayscale(x)).expand(-1, 3, -1, -1)
+
+
+def _blur(x: Tensor, kernels: Tensor) -> Tensor:
+    return _round(filter2d_separable(x, kernels, kernels, border_type="replicate"))
+
+
+def _solarize(x: Tensor) -> Tensor:
+    # Half a level below: a division on the device may leave a level one bit beside its threshold.
+    return solarize(x, (SOLARIZE_THRESHOLD - 0.5) / 255)
+
+
+def blur_kernels(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
+    """PIL's GaussianBlur as one symmetric kernel per image: sigma float32 [B] -> float32 [B, taps].
+
+    PIL runs a box filter three times, with fractional weights at its two ends, such that the
+    variances add up to sigma^2 (Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by
+    Extended Box Filtering", SSVM 2011). For small sigma that blurs more than a sampled Gaussian,
+    which sees nothing between the pixels. The kernel of sigma 0 is the identity.
+    """
+    variance = sigma.astype(np.float64)[:, None] ** 2 / 3
+    full = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # taps of weight 1 on either side
+    end = (2 * full + 1) * (full * (full + 1) - 3 * variance) / (6 * (variance - (full + 1) ** 2))
+    reach = int(full.max()) + 1
+    distance = np.abs(np.arange(-reach, reach + 1))
+    box = np.where(distance <= full, 1.0, np.where(distance == full + 1, end, 0.0))
+    box /= box.sum(axis=1, keepdims=True)
+    return np.stack([np.convolve(np.convolve(b, b), b) for b in box]).astype(np.float32)

@@ -1,0 +1,62 @@
+"""The recipe as published, one image at a time through PIL and torchvision on the CPU.
+
+Slow, and the measure of every other backend: PIL works on uint8, so each operation rounds.
+"""
+
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+
+from pipeline.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    JITTER_NEUTRAL,
+    SOLARIZE_THRESHOLD,
+    empty_views,
+)
+from pipeline.views import ViewParams
+
+# By the numbers of ViewParams.order.
+_JITTER = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+
+
+def apply(
+    canvas: Tensor,
+    sizes: Tensor,
+    params: ViewParams,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `pipeline.augment.Backend`."""
+    views = empty_views(len(canvas), size, device, dtype)
+    for b, (height, width) in enumerate(sizes.tolist()):
+        image = Image.fromarray(canvas[b, :height, :width].cpu().numpy())
+        for v in range(2):
+            view = _photometric(_geometric(image, params, v, b, size), params, v, b)
+            views[v, b] = TF.normalize(TF.to_tensor(view), IMAGENET_MEAN, IMAGENET_STD).to(dtype)
+    return views
+
+
+def _geometric(image: Image.Image, params: ViewParams, v: int, b: int, size: int) -> Image.Image:
+    """Crop before the resize, whose filter must not see beyond the crop."""
+    crop = image.crop(params.crops[v, b].tolist())
+    view = crop.resize((size, size), Image.Resampling.BICUBIC)
+    return TF.hflip(view) if params.flipped[v, b] else view
+
+
+def _photometric(view: Image.Image, params: ViewParams, v: int, b: int) -> Image.Image:
+    if params.jittered[v, b]:
+        amounts = params.jitter[v, b].tolist()
+        for operation in params.order[v, b].tolist():
+            # A neutral amount is a recipe without that operation; hue would still round twice.
+            if amounts[operation] != JITTER_NEUTRAL[operation]:
+                view = _JITTER[operation](view, amounts[operation])
+    if params.grey[v, b]:
+        view = TF.rgb_to_grayscale(view, num_output_channels=3)
+    if params.sigma[v, b] > 0:
+        view = view.filter(ImageFilter.GaussianBlur(radius=float(params.sigma[v, b])))
+    if params.solarized[v, b]:
+        view = ImageOps.solarize(view, SOLARIZE_THRESHOLD)
+    return view

@@ -1,0 +1,149 @@
+"""Reading an FFCV beton: open, validate, and know where every record lies."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+from ffcv.fields import IntField, RGBImageField
+from ffcv.types import (
+    ALLOC_TABLE_TYPE,
+    CURRENT_VERSION,
+    TYPE_ID_HANDLER,
+    FieldDescType,
+    HeaderType,
+    get_metadata_type,
+)
+
+from pipeline.errors import UserError
+from pipeline.turbojpeg import (
+    BAD_HEADER,
+    BAD_PIXELS,
+    JPEG,
+    OK,
+    RAW,
+    REASONS,
+    Decoder,
+    decode_records,
+)
+
+FIELDS = {"image": RGBImageField, "index": IntField, "label": IntField}
+"""What a beton of slotstream's holds of each sample, in ffcv's types; label only where there is
+one.
+"""
+
+
+class CorruptRecord(UserError):
+    """A record whose bytes are not the image that the file's table promises."""
+
+
+class Beton:
+    """An opened beton of N images: sizes and places of all records; pixels only on demand.
+
+    Attributes: `path`; `index` int64 [N], each image's number in its source; `label` int64 [N] or
+    None; `height` and `width` int64 [N] in pixels; `records` int64 [N, 5] (pointer, bytes, height,
+    width, mode). The file stays open, so a beton that is renamed or deleted under a running loader
+    stays readable.
+
+    Raises UserError, naming the file, if it is not a beton that slotstream can read whole.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from None
+        if not stat.S_ISREG(os.fstat(self.file).st_mode):
+            raise UserError(f"{self.path}: not a file")
+        self.bytes = os.fstat(self.file).st_size
+        header = self._read(HeaderType, 0, 1)[0]
+        if header["version"] != CURRENT_VERSION:
+            raise UserError(
+                f"{self.path}: not a beton of format version {CURRENT_VERSION}"
+                f" (its header says {header['version']})"
+            )
+        samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+        if not samples or not HeaderType.itemsize < table < self.bytes:
+            raise UserError(f"{self.path}: incomplete beton: its writer did not finish")
+        columns = self._read_samples(int(header["num_fields"]), samples)
+        image = columns["image"]
+        self.index = columns["index"].astype(np.int64)
+        self.label = columns["label"].astype(np.int64) if "label" in columns else None
+        self.height = image["height"].astype(np.int64)
+        self.width = image["width"].astype(np.int64)
+        rows = (self.bytes - table) // ALLOC_TABLE_TYPE.itemsize
+        self.records = self._locate(image, self._read(ALLOC_TABLE_TYPE, table, max(rows, samples)))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            os.close(self.file)
+
+    def name(self, i: int) -> str:
+        """The source file of record `i` where a manifest lies beside the beton, else its number."""
+        try:
+            manifest = json.loads(Path(f"{self.path}.json").read_text())
+            return str(manifest["names"][i])
+        except (OSError, ValueError, KeyError, IndexError):
+            return f"record {i}"
+
+    def decode(self, i: int) -> np.ndarray:
+        """Record `i` as uint8 [H, W, 3] RGB. Raises CorruptRecord."""
+        canvas = np.empty((1, self.height[i], self.width[i], 3), np.uint8)
+        self.decode_into(np.array([i]), canvas, Decoder(int(self.records[i, 1])))
+        return canvas[0]
+
+    def decode_into(self, which: np.ndarray, canvas: np.ndarray, decoder: Decoder) -> None:
+        """Decode records `which` int64 [B] into `canvas` uint8 [B, Hmax, Wmax, 3]. Raises
+        CorruptRecord.
+        """
+        bad, code = decode_records(
+            self.file, self.records[which], decoder.handle, decoder.scratch, canvas
+        )
+        if code == OK:
+            return
+        detail = f" ({decoder.error()})" if code in (BAD_HEADER, BAD_PIXELS) else ""
+        raise CorruptRecord(f"{self.path}: {self.name(int(which[bad]))}: {REASONS[code]}{detail}")
+
+    def _read(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+        """`count` entries of a table. Raises UserError if the file ends before them."""
+        size = count * dtype.itemsize
+        if offset + size > self.bytes:
+            raise UserError(f"{self.path}: truncated, or no beton: {self.bytes} bytes")
+        return np.frombuffer(os.pread(self.file, size, offset), dtype, count)
+
+    def _read_samples(self, fields: int, samples: int) -> dict[str, np.ndarray]:
+        """The metadata column [N] of each field; refuses fields other than slotstream packs."""
+        described = self._read(FieldDescType, HeaderType.itemsize, fields)
+        names = [bytes(name).split(b"\0")[0].decode(errors="replace") for name in described["name"]]
+        types = [TYPE_ID_HANDLER.get(int(type_id)) for type_id in described["type_id"]]
+        for name, type_ in zip(names, types, strict=True):
+            if type_ is None or type_ is not FIELDS.get(name):
+                raise UserError(f"{self.path}: unknown field {name!r} (known: {', '.join(FIELDS)})")
+        if len(set(names)) != fields or not {"image", "index"} <= set(names):
+            raise UserError(f"{self.path}: has fields {', '.join(names)}; needs image and index")
+        dtype = get_metadata_type([type_() for type_ in types])
+        metadata = self._read(dtype, HeaderType.itemsize + described.nbytes, samples)
+        return {name: metadata[column] for name, column in zip(names, dtype.names, strict=True)}
+
+    def _locate(self, image: np.ndarray, table: np.ndarray) -> np.ndarray:
+        """int64 [N, 5] pointer, bytes, height, width, mode of each image; refuses pointers that
+        lead astray.
+        """
+        table = table[np.argsort(table["ptr"])]
+        row = np.searchsorted(table["ptr"], image["data_ptr"]).clip(max=len(table) - 1)
+        columns = (image["data_ptr"], table["size"][row], self.height, self.width, image["mode"])
+        records = np.stack([column.astype(np.int64) for column in columns], axis=1)
+        pointer, size, height, width, mode = records.T
+        wrong = (table["ptr"][row] != image["data_ptr"]) | (pointer < 0) | (size < 1)
+        wrong |= (size > self.bytes) | (pointer > self.bytes - size)
+        wrong |= (height < 1) | (width < 1) | ~np.isin(mode, (JPEG, RAW))
+        wrong |= (mode == RAW) & (size != height * width * 3)
+        if wrong.any():
+            first = int(np.flatnonzero(wrong)[0])
+            raise UserError(f"{self.path}: {self.name(first)}: its entry in the table is damaged")
+        return records

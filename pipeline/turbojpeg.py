@@ -1,0 +1,101 @@
+"""The libturbojpeg that ffcv links, called without the GIL and with its return codes looked at.
+
+ffcv's own `imdecode` wraps the same library, but writes rows without a stride (a padded canvas
+needs one), uses the fast, less exact inverse DCT, and leaves its return code to callers who ignore
+it. Pixels here are those of PIL.
+"""
+
+import ctypes
+
+import ffcv._libffcv
+import numba
+import numpy as np
+
+_int, _pointer, _ulong = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong
+
+# The handle of ffcv's extension also finds the symbols of the libraries it depends on. It is a handle
+# of our own: the argument types of ffcv's stay as they are.
+lib = ctypes.CDLL(ffcv._libffcv.__file__)
+_init = lib.tjInitDecompress
+_init.argtypes, _init.restype = [], _pointer
+_destroy = lib.tjDestroy
+_destroy.argtypes, _destroy.restype = [_pointer], _int
+_error = lib.tjGetErrorStr2
+_error.argtypes, _error.restype = [_pointer], ctypes.c_char_p
+_header = lib.tjDecompressHeader3
+_header.argtypes, _header.restype = [_pointer, _pointer, _ulong] + [_pointer] * 4, _int
+decompress = lib.tjDecompress2
+decompress.argtypes = [_pointer, _pointer, _ulong, _pointer, _int, _int, _int, _int, _int]
+decompress.restype = _int
+_pread = ctypes.CDLL(None).pread
+_pread.argtypes, _pread.restype = (
+    [_int, _pointer, ctypes.c_size_t, ctypes.c_int64],
+    ctypes.c_ssize_t,
+)
+
+RGB = 0  # TJPF_RGB
+ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT, the one PIL uses
+
+JPEG, RAW = 0, 1  # `mode` in ffcv's RGB field
+
+OK, SHORT_READ, BAD_HEADER, WRONG_SIZE, BAD_PIXELS = range(5)
+REASONS = {
+    SHORT_READ: "the file ends before the record does",
+    BAD_HEADER: "not a JPEG that libjpeg-turbo can read",
+    WRONG_SIZE: "the JPEG has another size than the file's table says",
+    BAD_PIXELS: "the JPEG data are corrupt or cut short",
+}
+
+
+class Decoder:
+    """One thread's decoder: a TurboJPEG handle and a buffer for the compressed bytes of one
+    record.
+    """
+
+    def __init__(self, max_record: int) -> None:
+        self.handle = _init()
+        if not self.handle:
+            raise MemoryError("libturbojpeg could not make a decoder")
+        self.scratch = np.empty(max_record, np.uint8)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            _destroy(self.handle)
+
+    def error(self) -> str:
+        """What libjpeg-turbo says of this handle's last failure."""
+        return str(_error(self.handle).decode(errors="replace"))
+
+
+@numba.njit(nogil=True)
+def decode_records(
+    file: int, records: np.ndarray, handle: int, scratch: np.ndarray, canvas: np.ndarray
+) -> tuple[int, int]:
+    """Read and decode records into the top left corners of `canvas` uint8 [B, Hmax, Wmax, 3]; runs
+    without the GIL.
+
+    `records` int64 [B, 5] holds pointer, bytes, height, width, mode of each. Returns (position,
+    code) of the first record that fails, or (-1, OK); what lies outside an image in its canvas is
+    left as it was.
+    """
+    shape = np.empty(4, np.int32)  # width, height, subsampling, colour space
+    for b in range(records.shape[0]):
+        pointer, size, height, width, mode = records[b]
+        if _pread(file, scratch.ctypes.data, size, pointer) != size:
+            return b, SHORT_READ
+        if mode == RAW:
+            pixels = scratch[:size].reshape(height, width, 3)
+            canvas[b, :height, :width] = pixels
+            continue
+        at = shape.ctypes.data
+        if _header(handle, scratch.ctypes.data, size, at, at + 4, at + 8, at + 12) != 0:
+            return b, BAD_HEADER
+        if shape[0] != width or shape[1] != height:
+            return b, WRONG_SIZE
+        code = decompress(
+            handle, scratch.ctypes.data, size, canvas[b].ctypes.data,
+            width, canvas.shape[2] * 3, height, RGB, ACCURATE_DCT,
+        )  # fmt: skip
+        if code != 0:
+            return b, BAD_PIXELS
+    return -1, OK

@@ -1,0 +1,132 @@
+"""Reading: the pixels are PIL's, and nothing damaged is taken for an image."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ffcv.types import HeaderType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.beton import Beton, CorruptRecord
+from pipeline.errors import UserError
+from tests.betons import pil_decode, varied, write_beton
+
+
+@pytest.fixture(scope="module")
+def beton_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_beton(tmp_path_factory.mktemp("beton") / "photos.beton", varied(12))
+
+
+@pytest.fixture
+def damaged(beton_file: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    copy = tmp_path / "damaged.beton"
+    copy.write_bytes(beton_file.read_bytes())
+    return copy
+
+
+def test_jpeg_pixels_are_those_of_pil(beton_file: Path) -> None:
+    """Breaks with the fast DCT, a wrong stride, BGR, or a wrong record."""
+    beton = Beton(beton_file)
+    for i in range(len(beton)):
+        assert np.array_equal(beton.decode(i), pil_decode(beton_file, beton.records[i]))
+    assert beton.index.tolist() == list(range(12))
+    assert beton.label is None
+
+
+def test_raw_pixels_come_back_unchanged(tmp_path: Path) -> None:
+    """Breaks if raw records are sent through the JPEG decoder or lose their shape."""
+    images = varied(3)
+    beton = Beton(write_beton(tmp_path / "raw.beton", images, mode="raw"))
+    for i, image in enumerate(images):
+        assert np.array_equal(beton.decode(i), image)
+
+
+def test_overwritten_record_is_named(damaged: Path) -> None:
+    """A corrupt image must never pass for the one decoded before it."""
+    beton = Beton(damaged)
+    names = [f"photos/{i}.jpg" for i in range(12)]
+    Path(f"{damaged}.json").write_text(json.dumps({"names": names}))
+    pointer, size = beton.records[5, :2]
+    with damaged.open("r+b") as file:
+        file.seek(pointer)
+        file.write(bytes(size))
+    with pytest.raises(CorruptRecord, match=r"photos/5\.jpg: not a JPEG"):
+        beton.decode(5)
+
+
+def test_jpeg_cut_short_is_refused(damaged: Path) -> None:
+    """libjpeg paints the missing rows grey and only warns; that warning counts as an error."""
+    beton = Beton(damaged)
+    pointer, size = beton.records[4, :2]
+    with damaged.open("r+b") as file:
+        file.seek(pointer + size * 2 // 3)
+        file.write(bytes(size - size * 2 // 3))
+    with pytest.raises(CorruptRecord, match="record 4: the JPEG data are corrupt or cut short"):
+        beton.decode(4)
+
+
+def test_file_that_shrinks_while_open_is_an_error(damaged: Path) -> None:
+    """A memory map would end the process with SIGBUS here."""
+    beton = Beton(damaged)
+    os.truncate(damaged, int(beton.records[0, 0]) + 10)
+    with pytest.raises(CorruptRecord, match="ends before the record does"):
+        beton.decode(0)
+
+
+@pytest.mark.parametrize("size", [0, 3, 24, 1000])
+def test_stub_of_a_file_is_refused(damaged: Path, size: int) -> None:
+    """An interrupted copy must not be half read."""
+    os.truncate(damaged, size)
+    with pytest.raises(UserError, match=r"damaged\.beton"):
+        Beton(damaged)
+
+
+def test_truncated_file_is_refused_on_opening(damaged: Path) -> None:
+    """The allocation table lies at the end: without it no record may be trusted."""
+    os.truncate(damaged, damaged.stat().st_size - 8)
+    with pytest.raises(UserError, match="truncated"):
+        Beton(damaged)
+
+
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        Beton(tmp_path / "none.beton")
+    with pytest.raises(UserError, match="not a file"):
+        Beton(tmp_path)
+
+
+def test_other_version_is_refused(damaged: Path) -> None:
+    header = np.fromfile(damaged, HeaderType, 1)
+    header["version"] = 3
+    with damaged.open("r+b") as file:
+        file.write(header.tobytes())
+    with pytest.raises(UserError, match=r"version 2 \(its header says 3\)"):
+        Beton(damaged)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_mutated_tables_end_in_an_error_or_a_correct_read(
+    beton_file: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """A crash or a wrong image here would be a pointer that was trusted."""
+    content = bytearray(beton_file.read_bytes())
+    beton = Beton(beton_file)
+    table = int(np.fromfile(beton_file, HeaderType, 1)["alloc_table_ptr"][0])
+    regions = [(0, 24), (24, 24 + 2 * 1042), (24 + 2 * 1042, 24 + 2 * 1042 + 12 * 40)]
+    start, end = data.draw(st.sampled_from([*regions, (table, len(content))]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(start, end - 1))] = data.draw(st.integers(0, 255))
+    mutant = tmp_path_factory.getbasetemp() / "mutant.beton"
+    mutant.write_bytes(content)
+    try:
+        opened = Beton(mutant)
+        pixels = [opened.decode(i) for i in range(len(opened))]
+    except UserError:
+        return
+    known = {beton.decode(i).tobytes() for i in range(len(beton))}
+    assert all(image.tobytes() in known for image in pixels)
