@@ -157,7 +157,8 @@ class ViewLoader:
         """Yield this rank's batches of `epoch`, from step `start` of it on: `accumulation` for each
         step.
         """
-        for which, canvas in self._canvases.decode(self.shares(epoch)[start * self.accumulation :]):
+        shares = self.shares(epoch)[start * self.accumulation :]
+        for which, canvas in self._canvases.decode(list(shares)):
             yield self._view(epoch, which, canvas)
             if self.device.type == "cuda":  # the canvas is written again once it has been copied
                 self._copied.synchronize()
@@ -193,7 +194,7 @@ class ViewLoader:
         free = psutil.virtual_memory().available
         if worst > free:
             raise UserError(
-                f"{self.beton.path}: canvases of {images} images of up to {height}x{width} pixels may"
-                f" need {worst / 1e9:.1f} GB and {free / 1e9:.1f} GB are free:"
+                f"{self.beton.path}: canvases of {images} images of up to {height}x{width} pixels"
+                f" may need {worst / 1e9:.1f} GB and {free / 1e9:.1f} GB are free:"
                 " pack with --max-side, or take smaller batches"
             )

@@ -13,8 +13,8 @@ import numpy as np
 
 _int, _pointer, _ulong = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong
 
-# The handle of ffcv's extension also finds the symbols of the libraries it depends on. It is a handle
-# of our own: the argument types of ffcv's stay as they are.
+# The handle of ffcv's extension also finds the symbols of the libraries it depends on. It is a
+# handle of our own: the argument types that ffcv sets on its own handle stay as they are.
 lib = ctypes.CDLL(ffcv._libffcv.__file__)
 _init = lib.tjInitDecompress
 _init.argtypes, _init.restype = [], _pointer
@@ -23,15 +23,14 @@ _destroy.argtypes, _destroy.restype = [_pointer], _int
 _error = lib.tjGetErrorStr2
 _error.argtypes, _error.restype = [_pointer], ctypes.c_char_p
 _header = lib.tjDecompressHeader3
-_header.argtypes, _header.restype = [_pointer, _pointer, _ulong] + [_pointer] * 4, _int
+_header.argtypes = [_pointer, _pointer, _ulong, _pointer, _pointer, _pointer, _pointer]
+_header.restype = _int
 decompress = lib.tjDecompress2
 decompress.argtypes = [_pointer, _pointer, _ulong, _pointer, _int, _int, _int, _int, _int]
 decompress.restype = _int
 _pread = ctypes.CDLL(None).pread
-_pread.argtypes, _pread.restype = (
-    [_int, _pointer, ctypes.c_size_t, ctypes.c_int64],
-    ctypes.c_ssize_t,
-)
+_pread.argtypes = [_int, _pointer, ctypes.c_size_t, ctypes.c_int64]
+_pread.restype = ctypes.c_ssize_t
 
 RGB = 0  # TJPF_RGB
 ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT, the one PIL uses

@@ -1,0 +1,44 @@
+"""Collectives that are the identity when there is one process. None of them carries gradients."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if _initialised() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if _initialised() else 1
+
+
+@torch.no_grad()
+def all_gather(tensor: Tensor) -> Tensor:
+    """Concatenate the ranks' equally shaped tensors [B, ...] in rank order: [world·B, ...]."""
+    if world_size() == 1:
+        return tensor.detach()
+    source = tensor.contiguous()
+    gathered = source.new_empty((world_size() * len(source), *source.shape[1:]))
+    dist.all_gather_into_tensor(gathered, source)
+    return gathered
+
+
+@torch.no_grad()
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, of a copy."""
+    total = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over ranks, of a copy."""
+    return all_reduce_sum(tensor) / world_size()
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,54 @@
+"""Semantic grouping: cells gather round prototypes and become slots (paper, section 3.1).
+
+B images, K prototypes, D features, H W cells.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.precision import full_precision
+
+ASSIGNMENT_FLOOR = 1e-6
+"""Added to every assignment, so that a slot that no cell prefers is still a mean of cells."""
+
+
+class SemanticGrouping(nn.Module):
+    """K learned prototypes shared by all images; N(0, 1) at the start."""
+
+    def __init__(self, num_prototypes: int, dim: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.prototypes = nn.Parameter(torch.randn(num_prototypes, dim))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Group `features` [B, D, H, W] into (slots [B, K, D], scores [B, K, H, W])."""
+        scores = cosine_scores(features, self.prototypes)
+        return pool_slots(features, scores, self.temperature), scores
+
+
+@full_precision
+def cosine_scores(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosine of every cell [B, D, H, W] with every prototype [K, D]: [B, K, H, W]."""
+    return torch.einsum(
+        "kd,bdhw->bkhw", F.normalize(prototypes, dim=1), F.normalize(features, dim=1)
+    )
+
+
+@full_precision
+def pool_slots(features: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    """Mean of the (un-normalised) features [B, D, H, W] under each slot's assignment: [B, K, D].
+
+    a[b, k, i] = softmax over k of scores[b, k, i] / temperature, + 1e-6
+    slot[b, k] = Σ_i a[b, k, i]·features[b, :, i] / Σ_i a[b, k, i]        i: the H·W cells
+    """
+    assignment = (scores / temperature).softmax(dim=1) + ASSIGNMENT_FLOOR
+    share = assignment / assignment.sum(dim=(2, 3), keepdim=True)
+    return torch.einsum("bdhw,bkhw->bkd", features, share)
+
+
+def winning_slots(scores: Tensor) -> Tensor:
+    """Which slots are the arg-max of at least one cell: [B, K, H, W] -> bool [B, K]."""
+    winner = scores.argmax(dim=1).flatten(1)
+    won = torch.zeros(scores.shape[:2], dtype=torch.bool, device=scores.device)
+    return won.scatter_(1, winner, True)

@@ -1,0 +1,72 @@
+"""Translate between our parameter names and those of the authors' code (CVMI-Lab/SlotCon).
+
+Only names differ: layouts and shapes are the same, so a state dict travels both ways unchanged.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+PREFIXES = (
+    ("student.encoder.", "encoder_q."),
+    ("teacher.encoder.", "encoder_k."),
+    ("student.projector.", "projector_q.mlp."),
+    ("teacher.projector.", "projector_k.mlp."),
+    ("student.grouping.prototypes", "grouping_q.slot_embed.weight"),
+    ("teacher.grouping.prototypes", "grouping_k.slot_embed.weight"),
+    ("predictor.", "predictor_slot.mlp."),
+    ("center", "center"),
+)
+"""(ours, theirs): a name that starts with ours, starts with theirs there."""
+
+
+def official_name(name: str) -> str:
+    """The authors' name of one of our state-dict entries."""
+    for ours, theirs in PREFIXES:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise KeyError(name)
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under the authors' names (without `module.`)."""
+    return {official_name(name): value for name, value in state.items()}
+
+
+def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' state dict, with or without `module.`, under our names.
+
+    `ours` is the state dict of the model to be filled. `ValueError` tells which entries are
+    missing, unknown, or of another shape than in `ours`.
+    """
+    given = {name.removeprefix("module."): value for name, value in official.items()}
+    wanted = {official_name(name): name for name in ours}
+    problems = [
+        _listing("missing", wanted.keys() - given.keys()),
+        _listing("unknown", given.keys() - wanted.keys()),
+        _listing(
+            "of another shape",
+            (
+                f"{theirs} {_shape(given[theirs])} instead of {_shape(ours[name])}"
+                for theirs, name in wanted.items()
+                if theirs in given and _shape(given[theirs]) != _shape(ours[name])
+            ),
+        ),
+    ]
+    if any(problems):
+        raise ValueError(
+            "not a SlotCon state dict for this configuration; entries "
+            + "; ".join(problem for problem in problems if problem)
+        )
+    return {name: given[theirs] for theirs, name in wanted.items()}
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _listing(kind: str, names: Iterable[str], shown: int = 4) -> str:
+    """`kind: a, b, c, d and 7 more`, or nothing where there are no names."""
+    found = sorted(names)
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return f"{kind}: {', '.join(found[:shown])}{more}" if found else ""

@@ -1,0 +1,369 @@
+"""Rebuild the recorded runs in `tests/golden/` and measure how far ours are from them.
+
+`python -m tests.model_golden` prints the parity table.
+B images, K prototypes, W processes; names of parameters are the authors' throughout.
+"""
+
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import ModelConfig, ModelOutput, SlotCon, slotcon
+from model.grouping import winning_slots
+from model.losses import slot_loss
+from model.official import official_name
+from tests.processes import run_workers
+from train.lars import LARS
+
+GOLDEN = Path(__file__).parent / "golden"
+TERMS = ("grouping_12", "grouping_21", "slot_12", "slot_21")
+Arrays = dict[str, NDArray[Any]]
+
+LOSS_TOLERANCE = 1e-4
+ROUNDING_FACTOR = 10.0
+"""How many times the recorded float32-to-float64 distance is allowed: builds round differently."""
+ROUNDING_FLOOR = 1e-6
+"""A few float32 roundings, for quantities whose recorded distance is smaller still."""
+FLOAT64_TOLERANCE = 1e-11
+
+
+def load(name: str) -> Arrays:
+    with np.load(GOLDEN / name) as file:
+        return {key: file[key] for key in file.files}
+
+
+def settings() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((GOLDEN / "config.json").read_text())
+    return loaded
+
+
+def build_model(dtype: torch.dtype = torch.float32) -> SlotCon:
+    """The recorded run's model with the recorded run's weights."""
+    config = settings()
+    fields = ModelConfig.__dataclass_fields__.keys() & config.keys()
+    model = SlotCon(ModelConfig(**{name: config[name] for name in fields}))
+    model.load_official_state_dict(rebuild_state(model.official_state_dict()))
+    return model.to(dtype)
+
+
+def rebuild_state(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The recorded initial weights, which are not stored but follow from each name."""
+    state: dict[str, Tensor] = {}
+    # A teacher's entry is its student's plus noise: q before k.
+    for name in sorted(like, key=lambda name: ("_k." in name, name)):
+        if like[name].is_floating_point():
+            state[name] = torch.from_numpy(_initial_value(name, tuple(like[name].shape), state))
+        else:
+            state[name] = torch.zeros_like(like[name])
+    return state
+
+
+def _initial_value(
+    name: str, shape: tuple[int, ...], state: Mapping[str, Tensor]
+) -> NDArray[np.float32]:
+    last = name.rpartition(".")[2]
+    if last in ("center", "running_mean"):
+        return np.zeros(shape, np.float32)
+    if last == "running_var":
+        return np.ones(shape, np.float32)
+    noise = _generator(name).standard_normal(shape)
+    if "_k." in name:
+        twin: NDArray[np.float32] = state[name.replace("_k.", "_q.", 1)].numpy()
+        return twin + (0.01 * noise).astype(np.float32)
+    if "slot_embed" in name:
+        value = noise
+    elif len(shape) >= 2:
+        value = noise * np.sqrt(2 / np.prod(shape[1:]))
+    elif last == "weight":
+        ends_block = name.startswith("encoder_") and name.endswith("bn2.weight")
+        value = (1 + 0.1 * noise) * (settings()["block_end_bn_factor"] if ends_block else 1.0)
+    else:
+        value = 0.1 * noise
+    return value.astype(np.float32)
+
+
+def rebuild_images(name: str) -> NDArray[np.float32]:
+    """One recorded batch of one view [B, 3, S, S]: two octaves of interpolated noise."""
+    count, size = settings()["batch_size"], settings()["image_size"]
+    rng = _generator(name)
+    out = np.zeros((count, 3, size, size))
+    for cells, amplitude in ((size // 16, 1.0), (size // 4, 0.5)):
+        grid = rng.standard_normal((count, 3, cells, cells))
+        position = (np.arange(size) + 0.5) * cells / size - 0.5
+        low = np.floor(position).astype(int)
+        part = position - low
+        before, after = low.clip(0, cells - 1), (low + 1).clip(0, cells - 1)
+        rows = grid[:, :, before] * (1 - part)[:, None] + grid[:, :, after] * part[:, None]
+        out += amplitude * (rows[..., before] * (1 - part) + rows[..., after] * part)
+    return out.astype(np.float32)
+
+
+def _generator(name: str) -> np.random.Generator:
+    return np.random.default_rng([settings()["seed"], zlib.crc32(name.encode())])
+
+
+def image_names(world: int, rank: int, step: int) -> list[str]:
+    return [f"image/ws{world}/rank{rank}/step{step}/view{view}" for view in (0, 1)]
+
+
+def batch(
+    record: Arrays, world: int, rank: int, step: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(views, overlap, flipped) of one recorded step."""
+    at = step if world == 1 else (step, rank)
+    views = np.stack([rebuild_images(name) for name in image_names(world, rank, step)])
+    return (
+        torch.from_numpy(views).to(dtype),
+        torch.from_numpy(record["coords"][at]).to(dtype),
+        torch.from_numpy(record["flags"][at]),
+    )
+
+
+class Recorder:
+    """Take the recorded run's steps with our model and note the same quantities."""
+
+    def __init__(self, model: SlotCon, forward: nn.Module) -> None:
+        self.model, self.forward = model, forward
+        config = settings()
+        self.optimizer = LARS(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=config["base_lr"],  # each step sets its recorded rate
+            momentum=config["momentum"],
+            weight_decay=config["weight_decay"],
+        )
+        self.parameters = {official_name(name): p for name, p in model.named_parameters()}
+        self.scores: dict[str, list[Tensor]] = defaultdict(list)
+        for branch in ("student", "teacher"):
+            self._note_scores(branch)
+
+    def _note_scores(self, branch: str) -> None:
+        def hook(_module: nn.Module, _args: Any, grouped: Any) -> None:
+            self.scores[branch].append(grouped.scores.detach())
+
+        getattr(self.model, branch).register_forward_hook(hook)
+
+    def step(self, inputs: tuple[Tensor, Tensor, Tensor], record: Arrays, step: int) -> Arrays:
+        """One step with the recorded rates; returns what the record holds of it, by its names."""
+        students, teachers = list(record["student_names"]), list(record["teacher_names"])
+        self.scores.clear()
+        before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(record["lr"][step])
+
+        self.model.update_teacher(float(record["teacher_momentum"][step]))
+        with patch.object(slotcon, "slot_loss", wraps=slot_loss) as slot_losses:
+            output: ModelOutput = self.forward(*inputs)
+        self.optimizer.zero_grad()
+        output.loss.backward()
+        gradients = {name: self._gradient(name) for name in students}
+        self.optimizer.step()
+
+        state = self.model.official_state_dict()
+        student_won = [winning_slots(scores) for scores in self.scores["student"]]
+        teacher_won = [winning_slots(scores) for scores in self.scores["teacher"]]
+        noted: dict[str, Any] = {
+            "loss": output.loss.item(),
+            "loss_terms": [output.terms[name].item() for name in TERMS],
+            "grad_norm": _norms(gradients, students),
+            "grad_first8": _first8(gradients, students),
+            "student_mu_norm": _norms({n: self._momentum_buffer(n) for n in students}, students),
+            "bn1_q_num_batches_tracked": state["encoder_q.bn1.num_batches_tracked"].item(),
+            "center": self.model.center.numpy(),
+            "active_q": torch.stack(student_won).numpy(),
+            "active_k": torch.stack(teacher_won[::-1]).numpy(),
+            "stats": {name: value.item() for name, value in output.stats.items()},
+        }
+        for direction, call in zip(("12", "21"), slot_losses.call_args_list, strict=True):
+            _, keys, positive, _ = call.args
+            noted[f"keys_{direction}"] = F.normalize(keys, dim=1).numpy()
+            noted[f"labels_{direction}"] = positive.numpy()
+        for kind, names in (("student", students), ("teacher", teachers)):
+            noted[f"{kind}_norm"] = _norms(self.parameters, names)
+            noted[f"{kind}_first8"] = _first8(self.parameters, names)
+            change = {name: self.parameters[name].double() - before[name] for name in names}
+            noted[f"{kind}_delta_norm"] = _norms(change, names)
+        for letter in "qk":
+            for what in ("running_mean", "running_var"):
+                noted[f"bn1_{letter}_{what}"] = state[f"encoder_{letter}.bn1.{what}"].numpy()
+        return {name: np.array(value) for name, value in noted.items()}
+
+    def _gradient(self, name: str) -> Tensor:
+        gradient = self.parameters[name].grad
+        assert gradient is not None
+        return gradient.clone()
+
+    def _momentum_buffer(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        state = self.optimizer.state[parameter].values()
+        return next(value for value in state if value.shape == parameter.shape)
+
+
+def _norms(tensors: Mapping[str, Tensor], names: list[str]) -> list[float]:
+    return [tensors[name].detach().double().norm().item() for name in names]
+
+
+def _first8(tensors: Mapping[str, Tensor], names: list[str]) -> NDArray[Any]:
+    return np.stack([tensors[name].detach().flatten()[:8].numpy() for name in names])
+
+
+PER_PARAMETER = tuple(
+    f"{kind}_{what}"
+    for kind, whats in (
+        ("grad", ("norm", "first8")),
+        ("student", ("norm", "first8", "delta_norm", "mu_norm")),
+        ("teacher", ("norm", "first8", "delta_norm")),
+    )
+    for what in whats
+)
+WHOLE = ("center", *(f"bn1_{b}_running_{what}" for b in "qk" for what in ("mean", "var")))
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far one quantity is from the record over all steps, and how far it may be."""
+
+    quantity: str
+    worst: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.worst <= self.tolerance
+
+
+def relative(ours: Any, theirs: Any, axis: int | None = None) -> NDArray[np.float64]:
+    """L2 distance over L2 norm, over everything or along `axis`."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    distance = np.linalg.norm(np.atleast_1d(ours - theirs), axis=axis)
+    return np.asarray(distance / np.linalg.norm(np.atleast_1d(theirs), axis=axis))
+
+
+def compare(
+    steps: list[Arrays], record: Callable[[str, int], NDArray[Any]], noise: Mapping[str, Any] | None
+) -> list[Parity]:
+    """Set our steps against `record(quantity, step)`.
+
+    `noise` is the recorded distance between float32 and float64, from which the tolerance of all
+    but the losses follows; None for a float64 run, which has no such noise to allow for.
+    """
+    distances: dict[str, list[Any]] = defaultdict(list)
+    for index, ours in enumerate(steps):
+        for name in ("loss", *WHOLE):
+            distances[name].append(relative(ours[name], record(name, index)))
+        for name in PER_PARAMETER:
+            theirs = record(name, index)
+            axis = 1 if theirs.ndim == 2 else None
+            each = (
+                relative(ours[name], theirs, axis) if axis else np.abs(ours[name] - theirs) / theirs
+            )
+            distances[name].append(each)
+        terms = record("loss_terms", index)
+        distances["loss_terms"].append(np.abs(ours["loss_terms"] - terms) / terms)
+
+    def tolerance(name: str, statistic: str) -> float:
+        if noise is None:
+            return FLOAT64_TOLERANCE
+        if name.startswith("loss"):
+            return LOSS_TOLERANCE
+        return max(ROUNDING_FLOOR, ROUNDING_FACTOR * max(noise[name][f"{statistic}_per_step"]))
+
+    rows = []
+    for name in ("loss", "loss_terms", *WHOLE, *PER_PARAMETER):
+        worst = float(np.max(distances[name]))
+        rows.append(Parity(name, worst, tolerance(name, "max")))
+        if name in PER_PARAMETER:
+            middle = max(float(np.median(each)) for each in distances[name])
+            rows.append(Parity(f"{name} (median)", middle, tolerance(name, "median")))
+    return rows
+
+
+def noise(run: str) -> Mapping[str, Any]:
+    distances: dict[str, Any] = json.loads((GOLDEN / "float32_vs_float64.json").read_text())
+    result: Mapping[str, Any] = distances[run]
+    return result
+
+
+def table(title: str, rows: list[Parity]) -> str:
+    """The comparison as a Markdown table."""
+    lines = [
+        f"{title}",
+        "",
+        "| quantity | max relative difference | tolerance |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        verdict = "" if row.holds else " EXCEEDED"
+        lines.append(f"| {row.quantity} | {row.worst:.1e} | {row.tolerance:.1e}{verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def one_process(dtype: torch.dtype, count: int = 6) -> list[Arrays]:
+    """Our steps for the record of one process."""
+    record = load("steps_ws1.npz")
+    model = build_model(dtype).train()
+    recorder = Recorder(model, model)
+    return [recorder.step(batch(record, 1, 0, step, dtype), record, step) for step in range(count)]
+
+
+def two_processes(folder: Path, count: int = 3) -> list[list[Arrays]]:
+    """Our steps for the record of two processes: [rank][step]."""
+    run_workers(_golden_worker, folder, count)
+    return [torch.load(folder / f"golden{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def _golden_worker(rank: int, folder: Path, count: int) -> None:
+    record = load("steps_ws2.npz")
+    model = build_model().train()
+    recorder = Recorder(model, nn.parallel.DistributedDataParallel(model))
+    steps = [recorder.step(batch(record, 2, rank, step), record, step) for step in range(count)]
+    torch.save(steps, folder / f"golden{rank}.pt")
+
+
+def compare_one_process(dtype: torch.dtype, steps: list[Arrays]) -> list[Parity]:
+    if dtype == torch.float64:
+        return compare(steps, _reader(load("steps_ws1_f64.npz")), None)
+    return compare(steps, _reader(load("steps_ws1.npz")), noise("steps_ws1"))
+
+
+def compare_two_processes(rank: int, steps: list[Arrays]) -> list[Parity]:
+    return compare(steps, _reader(load("steps_ws2.npz"), rank), noise(f"steps_ws2_rank{rank}"))
+
+
+def _reader(record: Arrays, rank: int | None = None) -> Callable[[str, int], NDArray[Any]]:
+    """Read (quantity, step) of a record; some quantities of two processes are held by rank."""
+
+    def read(quantity: str, step: int) -> NDArray[Any]:
+        value = record[quantity][step]
+        by_rank = rank is not None and quantity.startswith(("loss", "bn1", "active"))
+        return np.asarray(value[rank] if by_rank else value)
+
+    return read
+
+
+def main() -> None:
+    """Print how far every quantity of every recorded run is from its record."""
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        steps = one_process(dtype)
+        print(table(f"One process, 6 steps, {name}", compare_one_process(dtype, steps)))
+    with TemporaryDirectory() as folder:
+        for rank, steps in enumerate(two_processes(Path(folder))):
+            title = f"Two processes, 3 steps, float32, rank {rank}"
+            print(table(title, compare_two_processes(rank, steps)))
+
+
+if __name__ == "__main__":
+    main()
