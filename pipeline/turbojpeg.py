@@ -32,7 +32,7 @@ _pread = ctypes.CDLL(None).pread
 _pread.argtypes = [_int, _pointer, ctypes.c_size_t, ctypes.c_int64]
 _pread.restype = ctypes.c_ssize_t
 
-RGB = 0  # TJPF_RGB
+RGB, CMYK = 0, 11  # TJPF_RGB, TJPF_CMYK
 ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT, the one PIL uses
 
 JPEG, RAW = 0, 1  # `mode` in ffcv's RGB field

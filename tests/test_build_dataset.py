@@ -1,0 +1,394 @@
+"""Packing: which files, stored how, and what bad input prints."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ffcv.libffcv import imdecode
+from ffcv.reader import Reader
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from pipeline.errors import UserError
+from tests.test_beton_writer import jpeg, ramp, stored
+from tools import build_dataset
+from tools.images import BadImage, jpeg_header, load_record
+from tools.sources import SOURCES
+
+
+def picture(height: int = 48, width: int = 64, shift: int = 0) -> Image.Image:
+    """A smooth picture whose four corners differ, so that turning and mirroring show."""
+    y, x = np.mgrid[:height, :width]
+    channels = [4 * x + shift, 4 * y, np.full_like(x, 40 + shift)]
+    return Image.fromarray(np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8))
+
+
+def save(path: Path, image: Image.Image | None = None, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or picture()).save(path, **options)
+    return path
+
+
+def fill(root: Path, *names: str) -> Path:
+    """A different JPEG under each name."""
+    for shift, name in enumerate(names):
+        save(root / name, picture(shift=10 * shift), format="JPEG", quality=95)
+    return root
+
+
+def ffcv_pixels(path: Path, index: int) -> np.ndarray:
+    """Sample `index` [H, W, 3] as FFCV decodes it."""
+    field = Reader(str(path)).metadata["f0"][index]
+    height, width = int(field["height"]), int(field["width"])
+    data = np.frombuffer(stored(path)[index], np.uint8)
+    if field["mode"] == 1:
+        return data.reshape(height, width, 3)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    code = imdecode(data, pixels, height, width, height, width, 0, 0, 1, 1, False, False)
+    assert code == 0
+    return pixels
+
+
+def run(kind: str, root: Path, out: Path, *options: str) -> None:
+    build_dataset.main([kind, "--root", str(root), "--out", str(out), "--workers", "2", *options])
+
+
+# --- sources -------------------------------------------------------------------------------------
+
+
+def test_orders_and_labels(tmp_path: Path) -> None:
+    """The order is the index by which views, resume and evaluation find an image again."""
+    fill(tmp_path, "train2017/b.jpg", "train2017/a.jpg", "unlabeled2017/a.jpg", "train2017/.a.jpg")
+    fill(tmp_path, "train/n02/x.JPEG", "train/n01/z.JPEG", "train/n01/y.JPEG")
+    coco = ["train2017/a.jpg", "train2017/b.jpg"]
+    assert SOURCES["coco"](tmp_path).names == coco
+    assert SOURCES["cocoplus"](tmp_path).names == [*coco, "unlabeled2017/a.jpg"]
+    imagenet = SOURCES["imagenet"](tmp_path)
+    assert imagenet.names == ["train/n01/y.JPEG", "train/n01/z.JPEG", "train/n02/x.JPEG"]
+    assert imagenet.labels == [0, 0, 1]
+    assert imagenet.classes == ["n01", "n02"]
+    assert SOURCES["folder"](tmp_path).names == sorted(
+        [*imagenet.names, *coco, "unlabeled2017/a.jpg"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "message"),
+    [
+        ("coco", [], "train2017/*.jpg; {root} is empty"),
+        ("coco", ["images/a.jpg"], "train2017/*.jpg; {root} holds images/"),
+        (
+            "coco",
+            ["train2017/readme.txt"],
+            "expected image files; {root}/train2017 holds readme.txt",
+        ),
+        ("cocoplus", ["train2017/a.jpg"], "expected {root}/unlabeled2017/*.jpg"),
+        (
+            "imagenet",
+            ["train/a.JPEG"],
+            "a folder per class, <wnid>/*.JPEG; {root}/train holds a.JPEG",
+        ),
+        ("imagenet", ["train/n01/a.JPEG", "train/n02/a.txt"], "{root}/train/n02: expected image"),
+        ("folder", ["a.txt"], "expected image files"),
+    ],
+)
+def test_a_wrong_layout_says_what_is_there(
+    tmp_path: Path, kind: str, files: list[str], message: str
+) -> None:
+    """Without it a wrong --root packs nothing, or the wrong images, silently."""
+    fill(tmp_path, *files)
+    with pytest.raises(UserError) as error:
+        SOURCES[kind](tmp_path)
+    assert message.format(root=tmp_path) in str(error.value)
+
+
+def test_missing_root_and_loops(tmp_path: Path) -> None:
+    """A link to a parent folder would be followed for ever."""
+    with pytest.raises(UserError, match="is not there"):
+        SOURCES["coco"](tmp_path / "none")
+    with pytest.raises(UserError, match="no such folder"):
+        SOURCES["folder"](tmp_path / "none")
+    fill(tmp_path, "a/b.jpg")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="a link to a folder that contains it"):
+        SOURCES["folder"](tmp_path)
+
+
+# --- storage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_is_copied(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Re-encoding would lose quality, and time."""
+    path = save(tmp_path / "in" / "a.jpg", quality=90, **options)
+    run("folder", tmp_path / "in", tmp_path / "o.beton")
+    assert stored(tmp_path / "o.beton") == [path.read_bytes()]
+
+
+def test_a_grey_jpeg_is_copied_and_decodes_to_rgb(tmp_path: Path) -> None:
+    """FFCV's decoder asks for RGB; a grey file must not come out as one plane of three."""
+    path = save(tmp_path / "in" / "a.jpg", picture().convert("L"), quality=95)
+    run("folder", tmp_path / "in", tmp_path / "o.beton")
+    assert stored(tmp_path / "o.beton") == [path.read_bytes()]
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.abs(ffcv_pixels(tmp_path / "o.beton", 0) - expected).max() <= 4
+
+
+def rotated(path: Path, orientation: int) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return save(path, quality=95, exif=exif)
+
+
+def sixteen_bit(path: Path) -> Path:
+    values = (np.arange(48 * 64).reshape(48, 64) * 21).astype(np.uint16)
+    return save(path, Image.fromarray(values))
+
+
+CONVERTED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "a.png": (lambda path: save(path, picture().convert("RGBA")), "not a JPEG"),
+    "b.png": (lambda path: save(path, picture().quantize(32)), "not a JPEG"),
+    "c.png": (sixteen_bit, "not a JPEG"),
+    "d.jpg": (lambda path: save(path, picture().convert("CMYK"), quality=95), "CMYK"),
+    "e.webp": (lambda path: save(path, lossless=True), "not a JPEG"),
+    "f.JPEG": (lambda path: save(path, format="PNG"), "not a JPEG"),
+    "g.gif": (save, "not a JPEG"),
+    "h.jpg": (lambda path: rotated(path, 6), "EXIF orientation 6"),
+    "i.jpg": (lambda path: rotated(path, 3), "EXIF orientation 3"),
+}
+
+
+def test_conversions_equal_pillow(tmp_path: Path) -> None:
+    """What FFCV cannot decode itself must be stored as the picture that people see."""
+    for name, (make, _) in CONVERTED.items():
+        make(tmp_path / "in" / name)
+    run("folder", tmp_path / "in", tmp_path / "o.beton")
+    manifest = json.loads((tmp_path / "o.beton.json").read_text())
+    assert manifest["names"] == sorted(CONVERTED)
+    assert manifest["converted"] == {name: reason for name, (_, reason) in CONVERTED.items()}
+    for index, name in enumerate(manifest["names"]):
+        image = ImageOps.exif_transpose(Image.open(tmp_path / "in" / name))
+        if name == "c.png":
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        np.testing.assert_array_equal(
+            ffcv_pixels(tmp_path / "o.beton", index), np.asarray(image.convert("RGB")), name
+        )
+
+
+@given(orientation=st.integers(1, 8), big_endian=st.booleans(), tags=st.integers(0, 3))
+def test_orientation_is_read_as_pillow_reads_it(
+    orientation: int, big_endian: bool, tags: int
+) -> None:
+    """A missed rotation trains on sideways images."""
+    exif = Image.Exif()
+    exif.endian = ">" if big_endian else "<"
+    for tag in (0x010E, 0x010F, 0x0131)[:tags]:
+        exif[tag] = "text"
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    picture().save(stream, "JPEG", exif=exif)
+    header = jpeg_header(stream.getvalue())
+    assert header is not None
+    assert header.orientation == Image.open(stream).getexif()[0x0112]
+    assert (header.width, header.height, header.components) == (64, 48, 3)
+
+
+@given(data=st.binary(max_size=64), cut=st.integers(0, 700))
+def test_the_header_parser_never_fails_otherwise(data: bytes, cut: int) -> None:
+    """An IndexError on garbage would end a scan of a million files."""
+    for garbage in (b"\xff\xd8\xff" + data, jpeg(ramp(8, 8))[:cut] + data):
+        try:
+            jpeg_header(garbage)
+        except BadImage as error:
+            assert "header" in str(error)
+
+
+def test_max_side(tmp_path: Path) -> None:
+    """Large images shrink with their aspect ratio, small ones stay as they are."""
+    small = save(tmp_path / "in" / "a.jpg", picture(48, 64), quality=95)
+    save(tmp_path / "in" / "b.jpg", picture(200, 300), quality=95)
+    save(tmp_path / "in" / "c.png", picture(300, 200))
+    run("folder", tmp_path / "in", tmp_path / "o.beton", "--max-side", "64", "--quality", "90")
+    field = Reader(str(tmp_path / "o.beton")).metadata["f0"]
+    assert field["mode"].tolist() == [0, 0, 0]
+    assert field["height"].tolist() == [48, 43, 64]
+    assert field["width"].tolist() == [64, 64, 43]
+    assert stored(tmp_path / "o.beton")[0] == small.read_bytes()
+    full = Image.open(tmp_path / "in" / "b.jpg").resize((64, 43), Image.Resampling.LANCZOS)
+    error = np.abs(ffcv_pixels(tmp_path / "o.beton", 1) - np.asarray(full).astype(int))
+    assert error.mean() < 2
+
+
+def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Copies made on two machines can be compared by a checksum, whatever the thread count."""
+    fill(tmp_path / "in", *(f"{i}.jpg" for i in range(30)))
+    save(tmp_path / "in" / "z.png")
+    run("folder", tmp_path / "in", tmp_path / "a.beton")
+    build_dataset.main(
+        ["folder", "--root", f"{tmp_path}/in", "--out", f"{tmp_path}/b.beton", "--workers", "5"]
+    )
+    assert (tmp_path / "a.beton").read_bytes() == (tmp_path / "b.beton").read_bytes()
+
+
+def test_labels_are_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ImageNet's labels would be lost for evaluation."""
+    fill(tmp_path, "train/n02/x.JPEG", "train/n01/x.JPEG", "train/n01/y.JPEG")
+    run("imagenet", tmp_path, tmp_path / "o.beton")
+    reader = Reader(str(tmp_path / "o.beton"))
+    assert reader.field_names == ["image", "index", "label"]
+    assert reader.metadata["f2"].tolist() == [0, 0, 1]
+    assert json.loads((tmp_path / "o.beton.json").read_text())["classes"] == ["n01", "n02"]
+    assert "3 images" in capsys.readouterr().out
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def truncated() -> bytes:
+    stream = jpeg(ramp(256, 256))
+    return stream[: len(stream) // 2]
+
+
+def bad_entropy() -> bytes:
+    stream = bytearray(jpeg(ramp(256, 256)))
+    stream[-800:-700] = b"\xfe" * 100
+    return bytes(stream)
+
+
+BAD: dict[str, tuple[bytes, str]] = {
+    "zero bytes": (b"", "empty file"),
+    "text": (b"not an image", "not an image of a known format"),
+    "truncated": (truncated(), "Premature end of JPEG file"),
+    "truncated header": (jpeg(ramp(8, 8))[:100], "truncated or damaged JPEG header"),
+    "corrupt": (bad_entropy(), "Corrupt JPEG data"),
+    "truncated PNG": (b"\x89PNG\r\n\x1a\n" + b"\0" * 30, ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_named_and_nothing_is_left(tmp_path: Path, case: str) -> None:
+    """libjpeg paints the missing part grey, and FFCV ignores that it says so."""
+    content, reason = BAD[case]
+    fill(tmp_path / "in", "a.jpg", "z.jpg")
+    (tmp_path / "in" / "bad.jpg").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        run("folder", tmp_path / "in", tmp_path / "o.beton")
+    prefix = f"1 of 3 files is bad, nothing was written: {tmp_path}/in/bad.jpg: "
+    assert str(error.value).startswith(prefix + reason)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    """A link that leads nowhere must not end in a traceback, nor a pipe in a hang."""
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(BadImage, match="broken symbolic link"):
+        load_record(tmp_path / "link.jpg")
+    with pytest.raises(BadImage, match="not a regular file"):
+        load_record(tmp_path / "pipe.jpg")
+
+
+def test_a_huge_claim_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    """A few bytes can claim 65,500 x 65,500 pixels."""
+    stream = bytearray(jpeg(ramp(8, 8)))
+    position = stream.index(b"\xff\xc0")
+    stream[position + 5 : position + 9] = (65500).to_bytes(2) * 2
+    (tmp_path / "a.jpg").write_bytes(stream)
+    with pytest.raises(BadImage, match="65500x65500 pixels: too large"):
+        load_record(tmp_path / "a.jpg")
+
+
+def test_every_bad_file_is_named(tmp_path: Path) -> None:
+    """Found one an hour, they would cost days."""
+    fill(tmp_path / "in", "a.jpg")
+    for i in range(25):
+        (tmp_path / "in" / f"b{i:02d}.jpg").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        run("folder", tmp_path / "in", tmp_path / "o.beton")
+    lines = str(error.value).splitlines()
+    assert lines[0] == "25 of 26 files are bad, nothing was written:"
+    assert lines[1].endswith("b00.jpg: empty file")
+    assert lines[-1].strip() == "and 5 more"
+    assert len(lines) == 22
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    """Refused before hours of work, and never over an older file."""
+    root, out = fill(tmp_path / "in", "a.jpg"), tmp_path / "o.beton"
+    with pytest.raises(UserError, match="there is no folder"):
+        run("folder", root, tmp_path / "none" / "o.beton")
+    with pytest.raises(UserError, match="is a folder"):
+        run("folder", root, root)
+    run("folder", root, out)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="exists; --force replaces it"):
+        run("folder", root, out)
+    fill(root, "b.jpg")
+    run("folder", root, out, "--force")
+    assert out.read_bytes() != before
+    assert json.loads((tmp_path / "o.beton.json").read_text())["count"] == 2
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual end of a long packing run must not be a traceback with a half file."""
+    from tools.beton_writer import BetonWriter
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(BetonWriter, "append", full)
+    root = fill(tmp_path / "in", "a.jpg")
+    with pytest.raises(UserError, match=r"cannot write .*o\.beton: No space left on device"):
+        run("folder", root, tmp_path / "o.beton")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_ends_with_one_line_and_2(tmp_path: Path) -> None:
+    """Scripts see the exit code, people the line."""
+    none = str(tmp_path / "none")
+    result = command("tools.build_dataset", "coco", "--root", none, "--out", f"{tmp_path}/o.beton")
+    assert result.returncode == 2
+    line = f"error: expected {none}/train2017/*.jpg; {none} is not there\n"
+    assert result.stderr == line
+
+
+@pytest.mark.parametrize("arguments", [["tools.build_dataset"], ["tools.scenes"]])
+def test_help(arguments: list[str]) -> None:
+    """Help must not depend on data, nor on the slow imports."""
+    result = command(*arguments, "--help")
+    assert result.returncode == 0
+    assert "example" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["coco", "cocoplus", "imagenet", "folder", "sample"])
+def test_help_of_each_source(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A percent sign in a help text, for one, makes argparse fail."""
+    with pytest.raises(SystemExit, match="0"):
+        build_dataset.main([kind, "--help"])
+    assert "--root" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [["--quality", "0"], ["--max-side", "-1"], ["--workers", "x"]])
+def test_impossible_options(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Pillow would clip a quality of 0 silently."""
+    with pytest.raises(SystemExit, match="2"):
+        build_dataset.main(["coco", "--root", ".", "--out", "x", *option])
+    assert option[0] in capsys.readouterr().err
