@@ -6,27 +6,21 @@ import stat
 from pathlib import Path
 
 import numpy as np
-from ffcv.fields import IntField, RGBImageField
-from ffcv.types import (
+
+from pipeline.errors import UserError
+from pipeline.ffcv_format import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
+    JPEG,
+    RAW,
     TYPE_ID_HANDLER,
     FieldDescType,
     HeaderType,
+    IntField,
+    RGBImageField,
     get_metadata_type,
 )
-
-from pipeline.errors import UserError
-from pipeline.turbojpeg import (
-    BAD_HEADER,
-    BAD_PIXELS,
-    JPEG,
-    OK,
-    RAW,
-    REASONS,
-    Decoder,
-    decode_records,
-)
+from pipeline.turbojpeg import BAD_HEADER, BAD_PIXELS, OK, REASONS, Decoder, decode_records
 
 FIELDS = {"image": RGBImageField, "index": IntField, "label": IntField}
 """What a beton of slotstream's holds of each sample, in ffcv's types; label only where there is

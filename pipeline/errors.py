@@ -1,5 +1,20 @@
-"""The one exception that stands for a mistake of the user's."""
+"""How a mistake of the user's is reported."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
     """Bad input: a command prints it as one line and exits with 2, without a traceback."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a command's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -133,7 +133,7 @@ class ViewLoader:
         rank: int = 0,
         world: int = 1,
         accumulation: int = 1,
-        threads: int = 0,
+        threads: int = 1,
     ) -> None:
         if batch_size % (world * accumulation):
             raise UserError(
@@ -149,9 +149,9 @@ class ViewLoader:
         self.rank, self.world, self.accumulation = rank, world, accumulation
         self.steps_per_epoch = len(beton) // batch_size
         self._backend = get_backend(backend)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._check_memory()
-        cores = len(psutil.Process().cpu_affinity() or [0])
-        self._canvases = CanvasLoader(beton, threads or cores, pin=device.type == "cuda")
+        self._canvases = CanvasLoader(beton, threads, pin=device.type == "cuda")
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of `epoch`, from step `start` of it on: `accumulation` for each
@@ -159,9 +159,10 @@ class ViewLoader:
         """
         shares = self.shares(epoch)[start * self.accumulation :]
         for which, canvas in self._canvases.decode(list(shares)):
-            yield self._view(epoch, which, canvas)
-            if self.device.type == "cuda":  # the canvas is written again once it has been copied
-                self._copied.synchronize()
+            batch, copied = self._view(epoch, which, canvas)
+            yield batch
+            if copied is not None:  # only then may the canvas be written again
+                copied.synchronize()
 
     def shares(self, epoch: int) -> np.ndarray:
         """Which records this rank takes: int64 [steps · accumulation, images of a micro-batch].
@@ -173,19 +174,31 @@ class ViewLoader:
         order = generator.permutation(len(self.beton))[: self.steps_per_epoch * self.batch_size]
         return order.reshape(self.steps_per_epoch * self.accumulation, self.world, -1)[:, self.rank]
 
-    def _view(self, epoch: int, which: np.ndarray, canvas: Tensor) -> Batch:
+    def _view(
+        self, epoch: int, which: np.ndarray, canvas: Tensor
+    ) -> tuple[Batch, torch.cuda.Event | None]:
+        """The batch of a canvas, and what tells that the canvas has left host memory."""
         height, width = self.beton.height[which], self.beton.width[which]
         index = self.beton.index[which]
         params = sample_views(self.seed, epoch, index, height, width, self.views)
         sizes = torch.from_numpy(np.stack([height, width], axis=1))
-        on_device = canvas.to(self.device, non_blocking=True)
-        if self.device.type == "cuda":
-            self._copied = torch.cuda.current_stream(self.device).record_event()
+        host = (canvas, *map(torch.from_numpy, (params.overlap, params.flipped, index)))
+        (on_device, *geometry), copied = self._copy(host)
         views = self._backend(on_device, sizes, params, self.views.size, self.device, self.dtype)
-        to_device = (
-            torch.from_numpy(a).to(self.device) for a in (params.overlap, params.flipped, index)
-        )
-        return Batch(views, *to_device)
+        return Batch(views, *geometry), copied
+
+    def _copy(self, host: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
+        """Copy to the device on a stream of its own: a copy need not wait for the running step."""
+        if self._stream is None:
+            return [tensor.to(self.device) for tensor in host], None
+        compute = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            copies = [tensor.to(self.device, non_blocking=True) for tensor in host]
+            copied = self._stream.record_event()
+        compute.wait_event(copied)
+        for tensor in copies:
+            tensor.record_stream(compute)
+        return copies, copied
 
     def _check_memory(self) -> None:
         images = self.batch_size // (self.world * self.accumulation)

@@ -7,15 +7,14 @@ it. Pixels here are those of PIL.
 
 import ctypes
 
-import ffcv._libffcv
 import numba
 import numpy as np
 
+from pipeline.ffcv_format import LIBRARY, RAW
+
 _int, _pointer, _ulong = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong
 
-# The handle of ffcv's extension also finds the symbols of the libraries it depends on. It is a
-# handle of our own: the argument types that ffcv sets on its own handle stay as they are.
-lib = ctypes.CDLL(ffcv._libffcv.__file__)
+lib = ctypes.CDLL(LIBRARY)  # a handle of our own: ffcv's keeps the argument types that ffcv gave it
 _init = lib.tjInitDecompress
 _init.argtypes, _init.restype = [], _pointer
 _destroy = lib.tjDestroy
@@ -34,8 +33,6 @@ _pread.restype = ctypes.c_ssize_t
 
 RGB, CMYK = 0, 11  # TJPF_RGB, TJPF_CMYK
 ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT, the one PIL uses
-
-JPEG, RAW = 0, 1  # `mode` in ffcv's RGB field
 
 OK, SHORT_READ, BAD_HEADER, WRONG_SIZE, BAD_PIXELS = range(5)
 REASONS = {

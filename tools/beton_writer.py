@@ -16,17 +16,20 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from ffcv.fields import IntField, RGBImageField
-from ffcv.fields.rgb_image import IMAGE_MODES
-from ffcv.types import (
+from numpy.typing import NDArray
+
+from pipeline.ffcv_format import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
+    JPEG,
+    RAW,
     TYPE_ID_HANDLER,
     FieldDescType,
     HeaderType,
+    IntField,
+    RGBImageField,
     get_metadata_type,
 )
-from numpy.typing import NDArray
 
 MIN_PAGE_SIZE = 1 << 21
 DEFAULT_PAGE_SIZE = (
@@ -87,9 +90,9 @@ class BetonWriter:
         if isinstance(image, np.ndarray):
             if image.shape != (height, width, 3) or image.dtype != np.uint8:
                 raise ValueError(f"{image.dtype}{image.shape} is not uint8({height}, {width}, 3)")
-            mode, data = IMAGE_MODES["raw"], np.ascontiguousarray(image).reshape(-1).data
+            mode, data = RAW, np.ascontiguousarray(image).reshape(-1).data
         else:
-            mode, data = IMAGE_MODES["jpg"], memoryview(image)
+            mode, data = JPEG, memoryview(image)
         pointer = self._allocate(data.nbytes)
         self._metadata[self._count] = ((mode, width, height, pointer), *integers)
         self._allocations[self._count] = (self._count, pointer, data.nbytes)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.errors import UserError
-from tools import cli, scenes
+from pipeline.errors import UserError, run
+from tools import scenes
 from tools.parallel import ordered_map
 from tools.sources import SOURCES, Source
 
@@ -226,4 +226,4 @@ def _quality(text: str) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.errors import UserError
-from tools import cli
+from pipeline.errors import UserError, run
 from tools.parallel import ordered_map
 
 Array = NDArray[np.floating]
@@ -534,4 +533,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,0 +1,42 @@
+# `make` lists the targets. Everything is installed into $(VENV); nothing else needs activating.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format constraints clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(READY) ## install system packages, a virtual environment and the pinned versions
+
+$(READY): pyproject.toml constraints.txt tools/setup.sh
+	@tools/setup.sh $(VENV)
+	@touch $@
+
+demo: setup ## set up, pre-train on a generated data set, write runs/demo/report.html
+	@$(PYTHON) -m tools.demo
+
+test: setup ## set up and run the tests (PYTEST_ARGS="-k name" chooses)
+	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: setup ## check style, format and types
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+format: setup ## mend style and format
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format .
+
+constraints: ## renew constraints.txt with the newest versions that pyproject.toml allows
+	@CONSTRAINTS= tools/setup.sh $(VENV)-new
+	@sed '/^[^#]/d' constraints.txt > constraints.txt.new
+	@$(VENV)-new/bin/python -m pip freeze --all --exclude-editable >> constraints.txt.new
+	@mv constraints.txt.new constraints.txt
+	@rm -rf $(VENV)-new
+
+clean: ## remove the virtual environment and every cache; data/ and runs/ stay
+	@rm -rf .venv .venv-new build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

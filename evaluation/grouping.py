@@ -1,0 +1,77 @@
+"""How well prototypes, taken as clusters, agree with classes.
+
+The protocol of unsupervised semantic segmentation (arXiv 2205.15288, table 5): one confusion matrix
+over the whole set, one-to-one matching of clusters and classes.
+
+Letters: K prototypes (clusters), C classes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+
+@dataclass(frozen=True)
+class GroupingScore:
+    """Agreement of clusters and classes over a whole set; shares are in 0..1."""
+
+    miou: float
+    """Mean IoU of the classes that the labels show."""
+    accuracy: float
+    """Share of labelled pixels whose cluster is matched to their class."""
+    iou: np.ndarray
+    """float64 [C]; NaN for a class that no label shows."""
+    cluster: np.ndarray
+    """int64 [C], the cluster matched to each class; -1 for none."""
+    used: int
+    """Number of clusters that win at least one labelled pixel."""
+
+
+def confusion_matrix(
+    clusters: np.ndarray, labels: np.ndarray, num_clusters: int, num_classes: int
+) -> np.ndarray:
+    """int64 [K, C]: how many pixels of each cluster bear each label.
+
+    `clusters` and `labels` are integer arrays of one shape; pixels whose label is not in 0 … C-1
+    (void) are left out.
+    """
+    labels = labels.astype(np.int64)
+    valid = (labels >= 0) & (labels < num_classes)
+    pair = clusters[valid].astype(np.int64) * num_classes + labels[valid]
+    counts = np.bincount(pair, minlength=num_clusters * num_classes)
+    return counts.reshape(num_clusters, num_classes)
+
+
+def match(confusion: np.ndarray) -> np.ndarray:
+    """int64 [C]: the cluster of each class, such that most pixels are matched; -1 where K < C."""
+    cluster = np.full(confusion.shape[1], -1, np.int64)
+    rows, columns = linear_sum_assignment(confusion, maximize=True)
+    cluster[columns] = rows
+    return cluster
+
+
+def score_grouping(confusion: np.ndarray) -> GroupingScore:
+    """Match and score an int64 [K, C] confusion matrix.
+
+    With K > C the clusters left over count against the classes they cover; with K < C a class left
+    over scores 0. A class without labelled pixels takes no part: there is nothing to find. Raises
+    ValueError if no pixel is labelled.
+    """
+    pixels = confusion.sum(axis=0)
+    shown = np.flatnonzero(pixels)
+    if not len(shown):
+        raise ValueError("no labelled pixel to score")
+    cluster = np.full(len(pixels), -1, np.int64)
+    cluster[shown] = match(confusion[:, shown])
+    matched = shown[cluster[shown] >= 0]
+    hit = confusion[cluster[matched], matched]
+    iou = np.where(pixels > 0, 0.0, np.nan)
+    iou[matched] = hit / (pixels[matched] + confusion[cluster[matched]].sum(axis=1) - hit)
+    return GroupingScore(
+        miou=float(iou[shown].mean()),
+        accuracy=float(hit.sum() / pixels.sum()),
+        iou=iou,
+        cluster=cluster,
+        used=int((confusion.sum(axis=1) > 0).sum()),
+    )

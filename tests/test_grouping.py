@@ -1,0 +1,107 @@
+"""Matching and scoring of clusters against the definition itself: all permutations, tried."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from evaluation.grouping import confusion_matrix, match, score_grouping
+
+confusions = hnp.arrays(
+    np.int64,
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    elements=st.integers(0, 9),
+).filter(lambda confusion: confusion.sum() > 0)
+
+
+def best_matching(confusion: np.ndarray) -> int:
+    """The most pixels that any one-to-one matching of clusters and classes can match."""
+    small = confusion if confusion.shape[0] >= confusion.shape[1] else confusion.T
+    clusters, classes = small.shape
+    return max(
+        sum(int(small[k, c]) for c, k in enumerate(chosen))
+        for chosen in itertools.permutations(range(clusters), classes)
+    )
+
+
+@given(confusions)
+def test_matching_is_the_best_of_all_permutations(confusion: np.ndarray) -> None:
+    """A greedy or minimising matching would report an accuracy below what the clusters deserve."""
+    scored = score_grouping(confusion)
+    assert scored.accuracy == pytest.approx(best_matching(confusion) / confusion.sum())
+
+
+@given(confusions)
+def test_matching_is_one_to_one(confusion: np.ndarray) -> None:
+    """A cluster used for two classes would score over-segmentation and merging for free."""
+    cluster = match(confusion)
+    used = cluster[cluster >= 0]
+    assert len(set(used.tolist())) == len(used) == min(confusion.shape)
+
+
+@given(confusions)
+def test_iou_follows_from_the_matching(confusion: np.ndarray) -> None:
+    """IoU counted pixel by pixel from the definition, TP / (TP + FP + FN)."""
+    scored = score_grouping(confusion)
+    for c in range(confusion.shape[1]):
+        k, truth = scored.cluster[c], confusion[:, c].sum()
+        if truth == 0:
+            assert np.isnan(scored.iou[c])
+            continue
+        hit = confusion[k, c] if k >= 0 else 0
+        claimed = confusion[k].sum() if k >= 0 else 0
+        assert scored.iou[c] == pytest.approx(hit / (truth + claimed - hit))
+    assert scored.miou == pytest.approx(np.nanmean(scored.iou))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_numbering_of_clusters_does_not_matter(seed: int) -> None:
+    """Prototypes have no order: the score must not depend on it (unique optimum assumed)."""
+    generator = np.random.default_rng(seed)
+    # Powers of two: no two matchings have the same sum, so the optimum is unique.
+    confusion = 2 ** generator.permutation(20).reshape(5, 4).astype(np.int64)
+    shuffled = confusion[generator.permutation(5)]
+    first, second = score_grouping(confusion), score_grouping(shuffled)
+    assert first.miou == second.miou
+    assert first.accuracy == second.accuracy
+
+
+def test_confusion_by_hand_leaves_void_out() -> None:
+    """Void pixels that counted would punish a model for pixels nobody labelled."""
+    clusters = np.array([[0, 0, 1], [2, 1, 1]])
+    labels = np.array([[0, 255, 1], [1, 1, 0]], np.uint8)
+    expected = [[1, 0], [1, 2], [0, 1]]
+    assert confusion_matrix(clusters, labels, 3, 2).tolist() == expected
+
+
+def test_more_clusters_than_classes_count_against() -> None:
+    """K > C: what a class loses to an unmatched cluster is lost; IoU 6/10 and 5/5 by hand."""
+    scored = score_grouping(np.array([[6, 0], [4, 0], [0, 5]]))
+    assert scored.iou.tolist() == [0.6, 1.0]
+    assert scored.miou == pytest.approx(0.8)
+    assert scored.accuracy == pytest.approx(11 / 15)
+    assert scored.used == 3
+
+
+def test_fewer_clusters_than_classes_leave_classes_at_zero() -> None:
+    """K < C: one cluster for all is a bad grouping, and the classes it misses must say so."""
+    scored = score_grouping(np.array([[6, 3, 1]]))
+    assert scored.iou.tolist() == [0.6, 0.0, 0.0]
+    assert scored.miou == pytest.approx(0.2)
+    assert scored.cluster.tolist() == [0, -1, -1]
+
+
+def test_absent_class_takes_no_part() -> None:
+    """A class that no label shows would otherwise pull the mean down whatever the grouping."""
+    scored = score_grouping(np.array([[4, 0, 0], [0, 0, 4]]))
+    assert scored.miou == 1.0
+    assert np.isnan(scored.iou[1])
+
+
+def test_nothing_labelled_is_refused() -> None:
+    """A mean over nothing is no score."""
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        score_grouping(np.zeros((2, 2), np.int64))

@@ -1,0 +1,195 @@
+"""The project as a whole: its versions, its imports, its commands, its set-up without root."""
+
+import ast
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RUNTIME = [Requirement(text) for text in PROJECT["dependencies"]]
+DEV = [Requirement(text) for text in PROJECT["optional-dependencies"]["dev"]]
+
+# What each package of ours may import of the others.
+MAY_IMPORT: dict[str, set[str]] = {
+    "pipeline": set(),
+    "model": set(),
+    "train": {"pipeline", "model"},
+    "tools": {"pipeline", "model", "train", "evaluation"},
+    "evaluation": {"pipeline", "model", "train"},
+}
+
+# Dependencies that another one loads on our behalf.
+LOADED_INDIRECTLY = {"tensorboard"}  # torch.utils.tensorboard, through Accelerate's tracker
+
+# Folders beside the sources that hold no source: environments, caches, data, results.
+NOT_OURS = re.compile(r"^(\.venv.*|\.git|.*_cache|__pycache__|\.hypothesis|.*egg-info|data|runs)$")
+
+# Places on somebody's machine or network. The brackets keep this file from matching itself.
+PLACES = re.compile(
+    r"[/]work/|[/]root/|[/]home/\w+|[/]opt/pypi|https?[:]//\S+/simple\b"
+    r"|--[ei][\w-]*index-url|--find[-]links|--trusted[-]host"
+)
+
+
+def project_files() -> Iterator[Path]:
+    """Every file of the project, tracked or about to be."""
+    for folder, subfolders, names in os.walk(ROOT):
+        subfolders[:] = [name for name in subfolders if not NOT_OURS.match(name)]
+        yield from (Path(folder, name) for name in names)
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported_modules(source: Path) -> set[str]:
+    """Top-level names of all that a file imports, wherever in the file it does so."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if not line.startswith("#"))
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def commands() -> list[str]:
+    """The modules that `python -m` runs."""
+    modules = []
+    for package in MAY_IMPORT:
+        for source in sources(package):
+            if re.search(r'^if __name__ == "__main__":', source.read_text(), re.MULTILINE):
+                modules.append(".".join(source.relative_to(ROOT).with_suffix("").parts))
+    return modules
+
+
+def test_no_file_names_a_place_of_one_machine() -> None:
+    """Without it a path or package index of whoever wrote a file breaks it for everybody else."""
+    hits = []
+    for path in project_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue  # a recorded array or an image
+        hits += [f"{path.relative_to(ROOT)}: {found.group()}" for found in PLACES.finditer(text)]
+    assert not hits
+
+
+def test_constraints_are_plain_pins() -> None:
+    """Without it a URL, a hash or a local build slips in and installs on one machine only."""
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"#.*|[A-Za-z0-9][\w.-]*==[0-9][\w.]*", line), line
+
+
+@pytest.mark.parametrize("requirement", RUNTIME + DEV, ids=lambda requirement: requirement.name)
+def test_dependency_is_bounded_and_pinned_within_its_bounds(requirement: Requirement) -> None:
+    """Without it the next major release of a library decides whether a new clone works."""
+    operators = {specifier.operator for specifier in requirement.specifier}
+    assert operators == {">=", "<"}
+    pin = pins().get(canonicalize_name(requirement.name))
+    assert pin is not None, "run `make constraints`"
+    assert pin in requirement.specifier
+
+
+def test_dependencies_are_exactly_what_the_code_imports() -> None:
+    """Without it users install what nothing uses, or lack what arrives today by chance."""
+    imported = set().union(
+        *(imported_modules(path) for name in MAY_IMPORT for path in sources(name))
+    )
+    foreign = imported - set(MAY_IMPORT) - sys.stdlib_module_names
+    by_module = packages_distributions()
+    used = {canonicalize_name(by_module.get(module, [module])[0]) for module in foreign}
+    declared = {canonicalize_name(requirement.name) for requirement in RUNTIME}
+    assert used | LOADED_INDIRECTLY == declared
+
+
+def test_conda_environment_has_every_dependency_with_the_same_bounds() -> None:
+    """Without it the environment for machines without root falls behind pyproject.toml."""
+    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    by_pip = next(entry["pip"] for entry in entries if isinstance(entry, dict))
+    texts = [entry for entry in entries if isinstance(entry, str)] + by_pip
+    listed = {requirement.name: requirement for requirement in map(Requirement, texts)}
+    listed["torch"] = listed.pop("pytorch")
+    for requirement in RUNTIME:
+        assert listed[requirement.name].specifier == requirement.specifier, requirement.name
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_run_one_way(package: str) -> None:
+    """Without it model/ and pipeline/ grow into each other and neither can be used alone."""
+    forbidden = set(MAY_IMPORT) - MAY_IMPORT[package] - {package}
+    for source in sources(package):
+        wrong = imported_modules(source) & forbidden
+        assert not wrong, f"{source.relative_to(ROOT)} imports {wrong}"
+
+
+def test_importing_the_data_path_leaves_the_thread_counts_alone() -> None:
+    """ffcv sets PyTorch and Numba to one thread on import, and training slows down silently."""
+    importers = [
+        path for name in MAY_IMPORT for path in sources(name) if "ffcv" in imported_modules(path)
+    ]
+    assert [path.name for path in importers] == ["ffcv_format.py"]
+    code = (
+        "import numba, torch; torch.set_num_threads(2); before = numba.get_num_threads();"
+        "import pipeline.loader;"
+        "assert (torch.get_num_threads(), numba.get_num_threads()) == (2, before)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("module", commands())
+def test_command_explains_itself(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it an import error or a broken parser meets the user first.
+
+    Runs in this process: six fresh ones would spend a minute importing torch.
+    """
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)  # as if nothing had imported it yet
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_setup_without_root_names_the_missing_packages(tmp_path: Path) -> None:
+    """Without it a user without root meets a compiler's error in the middle of a build."""
+    stubs = {"id": "echo 1000", "sudo": "exit 1", "pkg-config": "exit 1", "apt-get": "exit 99"}
+    for name, body in stubs.items():
+        stub = tmp_path / name
+        stub.write_text(f"#!/bin/sh\n{body}\n")
+        stub.chmod(0o755)
+    setup = subprocess.run(
+        [ROOT / "tools/setup.sh", tmp_path / "venv"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert setup.returncode == 2
+    assert setup.stdout == ""
+    assert setup.stderr.startswith("error: ")
+    assert setup.stderr.count("\n") == 1
+    assert re.search(r"apt-get install .*libopencv-dev.*libturbojpeg", setup.stderr)
+    assert not (tmp_path / "venv").exists()

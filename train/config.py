@@ -1,0 +1,317 @@
+"""One typed configuration describes a run completely: read from YAML, overridden on the command
+line, stored with every checkpoint, and refused before anything is loaded if it cannot work.
+
+Sections: `data`, `views`, `model` and `train` define the science; `efficiency` and `log` do not.
+"""
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal
+
+import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from jsonargparse import (
+    ArgumentError,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    set_parsing_settings,
+)
+
+from model import ModelConfig
+from pipeline.augment import BACKENDS
+from pipeline.errors import UserError
+from pipeline.views import ViewConfig
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the texts below
+
+_EXAMPLES = """examples:
+  accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --data.path coco.beton
+  accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --resume auto
+  python -m train.pretrain --config configs/demo_cpu.yaml --train.epochs 2 --name trial
+  torchrun --nproc_per_node 8 -m train.pretrain --config configs/imagenet_r50_200ep.yaml
+  python -m train.pretrain --config configs/demo_cpu.yaml --print_config
+
+A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the trackers' files."""
+
+
+def _require(holds: bool, name: str, value: object, meaning: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {meaning}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and what brings them to the device."""
+
+    path: str
+    """The beton, written by tools.build_dataset."""
+    backend: str = "kornia"
+    """What applies the view parameters: "reference" or "kornia", which differ by rounding."""
+    threads: int = 0
+    """Decoding threads of each process; 0 = an equal share of the cores of its machine."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "path", self.path, "the name of a beton")
+        _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
+        _require(
+            self.threads >= 0, "threads", self.threads, "0 (an equal share of the cores) or more"
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation; defaults are the authors' for COCO (arXiv 2205.15288, section 4.1)."""
+
+    epochs: int = 800
+    """Passes over the images; learning rate and teacher momentum are spread over all of them."""
+    batch_size: int = 512
+    """Images of one optimiser step, over all processes and micro-batches."""
+    base_lr: float = 1.0
+    """Peak learning rate for 256 images a step; it grows in proportion to the batch."""
+    warmup_epochs: float = 5
+    """Epochs of linear warm-up before the cosine."""
+    warmup_multiplier: float = 100
+    """The warm-up starts at the peak learning rate divided by this."""
+    momentum: float = 0.9
+    """LARS: what a step keeps of the last one's direction."""
+    weight_decay: float = 1e-5
+    """LARS: decay of all weights but 1-D ones (biases, norms)."""
+    eta: float = 0.001
+    """LARS: trust coefficient, the size of a layer's step relative to its weights."""
+    teacher_momentum: float = 0.99
+    """What one step keeps of the teacher at the start; a cosine takes it to 1 at the end."""
+    seed: int = 0
+    """Of the weights, the order of the images and their views."""
+    max_steps: int | None = None
+    """Stop after this many steps; the schedules still aim at `epochs`. null = run to the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("base_lr", "eta"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, name, value, "a positive number")
+        _require(
+            0 <= self.warmup_epochs < self.epochs,
+            "warmup_epochs",
+            self.warmup_epochs,
+            f"at least 0 and less than epochs ({self.epochs})",
+        )
+        _require(
+            1 <= self.warmup_multiplier < math.inf,
+            "warmup_multiplier",
+            self.warmup_multiplier,
+            "at least 1",
+        )
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and less than 1")
+        _require(
+            0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or positive"
+        )
+        _require(
+            0 <= self.teacher_momentum <= 1, "teacher_momentum", self.teacher_momentum, "in 0..1"
+        )
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2^32-1")
+        _require(
+            self.max_steps is None or self.max_steps >= 1,
+            "max_steps",
+            self.max_steps,
+            "null or at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class EfficiencyConfig:
+    """Settings of speed and memory. They may change from one resume to the next."""
+
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision: "no" (float32), "bf16", or "fp16" with loss scaling, which needs CUDA and a
+    run that began with it."""
+    accumulation: int = 1
+    """Micro-batches of one step. Batch statistics and the slots that are contrasted are those of a
+    micro-batch, so a run with more of them is not quite the same run."""
+    channels_last: bool = True
+    """Keep weights and activations in channels-last layout."""
+
+    def __post_init__(self) -> None:
+        _require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run writes down, when and where."""
+
+    every: int = 10
+    """Steps between two log lines; their values are averages over these steps."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Accelerate's trackers by name; empty for none. metrics.jsonl is always written."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; 0 = only the last step, which always gets one."""
+    keep: int = 3
+    """How many of the newest checkpoints to keep."""
+    dir: str = "runs"
+    """Folder of all runs; this one writes to DIR/NAME."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "every", self.every, "at least 1")
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+        for tracker in self.trackers:
+            _require(tracker in LOGGER_TYPE_TO_CLASS, "trackers", tracker, f"some of {known}")
+        _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        _require(self.keep >= 1, "keep", self.keep, "at least 1")
+        _require(bool(self.dir), "dir", self.dir, "the name of a folder")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run."""
+
+    name: str
+    """Names the run and its folder: letters, digits, '.', '_', '-'."""
+    data: DataConfig
+    """Data"""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """Views"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training"""
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    """Efficiency"""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Log"""
+
+    def __post_init__(self) -> None:
+        plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name)
+        _require(bool(plain), "name", self.name, "made of letters, digits, '.', '_' and '-'")
+
+
+def load_config(argv: list[str] | None = None) -> tuple[RunConfig, str | None]:
+    """The run that a command line describes, and its --resume ("auto", a path, or None).
+
+    Raises UserError, naming the key, for anything that is unknown, missing or impossible.
+    """
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(_explain(str(error))) from None
+    values = arguments.as_dict()
+    return _build(values), values["resume"]
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain values, as YAML and JSON hold them; `from_dict` reads them back."""
+    return {key: _plain(value) for key, value in asdict(config).items()}
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """A configuration from nested plain values. Raises UserError, naming the key."""
+    try:
+        return _build(_parser().parse_object(dict(values)).as_dict())
+    except ArgumentError as error:
+        raise UserError(_explain(str(error))) from None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The text of a --config file that describes this run."""
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 2}} as {"train.epochs": 2}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the examples."""
+
+
+@cache
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m train.pretrain",
+        usage="%(prog)s --config FILE [--resume auto|PATH] [--section.field VALUE ...]",
+        formatter_class=_Help,
+        description="Pre-train SlotCon on the images of a beton.",
+        epilog=_EXAMPLES,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
+    parser.add_argument(
+        "--resume",
+        type=str | None,
+        metavar="auto|PATH",
+        help="auto: go on from this run's newest checkpoint, if there is one; "
+        "PATH: from this checkpoint or run.",
+    )
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def _build(values: Mapping[str, Any]) -> RunConfig:
+    """RunConfig from parsed values; names the section that refuses one."""
+    parts: dict[str, Any] = {"name": values["name"]}
+    for section in fields(RunConfig):
+        if is_dataclass(section.type) and isinstance(section.type, type):
+            try:
+                parts[section.name] = section.type(**values[section.name])
+            except ValueError as error:
+                raise UserError(f"{section.name}.{error}") from None
+    try:
+        return RunConfig(**parts)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's account of what is wrong, in one line that names the key."""
+    message = " ".join(message.split())
+    if found := re.match(r'Parser key "([^"]+)": (.*)', message):
+        return _explain_value(*found.groups())
+    if found := re.match(r"(?:Group '(.+)' does not accept option|Option) '([^']+)'", message):
+        return _unknown(".".join(filter(None, found.groups())))
+    if found := re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
+        return _unknown(found[1])
+    if found := re.match(r"the following arguments are required: (.+)", message):
+        return f"{found[1]} is missing: give it in the --config file or as --{found[1]} VALUE"
+    if message.startswith("Unexpected config"):
+        return "--config: the file holds no keys and values"
+    return message.replace("Problems parsing config:", "--config:")
+
+
+def _explain_value(key: str, problem: str) -> str:
+    value = re.search(r"(?:Got|Given) value: (.*)$", problem)
+    kinds = re.findall(r"Expected an? (.+?)(?= - |\. Got| Given value|$)", problem)
+    if value and kinds:
+        return f"{key} must be {_kinds(kinds)}, not {value[1]}"
+    return f"{'--config' if key == 'config' else key}: {problem}"
+
+
+def _kinds(kinds: list[str]) -> str:
+    """["<class 'int'>", "<class 'NoneType'>"] as "int or null"."""
+    text = " or ".join(kinds).replace("typing.Literal", "one of ").replace("NoneType", "null")
+    hint = ' (in YAML, "no" needs its quotes)' if "'no'" in text else ""
+    return re.sub(r"<class '(\w+)'>", r"\1", text) + hint
+
+
+def _unknown(key: str) -> str:
+    known = [action.dest for action in _parser()._actions]
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")

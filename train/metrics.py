@@ -1,0 +1,170 @@
+"""What a run tells while it trains: averages kept on the device, one log line every few steps."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from model import ModelOutput
+
+TERMS = ("grouping_12", "grouping_21", "slot_12", "slot_21")
+STATS = ("active_slots", "active_pairs")
+NAMES = ("loss", *TERMS, *STATS)
+
+
+class Diverged(RuntimeError):
+    """The loss or a weight is no longer finite."""
+
+
+class Meter:
+    """Averages since the last log line, over micro-batches and processes.
+
+    Adding stays on the device; reading is one collective and one synchronisation.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=accelerator.device)
+
+    def add(self, output: ModelOutput) -> None:
+        """Take in one micro-batch."""
+        values = [output.loss.detach()]
+        values += [output.terms[name] for name in TERMS] + [output.stats[name] for name in STATS]
+        values.append(torch.ones_like(values[0]))
+        self._sums += torch.stack(values)
+
+    def read(self) -> dict[str, float]:
+        """The averages by name; equal on all processes. Empty if nothing was added."""
+        *sums, count = self._gathered().sum(dim=0).tolist()
+        return dict(zip(NAMES, (value / count for value in sums), strict=True)) if count else {}
+
+    def clear(self) -> None:
+        """Start the next log line."""
+        self._sums.zero_()
+
+    def state(self) -> list[list[float]]:
+        """For each process its sums and, last, how many micro-batches they hold."""
+        state: list[list[float]] = self._gathered().tolist()
+        return state
+
+    def load(self, state: list[list[float]]) -> None:
+        """Go on from `state`; with another number of processes, from its average over processes."""
+        saved = torch.tensor(state, dtype=torch.float64)
+        same = len(state) == self._accelerator.num_processes
+        own = saved[self._accelerator.process_index] if same else saved.mean(dim=0)
+        self._sums.copy_(own)
+
+    def _gathered(self) -> Tensor:
+        """[processes, values]"""
+        gathered: Tensor = self._accelerator.gather(self._sums[None])
+        return gathered
+
+
+class Stopwatch:
+    """Time since the last log line, and the share of it that was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the next log line."""
+        self.steps = 0
+        self._began, self._waited = time.perf_counter(), 0.0
+
+    def read(self) -> tuple[int, float, float]:
+        """Steps (counted by the caller), seconds so far, share of waiting."""
+        seconds = time.perf_counter() - self._began
+        return self.steps, seconds, self._waited / seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside counts as waiting."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count at all."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+
+class Journal:
+    """The run's log: metrics.jsonl (one JSON object a line), the progress line, the trackers."""
+
+    def __init__(self, accelerator: Accelerator, path: Path) -> None:
+        self._accelerator = accelerator
+        self._path = path
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: a run that was killed repeats those steps."""
+        if not self._accelerator.is_main_process or not self._path.exists():
+            return
+        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+        beside = self._path.with_name(f"{self._path.name}.partial")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.replace(self._path)
+
+    def flush(self) -> None:
+        """Bring all lines to the disk, so that no checkpoint is younger than its curve."""
+        if self._accelerator.is_main_process and self._path.exists():
+            with self._path.open("a") as file:
+                os.fsync(file.fileno())
+
+    def write(self, values: Mapping[str, float], progress: str) -> None:
+        """One log line everywhere."""
+        if self._accelerator.is_main_process:
+            with self._path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            print(progress, flush=True)
+        measured = {name: value for name, value in values.items() if name != "step"}
+        self._accelerator.log(measured, step=int(values["step"]))
+
+
+def finite(values: Mapping[str, float]) -> bool:
+    """No NaN, no infinity."""
+    return all(math.isfinite(value) for value in values.values())
+
+
+def progress_line(values: Mapping[str, Any], epochs: int, total: int, seconds_left: float) -> str:
+    """A log line for people."""
+    epoch = math.ceil(values["epoch"])
+    grouping = " ".join(f"{values[name]:.3f}" for name in TERMS[:2])
+    slots = " ".join(f"{values[name]:.3f}" for name in TERMS[2:])
+    return (
+        f"epoch {epoch}/{epochs}  step {values['step']}/{total}  "
+        f"{values['images_per_s']:.1f} images/s  "
+        f"loss {values['loss']:.4f} (grouping {grouping}, slots {slots})  "
+        f"{values['active_slots']:.1f} slots/image  data wait {values['wait_share']:.0%}  "
+        f"{duration(seconds_left)} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 05 min, 2 d 07 h."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for the torn last line of a killed run."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

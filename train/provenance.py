@@ -1,0 +1,76 @@
+"""What a number was measured on, and the JSON file that carries both."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+
+PACKAGES = ("torch", "torchvision", "numpy", "ffcv", "kornia", "accelerate")
+
+
+def hardware() -> dict[str, Any]:
+    """This machine: CPU model, cores this process may use, memory in GiB, GPUs by name."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "gpus": gpus,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's marketing name where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose numbers depend on them, those that are
+    installed.
+    """
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """`hardware`, `versions` and `command` of the running process, the head of every measurement's
+    JSON.
+    """
+    command = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    return {"hardware": hardware(), "versions": versions(), "command": shlex.join(command)}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path` at once or not at all. Raises UserError."""
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` at once or not at all. Raises UserError."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: {error.strerror}") from None
