@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from evaluation.images import ImageSource, centre_square
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 DECODE_THREADS = 4
 UPSAMPLED_FLOATS = 2**24
 """Floats of upsampled scores held at once: 64 MiB, whatever K and R are."""

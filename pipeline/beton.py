@@ -59,7 +59,7 @@ class Beton:
                 f" (its header says {header['version']})"
             )
         samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
-        if not samples or not HeaderType.itemsize < table < self.bytes:
+        if not samples or table < HeaderType.itemsize:
             raise UserError(f"{self.path}: incomplete beton: its writer did not finish")
         columns = self._read_samples(int(header["num_fields"]), samples)
         image = columns["image"]
@@ -107,7 +107,10 @@ class Beton:
         """`count` entries of a table. Raises UserError if the file ends before them."""
         size = count * dtype.itemsize
         if offset + size > self.bytes:
-            raise UserError(f"{self.path}: truncated, or no beton: {self.bytes} bytes")
+            raise UserError(
+                f"{self.path}: truncated, or no beton: it has {self.bytes} bytes,"
+                f" and tables that end at byte {offset + size}"
+            )
         return np.frombuffer(os.pread(self.file, size, offset), dtype, count)
 
     def _read_samples(self, fields: int, samples: int) -> dict[str, np.ndarray]:
