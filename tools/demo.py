@@ -24,9 +24,9 @@ STEPS = {
     f" --batch 32 --repeats 3 --json {RUN}/bench.json",
     "Score the grouping on held-out scenes": f"evaluation.unsupervised_segmentation"
     f" --checkpoint {RUN} --images {SCENES}/images --labels {SCENES}/labels"
-    f" --baseline untrained --json {RUN}/eval.json",
+    f" --size 192 --baseline untrained --json {RUN}/eval.json",
     "Draw the prototypes": f"tools.show_prototypes --checkpoint {RUN} --data {BETON}"
-    f" --max-images 300 --out {RUN}/prototypes.png",
+    f" --size 192 --max-images 300 --out {RUN}/prototypes.png",
     "Write the report": f"tools.report {RUN}",
 }
 
