@@ -9,23 +9,17 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.ffcv_format import (
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
+    ALLOCATION,
+    DESCRIPTOR,
+    FIELDS,
+    HEADER,
     JPEG,
     RAW,
-    TYPE_ID_HANDLER,
-    FieldDescType,
-    HeaderType,
-    IntField,
-    RGBImageField,
-    get_metadata_type,
+    TYPE_ID,
+    VERSION,
+    metadata_type,
 )
 from pipeline.turbojpeg import BAD_HEADER, BAD_PIXELS, OK, REASONS, Decoder, decode_records
-
-FIELDS = {"image": RGBImageField, "index": IntField, "label": IntField}
-"""What a beton of slotstream's holds of each sample, in ffcv's types; label only where there is
-one.
-"""
 
 
 class CorruptRecord(UserError):
@@ -52,14 +46,14 @@ class Beton:
         if not stat.S_ISREG(os.fstat(self.file).st_mode):
             raise UserError(f"{self.path}: not a file")
         self.bytes = os.fstat(self.file).st_size
-        header = self._read(HeaderType, 0, 1)[0]
-        if header["version"] != CURRENT_VERSION:
+        header = self._read(HEADER, 0, 1)[0]
+        if header["version"] != VERSION:
             raise UserError(
-                f"{self.path}: not a beton of format version {CURRENT_VERSION}"
+                f"{self.path}: not a beton of format version {VERSION}"
                 f" (its header says {header['version']})"
             )
         samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
-        if not samples or table < HeaderType.itemsize:
+        if not samples or table < HEADER.itemsize:
             raise UserError(f"{self.path}: incomplete beton: its writer did not finish")
         columns = self._read_samples(int(header["num_fields"]), samples)
         image = columns["image"]
@@ -67,8 +61,8 @@ class Beton:
         self.label = columns["label"].astype(np.int64) if "label" in columns else None
         self.height = image["height"].astype(np.int64)
         self.width = image["width"].astype(np.int64)
-        rows = (self.bytes - table) // ALLOC_TABLE_TYPE.itemsize
-        self.records = self._locate(image, self._read(ALLOC_TABLE_TYPE, table, max(rows, samples)))
+        rows = (self.bytes - table) // ALLOCATION.itemsize
+        self.records = self._locate(image, self._read(ALLOCATION, table, max(rows, samples)))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -115,17 +109,16 @@ class Beton:
 
     def _read_samples(self, fields: int, samples: int) -> dict[str, np.ndarray]:
         """The metadata column [N] of each field; refuses fields other than slotstream packs."""
-        described = self._read(FieldDescType, HeaderType.itemsize, fields)
+        described = self._read(DESCRIPTOR, HEADER.itemsize, fields)
         names = [bytes(name).split(b"\0")[0].decode(errors="replace") for name in described["name"]]
-        types = [TYPE_ID_HANDLER.get(int(type_id)) for type_id in described["type_id"]]
-        for name, type_ in zip(names, types, strict=True):
-            if type_ is None or type_ is not FIELDS.get(name):
+        for name, type_id in zip(names, described["type_id"], strict=True):
+            if type_id != TYPE_ID.get(name):
                 raise UserError(f"{self.path}: unknown field {name!r} (known: {', '.join(FIELDS)})")
         if len(set(names)) != fields or not {"image", "index"} <= set(names):
             raise UserError(f"{self.path}: has fields {', '.join(names)}; needs image and index")
-        dtype = get_metadata_type([type_() for type_ in types])
-        metadata = self._read(dtype, HeaderType.itemsize + described.nbytes, samples)
-        return {name: metadata[column] for name, column in zip(names, dtype.names, strict=True)}
+        dtype = metadata_type(names)
+        metadata = self._read(dtype, HEADER.itemsize + described.nbytes, samples)
+        return {name: metadata[f"f{column}"] for column, name in enumerate(names)}
 
     def _locate(self, image: np.ndarray, table: np.ndarray) -> np.ndarray:
         """int64 [N, 5] pointer, bytes, height, width, mode of each image; refuses pointers that

@@ -1,45 +1,55 @@
-"""FFCV's file format and the libraries that it links, without what importing ffcv does on the side.
+"""FFCV's file format, version 2, as NumPy types, and the native library that ffcv builds.
 
-ffcv sets PyTorch and Numba to one thread for the whole process when it is imported. On two cores
-that halves the speed of a training step on the CPU, without a word, so it is undone here; nothing
-else in slotstream imports ffcv.
+    header · a descriptor for each field · metadata[N] · padding │ pages of data │ allocation table
+
+ffcv itself is not imported: that takes seconds and 0.8 GB, and sets PyTorch and Numba to one thread
+for the whole process, which halves the speed of a training step on two cores without a word.
 """
 
-import numba
-import torch
+from importlib.util import find_spec
+from pathlib import Path
 
-_threads = torch.get_num_threads(), numba.get_num_threads()
+import numpy as np
 
-from ffcv import _libffcv  # noqa: E402
-from ffcv.fields import IntField, RGBImageField  # noqa: E402
-from ffcv.types import (  # noqa: E402
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
-    TYPE_ID_HANDLER,
-    FieldDescType,
-    HeaderType,
-    get_metadata_type,
+VERSION = 2
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
 )
-
-torch.set_num_threads(_threads[0])
-numba.set_num_threads(_threads[1])
-
-LIBRARY = str(_libffcv.__file__)
-"""ffcv's extension; a handle of it also finds the symbols of libturbojpeg, which it links."""
+DESCRIPTOR = np.dtype(
+    [("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True
+)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+INTEGER = np.dtype("<i8")
 
 JPEG, RAW = 0, 1
-"""The values of `mode` in the RGB field."""
+"""The values of `mode` in an image's metadata."""
 
-__all__ = [
-    "ALLOC_TABLE_TYPE",
-    "CURRENT_VERSION",
-    "JPEG",
-    "LIBRARY",
-    "RAW",
-    "TYPE_ID_HANDLER",
-    "FieldDescType",
-    "HeaderType",
-    "IntField",
-    "RGBImageField",
-    "get_metadata_type",
-]
+FIELDS = {"image": IMAGE, "index": INTEGER, "label": INTEGER}
+"""What a beton of slotstream's holds of each sample; label only where there is one."""
+
+TYPE_ID = {"image": 2, "index": 1, "label": 1}
+"""ffcv's numbers for an RGBImageField and an IntField, which need no arguments."""
+
+
+def metadata_type(names: list[str]) -> np.dtype:
+    """What the file holds of one sample with these fields; columns are called f0, f1, …"""
+    return np.dtype([("", FIELDS[name]) for name in names], align=True)
+
+
+def library() -> str:
+    """ffcv's extension; a handle of it also finds the symbols of libturbojpeg, which it links."""
+    spec = find_spec("ffcv")
+    folders = (spec and spec.submodule_search_locations) or []
+    found = [path for folder in folders for path in Path(folder).glob("_libffcv*.so")]
+    if not found:
+        raise ImportError("ffcv's native library is not installed: see docs/install.md")
+    return str(found[0])

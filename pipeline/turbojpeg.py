@@ -10,11 +10,11 @@ import ctypes
 import numba
 import numpy as np
 
-from pipeline.ffcv_format import LIBRARY, RAW
+from pipeline.ffcv_format import RAW, library
 
 _int, _pointer, _ulong = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong
 
-lib = ctypes.CDLL(LIBRARY)  # a handle of our own: ffcv's keeps the argument types that ffcv gave it
+lib = ctypes.CDLL(library())
 _init = lib.tjInitDecompress
 _init.argtypes, _init.restype = [], _pointer
 _destroy = lib.tjDestroy

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ffcv.types import HeaderType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.errors import UserError
+from pipeline.ffcv_format import HEADER
 from tests.betons import pil_decode, varied, write_beton
 
 
@@ -100,7 +100,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_version_is_refused(damaged: Path) -> None:
-    header = np.fromfile(damaged, HeaderType, 1)
+    header = np.fromfile(damaged, HEADER, 1)
     header["version"] = 3
     with damaged.open("r+b") as file:
         file.write(header.tobytes())
@@ -116,7 +116,7 @@ def test_mutated_tables_end_in_an_error_or_a_correct_read(
     """A crash or a wrong image here would be a pointer that was trusted."""
     content = bytearray(beton_file.read_bytes())
     beton = Beton(beton_file)
-    table = int(np.fromfile(beton_file, HeaderType, 1)["alloc_table_ptr"][0])
+    table = int(np.fromfile(beton_file, HEADER, 1)["alloc_table_ptr"][0])
     regions = [(0, 24), (24, 24 + 2 * 1042), (24 + 2 * 1042, 24 + 2 * 1042 + 12 * 40)]
     start, end = data.draw(st.sampled_from([*regions, (table, len(content))]))
     for _ in range(data.draw(st.integers(1, 4))):

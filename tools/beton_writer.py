@@ -19,16 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.ffcv_format import (
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
+    ALLOCATION,
+    DESCRIPTOR,
+    HEADER,
     JPEG,
     RAW,
-    TYPE_ID_HANDLER,
-    FieldDescType,
-    HeaderType,
-    IntField,
-    RGBImageField,
-    get_metadata_type,
+    TYPE_ID,
+    VERSION,
+    metadata_type,
 )
 
 MIN_PAGE_SIZE = 1 << 21
@@ -36,8 +34,6 @@ DEFAULT_PAGE_SIZE = (
     1 << 23
 )  # FFCV's default: with samples of 0.1 MB about 1 % of a page stays empty
 MAX_PAGE_SIZE = 1 << 31  # the largest power of two that the header's uint32 holds
-
-_TYPE_IDS = {field: type_id for type_id, field in TYPE_ID_HANDLER.items()}
 
 
 class BetonWriter:
@@ -70,11 +66,11 @@ class BetonWriter:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.page_size = page_size
-        self._fields = {"image": RGBImageField()} | {name: IntField() for name in integers}
-        self._metadata = np.zeros(num_samples, get_metadata_type(list(self._fields.values())))
-        self._allocations = np.zeros(num_samples, ALLOC_TABLE_TYPE)
+        self._fields = ["image", *integers]
+        self._metadata = np.zeros(num_samples, metadata_type(self._fields))
+        self._allocations = np.zeros(num_samples, ALLOCATION)
         self._count = 0
-        head = HeaderType.itemsize + len(self._fields) * FieldDescType.itemsize
+        head = HEADER.itemsize + len(self._fields) * DESCRIPTOR.itemsize
         self._end = _round_up(head + self._metadata.nbytes, page_size)  # where free space begins
 
     def __enter__(self) -> Self:
@@ -146,8 +142,8 @@ class BetonWriter:
         os.fsync(self._file.fileno())
 
     def _header(self, table: int) -> NDArray[np.void]:
-        header = np.zeros(1, HeaderType)
-        header["version"] = CURRENT_VERSION
+        header = np.zeros(1, HEADER)
+        header["version"] = VERSION
         header["num_fields"] = len(self._fields)
         header["page_size"] = self.page_size
         header["num_samples"] = self._count
@@ -155,11 +151,10 @@ class BetonWriter:
         return header
 
     def _descriptors(self) -> NDArray[np.void]:
-        descriptors = np.zeros(len(self._fields), FieldDescType)
-        for descriptor, (name, field) in zip(descriptors, self._fields.items(), strict=True):
-            descriptor["type_id"] = _TYPE_IDS[type(field)]
+        descriptors = np.zeros(len(self._fields), DESCRIPTOR)
+        for descriptor, name in zip(descriptors, self._fields, strict=True):
+            descriptor["type_id"] = TYPE_ID[name]
             descriptor["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
-            descriptor["arguments"][:] = field.to_binary()[0]
         return descriptors
 
 

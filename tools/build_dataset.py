@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError, run
 from tools import scenes
+from tools.beton_writer import BetonWriter
+from tools.images import BadImage, Record, load_record
 from tools.parallel import ordered_map
 from tools.sources import SOURCES, Source
 
@@ -96,9 +98,6 @@ def pack(source: Source, out: Path, kind: str, storage: Storage, workers: int) -
     Raises:
         UserError: naming the bad files, or where `out` cannot be written. Nothing is left then.
     """
-    # ffcv takes seconds to import: a wrong argument or a missing folder is answered before that.
-    from tools.beton_writer import BetonWriter
-    from tools.images import BadImage, Record, load_record
 
     def load(name: str) -> Record | BadImage:
         try:
