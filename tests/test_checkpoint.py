@@ -69,10 +69,21 @@ def test_failure_while_saving_leaves_the_old_ones(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.*last good .*step_1"):
         continued.train()
+    assert not list((copy / "checkpoints").glob("*.partial"))
     assert (copy / "checkpoints" / "latest").resolve().name == "step_1"
     assert checkpoint.load_model(copy)[1] == run
+
+
+def test_a_damaged_newest_checkpoint_is_made_again(run: RunConfig, copy: Path) -> None:
+    """A step_N without its run.json is in the way of the one that takes its place."""
+    train = replace(run.train, max_steps=2)
+    config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)), train=train)
+    trainer(config, "auto").train()
+    (copy / "checkpoints" / "step_2" / "run.json").unlink()
+    trainer(config, "auto").train()
+    assert checkpoint.load_model(copy / "checkpoints" / "step_2")[1] == config
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "run.json"])

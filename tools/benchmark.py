@@ -79,13 +79,30 @@ class Bench:
         times.
         """
         work()
-        rates = []
-        for _ in range(self.repeats):
-            self._synchronize()
-            began = time.perf_counter()
-            images = work()
-            self._synchronize()
-            rates.append(images / (time.perf_counter() - began))
+        return self._result(stage, backend, [self._rate(work) for _ in range(self.repeats)])
+
+    def compare(self, stage: str, works: dict[str, Callable[[], int]]) -> list[Result]:
+        """Time several ways of doing the same by turns: what disturbs one disturbs the others."""
+        for work in works.values():
+            work()
+        rounds = [[self._rate(work) for work in works.values()] for _ in range(self.repeats)]
+        results = [
+            self._result(stage, name, list(rates))
+            for name, rates in zip(works, zip(*rounds, strict=True), strict=True)
+        ]
+        ratio = statistics.median(last / first for first, *_, last in rounds)
+        first, *_, last = works
+        print(f"{stage:9} {last} is {ratio:.1%} of {first} (median of {len(rounds)} rounds)")
+        return results
+
+    def _rate(self, work: Callable[[], int]) -> float:
+        self._synchronize()
+        began = time.perf_counter()
+        images = work()
+        self._synchronize()
+        return images / (time.perf_counter() - began)
+
+    def _result(self, stage: str, backend: str, rates: list[float]) -> Result:
         rate = statistics.median(rates)
         result = Result(
             stage,
@@ -141,15 +158,17 @@ def decode(bench: Bench) -> Iterator[Result]:
             if code != 0:
                 raise UserError(f"{bench.beton.path}: {decoder.error()}")
 
-    if jpegs:
-        yield bench.time("decode", "libjpeg-turbo", lambda: _in_threads(bench, part, jpegs))
     loader = CanvasLoader(bench.beton, bench.threads, pin=bench.device.type == "cuda")
-    everything = np.array_split(
-        np.arange(len(bench.beton)), max(1, len(bench.beton) // bench.batch)
-    )
-    yield bench.time(
-        "decode", "loader", lambda: sum(len(which) for which, _ in loader.decode(everything))
-    )
+    images = np.arange(len(bench.beton))
+    everything = np.array_split(images, max(1, len(images) // bench.batch))
+    works: dict[str, Callable[[], int]] = {
+        "libjpeg-turbo": lambda: _in_threads(bench, part, jpegs),
+        "loader": lambda: sum(len(which) for which, _ in loader.decode(everything)),
+    }
+    if jpegs:
+        yield from bench.compare("decode", works)
+    else:
+        yield bench.time("decode", "loader", works["loader"])
 
 
 def params(bench: Bench) -> Iterator[Result]:
@@ -262,7 +281,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--repeats", type=int, default=5, help="timed repeats after one warm-up (5)"
     )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+    )
     parser.add_argument("--json", type=Path, help="write the results here as well")
     return parser.parse_args(argv)
 
@@ -271,6 +294,8 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.batch < 1 or args.threads < 1 or args.repeats < 1:
         raise UserError("--batch, --threads and --repeats must be at least 1")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU here")
     config, _ = load_config(["--config", args.config, "--data.path", args.data])
     bench = Bench(
         Beton(args.data), config, args.batch, args.threads, args.repeats,

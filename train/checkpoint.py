@@ -47,8 +47,8 @@ class Record:
     """Optimiser steps done; the position in the data and in the schedules follows from it."""
     config: dict[str, Any]
     """The run's configuration, see train.config.from_dict."""
-    data: dict[str, int]
-    """The beton's identity: its `bytes` and how many `images`."""
+    data: dict[str, Any]
+    """The beton's identity: how many `images`, and its `fingerprint`."""
     seconds: float
     """Training time so far, over all resumes."""
     meter: list[list[float]]
@@ -99,26 +99,30 @@ def save(accelerator: Accelerator, run_dir: Path, record: Record, keep: int) -> 
     """Write checkpoints/step_N, point `latest` to it and delete all but the newest `keep`.
 
     All processes call it. Killed at any moment, it leaves the checkpoints from before, and at most
-    a step_N.partial that nobody reads.
+    a step_N.partial that nobody reads. Raises UserError if it cannot be written.
     """
     folder = run_dir / "checkpoints"
     partial, whole = folder / f"step_{record.step}.partial", folder / f"step_{record.step}"
-    if accelerator.is_main_process:
-        for leftover in folder.glob("*.partial"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / _RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
-        for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
-        partial.replace(whole)
-        _link(folder / "latest", whole.name)
-        _flush(folder)
-        _prune(run_dir, keep)
+    with _writing(partial, run_dir):
+        if accelerator.is_main_process:
+            for leftover in folder.glob("*.partial"):
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / _RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+            for file in partial.iterdir():
+                _flush(file)
+            _flush(partial)
+            if whole.exists():  # a damaged one, or it would not have been made again
+                _discard(whole)
+            partial.replace(whole)
+            _link(folder / "latest", whole.name)
+            _flush(folder)
+            for old in _steps(run_dir)[:-keep]:
+                _discard(old)
     accelerator.wait_for_everyone()
     return whole
 
@@ -161,6 +165,20 @@ def load_model(path: Path | str) -> tuple[SlotCon, RunConfig]:
 
 
 @contextmanager
+def _writing(partial: Path, run_dir: Path) -> Iterator[None]:
+    """A full disk, say, leaves the checkpoints from before, room to go on, and one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        last = latest(run_dir) or "none"
+        raise UserError(
+            f"{partial}: cannot be written ({reason}); last good checkpoint: {last}"
+        ) from error
+
+
+@contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn whatever a missing, damaged or ill-fitting file raises into one line that names it."""
     try:
@@ -171,7 +189,10 @@ def _reading(path: Path) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path}: no such file") from None
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: damaged, or of another model ({reason})") from None
+        raise UserError(
+            f"{path}: damaged, or of another model ({reason}); "
+            "delete that checkpoint to go on from the one before"
+        ) from None
 
 
 def _steps(run_dir: Path) -> list[Path]:
@@ -181,11 +202,11 @@ def _steps(run_dir: Path) -> list[Path]:
     return sorted((path for path in whole if (path / _RECORD).is_file()), key=step_of)
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    for old in _steps(run_dir)[:-keep]:
-        gone = old.with_name(f"{old.name}.partial")  # half-deleted is not whole either
-        old.replace(gone)
-        shutil.rmtree(gone)
+def _discard(whole: Path) -> None:
+    """Delete a checkpoint; half-deleted, it does not look whole."""
+    gone = whole.with_name(f"{whole.name}.old.partial")
+    whole.replace(gone)
+    shutil.rmtree(gone)
 
 
 def _link(link: Path, target: str) -> None:

@@ -126,7 +126,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EfficiencyConfig:
-    """Settings of speed and memory. They may change from one resume to the next."""
+    """Settings of speed and memory. They may change from one resume to the next, which then goes
+    on with the same images and views but no longer bit for bit."""
 
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision: "no" (float32), "bf16", or "fp16" with loss scaling, which needs CUDA and a

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from model import ModelOutput
+from pipeline.errors import UserError
 
 TERMS = ("grouping_12", "grouping_21", "slot_12", "slot_21")
 STATS = ("active_slots", "active_pairs")
@@ -124,8 +125,11 @@ class Journal:
     def write(self, values: Mapping[str, float], progress: str) -> None:
         """One log line everywhere."""
         if self._accelerator.is_main_process:
-            with self._path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise UserError(f"{self._path}: {error.strerror}") from None
             print(progress, flush=True)
         measured = {name: value for name, value in values.items() if name != "step"}
         self._accelerator.log(measured, step=int(values["step"]))

@@ -1,10 +1,12 @@
 """The run: what it is made of, in the order in which it is made, and the step."""
 
+import fcntl
 import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -24,7 +26,7 @@ from train.provenance import provenance
 from train.schedule import learning_rate, teacher_momentum
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What a resumed run may not change, for it would be another run. Data are compared by content.
+# What a resumed run may not change, for it would be another run; nor may its data.
 _FIXED = ("views.", "model.", "train.")
 _FREE = ("train.max_steps",)
 
@@ -43,6 +45,8 @@ class Trainer:
         origin = _origin(config, self.run_dir, resume)
 
         self.accelerator = _launch(config, self.run_dir)
+        if self.accelerator.is_main_process:
+            self._lock = _lock(self.run_dir)  # held as long as the process lives
         self.beton = Beton(config.data.path)
         self.loader = ViewLoader(
             self.beton,
@@ -57,6 +61,7 @@ class Trainer:
             accumulation=config.efficiency.accumulation,
             threads=config.data.threads or _share_of_cores(),
         )
+        self._check_batch_statistics()
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
 
@@ -198,9 +203,20 @@ class Trainer:
             model = model.to(memory_format=torch.channels_last)
         return model
 
-    def _data(self) -> dict[str, int]:
-        """What tells this beton from another."""
-        return {"bytes": self.beton.bytes, "images": len(self.beton)}
+    def _check_batch_statistics(self) -> None:
+        """BatchNorm needs two cells at least, of all images that are normalised together."""
+        train, cells = self.config.train, math.ceil(self.config.views.size / 32) ** 2
+        parts = self.accelerator.num_processes * self.config.efficiency.accumulation
+        if train.batch_size // parts * cells < 2:
+            raise UserError(
+                f"train.batch_size: {train.batch_size} images on {parts} processes and"
+                f" micro-batches, with views of {self.config.views.size} pixels, leave one cell to"
+                " a batch: it has no variance"
+            )
+
+    def _data(self) -> dict[str, int | str]:
+        """What tells this beton from another, wherever it lies."""
+        return {"images": len(self.beton), "fingerprint": self.beton.fingerprint()}
 
     def _restore(self, origin: Path) -> None:
         record = checkpoint.read_record(origin)
@@ -215,11 +231,7 @@ class Trainer:
 
     def _open_journal(self) -> Journal:
         if self.accelerator.is_main_process:
-            try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
-            except OSError as error:
-                raise UserError(f"log.dir: {self.run_dir}: {error.strerror}") from None
+            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
         self._start_trackers()
         self.accelerator.print(self._introduction())
         journal = Journal(self.accelerator, self.run_dir / "metrics.jsonl")
@@ -245,6 +257,22 @@ class Trainer:
         )
 
 
+def _lock(run_dir: Path) -> IO[str]:
+    """The lock of a run's folder, which the operating system lifts when the process ends.
+
+    Raises UserError if another process trains there: a requeued job, say, whose first life goes on.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{run_dir}: another process is training there") from None
+    except OSError as error:
+        raise UserError(f"log.dir: {run_dir}: {error.strerror}") from None
+    return file
+
+
 def _share_of_cores() -> int:
     """The cores of this machine for each of the processes that were launched on it."""
     return max(1, len(os.sched_getaffinity(0)) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))
@@ -263,6 +291,7 @@ def _launch(config: RunConfig, run_dir: Path) -> Accelerator:
     for tracker in config.log.trackers:
         if tracker not in installed:
             raise UserError(f"log.trackers: the package of {tracker} is not installed")
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
     accelerator = Accelerator(
         cpu=not on_gpu,  # or processes that torchrun starts on a CPU would not know each other
         mixed_precision=precision,
@@ -273,6 +302,10 @@ def _launch(config: RunConfig, run_dir: Path) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
+    if launcher != precision:
+        accelerator.print(
+            f"note: efficiency.precision {precision} wins over accelerate's {launcher}"
+        )
     known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in known:
         raise UserError(
@@ -299,7 +332,7 @@ def _origin(config: RunConfig, run_dir: Path, resume: str | None) -> Path | None
     if newest and newest.resolve() != origin.resolve():
         raise UserError(
             f"{run_dir} holds {newest.name}, which is not the checkpoint to resume from "
-            f"({origin}): give the new run another --name"
+            f"({origin}): give the new run another --name, or delete the newer checkpoints"
         )
     _check_same_science(config, origin)
     return origin
@@ -317,8 +350,8 @@ def _check_same_science(config: RunConfig, origin: Path) -> None:
             )
 
 
-def _describe(data: dict[str, int]) -> str:
-    return f"{data['images']} images, {data['bytes']} bytes"
+def _describe(data: dict[str, Any]) -> str:
+    return f"{data['images']} images, fingerprint {data['fingerprint'][:12]}"
 
 
 def _scalar(value: object) -> bool | int | float | str:

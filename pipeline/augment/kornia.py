@@ -1,7 +1,8 @@
 """The same recipe as whole-batch tensor operations on any device: kornia's, rounded like PIL's.
 
 PIL keeps uint8 between operations and rounds in its own way in each; following it costs little and
-keeps the two backends within about one level of 255.
+keeps the two backends within one level of 255 on average; single pixels of a saturated colour or at
+an edge differ by more, 21 levels in the worst seen.
 
 B images, S view side. A batch of views is float32 [B, 3, S, S] in 0..1, between operations on whole
 levels k / 255.
