@@ -56,6 +56,7 @@ class Trainer:
             world=self.accelerator.num_processes,
             accumulation=config.efficiency.accumulation,
             threads=config.data.threads or _share_of_cores(),
+            on_corrupt=config.data.on_corrupt,
         )
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
