@@ -14,9 +14,9 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.beton import Beton
 from pipeline.errors import UserError
+from pipeline.formats import IMAGE_SUFFIXES
 
 VOID = 255
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"))
 SINGLE_CHANNEL_MODES = frozenset(("1", "L", "P", "I", "I;16"))
 TRAINING_SIDE, EVALUATION_SIDE, STRIDE = 224, 320, 32
 

@@ -1,14 +1,13 @@
 """Reading an FFCV beton: open, validate, and know where every record lies."""
 
 import hashlib
-import json
 import os
 import stat
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import (
     ALLOCATION,
     DESCRIPTOR,
@@ -20,7 +19,21 @@ from pipeline.ffcv_format import (
     VERSION,
     metadata_type,
 )
-from pipeline.turbojpeg import BAD_HEADER, BAD_PIXELS, OK, REASONS, Decoder, decode_records
+from pipeline.manifest import Manifest
+from pipeline.turbojpeg import (
+    BAD_HEADER,
+    BAD_PIXELS,
+    OK,
+    REASONS,
+    Decoder,
+    decode_records,
+    is_harmless,
+)
+
+MIN_PAGE = 1 << 21
+MAX_PIXELS = 178_956_970
+"""Where Pillow, too, takes an image for a decompression bomb: none larger is packed, and a damaged
+size must not ask for gigabytes."""
 
 
 class CorruptRecord(UserError):
@@ -32,10 +45,12 @@ class Beton:
 
     Attributes: `path`; `index` int64 [N], each image's number in its source; `label` int64 [N] or
     None; `height` and `width` int64 [N] in pixels; `records` int64 [N, 5] (pointer, bytes, height,
-    width, mode). The file stays open, so a beton that is renamed or deleted under a running loader
-    stays readable.
+    width, mode); `bytes`, the file's; `page_size` in bytes; `data` and `table`, where the records'
+    part of the file begins and ends. The file stays open, so a beton that is renamed or deleted
+    under a running loader stays readable.
 
-    Raises UserError, naming the file, if it is not a beton that slotstream can read whole.
+    Raises UserError, naming the file, if it is not a beton that slotstream can read whole: nothing
+    that the file says of itself is followed before it has been checked.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,17 +68,25 @@ class Beton:
                 f"{self.path}: not a beton of format version {VERSION}"
                 f" (its header says {header['version']})"
             )
-        samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
-        if not samples or table < HEADER.itemsize:
+        samples, self.table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+        if not samples or self.table < HEADER.itemsize:
             raise UserError(f"{self.path}: incomplete beton: its writer did not finish")
+        self.page_size = int(header["page_size"])
+        if self.page_size < MIN_PAGE or self.page_size.bit_count() != 1:
+            raise UserError(f"{self.path}: damaged header: pages of {self.page_size} bytes")
         columns = self._read_samples(int(header["num_fields"]), samples)
-        image = columns["image"]
         self.index = columns["index"].astype(np.int64)
+        if self.index.min() < 0 or len(np.unique(self.index)) < samples:
+            raise UserError(f"{self.path}: damaged table: the images' numbers are not unique")
         self.label = columns["label"].astype(np.int64) if "label" in columns else None
-        self.height = image["height"].astype(np.int64)
-        self.width = image["width"].astype(np.int64)
-        rows = (self.bytes - table) // ALLOCATION.itemsize
-        self.records = self._locate(image, self._read(ALLOCATION, table, max(rows, samples)))
+        self.height = columns["image"]["height"].astype(np.int64)
+        self.width = columns["image"]["width"].astype(np.int64)
+        table = self._read(ALLOCATION, self.table, samples)
+        if self.table + table.nbytes != self.bytes:
+            raise UserError(
+                f"{self.path}: has {self.bytes - self.table - table.nbytes} bytes after its end"
+            )
+        self.records = self._locate(columns["image"], table)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -75,9 +98,8 @@ class Beton:
     def name(self, i: int) -> str:
         """The source file of record `i` where a manifest lies beside the beton, else its number."""
         try:
-            manifest = json.loads(Path(f"{self.path}.json").read_text())
-            return str(manifest["names"][i])
-        except (OSError, ValueError, KeyError, IndexError):
+            return Manifest.beside(self.path).name(i)
+        except UserError:
             return f"record {i}"
 
     def fingerprint(self) -> str:
@@ -100,23 +122,43 @@ class Beton:
         """Decode records `which` int64 [B] into `canvas` uint8 [B, Hmax, Wmax, 3]. Raises
         CorruptRecord.
         """
-        bad, code = decode_records(
-            self.file, self.records[which], decoder.handle, decoder.scratch, canvas
-        )
-        if code == OK:
-            return
-        detail = f" ({decoder.error()})" if code in (BAD_HEADER, BAD_PIXELS) else ""
-        raise CorruptRecord(f"{self.path}: {self.name(int(which[bad]))}: {REASONS[code]}{detail}")
+        bad, reason = self.try_decode(which, canvas, decoder)
+        if reason:
+            raise self.corrupt(int(which[bad]), reason)
+
+    def try_decode(
+        self, which: np.ndarray, canvas: np.ndarray, decoder: Decoder
+    ) -> tuple[int, str]:
+        """Decode like `decode_into` up to the first record that fails: its place in `which` and
+        the reason, or (-1, "").
+        """
+        begin = 0
+        while begin < len(which):
+            records, rest = self.records[which[begin:]], canvas[begin:]
+            bad, code = decode_records(self.file, records, decoder.handle, decoder.scratch, rest)
+            if code == OK:
+                break
+            begin += bad
+            complaint = decoder.error() if code in (BAD_HEADER, BAD_PIXELS) else ""
+            if code != BAD_PIXELS or not is_harmless(complaint):
+                return begin, REASONS[code] + (f" ({complaint})" if complaint else "")
+            begin += 1  # a warning only: its pixels are there
+        return -1, ""
+
+    def corrupt(self, i: int, reason: str) -> CorruptRecord:
+        """The error that names record `i`."""
+        return CorruptRecord(f"{self.path}: {printable(self.name(i))}: {reason}")
 
     def _read(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
         """`count` entries of a table. Raises UserError if the file ends before them."""
         size = count * dtype.itemsize
-        if offset + size > self.bytes:
+        data = b"" if offset + size > self.bytes else os.pread(self.file, size, offset)
+        if len(data) < size:
             raise UserError(
                 f"{self.path}: truncated, or no beton: it has {self.bytes} bytes,"
                 f" and tables that end at byte {offset + size}"
             )
-        return np.frombuffer(os.pread(self.file, size, offset), dtype, count)
+        return np.frombuffer(data, dtype, count)
 
     def _read_samples(self, fields: int, samples: int) -> dict[str, np.ndarray]:
         """The metadata column [N] of each field; refuses fields other than slotstream packs."""
@@ -129,22 +171,29 @@ class Beton:
             raise UserError(f"{self.path}: has fields {', '.join(names)}; needs image and index")
         dtype = metadata_type(names)
         metadata = self._read(dtype, HEADER.itemsize + described.nbytes, samples)
+        self.data = HEADER.itemsize + described.nbytes + metadata.nbytes
         return {name: metadata[f"f{column}"] for column, name in enumerate(names)}
 
     def _locate(self, image: np.ndarray, table: np.ndarray) -> np.ndarray:
         """int64 [N, 5] pointer, bytes, height, width, mode of each image; refuses pointers that
         lead astray.
         """
-        table = table[np.argsort(table["ptr"])]
+        table = table[np.argsort(table["ptr"], kind="stable")]
         row = np.searchsorted(table["ptr"], image["data_ptr"]).clip(max=len(table) - 1)
         columns = (image["data_ptr"], table["size"][row], self.height, self.width, image["mode"])
         records = np.stack([column.astype(np.int64) for column in columns], axis=1)
         pointer, size, height, width, mode = records.T
-        wrong = (table["ptr"][row] != image["data_ptr"]) | (pointer < 0) | (size < 1)
-        wrong |= (size > self.bytes) | (pointer > self.bytes - size)
-        wrong |= (height < 1) | (width < 1) | ~np.isin(mode, (JPEG, RAW))
-        wrong |= (mode == RAW) & (size != height * width * 3)
+        wrong = (table["ptr"][row] != image["data_ptr"]) | (
+            table["sample_id"][row] != np.arange(len(row))
+        )
+        wrong |= (pointer < self.data) | (size < 1) | (size > self.bytes)
+        wrong |= pointer > self.table - size
+        wrong |= (height < 1) | (width < 1) | (height * width > MAX_PIXELS)
+        wrong |= ~np.isin(mode, (JPEG, RAW)) | ((mode == RAW) & (size != height * width * 3))
+        wrong |= pointer // self.page_size != (pointer + size - 1) // self.page_size
+        order = np.argsort(pointer, kind="stable")
+        wrong[order[1:]] |= pointer[order[1:]] < (pointer + size)[order[:-1]]  # overlaps the last
         if wrong.any():
-            first = int(np.flatnonzero(wrong)[0])
-            raise UserError(f"{self.path}: {self.name(first)}: its entry in the table is damaged")
+            first = printable(self.name(int(np.flatnonzero(wrong)[0])))
+            raise UserError(f"{self.path}: {first}: its entry in the table is damaged")
         return records

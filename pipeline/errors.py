@@ -8,6 +8,13 @@ class UserError(ValueError):
     """Bad input: a command prints it as one line and exits with 2, without a traceback."""
 
 
+def printable(name: str) -> str:
+    """A file's name for a message: as it is, or escaped where it would break the line or its
+    encoding.
+    """
+    return name if name.isprintable() else ascii(name)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a command's `main`; a `UserError` becomes one line on stderr and exit code 2."""
     try:

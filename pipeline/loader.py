@@ -5,11 +5,14 @@ follow from (seed, epoch, step, rank) alone, so a run resumes in mid-epoch witho
 skips.
 """
 
+import itertools
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -17,13 +20,17 @@ import torch
 from torch import Tensor
 
 from pipeline.augment import get_backend
-from pipeline.beton import Beton
-from pipeline.errors import UserError
+from pipeline.beton import Beton, CorruptRecord
+from pipeline.errors import UserError, printable
 from pipeline.turbojpeg import Decoder
 from pipeline.views import ViewConfig, sample_views
 
 _AHEAD = 2  # batches being decoded while one is consumed
 _SLICES_PER_THREAD = 4  # small enough that threads finish together, large enough to amortise a call
+
+OnCorrupt = Literal["stop", "replace"]
+_Bad = dict[int, str]  # why the images at these places could not be decoded
+_Part = tuple[int, Future[_Bad]]  # where a slice of a batch begins, and its decoding
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,20 @@ class CanvasLoader:
 
     The canvases form a small ring of (on request pinned) buffers that are reused; they grow to the
     largest batch met.
+
+    A record that cannot be decoded ends the iteration (`on_corrupt` "stop") or gives its place to
+    the next record of the file that can ("replace"), the same one whoever asks and whenever.
+    `replaced` holds those met so far, with what took their place; each is reported once, on stderr.
     """
 
-    def __init__(self, beton: Beton, threads: int, pin: bool) -> None:
+    def __init__(
+        self, beton: Beton, threads: int, pin: bool, on_corrupt: OnCorrupt = "stop"
+    ) -> None:
         self.beton = beton
         self.threads = threads
         self.pin = pin
+        self.on_corrupt = on_corrupt
+        self.replaced: dict[int, int] = {}
         self._own = threading.local()
         self._pool = ThreadPoolExecutor(threads, "decode", initializer=self._start_thread)
         self._ring = [torch.empty(0, dtype=torch.uint8) for _ in range(_AHEAD + 1)]
@@ -64,28 +79,32 @@ class CanvasLoader:
         """Yield (which int64 [B], canvas uint8 [B, Hmax, Wmax, 3]) for each of `batches`, in order.
 
         A canvas holds image b in its top left corner and is valid until the next one is asked for.
+        `which` names the records that are on it: not quite those asked for where one was replaced.
         Raises CorruptRecord when the batch with the bad record is reached.
         """
-        pending: deque[tuple[np.ndarray, Tensor, list[Future[None]]]] = deque()
+        pending: deque[tuple[np.ndarray, Tensor, list[_Part]]] = deque()
         try:
             for step in range(len(batches) + _AHEAD):
                 if step < len(batches):
                     pending.append(self._submit(batches[step], step % len(self._ring)))
                 if step >= _AHEAD:
                     which, canvas, parts = pending[0]
-                    for part in parts:
-                        part.result()
-                    yield which, canvas
+                    bad = {
+                        begin + b: reason
+                        for begin, part in parts
+                        for b, reason in part.result().items()
+                    }
+                    yield self._replace(which, canvas, bad) if bad else (which, canvas)
                     pending.popleft()
         finally:  # an early end: no thread may still write when the ring is used again
             for _, _, parts in pending:
-                for part in parts:
+                for _, part in parts:
                     if not part.cancel():
                         part.exception()
 
-    def _submit(
-        self, which: np.ndarray, slot: int
-    ) -> tuple[np.ndarray, Tensor, list[Future[None]]]:
+    def _submit(self, which: np.ndarray, slot: int) -> tuple[np.ndarray, Tensor, list[_Part]]:
+        if self.replaced:
+            which = np.array([self.replaced.get(i, i) for i in which.tolist()])
         shape = (len(which), self.beton.height[which].max(), self.beton.width[which].max(), 3)
         canvas = self._canvas(slot, shape)
         pixels = canvas.numpy()
@@ -93,13 +112,66 @@ class CanvasLoader:
             np.arange(len(which)), min(len(which), self.threads * _SLICES_PER_THREAD)
         )
         parts = [
-            self._pool.submit(self._decode_slice, which[s[0] : s[-1] + 1], pixels[s[0] : s[-1] + 1])
+            (
+                int(s[0]),
+                self._pool.submit(
+                    self._decode_slice, which[s[0] : s[-1] + 1], pixels[s[0] : s[-1] + 1]
+                ),
+            )
             for s in slices
         ]
         return which, canvas, parts
 
-    def _decode_slice(self, which: np.ndarray, canvas: np.ndarray) -> None:
-        self.beton.decode_into(which, canvas, self._own.decoder)
+    def _decode_slice(self, which: np.ndarray, canvas: np.ndarray) -> _Bad:
+        bad: _Bad = {}
+        begin = 0
+        while begin < len(which):
+            place, reason = self.beton.try_decode(which[begin:], canvas[begin:], self._own.decoder)
+            if not reason:
+                break
+            if self.on_corrupt == "stop":
+                raise self.beton.corrupt(int(which[begin + place]), reason)
+            bad[begin + place] = reason
+            begin += place + 1
+        return bad
+
+    def _replace(self, which: np.ndarray, canvas: Tensor, bad: _Bad) -> tuple[np.ndarray, Tensor]:
+        """The batch with another image in each bad place; a larger canvas if one needs it."""
+        which = which.copy()
+        for b, reason in bad.items():
+            which[b] = self._substitute(int(which[b]), reason)
+        height, width = self.beton.height[which].max(), self.beton.width[which].max()
+        if height > canvas.shape[1] or width > canvas.shape[2]:
+            small = canvas
+            shape = (len(which), max(height, small.shape[1]), max(width, small.shape[2]), 3)
+            canvas = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
+            canvas[:, : small.shape[1], : small.shape[2]] = small
+        for b in bad:
+            image = torch.from_numpy(self.beton.decode(int(which[b])))
+            canvas[b, : image.shape[0], : image.shape[1]] = image
+        return which, canvas
+
+    def _substitute(self, i: int, reason: str) -> int:
+        """The next record that can be decoded; after the last one comes the first."""
+        if i in self.replaced:  # by an earlier batch, while this one was on its way
+            return self.replaced[i]
+        bad = {i: reason}
+        decoder = Decoder(int(self.beton.records[:, 1].max()))
+        for j in itertools.chain(range(i + 1, len(self.beton)), range(i)):
+            found = self.replaced.get(j, j)
+            shape = (1, self.beton.height[found], self.beton.width[found], 3)
+            _, reason = self.beton.try_decode(np.array([found]), np.empty(shape, np.uint8), decoder)
+            if not reason:
+                break
+            bad[j] = reason
+        else:
+            raise CorruptRecord(f"{self.beton.path}: no record can be decoded")
+        name = printable(self.beton.name(found))
+        for k, why in bad.items():
+            self.replaced[k] = found
+            error = self.beton.corrupt(k, why)
+            print(f"warning: {error}; {name} takes its place", file=sys.stderr, flush=True)
+        return found
 
     def _canvas(self, slot: int, shape: tuple[int, ...]) -> Tensor:
         size = int(np.prod(shape))
@@ -114,7 +186,8 @@ class ViewLoader:
     `batch_size` counts the images of one optimiser step over all ranks and micro-batches; each
     yielded batch holds batch_size / (world · accumulation) of them, and `accumulation` batches make
     a step. The last, partial step of an epoch is dropped, so all ranks see equally many. `threads`
-    decode; 0 means one for each core.
+    decode. `on_corrupt` says what becomes of a record that cannot be decoded: see CanvasLoader. A
+    batch's index and views are those of the image that is on it.
 
     Raises UserError if the batch cannot be shared out, if the set is smaller than one, or if its
     canvases would not fit in memory.
@@ -134,6 +207,7 @@ class ViewLoader:
         world: int = 1,
         accumulation: int = 1,
         threads: int = 1,
+        on_corrupt: OnCorrupt = "stop",
     ) -> None:
         if batch_size % (world * accumulation):
             raise UserError(
@@ -151,7 +225,12 @@ class ViewLoader:
         self._backend = get_backend(backend)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._check_memory()
-        self._canvases = CanvasLoader(beton, threads, pin=device.type == "cuda")
+        self._canvases = CanvasLoader(beton, threads, device.type == "cuda", on_corrupt)
+
+    @property
+    def replaced(self) -> int:
+        """Images met so far, on this rank, that another one stands in for."""
+        return len(self._canvases.replaced)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of `epoch`, from step `start` of it on: `accumulation` for each

@@ -6,6 +6,7 @@ it. Pixels here are those of PIL.
 """
 
 import ctypes
+import re
 
 import numba
 import numpy as np
@@ -41,6 +42,17 @@ REASONS = {
     WRONG_SIZE: "the JPEG has another size than the file's table says",
     BAD_PIXELS: "the JPEG data are corrupt or cut short",
 }
+
+
+MAX_EXTRANEOUS = 16
+"""Bytes that libjpeg may find left over before a marker. Some writers pad by a few, and every block
+is there; a stream that has lost its step leaves hundreds."""
+
+
+def is_harmless(complaint: str) -> bool:
+    """Whether libjpeg's warning is only about a few bytes left over before a marker."""
+    extraneous = re.search(r"(\d+) extraneous bytes", complaint)
+    return extraneous is not None and int(extraneous[1]) <= MAX_EXTRANEOUS
 
 
 class Decoder:

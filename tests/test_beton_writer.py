@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tools.beton_writer import MIN_PAGE_SIZE, BetonWriter
+from pipeline.errors import UserError
+from tools.beton_writer import MIN_PAGE_SIZE, BetonWriter, Sample
 
 PAGE = MIN_PAGE_SIZE
 
@@ -53,7 +54,7 @@ def test_no_sample_crosses_a_page(
     samples = [bytes([i + 1]) * size for i, size in enumerate(sizes)]
     with BetonWriter(path, len(samples), page_size=PAGE) as writer:
         for index, sample in enumerate(samples):
-            writer.append(sample, 1, 1, index)
+            writer.append([Sample(sample, 1, 1, (index,))])
     reader = Reader(str(path))
     page = int(reader.page_size)
     first, last = reader.alloc_table["ptr"], reader.alloc_table["ptr"] + reader.alloc_table["size"]
@@ -74,7 +75,7 @@ def test_plain_ffcv_reads_it(tmp_path: Path, os_cache: bool, order: OrderOption)
     path = tmp_path / "a.beton"
     with BetonWriter(path, 6, ("index", "label"), page_size=PAGE) as writer:
         for i, image in enumerate(images):
-            writer.append(jpeg(image) if i % 2 else image, 40, 56, i, 10 * i)
+            writer.append([Sample(jpeg(image) if i % 2 else image, 40, 56, (i, 10 * i))])
     pipelines = {
         "image": [CenterCropRGBImageDecoder((40, 40), 1.0)],
         "index": [IntDecoder()],
@@ -99,8 +100,7 @@ def test_fields_and_metadata(tmp_path: Path) -> None:
     path = tmp_path / "a.beton"
     stream = jpeg(ramp(16, 24))
     with BetonWriter(path, 2, ("index", "label")) as writer:
-        writer.append(stream, 16, 24, 0, 3)
-        writer.append(ramp(5, 7), 5, 7, 1, 4)
+        writer.append([Sample(stream, 16, 24, (0, 3)), Sample(ramp(5, 7), 5, 7, (1, 4))])
     reader = Reader(str(path))
     assert reader.field_names == ["image", "index", "label"]
     assert reader.metadata["f0"]["mode"].tolist() == [0, 1]
@@ -118,7 +118,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
         pytest.raises(RuntimeError, match="stop"),
         BetonWriter(tmp_path / "a.beton", 2) as writer,
     ):
-        writer.append(b"x", 1, 1, 0)
+        writer.append([Sample(b"x", 1, 1, (0,))])
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
 
@@ -129,7 +129,7 @@ def test_a_missing_sample_leaves_nothing(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="1 of 2"),
         BetonWriter(tmp_path / "a.beton", 2) as writer,
     ):
-        writer.append(b"x", 1, 1, 0)
+        writer.append([Sample(b"x", 1, 1, (0,))])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,7 +144,27 @@ def test_what_the_format_cannot_hold(tmp_path: Path, image: bytes, height: int, 
         pytest.raises(ValueError, match=r"sides|uint8|fit a page"),
         BetonWriter(tmp_path / "a.beton", 1) as writer,
     ):
-        writer.append(image, height, width, 0)
+        writer.append([Sample(image, height, width, (0,))])
+
+
+def test_one_write_or_many_give_the_same_file(tmp_path: Path) -> None:
+    """A batch is written as runs of neighbours; a page boundary in it must end a run."""
+    samples = [Sample(bytes([i]) * (PAGE // 3), 1, 1, (i,)) for i in range(8)]
+    for name, step in (("one", 1), ("all", 8)):
+        with BetonWriter(tmp_path / name, 8, page_size=PAGE) as writer:
+            for start in range(0, 8, step):
+                writer.append(samples[start : start + step])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "all").read_bytes()
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    """A job started twice by mistake would interleave its samples."""
+    path = tmp_path / "a.beton"
+    with BetonWriter(path, 1) as writer:
+        with pytest.raises(UserError, match="another process is writing"), BetonWriter(path, 1):
+            pass
+        writer.append([Sample(b"x", 1, 1, (0,))])
+    assert stored(path) == [b"x"]
 
 
 @pytest.mark.parametrize("page_size", [1 << 20, 3 << 20, 1 << 32])

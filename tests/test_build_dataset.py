@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.errors import UserError
+from pipeline.manifest import Manifest
 from tests.test_beton_writer import jpeg, ramp, stored
 from tools import build_dataset
-from tools.images import BadImage, jpeg_header, load_record
+from tools.images import BadImage, Storage, jpeg_header, make_record
+from tools.packing import read_file
 from tools.sources import SOURCES
 
 
@@ -73,7 +75,8 @@ def test_orders_and_labels(tmp_path: Path) -> None:
     assert SOURCES["cocoplus"](tmp_path).names == [*coco, "unlabeled2017/a.jpg"]
     imagenet = SOURCES["imagenet"](tmp_path)
     assert imagenet.names == ["train/n01/y.JPEG", "train/n01/z.JPEG", "train/n02/x.JPEG"]
-    assert imagenet.labels == [0, 0, 1]
+    assert imagenet.labels is not None
+    assert imagenet.labels.tolist() == [0, 0, 1]
     assert imagenet.classes == ["n01", "n02"]
     assert SOURCES["folder"](tmp_path).names == sorted(
         [*imagenet.names, *coco, "unlabeled2017/a.jpg"]
@@ -94,7 +97,7 @@ def test_orders_and_labels(tmp_path: Path) -> None:
         (
             "imagenet",
             ["train/a.JPEG"],
-            "a folder per class, <wnid>/*.JPEG; {root}/train holds a.JPEG",
+            "a folder per class, <wnid>/*.JPEG, or <wnid>.tar; {root}/train holds a.JPEG",
         ),
         ("imagenet", ["train/n01/a.JPEG", "train/n02/a.txt"], "{root}/train/n02: expected image"),
         ("folder", ["a.txt"], "expected image files"),
@@ -118,8 +121,9 @@ def test_missing_root_and_loops(tmp_path: Path) -> None:
         SOURCES["folder"](tmp_path / "none")
     fill(tmp_path, "a/b.jpg")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="a link to a folder that contains it"):
-        SOURCES["folder"](tmp_path)
+    source = SOURCES["folder"](tmp_path)
+    assert source.names == ["a/b.jpg", "a/up"]
+    assert source.faults == {1: "a link to a folder that contains it"}
 
 
 # --- storage -------------------------------------------------------------------------------------
@@ -171,10 +175,11 @@ def test_conversions_equal_pillow(tmp_path: Path) -> None:
     for name, (make, _) in CONVERTED.items():
         make(tmp_path / "in" / name)
     run("folder", tmp_path / "in", tmp_path / "o.beton")
-    manifest = json.loads((tmp_path / "o.beton.json").read_text())
-    assert manifest["names"] == sorted(CONVERTED)
-    assert manifest["converted"] == {name: reason for name, (_, reason) in CONVERTED.items()}
-    for index, name in enumerate(manifest["names"]):
+    records = list(Manifest.beside(tmp_path / "o.beton").records())
+    assert {record.name: record.how for record in records} == {
+        name: f"converted: {reason}" for name, (_, reason) in sorted(CONVERTED.items())
+    }
+    for index, (name, *_) in enumerate(records):
         image = ImageOps.exif_transpose(Image.open(tmp_path / "in" / name))
         if name == "c.png":
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -216,13 +221,14 @@ def test_max_side(tmp_path: Path) -> None:
     small = save(tmp_path / "in" / "a.jpg", picture(48, 64), quality=95)
     save(tmp_path / "in" / "b.jpg", picture(200, 300), quality=95)
     save(tmp_path / "in" / "c.png", picture(300, 200))
-    run("folder", tmp_path / "in", tmp_path / "o.beton", "--max-side", "64", "--quality", "90")
+    options = "--store jpeg --max-side 64 --quality 90"
+    run("folder", tmp_path / "in", tmp_path / "o.beton", *options.split())
     field = Reader(str(tmp_path / "o.beton")).metadata["f0"]
     assert field["mode"].tolist() == [0, 0, 0]
     assert field["height"].tolist() == [48, 43, 64]
     assert field["width"].tolist() == [64, 64, 43]
     assert stored(tmp_path / "o.beton")[0] == small.read_bytes()
-    full = Image.open(tmp_path / "in" / "b.jpg").resize((64, 43), Image.Resampling.LANCZOS)
+    full = Image.open(tmp_path / "in" / "b.jpg").resize((64, 43), Image.Resampling.BICUBIC)
     error = np.abs(ffcv_pixels(tmp_path / "o.beton", 1) - np.asarray(full).astype(int))
     assert error.mean() < 2
 
@@ -266,9 +272,9 @@ def bad_entropy() -> bytes:
 BAD: dict[str, tuple[bytes, str]] = {
     "zero bytes": (b"", "empty file"),
     "text": (b"not an image", "not an image of a known format"),
-    "truncated": (truncated(), "Premature end of JPEG file"),
+    "truncated": (truncated(), "truncated JPEG: its end-of-image marker is missing"),
+    "padded with zeros": (truncated() + bytes(5000), "truncated JPEG"),
     "truncated header": (jpeg(ramp(8, 8))[:100], "truncated or damaged JPEG header"),
-    "corrupt": (bad_entropy(), "Corrupt JPEG data"),
     "truncated PNG": (b"\x89PNG\r\n\x1a\n" + b"\0" * 30, ""),
 }
 
@@ -281,20 +287,49 @@ def test_a_bad_file_is_named_and_nothing_is_left(tmp_path: Path, case: str) -> N
     (tmp_path / "in" / "bad.jpg").write_bytes(content)
     with pytest.raises(UserError) as error:
         run("folder", tmp_path / "in", tmp_path / "o.beton")
-    prefix = f"1 of 3 files is bad, nothing was written: {tmp_path}/in/bad.jpg: "
+    prefix = f"1 of 3 images is bad, {tmp_path}/o.beton is not written: bad.jpg: "
     assert str(error.value).startswith(prefix + reason)
     assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert not (tmp_path / "o.beton").exists()
+    assert not (tmp_path / "o.beton.json").exists()
+
+
+def test_flipped_bits_are_found_by_decoding(tmp_path: Path) -> None:
+    """What --check decode costs its time for."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "bad.jpg").write_bytes(bad_entropy())
+    run("folder", tmp_path / "in", tmp_path / "a.beton")
+    with pytest.raises(UserError, match=r"bad\.jpg: Corrupt JPEG data"):
+        run("folder", tmp_path / "in", tmp_path / "b.beton", "--check", "decode")
+
+
+@pytest.mark.parametrize("rest", [b"\0", b"\0" * 4096, jpeg(ramp(8, 8)) + b"\0\0", b"MotionPhoto"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
+def test_what_cameras_append(rest: bytes, options: dict[str, Any]) -> None:
+    """Padding, previews and video after the image are no damage; libjpeg does not look at them."""
+    stream = io.BytesIO()
+    picture(200, 300).save(stream, "JPEG", quality=95, **options)
+    whole = stream.getvalue()
+    assert make_record(whole + rest, Storage()).data == whole + rest
+    with pytest.raises(BadImage, match="end-of-image"):
+        make_record(whole[:-40], Storage())
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     """A link that leads nowhere must not end in a traceback, nor a pipe in a hang."""
     (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(BadImage, match="broken symbolic link"):
-        load_record(tmp_path / "link.jpg")
-    with pytest.raises(BadImage, match="not a regular file"):
-        load_record(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name, reason in (
+        ("link.jpg", "broken symbolic link"),
+        ("none.jpg", "No such file"),
+        ("pipe.jpg", "not a regular file"),
+        ("loop.jpg", "Too many levels of symbolic links"),
+        ("folder.jpg", "not a regular file"),
+    ):
+        with pytest.raises(BadImage, match=reason):
+            read_file(str(tmp_path / name))
 
 
 def test_a_huge_claim_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
@@ -302,9 +337,21 @@ def test_a_huge_claim_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
     stream = bytearray(jpeg(ramp(8, 8)))
     position = stream.index(b"\xff\xc0")
     stream[position + 5 : position + 9] = (65500).to_bytes(2) * 2
-    (tmp_path / "a.jpg").write_bytes(stream)
     with pytest.raises(BadImage, match="65500x65500 pixels: too large"):
-        load_record(tmp_path / "a.jpg")
+        make_record(bytes(stream), Storage())
+    bomb = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(bomb, "PNG")
+    with pytest.raises(BadImage, match="400000000 pixels: too large"):
+        make_record(bomb.getvalue(), Storage())
+
+
+def test_a_side_beyond_the_format() -> None:
+    """65,536 would be stored as 0."""
+    stream = io.BytesIO()
+    Image.new("L", (65536, 1)).save(stream, "PNG")
+    with pytest.raises(BadImage, match="a side of 65536 pixels; 65535 can be stored"):
+        make_record(stream.getvalue(), Storage())
+    assert make_record(stream.getvalue(), Storage("raw", 1000)).width == 1000
 
 
 def test_every_bad_file_is_named(tmp_path: Path) -> None:
@@ -315,17 +362,21 @@ def test_every_bad_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         run("folder", tmp_path / "in", tmp_path / "o.beton")
     lines = str(error.value).splitlines()
-    assert lines[0] == "25 of 26 files are bad, nothing was written:"
+    assert lines[0].startswith(f"25 of 26 images are bad, {tmp_path}/o.beton is not written")
     assert lines[1].endswith("b00.jpg: empty file")
-    assert lines[-1].strip() == "and 5 more"
+    assert lines[-1].strip() == f"and 5 more: all are in {tmp_path}/o.beton.bad.txt"
     assert len(lines) == 22
+    listed = (tmp_path / "o.beton.bad.txt").read_text().splitlines()
+    assert listed == [f"b{i:02d}.jpg: empty file" for i in range(25)]
+    run("folder", tmp_path / "in", tmp_path / "o.beton", "--on-error", "skip")
+    assert not (tmp_path / "o.beton.bad.txt").exists()
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     """Refused before hours of work, and never over an older file."""
     root, out = fill(tmp_path / "in", "a.jpg"), tmp_path / "o.beton"
-    with pytest.raises(UserError, match="there is no folder"):
-        run("folder", root, tmp_path / "none" / "o.beton")
+    with pytest.raises(UserError, match=r"Not a directory|File exists"):
+        run("folder", root, root / "a.jpg" / "o.beton")
     with pytest.raises(UserError, match="is a folder"):
         run("folder", root, root)
     run("folder", root, out)
@@ -345,14 +396,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(BetonWriter, "append", full)
     root = fill(tmp_path / "in", "a.jpg")
-    with pytest.raises(UserError, match=r"cannot write .*o\.beton: No space left on device"):
-        run("folder", root, tmp_path / "o.beton")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-# --- the command ---------------------------------------------------------------------------------
+    with monkeypatch.context() as patch:
+        patch.setattr(BetonWriter, "append", full)
+        message = r"cannot write .*o\.beton: No space left on device; what is done is kept"
+        with pytest.raises(UserError, match=message):
+            run("folder", root, tmp_path / "o.beton")
+    assert not (tmp_path / "o.beton").exists()
+    run("folder", root, tmp_path / "o.beton")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "o.beton", "o.beton.json"]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -378,7 +430,7 @@ def test_help(arguments: list[str]) -> None:
     assert "example" in result.stdout
 
 
-@pytest.mark.parametrize("kind", ["coco", "cocoplus", "imagenet", "folder", "sample"])
+@pytest.mark.parametrize("kind", [*SOURCES, "list", "sample"])
 def test_help_of_each_source(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A percent sign in a help text, for one, makes argparse fail."""
     with pytest.raises(SystemExit, match="0"):
@@ -386,7 +438,17 @@ def test_help_of_each_source(kind: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "--root" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", [["--quality", "0"], ["--max-side", "-1"], ["--workers", "x"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--quality", "0"],
+        ["--max-side", "-1"],
+        ["--workers", "x"],
+        ["--budget", "40 apples"],
+        ["--shard", "0/4"],
+        ["--shard", "5/4"],
+    ],
+)
 def test_impossible_options(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Pillow would clip a quality of 0 silently."""
     with pytest.raises(SystemExit, match="2"):

@@ -14,7 +14,8 @@ from pipeline.beton import Beton, CorruptRecord
 from pipeline.errors import UserError
 from pipeline.loader import CanvasLoader, ViewLoader
 from pipeline.views import ViewConfig
-from tests.betons import varied, write_beton
+from tests.betons import photograph, varied, write_beton
+from tests.manifests import damage, write_manifest
 
 IMAGES = 26
 
@@ -112,6 +113,84 @@ def test_corrupt_record_surfaces_and_the_loader_lives_on(tmp_path: Path) -> None
     with pytest.raises(CorruptRecord, match="record 6"):
         list(loader.decode([np.arange(0, 4), np.arange(4, 8)]))
     assert len(list(loader.decode([np.arange(0, 6)]))) == 1
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> Beton:
+    """26 images of which 4, 5, 6 and the last cannot be decoded; 7, which stands in for the first
+    three, is larger than its neighbours.
+    """
+    images = varied(IMAGES)
+    images[7] = photograph(7, 90, 110)
+    path = write_beton(tmp_path / "spoilt.beton", images)
+    beton = Beton(path)
+    for i in (4, 5, 6, IMAGES - 1):
+        damage(path, int(beton.records[i, 0]), bytes(20))
+    write_manifest(path)
+    return beton
+
+
+def test_corrupt_image_gives_its_place_to_the_next(
+    spoilt: Beton, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The batch must say which image is on the canvas: index and views follow from that. The next
+    image, not a random or the previous one, and past the last comes the first.
+    """
+    loader = CanvasLoader(spoilt, threads=3, pin=False, on_corrupt="replace")
+    batches = [np.array([0, 1, 2, 3]), np.array([3, 4, 6, 8]), np.array([25, 5]), np.array([6])]
+    expected = [[0, 1, 2, 3], [3, 7, 7, 8], [0, 7], [7]]
+    for _ in range(2):
+        for numbers, (which, canvas) in zip(expected, loader.decode(batches), strict=True):
+            assert which.tolist() == numbers
+            for i, pixels in zip(which, canvas.numpy(), strict=True):
+                image = spoilt.decode(i)
+                assert np.array_equal(pixels[: image.shape[0], : image.shape[1]], image)
+    assert loader.replaced == {4: 7, 5: 7, 6: 7, 25: 0}
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 4  # each once, though met often
+    assert "photos/4.jpg: not a JPEG" in lines[0]
+    assert lines[0].endswith("; photos/7.jpg takes its place")
+
+
+def test_replacement_does_not_depend_on_threads_or_world(spoilt: Beton) -> None:
+    """Ranks and resumed runs that disagreed on it would train on different sets."""
+    loader = view_loader(spoilt, on_corrupt="replace", threads=1)
+    expected = views_by_image(loader)
+    assert loader.replaced == 4
+    assert 4 not in expected and 7 in expected
+    for options in ({"threads": 4}, {"accumulation": 4}):
+        assert_same(views_by_image(view_loader(spoilt, on_corrupt="replace", **options)), expected)
+    ranks = [view_loader(spoilt, on_corrupt="replace", rank=rank, world=2) for rank in range(2)]
+    assert len(list(ranks[0].epoch(2))) == len(list(ranks[1].epoch(2)))
+    halves = [views_by_image(loader) for loader in ranks]
+    assert_same(halves[0] | halves[1], expected)
+
+
+def test_replaced_image_is_the_one_in_the_batch(spoilt: Beton) -> None:
+    """Index, overlap and pixels of one row have to be those of one image."""
+    whole = view_loader(spoilt, on_corrupt="replace", batch_size=IMAGES)
+    batch = next(whole.epoch(1))
+    rows = [row for row, i in enumerate(batch.index.tolist()) if i == 7]
+    assert len(rows) == 4  # 4, 5, 6 and itself
+    for row in rows[1:]:
+        assert torch.equal(batch.views[:, row], batch.views[:, rows[0]])
+        assert torch.equal(batch.overlap[:, row], batch.overlap[:, rows[0]])
+
+
+def test_stop_is_the_default_and_names_the_image(spoilt: Beton) -> None:
+    with pytest.raises(CorruptRecord, match=r"photos/(4|5|6|25)\.jpg: not a JPEG"):
+        list(view_loader(spoilt).epoch(0))
+
+
+def test_beton_of_which_nothing_decodes_is_an_error(tmp_path: Path) -> None:
+    """Breaks if the search for a replacement goes round for ever."""
+    path = write_beton(tmp_path / "ruin.beton", varied(5))
+    beton = Beton(path)
+    for pointer in beton.records[:, 0].tolist():
+        damage(path, pointer, bytes(20))
+    loader = CanvasLoader(beton, threads=2, pin=False, on_corrupt="replace")
+    with pytest.raises(CorruptRecord, match="no record can be decoded"):
+        list(loader.decode([np.arange(5)]))
 
 
 def test_early_end_and_many_epochs_leave_nothing_behind(beton: Beton) -> None:

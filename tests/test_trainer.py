@@ -13,6 +13,7 @@ import torch
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from tests.betons import varied, write_beton
+from tests.manifests import damage
 from tests.training import (
     TIMES,
     assert_same_tensors,
@@ -263,3 +264,19 @@ def test_tensorboard_gets_the_curve_once(
     assert [point.step for point in points] == [3, 6]
     losses = [line["loss"] for line in curve(config)]
     np.testing.assert_allclose([point.value for point in points], losses, rtol=1e-6)
+
+
+def test_corrupt_image_stops_the_run_or_is_replaced(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Hours of work must neither end without a name nor go on without a word."""
+    path = small_beton(tmp_path)
+    damage(path, int(Beton(path).records[3, 0]), bytes(20))
+    config = small_run(path, tmp_path, "stop", max_steps=5)
+    with pytest.raises(UserError, match="record 3: not a JPEG"):
+        trainer(replace(config, train=replace(config.train, max_steps=10))).train()
+    data = replace(config.data, on_corrupt="replace")
+    run = trainer(replace(config, name="replace", data=data))
+    run.train()
+    assert run.step == 5 and run.loader.replaced == 1
+    assert "record 3: not a JPEG" in capfd.readouterr().err

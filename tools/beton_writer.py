@@ -9,15 +9,17 @@ gives the same file for the same input:
 No sample crosses a page boundary: FFCV's process cache reads page by page and relies on that.
 """
 
+import fcntl
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import UserError
 from pipeline.ffcv_format import (
     ALLOCATION,
     DESCRIPTOR,
@@ -30,71 +32,158 @@ from pipeline.ffcv_format import (
 )
 
 MIN_PAGE_SIZE = 1 << 21
-DEFAULT_PAGE_SIZE = (
-    1 << 23
-)  # FFCV's default: with samples of 0.1 MB about 1 % of a page stays empty
+DEFAULT_PAGE_SIZE = 1 << 23  # FFCV's; with samples of 0.1 MB about 1 % of a page stays empty
+_MAX_RUN = 512  # buffers in one write; Linux takes 1024
 MAX_PAGE_SIZE = 1 << 31  # the largest power of two that the header's uint32 holds
+
+
+class Sample(NamedTuple):
+    """What is stored of one image: a JPEG stream, or uint8 pixels [height, width, 3]."""
+
+    image: bytes | NDArray[np.uint8]
+    height: int
+    width: int
+    integers: tuple[int, ...]
 
 
 class BetonWriter:
     """Writes one beton with the fields `image` and `integers`, sample after sample.
 
     The data goes to `<path>.partial`; the final name appears, complete and synced to disk, when
-    the `with` block ends without an error. After an error nothing is left. Memory: about 60 bytes
-    a sample.
+    `finish` and `publish` have been called, or when a `with` block ends without an error. After an
+    error nothing is left, unless `keep` is set: then the partial file stays, and `restore` can go
+    on with it. Memory: about 70 bytes a sample.
 
-        with BetonWriter(path, num_samples=2, integers=("index",)) as writer:
-            writer.append(jpeg_bytes, 480, 640, 0)   # a JPEG stream, stored unchanged
-            writer.append(pixels, 32, 32, 1)         # uint8 [32, 32, 3], stored raw
+        with BetonWriter(path, capacity=2, integers=("index",)) as writer:
+            writer.append([Sample(jpeg_bytes, 480, 640, (0,))])   # a JPEG stream, unchanged
+            writer.append([Sample(pixels, 32, 32, (1,))])         # uint8 [32, 32, 3], stored raw
+
+    Samples may be left out by `skip`; the space for their entries stays. `capacity` is how many
+    are appended or skipped.
 
     Raises:
-        ValueError: on a sample that the format cannot hold, or on other than `num_samples` samples.
+        ValueError: on a sample that the format cannot hold, or on other than `capacity` samples.
+        UserError: where another process writes the same file.
         OSError: where the file cannot be written.
     """
 
     def __init__(
         self,
         path: Path,
-        num_samples: int,
+        capacity: int,
         integers: Sequence[str] = ("index",),
         page_size: int = DEFAULT_PAGE_SIZE,
+        keep: bool = False,
     ) -> None:
-        if num_samples < 1:
+        if capacity < 1:
             raise ValueError("a beton holds at least one sample")
         if page_size.bit_count() != 1 or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
             raise ValueError(f"page_size is a power of two from 2 MiB to 2 GiB, not {page_size}")
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.page_size = page_size
+        self.keep = keep
+        self.count = 0
+        """Samples appended or restored."""
+        self._skipped = 0
+        self._published = False
         self._fields = ["image", *integers]
-        self._metadata = np.zeros(num_samples, metadata_type(self._fields))
-        self._allocations = np.zeros(num_samples, ALLOCATION)
-        self._count = 0
+        self._metadata = np.zeros(capacity, metadata_type(self._fields))
+        self._allocations = np.zeros(capacity, ALLOCATION)
         head = HEADER.itemsize + len(self._fields) * DESCRIPTOR.itemsize
-        self._end = _round_up(head + self._metadata.nbytes, page_size)  # where free space begins
+        self.begin = _round_up(head + self._metadata.nbytes, page_size)
+        """Where the samples' data begins in the file."""
+        self.end = self.begin
+        """Where free space begins in the file."""
 
     def __enter__(self) -> Self:
-        self._file = self.partial.open("wb", buffering=1 << 20)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self.file = os.open(self.partial, flags, 0o666)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self.file)
+            raise UserError(f"another process is writing {self.path}") from error
+        except OSError:
+            pass  # a cluster's file system without locks
+        if not self._is_ours():  # whoever held the lock gave the file its final name meanwhile
+            os.close(self.file)
+            raise UserError(f"another process has just written {self.path}")
+        if not self.keep:
+            os.ftruncate(self.file, 0)
         return self
 
-    def append(
-        self, image: bytes | NDArray[np.uint8], height: int, width: int, *integers: int
-    ) -> None:
-        """Store the next sample: a JPEG stream, or uint8 pixels [height, width, 3]."""
+    def append(self, samples: Sequence[Sample]) -> None:
+        """Store the next samples, those side by side in one write."""
+        start = self.end
+        run: list[memoryview] = []
+        for image, height, width, integers in samples:
+            if isinstance(image, np.ndarray):
+                if image.shape != (height, width, 3) or image.dtype != np.uint8:
+                    what = f"{image.dtype}{image.shape}"
+                    raise ValueError(f"{what} is not uint8({height}, {width}, 3)")
+                mode, data = RAW, np.ascontiguousarray(image).reshape(-1).data
+            else:
+                mode, data = JPEG, memoryview(image)
+            end = self.end
+            pointer = self.place(data.nbytes, height, width, mode, integers)
+            if pointer != end or len(run) == _MAX_RUN:
+                self._write(start, run)
+                start, run = pointer, []
+            run.append(data)
+        self._write(start, run)
+
+    def place(
+        self, size: int, height: int, width: int, mode: int, integers: tuple[int, ...]
+    ) -> int:
+        """Enter a sample of `size` bytes in the tables, as `append` does; returns its pointer."""
         if not (0 < height < 65536 and 0 < width < 65536):
             raise ValueError(f"sides from 1 to 65535 pixels can be stored, not {width}x{height}")
-        if isinstance(image, np.ndarray):
-            if image.shape != (height, width, 3) or image.dtype != np.uint8:
-                raise ValueError(f"{image.dtype}{image.shape} is not uint8({height}, {width}, 3)")
-            mode, data = RAW, np.ascontiguousarray(image).reshape(-1).data
-        else:
-            mode, data = JPEG, memoryview(image)
-        pointer = self._allocate(data.nbytes)
-        self._metadata[self._count] = ((mode, width, height, pointer), *integers)
-        self._allocations[self._count] = (self._count, pointer, data.nbytes)
-        self._file.seek(pointer)
-        self._file.write(data)
-        self._count += 1
+        pointer, self.page_size = _allocate(self.end, size, self.page_size)
+        self.end = pointer + size
+        self._metadata[self.count] = ((mode, width, height, pointer), *integers)
+        self._allocations[self.count] = (self.count, pointer, size)
+        self.count += 1
+        return pointer
+
+    def pointers(self, sizes: Sequence[int]) -> list[int]:
+        """Where samples of these sizes would be placed next."""
+        end, page_size, pointers = self.end, self.page_size, []
+        for size in sizes:
+            pointer, page_size = _allocate(end, size, page_size)
+            pointers.append(pointer)
+            end = pointer + size
+        return pointers
+
+    def sizes(self) -> NDArray[np.uint64]:
+        """Bytes of each sample."""
+        return self._allocations["size"][: self.count]
+
+    def skip(self) -> None:
+        """Leave the next sample out."""
+        self._skipped += 1
+
+    def truncate(self) -> None:
+        """Cut off what an earlier run wrote after the last sample placed."""
+        os.ftruncate(self.file, min(self.end, os.fstat(self.file).st_size))
+
+    def finish(self) -> int:
+        """Write the tables and sync the file; returns its size."""
+        if self.count + self._skipped != len(self._metadata):
+            raise ValueError(f"{self.count} of {len(self._metadata)} samples were appended")
+        table = _round_up(self.end, 8)
+        allocations = self._allocations[: self.count].tobytes()
+        self._write(table, [memoryview(allocations)])
+        parts = (self._header(table), self._descriptors(), self._metadata)
+        self._write(0, [memoryview(part.tobytes()) for part in parts])
+        os.fsync(self.file)
+        return table + len(allocations)
+
+    def publish(self) -> None:
+        """Give the finished file its name."""
+        self.partial.replace(self.path)
+        self._published = True
+        sync_folder(self.path.parent)
 
     def __exit__(
         self,
@@ -103,50 +192,34 @@ class BetonWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if kind is None:
-                self._finish()
-                self.partial.replace(self.path)
-                _sync_folder(self.path.parent)
+            if kind is None and not self._published:
+                self.finish()
+                self.publish()
         finally:
-            self._file.close()
-            self.partial.unlink(missing_ok=True)
+            if not (self.keep or self._published):
+                self.partial.unlink(missing_ok=True)
+            os.close(self.file)
 
-    def _allocate(self, size: int) -> int:
-        """The pointer for `size` bytes that do not cross a page boundary.
+    def _is_ours(self) -> bool:
+        try:
+            return self.partial.stat().st_ino == os.fstat(self.file).st_ino
+        except FileNotFoundError:
+            return False
 
-        A sample larger than a page doubles the page size, for the whole file. A boundary of the
-        larger pages is one of the smaller pages too, so nothing written before crosses it: that is
-        why one pass over the images is enough.
-        """
-        if not 0 < size <= MAX_PAGE_SIZE:
-            raise ValueError(f"a sample of {size} bytes does not fit a page")
-        while size > self.page_size:
-            self.page_size *= 2
-        pointer = self._end
-        if pointer % self.page_size + size > self.page_size:
-            pointer = _round_up(pointer, self.page_size)
-        self._end = pointer + size
-        return pointer
-
-    def _finish(self) -> None:
-        if self._count != len(self._metadata):
-            raise ValueError(f"{self._count} of {len(self._metadata)} samples were appended")
-        table = _round_up(self._end, 8)
-        self._file.seek(table)
-        self._file.write(self._allocations.tobytes())
-        self._file.seek(0)
-        self._file.write(self._header(table).tobytes())
-        self._file.write(self._descriptors().tobytes())
-        self._file.write(self._metadata.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def _write(self, position: int, run: list[memoryview]) -> None:
+        total = sum(data.nbytes for data in run)
+        written = os.pwritev(self.file, run, position) if run else 0
+        if written < total:  # a signal, a file above 2 GiB or a nearly full disk
+            rest = memoryview(b"".join(run))
+            while written < total:
+                written += os.pwrite(self.file, rest[written:], position + written)
 
     def _header(self, table: int) -> NDArray[np.void]:
         header = np.zeros(1, HEADER)
         header["version"] = VERSION
         header["num_fields"] = len(self._fields)
         header["page_size"] = self.page_size
-        header["num_samples"] = self._count
+        header["num_samples"] = self.count
         header["alloc_table_ptr"] = table
         return header
 
@@ -158,11 +231,28 @@ class BetonWriter:
         return descriptors
 
 
+def _allocate(end: int, size: int, page_size: int) -> tuple[int, int]:
+    """The pointer, not before `end`, for `size` bytes that do not cross a page boundary; and the
+    page size.
+
+    A sample larger than a page doubles the page size, for the whole file. A boundary of the larger
+    pages is one of the smaller pages too, so nothing written before crosses it: that is why one
+    pass over the images is enough.
+    """
+    if not 0 < size <= MAX_PAGE_SIZE:
+        raise ValueError(f"a sample of {size} bytes does not fit a page")
+    while size > page_size:
+        page_size *= 2
+    if end % page_size + size > page_size:
+        end = _round_up(end, page_size)
+    return end, page_size
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,85 +1,76 @@
-"""Pack a folder of images into one FFCV beton."""
+"""Pack images into one FFCV beton."""
 
 import argparse
-import json
 import os
-import time
+import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pipeline.errors import UserError, run
+from pipeline.manifest import manifest_path
 from tools import scenes
-from tools.beton_writer import BetonWriter
-from tools.images import BadImage, Record, load_record
-from tools.parallel import ordered_map
-from tools.sources import SOURCES, Source
-
-MAX_NAMED = 20  # bad files named one by one; the rest are counted
+from tools.budget import SAMPLE, choose
+from tools.images import BadImage, Storage
+from tools.packing import Summary, is_complete, job_of, merge_job, pack, read_image, shard_path
+from tools.sources import KNOWN_COUNTS, SOURCES, Source, listed
 
 EPILOG = """examples:
   python -m tools.build_dataset coco --root /data/coco --out coco.beton
-  python -m tools.build_dataset cocoplus --root /data/coco --out cocoplus.beton
-  python -m tools.build_dataset imagenet --root /data/imagenet --out in1k.beton --max-side 500
-  python -m tools.build_dataset folder --root ~/photos --out photos.beton
+  python -m tools.build_dataset imagenet --root /data/imagenet --out in1k.beton
+  python -m tools.build_dataset imagenet --root /data/imagenet --out in500.beton --store jpeg --max-side 500
+  python -m tools.build_dataset openimages --root /data/oi --out oi.beton --store auto --budget 400GB
+  python -m tools.build_dataset folder --root ~/photos --out photos.beton --on-error skip
+  python -m tools.build_dataset list --list train.csv --root /data --out mine.beton
+  python -m tools.build_dataset imagenet --root /data/imagenet --out in1k.beton --shard 3/16
+  python -m tools.build_dataset merge in1k.shard-*-of-16.beton --out in1k.beton
   python -m tools.build_dataset sample --out sample.beton
 
-JPEG files are copied byte for byte; anything else is converted once, losslessly. Every image is
-decoded while packing. Bad files are all named at the end, and then nothing is written.
-FILE.beton.json lists the packed files in order.
-"""
+Images in .tar and .zip files are read in place: train2017.zip, train/<wnid>.tar or
+ILSVRC2012_img_train.tar under --root, and any archive below a folder.
 
+Killed at any moment, the same command goes on where it was; FILE appears only when it is complete.
+FILE.beton.json lists the images in order with their checksums. By default a JPEG that is copied is
+checked by its structure (complete headers, and an end, which a truncated file has not);
+--check decode also decodes each one, which finds more damage, at 1 to 2 ms an image and core.
+"""  # noqa: E501
 
-@dataclass(frozen=True)
-class Storage:
-    """How images are stored."""
-
-    max_side: int | None = None
-    """Larger images are scaled down to this side, in pixels, and stored as JPEG. None: never."""
-    quality: int = 95
-    """JPEG quality of the scaled images, 1 to 100."""
-
-
-@dataclass
-class Summary:
-    """What a packing run did."""
-
-    images: int = 0
-    seconds: float = 0.0
-    converted: dict[str, str] = field(default_factory=dict)
-    """File name to the reason why it was not copied unchanged."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack as the command line says, and print one line about it."""
     args = _parse(argv)
     out: Path = args.out
+    if args.source != "merge" and args.shard:
+        out = shard_path(out, *args.shard)
+    if is_complete(out):
+        print(f"{out} is complete")
+        return
     check_output(out, args.force)
-    if args.source == "sample":
-        root = args.root or out.parent / "scenes"
-        scenes.write(root, args.count, args.val_count, args.seed, args.workers, args.force)
-        source = SOURCES["folder"](root / "train" / "images")
+    if args.source == "merge":
+        job = merge_job(args.shards)
     else:
-        source = SOURCES[args.source](args.root)
-    summary = pack(source, out, args.source, Storage(args.max_side, args.quality), args.workers)
-    size, converted = out.stat().st_size, len(summary.converted)
-    print(
-        f"wrote {out}: {summary.images:,} images, {size / 1e6:,.1f} MB in {summary.seconds:.1f} s"
-        f" ({summary.images / summary.seconds:,.0f} images/s);"
-        f" {summary.images - converted:,} copied unchanged, {converted:,} converted"
-    )
+        storage = _storage(args)
+        source = _source(args, out)
+        if expected := KNOWN_COUNTS.get(args.source):
+            _warn_of_count(source, args.source, expected)
+        if args.store == "auto":
+            storage = fit(source, args.budget, storage, args.workers)
+        job = job_of(args.source, source, storage, args.shard)
+    _print_summary(out, pack(job, out, args.on_error, args.workers))
 
 
 def check_output(out: Path, force: bool) -> None:
     """Refuse an `out` that cannot be written, before the work is done.
 
     Raises:
-        UserError: where it exists and `force` is not set, or its folder is missing or read-only.
+        UserError: where it exists and `force` is not set, or its folder cannot be made or written.
     """
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {out.parent}: {error.strerror}") from None
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder")
     if out.exists() and not force:
@@ -88,74 +79,67 @@ def check_output(out: Path, force: bool) -> None:
         raise UserError(f"--out {out}: the folder {out.parent} is not writable")
 
 
-def pack(source: Source, out: Path, kind: str, storage: Storage, workers: int) -> Summary:
-    """Verify the images of `source` and write them to `out`, and a manifest to `<out>.json`.
-
-    Args:
-        kind: the name of the source, for the manifest.
-        workers: threads that read, verify and convert; the decoders run without Python's lock.
+def fit(source: Source, budget: int, base: Storage, workers: int) -> Storage:
+    """The largest storage of `source` that fits `budget` bytes, by a sample; prints what it found.
 
     Raises:
-        UserError: naming the bad files, or where `out` cannot be written. Nothing is left then.
+        UserError: where none does.
     """
-
-    def load(name: str) -> Record | BadImage:
+    count = min(SAMPLE, len(source))
+    files = []
+    for i in range(count):
         try:
-            return load_record(source.root / name, storage.max_side, storage.quality)
-        except BadImage as error:
-            return error
-
-    start, count, bad = time.perf_counter(), len(source.names), []
-    summary = Summary(count)
-    integers = ("index", "label") if source.labels else ("index",)
-    records = ordered_map(load, source.names, workers)
-    manifest = out.with_name(out.name + ".json")
-    try:
-        with BetonWriter(out, count, integers) as writer:
-            for index, record in enumerate(
-                tqdm(records, "packing", count, unit="img", disable=None)
-            ):
-                if isinstance(record, BadImage):
-                    bad.append(f"{source.root / source.names[index]}: {record}")
-                elif not bad:  # after the first bad file the rest is only verified
-                    label = [source.labels[index]] if source.labels else []
-                    writer.append(record.data, record.height, record.width, index, *label)
-                    if record.converted:
-                        summary.converted[source.names[index]] = record.converted
-            if bad:
-                raise UserError(_describe_bad(bad, count))
-            manifest.unlink(missing_ok=True)  # never an old list of names beside a new beton
-        write_manifest(manifest, source, kind, storage, summary)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    summary.seconds = time.perf_counter() - start
-    return summary
+            files.append(read_image(source, i * len(source) // count))
+        except BadImage:
+            continue
+    choice = choose(files, len(source), budget, base, workers)
+    storage = choice.storage
+    side = f" --max-side {storage.max_side}" if storage.max_side else ""
+    print(
+        f"--store {storage.store}{side}: about {choice.bytes / 1e9:.2f} of {budget / 1e9:.2f} GB;"
+        f" one core decodes {choice.images_per_s:,.0f} images/s ({len(files)} images sampled)"
+    )
+    return storage
 
 
-def write_manifest(
-    path: Path, source: Source, kind: str, storage: Storage, summary: Summary
-) -> None:
-    """Write what is in the beton: source, options, classes, conversions, names in stored order."""
-    content = {
-        "format": 1,
-        "source": kind,
-        "options": {"max_side": storage.max_side, "quality": storage.quality},
-        "count": summary.images,
-        "classes": source.classes,
-        "converted": summary.converted,
-        "names": source.names,
-    }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+def _source(args: argparse.Namespace, out: Path) -> Source:
+    if args.source == "sample":
+        root = args.root or out.parent / "scenes"
+        scenes.write(root, args.count, args.val_count, args.seed, args.workers, args.force)
+        return SOURCES["folder"](root / "train" / "images")
+    if args.source == "list":
+        return listed(args.list, args.root)
+    return SOURCES[args.source](args.root)
 
 
-def _describe_bad(bad: list[str], count: int) -> str:
-    if len(bad) == 1:
-        return f"1 of {count:,} files is bad, nothing was written: {bad[0]}"
-    more = [f"and {len(bad) - MAX_NAMED:,} more"] if len(bad) > MAX_NAMED else []
-    lines = [f"{len(bad):,} of {count:,} files are bad, nothing was written:"]
-    return "\n  ".join(lines + bad[:MAX_NAMED] + more)
+def _storage(args: argparse.Namespace) -> Storage:
+    """The storage options, where they agree with each other. Raises UserError."""
+    if args.max_side and args.store in ("original", "auto"):
+        hint = "--store jpeg or raw scales" if args.store == "original" else "it chooses the side"
+        raise UserError(f"--max-side does not go with --store {args.store}: {hint}")
+    if args.quality and args.store not in ("jpeg", "auto"):
+        raise UserError(f"--quality does not go with --store {args.store}: it encodes no JPEG")
+    if (args.budget is not None) != (args.store == "auto"):
+        raise UserError("--store auto and --budget go together")
+    store = "original" if args.store == "auto" else args.store
+    return Storage(store, args.max_side, args.quality or Storage.quality, args.check)
+
+
+def _warn_of_count(source: Source, kind: str, expected: int) -> None:
+    if len(source) != expected:
+        print(f"warning: {kind} has {expected:,} images; here are {len(source):,}", file=sys.stderr)
+
+
+def _print_summary(out: Path, summary: Summary) -> None:
+    unchanged = summary.images - summary.converted
+    packed = max(0, summary.images + summary.skipped - summary.resumed)
+    seconds = max(summary.seconds, 1e-9)
+    skipped = f", {summary.skipped:,} skipped: see {manifest_path(out)}" if summary.skipped else ""
+    print(
+        f"wrote {out}: {summary.images:,} images, {summary.bytes / 1e6:,.1f} MB in {seconds:.1f} s"
+        f" ({packed / seconds:,.0f} images/s);"
+        f" {unchanged:,} copied unchanged, {summary.converted:,} converted{skipped}"
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -167,47 +151,77 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, build in SOURCES.items():
-        _add_source(commands, name, build.__doc__ or "")
-    sample = _add_source(commands, "sample", "Generated scenes with label maps, and photographs.")
-    sample.add_argument(
-        "--count", type=_positive, default=1000, help="training scenes (default 1000)"
+        command = _add_command(commands, name, build.__doc__ or "")
+        command.add_argument("--root", type=Path, required=True, metavar="DIR", help="data folder")
+        _add_storage(command)
+    command = _add_command(commands, "list", listed.__doc__ or "")
+    command.add_argument("--list", type=Path, required=True, metavar="FILE", help="the list")
+    command.add_argument("--root", type=Path, metavar="DIR", help="of the paths (default: list's)")
+    _add_storage(command)
+    command = _add_command(commands, "sample", "Generated scenes with label maps, and photographs.")
+    command.add_argument(
+        "--root", type=Path, metavar="DIR", help="for the scenes (default: scenes/ beside FILE)"
     )
-    sample.add_argument(
-        "--val-count", type=_positive, default=100, help="held-out scenes (default 100)"
-    )
-    sample.add_argument("--seed", type=int, default=0, help="of the generator (default 0)")
+    for option, default, what in (("count", 1000, "training"), ("val-count", 100, "held-out")):
+        command.add_argument(
+            f"--{option}", type=_positive, default=default, help=f"{what} scenes ({default})"
+        )
+    command.add_argument("--seed", type=int, default=0, help="of the generator (default 0)")
+    _add_storage(command)
+    command = _add_command(commands, "merge", "Join the parts that --shard made into one beton.")
+    command.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="every part")
+    command.set_defaults(on_error="stop")
     return parser.parse_args(argv)
 
 
-def _add_source(
+def _add_command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, about: str
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
-        help=about,
+        help=about.split("\n", maxsplit=1)[0],
         description=about,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sample = name == "sample"
-    root_help = "folder for the scenes (default: scenes/ beside FILE)" if sample else "data folder"
-    command.add_argument("--root", type=Path, required=not sample, metavar="DIR", help=root_help)
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="beton to write")
-    command.add_argument(
-        "--max-side",
-        type=_positive,
-        metavar="N",
-        help="scale larger images down to N pixels, as JPEG",
-    )
-    command.add_argument(
-        "--quality", type=_quality, default=95, metavar="Q", help="of those JPEGs (default 95)"
-    )
     command.add_argument(
         "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
         help="threads (default: all cores)",
     )  # fmt: skip
     command.add_argument("--force", action="store_true", help="replace what is at --out")
     return command
+
+
+def _add_storage(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--store", choices=("original", "jpeg", "raw", "auto"), default="original",
+        help="original (default): JPEG files byte for byte, all else as pixels; jpeg: JPEG files"
+        " no larger than --max-side byte for byte, all else encoded; raw: pixels; auto: the"
+        " largest side and storage that fit --budget, from a sample",
+    )  # fmt: skip
+    command.add_argument(
+        "--max-side", type=_positive, metavar="N",
+        help="scale larger images down to N pixels, antialiased (with --store jpeg or raw)",
+    )  # fmt: skip
+    command.add_argument(
+        "--quality", type=_quality, metavar="Q", help="of the JPEGs that are encoded (default 95)"
+    )
+    command.add_argument(
+        "--budget", type=_bytes, metavar="SIZE", help="of --store auto: 40GB, 500MB, 1.5TB"
+    )
+    command.add_argument(
+        "--check", choices=("structure", "decode"), default="structure",
+        help="of JPEGs that are copied: headers and end (default), or a full decode: 1-2 ms each",
+    )  # fmt: skip
+    command.add_argument(
+        "--on-error", choices=("stop", "skip"), default="stop",
+        help="bad images: stop after the whole scan and name them (default), or leave them out",
+    )  # fmt: skip
+    command.add_argument(
+        "--shard", type=_shard, metavar="I/N",
+        help="pack the I-th of N parts into FILE.shard-I-of-N.beton; merge joins them",
+    )  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -222,6 +236,22 @@ def _quality(text: str) -> int:
     if not 1 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{value} is not from 1 to 100")
     return value
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size like 40GB")
+    unit = UNITS[match[2].upper()]
+    factor = 1024 ** "KMGT".index(match[2].upper()) * 1024 if match[3] else unit
+    return int(float(match[1]) * factor)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from jsonargparse import (
 from model import ModelConfig
 from pipeline.augment import BACKENDS
 from pipeline.errors import UserError
+from pipeline.loader import OnCorrupt
 from pipeline.views import ViewConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the texts below
@@ -54,6 +55,9 @@ class DataConfig:
     """What applies the view parameters: "reference" or "kornia", which differ by rounding."""
     threads: int = 0
     """Decoding threads of each process; 0 = an equal share of the cores of its machine."""
+    on_corrupt: OnCorrupt = "stop"
+    """An image that cannot be decoded: "stop" names it and ends the run; "replace" names it once
+    and takes the next image of the beton in its place."""
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "path", self.path, "the name of a beton")

@@ -60,6 +60,7 @@ class Trainer:
             world=self.accelerator.num_processes,
             accumulation=config.efficiency.accumulation,
             threads=config.data.threads or _share_of_cores(),
+            on_corrupt=config.data.on_corrupt,
         )
         self._check_batch_statistics()
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch

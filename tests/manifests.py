@@ -1,0 +1,29 @@
+"""Manifests of betons that a test wrote, and damage to files."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+from pipeline.beton import Beton
+from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
+
+
+def write_manifest(beton: Path, names: list[str] | None = None, **head: Any) -> Manifest:
+    """Write the manifest of a beton as it is now; the images are called photos/0.jpg and so on."""
+    opened, content = Beton(beton), beton.read_bytes()
+    names = names or [f"photos/{i}.jpg" for i in range(len(opened))]
+    records = []
+    for name, (pointer, size, *_) in zip(names, opened.records.tolist(), strict=True):
+        checksum = zlib.crc32(content[pointer : pointer + size])
+        records.append(Record(name, size, f"{checksum:08x}", ORIGINAL))
+    values = {"source": "folder", "options": {}, "count": len(opened), "bytes": opened.bytes}
+    manifest = Manifest(**(values | head))
+    manifest.write(manifest_path(beton), records)
+    return manifest
+
+
+def damage(file: Path, offset: int, data: bytes) -> None:
+    """Overwrite bytes of a file."""
+    with file.open("r+b") as opened:
+        opened.seek(offset)
+        opened.write(data)

@@ -1,0 +1,265 @@
+"""What is in a beton: a summary, and on request a check of every record, pictures, the images."""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from pipeline.beton import Beton
+from pipeline.errors import UserError, printable, run
+from pipeline.ffcv_format import JPEG
+from pipeline.manifest import Manifest, manifest_path
+from tools import dataset_check, dataset_pictures
+from tools.dataset_check import Outcome, Problem
+from tools.dataset_pictures import size_text
+
+MAX_NAMED = 50  # problems printed one by one; the rest are counted, and all are in the JSON
+QUANTILES = (0, 0.05, 0.5, 0.95, 1)
+
+EXAMPLES = """examples:
+  python -m tools.inspect_dataset coco.beton
+  python -m tools.inspect_dataset coco.beton --plot shapes.png --sheet images.png --json coco.json
+  python -m tools.inspect_dataset coco.beton --verify
+  python -m tools.inspect_dataset coco.beton --extract coco-images
+
+--verify reads and decodes every record, compares it with the manifest beside the beton, names what
+is damaged and ends with exit code 1 where anything is. Without a manifest only damage that keeps an
+image from being decoded is found.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line says; exit code 1 where a record is damaged."""
+    args = _parse(argv)
+    manifest, damage = _manifest(args.file)
+    beton = _open(args.file, manifest, args)
+    content: dict[str, Any] = {"dataset": summarise(beton, manifest, damage), "results": []}
+    print_summary(beton, content["dataset"])
+    if not args.verify:  # which measures the same on all records
+        content["results"].append(_rate(beton, args.workers))
+    if args.plot:
+        _save(args.plot, dataset_pictures.histograms(beton))
+    if args.sheet:
+        _save(args.sheet, dataset_pictures.contact_sheet(beton, args.workers))
+    problems: dict[Problem, None] = {}  # in order, each once
+    if args.verify:
+        outcome = dataset_check.verify(beton, manifest, args.workers)
+        outcome.problems += [(str(manifest_path(args.file)), damage)] if damage else []
+        problems |= dict.fromkeys(outcome.problems)
+        content["results"].append(_result("verify", outcome, args.workers))
+        _report(outcome, "verified" if manifest else "decoded (no manifest: no checksums)")
+    if args.extract:
+        outcome = dataset_check.extract(beton, manifest, args.extract, args.workers)
+        problems |= dict.fromkeys(outcome.problems)
+        content["results"].append(_result("extract", outcome, args.workers))
+        _report(outcome, f"extracted to {args.extract}")
+    _finish(args, content, list(problems))
+
+
+def summarise(beton: Beton, manifest: Manifest | None, damage: str = "") -> dict[str, Any]:
+    """The beton in numbers, as --json writes them."""
+    size = beton.records[:, 1]
+    jpeg = int((beton.records[:, 4] == JPEG).sum())
+    first = int(beton.records[:, 0].min()) // beton.page_size * beton.page_size
+    return {
+        "file": str(beton.path),
+        "images": len(beton),
+        "bytes": beton.bytes,
+        "source": manifest.source if manifest else None,
+        "options": manifest.options if manifest else None,
+        "jpeg": jpeg,
+        "raw": len(beton) - jpeg,
+        "stored": manifest.stored if manifest else None,
+        "skipped": len(manifest.skipped) if manifest else None,
+        "longest_side": _quantiles(np.maximum(beton.height, beton.width)),
+        "shortest_side": _quantiles(np.minimum(beton.height, beton.width)),
+        "aspect": _quantiles(beton.width / beton.height),
+        "record_bytes": _quantiles(size),
+        "page_bytes": beton.page_size,
+        "page_use": float(size.sum() / (beton.table - first)),
+        "classes": len(manifest.classes) if manifest and manifest.classes else None,
+        "labels": None if beton.label is None else len(np.unique(beton.label)),
+        "manifest": damage or _manifest_state(beton, manifest),
+        "memory_free": psutil.virtual_memory().available,
+    }
+
+
+def print_summary(beton: Beton, summary: dict[str, Any]) -> None:
+    """The same for people."""
+    how = f", packed from {summary['source']}" if summary["source"] else ""
+    print(f"{beton.path}: {len(beton):,} images, {size_text(beton.bytes)}{how}")
+    print(
+        f"  {'':14}" + "".join(f"{name:>10}" for name in ("least", "5 %", "median", "95 %", "most"))
+    )
+    for name, key, form in (
+        ("longest side", "longest_side", "{:,.0f}"),
+        ("shortest side", "shortest_side", "{:,.0f}"),
+        ("width : height", "aspect", "{:.2f}"),
+        ("bytes", "record_bytes", "{:,.0f}"),
+    ):
+        print(f"  {name:14}" + "".join(f"{form.format(value):>10}" for value in summary[key]))
+    rows = {
+        "storage": _storage(summary),
+        "pages": f"{summary['page_bytes'] >> 20} MiB, {summary['page_use']:.1%} used",
+        "to cache it": f"{size_text(beton.bytes)} of memory"
+        f" ({size_text(summary['memory_free'])} are free here)",
+        "labels": _labels(summary),
+        "manifest": summary["manifest"],
+    }
+    for name, value in rows.items():
+        print(f"  {name:14}  {value}")
+
+
+def _storage(summary: dict[str, Any]) -> str:
+    parts = [f"{summary['jpeg']:,} JPEG", f"{summary['raw']:,} raw"]
+    if stored := summary["stored"]:
+        parts[0] += f" ({stored.get('original', 0):,} as they were)"
+    if summary["skipped"]:
+        parts.append(f"{summary['skipped']:,} bad files were left out")
+    return ", ".join(parts)
+
+
+def _labels(summary: dict[str, Any]) -> str:
+    if summary["labels"] is None:
+        return "none"
+    named = f" of {summary['classes']:,} named classes" if summary["classes"] else ""
+    return f"{summary['labels']:,} different{named}"
+
+
+def _manifest_state(beton: Beton, manifest: Manifest | None) -> str:
+    """Whether the manifest is whole and belongs to this beton; its checksums are --verify's."""
+    if manifest is None:
+        return "none beside the beton: names and checksums are not known"
+    try:
+        sizes = np.fromiter((record.bytes for record in manifest.records()), np.int64)
+    except UserError as error:
+        return f"damaged: {error}"
+    if not np.array_equal(sizes, beton.records[:, 1]) or manifest.bytes != beton.bytes:
+        return "of another beton: sizes differ"
+    return f"digest ok, {manifest.digest[:16]}…, by {manifest.tool}"
+
+
+def _manifest(file: Path) -> tuple[Manifest | None, str]:
+    """The manifest beside `file`, if there is one, and what is wrong with it."""
+    if not manifest_path(file).exists():
+        return None, ""
+    try:
+        return Manifest.beside(file), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _open(file: Path, manifest: Manifest | None, args: argparse.Namespace) -> Beton:
+    """The beton. Where --verify meets one that cannot be opened, that is what it has found."""
+    try:
+        return Beton(file)
+    except UserError as error:
+        if not (args.verify and file.is_file()):
+            raise
+        outcome = Outcome(problems=[(str(file), str(error).removeprefix(f"{file}: "))])
+        if manifest:
+            outcome.problems += dataset_check.beyond_the_end(file, manifest)
+        _report(outcome, "verified")
+        _finish(args, {"dataset": None, "results": []}, outcome.problems)
+        raise
+
+
+def _rate(beton: Beton, workers: int) -> dict[str, Any]:
+    outcome = dataset_check.decode_rate(beton, workers)
+    print(
+        f"  decoding        {outcome.images_per_s:,.0f} images/s,"
+        f" {outcome.bytes / outcome.seconds / 1e6:,.0f} MB/s on {workers} threads"
+        " (a sample, in the page cache)"
+    )
+    return _result("decode", outcome, workers)
+
+
+def _result(stage: str, outcome: Outcome, workers: int) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "backend": "libjpeg-turbo",
+        "images": outcome.images,
+        "images_per_s": outcome.images_per_s,
+        "mb_per_s": outcome.bytes / outcome.seconds / 1e6,
+        "seconds": outcome.seconds,
+        "threads": workers,
+        "problems": len(outcome.problems),
+    }
+
+
+def _report(outcome: Outcome, verb: str) -> None:
+    """Name what is wrong on stderr, and say how it went on stdout."""
+    for name, reason in outcome.problems[:MAX_NAMED]:
+        print(f"bad: {printable(name)}: {reason}", file=sys.stderr)
+    if len(outcome.problems) > MAX_NAMED:
+        print(f"bad: and {len(outcome.problems) - MAX_NAMED:,} more", file=sys.stderr)
+    if outcome.images:
+        print(
+            f"{outcome.images:,} records {verb} in {outcome.seconds:.1f} s"
+            f" ({outcome.images_per_s:,.0f} images/s,"
+            f" {outcome.bytes / outcome.seconds / 1e6:,.0f} MB/s):"
+            f" {f'{len(outcome.problems):,} problems' if outcome.problems else 'all good'}"
+        )
+
+
+def _finish(args: argparse.Namespace, content: dict[str, Any], problems: list[Problem]) -> None:
+    if args.json:
+        from train.provenance import provenance, write_json  # loads torch
+
+        write_json(args.json, provenance() | content | {"problems": problems})
+    if problems:
+        sys.exit(1)
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    from train.provenance import write_bytes  # loads torch
+
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    write_bytes(path, stream.getvalue())
+    print(f"wrote {path}")
+
+
+def _quantiles(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.quantile(values, QUANTILES)]
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m tools.inspect_dataset",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE.beton", help="what to look at")
+    parser.add_argument("--verify", action="store_true", help="check every record")
+    parser.add_argument(
+        "--extract", type=Path, metavar="DIR",
+        help="write the images to DIR, a new or empty folder, under their names",
+    )  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="histograms of shapes and sizes")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="a contact sheet")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the numbers and all problems")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="threads (default: all cores)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        raise UserError("--workers must be at least 1")
+    for name in ("plot", "sheet"):
+        path = getattr(args, name)
+        if path and path.suffix.lower() != ".png":
+            raise UserError(f"--{name} {path}: must end in .png")
+    return args
+
+
+if __name__ == "__main__":
+    run(main)
