@@ -8,6 +8,12 @@ class UserError(ValueError):
     """Bad input: a command prints it as one line and exits with 2, without a traceback."""
 
 
+def require(holds: bool, name: str, value: object, meaning: str) -> None:
+    """Refuse a setting with a ValueError that names it."""
+    if not holds:
+        raise ValueError(f"{name} must be {meaning}, not {value!r}")
+
+
 def printable(name: str) -> str:
     """A file's name for a message: as it is, or escaped where it would break the line or its
     encoding.

@@ -29,6 +29,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from pipeline.errors import require
 from pipeline.philox import philox4x32
 
 _TRIES = 10  # as in torchvision's RandomResizedCrop and in the authors' sampler
@@ -80,15 +81,15 @@ class ViewConfig:
     def __post_init__(self) -> None:
         for field in ("blur", "blur_sigma", "solarize"):
             pair = tuple(getattr(self, field))  # a list read from YAML must equal the tuple
-            _require(len(pair) == 2, field, pair, "two numbers")
+            require(len(pair) == 2, field, pair, "two numbers")
             object.__setattr__(self, field, pair)
-        _require(self.size >= 1 and self.size % 1 == 0, "size", self.size, "a whole number >= 1")
-        _require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "above 0 and at most 1")
-        _require(
+        require(self.size >= 1 and self.size % 1 == 0, "size", self.size, "a whole number >= 1")
+        require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "above 0 and at most 1")
+        require(
             self.min_scale <= self.max_scale <= 1, "max_scale", self.max_scale, "in min_scale..1"
         )
-        _require(0 < self.min_aspect < math.inf, "min_aspect", self.min_aspect, "above 0")
-        _require(
+        require(0 < self.min_aspect < math.inf, "min_aspect", self.min_aspect, "above 0")
+        require(
             self.min_aspect <= self.max_aspect < math.inf,
             "max_aspect",
             self.max_aspect,
@@ -96,23 +97,18 @@ class ViewConfig:
         )
         amounts = ("brightness", "contrast", "saturation")
         for field in ("min_overlap", "flip", "jitter", "grey", *amounts):
-            _require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "in 0..1")
-        _require(0 <= self.hue <= 0.5, "hue", self.hue, "in 0..0.5")
+            require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "in 0..1")
+        require(0 <= self.hue <= 0.5, "hue", self.hue, "in 0..0.5")
         for field in ("blur", "solarize"):
             pair = getattr(self, field)
-            _require(all(0 <= p <= 1 for p in pair), field, pair, "two numbers in 0..1")
+            require(all(0 <= p <= 1 for p in pair), field, pair, "two numbers in 0..1")
         low, high = self.blur_sigma
-        _require(
+        require(
             0 < low <= high < math.inf,
             "blur_sigma",
             self.blur_sigma,
             "(low, high), 0 < low <= high",
         )
-
-
-def _require(condition: bool, field: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ValueError(f"{field} must be {rule}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,8 @@ def sample_views(
         raise ValueError("index, height and width must have one axis, of the same length")
     if len(index) and min(height.min(), width.min()) < 1:
         raise ValueError("height and width must be at least 1")
-    _require(0 <= seed < 1 << 64, "seed", seed, "in 0..2^64-1")
-    _require(0 <= epoch < 1 << 32, "epoch", epoch, "in 0..2^32-1")
+    require(0 <= seed < 1 << 64, "seed", seed, "in 0..2^64-1")
+    require(0 <= epoch < 1 << 32, "epoch", epoch, "in 0..2^32-1")
     params = _empty(len(index))
     numbers = _Numbers(*(_as_float(getattr(config, f.name)) for f in fields(config)))
     arrays = _Arrays(*(getattr(params, f.name) for f in fields(params)))

@@ -24,7 +24,7 @@ from jsonargparse import (
 
 from model import ModelConfig
 from pipeline.augment import BACKENDS
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require
 from pipeline.loader import OnCorrupt
 from pipeline.views import ViewConfig
 
@@ -38,11 +38,6 @@ _EXAMPLES = """examples:
   python -m train.pretrain --config configs/demo_cpu.yaml --print_config
 
 A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the trackers' files."""
-
-
-def _require(holds: bool, name: str, value: object, meaning: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {meaning}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -60,9 +55,9 @@ class DataConfig:
     and takes the next image of the beton in its place."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.path), "path", self.path, "the name of a beton")
-        _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
-        _require(
+        require(bool(self.path), "path", self.path, "the name of a beton")
+        require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
+        require(
             self.threads >= 0, "threads", self.threads, "0 (an equal share of the cores) or more"
         )
 
@@ -96,31 +91,31 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("base_lr", "eta"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, name, value, "a positive number")
-        _require(
+            require(0 < value < math.inf, name, value, "a positive number")
+        require(
             0 <= self.warmup_epochs < self.epochs,
             "warmup_epochs",
             self.warmup_epochs,
             f"at least 0 and less than epochs ({self.epochs})",
         )
-        _require(
+        require(
             1 <= self.warmup_multiplier < math.inf,
             "warmup_multiplier",
             self.warmup_multiplier,
             "at least 1",
         )
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and less than 1")
-        _require(
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and less than 1")
+        require(
             0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or positive"
         )
-        _require(
+        require(
             0 <= self.teacher_momentum <= 1, "teacher_momentum", self.teacher_momentum, "in 0..1"
         )
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2^32-1")
-        _require(
+        require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2^32-1")
+        require(
             self.max_steps is None or self.max_steps >= 1,
             "max_steps",
             self.max_steps,
@@ -143,7 +138,7 @@ class EfficiencyConfig:
     """Keep weights and activations in channels-last layout."""
 
     def __post_init__(self) -> None:
-        _require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -162,14 +157,14 @@ class LogConfig:
     """Folder of all runs; this one writes to DIR/NAME."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "every", self.every, "at least 1")
+        require(self.every >= 1, "every", self.every, "at least 1")
         object.__setattr__(self, "trackers", tuple(self.trackers))
         known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
         for tracker in self.trackers:
-            _require(tracker in LOGGER_TYPE_TO_CLASS, "trackers", tracker, f"some of {known}")
-        _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
-        _require(self.keep >= 1, "keep", self.keep, "at least 1")
-        _require(bool(self.dir), "dir", self.dir, "the name of a folder")
+            require(tracker in LOGGER_TYPE_TO_CLASS, "trackers", tracker, f"some of {known}")
+        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        require(self.keep >= 1, "keep", self.keep, "at least 1")
+        require(bool(self.dir), "dir", self.dir, "the name of a folder")
 
 
 @dataclass(frozen=True)
@@ -193,7 +188,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name)
-        _require(bool(plain), "name", self.name, "made of letters, digits, '.', '_' and '-'")
+        require(bool(plain), "name", self.name, "made of letters, digits, '.', '_' and '-'")
 
 
 def load_config(argv: list[str] | None = None) -> tuple[RunConfig, str | None]:
