@@ -228,9 +228,9 @@ class ViewLoader:
         self._canvases = CanvasLoader(beton, threads, device.type == "cuda", on_corrupt)
 
     @property
-    def replaced(self) -> int:
-        """Images met so far, on this rank, that another one stands in for."""
-        return len(self._canvases.replaced)
+    def replaced(self) -> dict[int, int]:
+        """Records met so far, on this rank, that cannot be decoded, and what stands in for each."""
+        return self._canvases.replaced
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of `epoch`, from step `start` of it on: `accumulation` for each

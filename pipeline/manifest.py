@@ -2,16 +2,16 @@
 
 One JSON document, one record a line, so that 1.3 million records are written and read as a stream:
 
-    {"format": 2, "tool": …, "source": …, "options": …, "classes": …, "count": …, "digest": …,
+    {"format": 3, "tool": …, "source": …, "options": …, "classes": …, "count": …, "digest": …,
      "skipped": [[name, reason], …],
      "records": [
     ["train2017/000000000009.jpg", 224297, "9f3a11c2", "original"],
     …
     ]}
 
-A record: name, bytes stored, CRC-32 of the stored bytes as 8 hexadecimal digits, and how it is
-stored: "original", "scaled" or "converted: <reason>". The digest is the SHA-256 of the records'
-lines, each without the comma between them and with a line feed.
+A record: name, bytes stored, CRC-32 of the stored bytes as 8 hexadecimal digits, how it is stored:
+"original", "scaled" or "converted: <reason>", and, in a set with labels, its label. The digest is
+the SHA-256 of the records' lines, each without the comma between them and with a line feed.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Self
 from pipeline.errors import UserError
 from pipeline.ffcv_format import VERSION
 
-FORMAT = 2
+FORMAT = 3
 TOOL = "slotstream 0.1.0"
 ORIGINAL, SCALED, CONVERTED = "original", "scaled", "converted: "
 
@@ -42,6 +42,7 @@ class Record(NamedTuple):
     bytes: int
     crc32: str
     how: str
+    label: int | None = None
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Manifest:
         """Everything before the records.
 
         Raises:
-            UserError: where `path` cannot be read or is no manifest of format 2.
+            UserError: where `path` cannot be read or is no manifest of format 3.
         """
         try:
             with path.open(encoding="utf-8") as file:
@@ -196,4 +197,5 @@ def _until_records(file: Iterable[str]) -> Iterator[str]:
 
 def _line(record: Record) -> bytes:
     """A record's line in ASCII: names that are no UTF-8 keep their bytes as lone surrogates."""
-    return json.dumps(record).encode() + b"\n"
+    values = record[:-1] if record.label is None else record
+    return json.dumps(values).encode() + b"\n"

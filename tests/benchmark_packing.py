@@ -2,9 +2,11 @@
 
     python -m tests.benchmark_packing IMAGES WORK --repeat-to 20000
 
-WORK must have room for three times the images. The page cache is warm: every file is read first.
-slotstream's times are those of the whole command, which ends when the file is on the disk; ffcv's
-leave out its start, which takes seconds, and it does not sync. ffcv and jpeg get fewer files.
+The images are copied to WORK until there are as many as asked for, and laid out as each source
+expects them; WORK must have room for five times the result. The page cache is warm: every file is
+read first. slotstream's times are those of the whole command, which ends when the file is verified
+and on the disk; ffcv's leave out its start, which takes seconds, and it does not sync. What is
+decoded and encoded is less: `--few` of the images.
 """
 
 import argparse
@@ -13,8 +15,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,13 @@ EPILOG = """example:
   python -m tests.benchmark_packing /data/coco/train2017 /tmp/bench --repeat-to 20000 --json p.json
 """
 
+CLASSES = 100
+ROW = (
+    "| {what} | {images:,} | {images_per_s:,.0f} | {mb_per_s:,.0f} | {gb:.2f} GB | {seconds:.1f} |"  # noqa: E501
+)
+
 FFCV = """
+import json
 import sys
 import time
 from pathlib import Path
@@ -31,84 +41,125 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import DatasetWriter
 
 class Files:
-    def __init__(self, folder, count):
-        self.paths = sorted(Path(folder).iterdir())[:count]
+    def __init__(self, folder):
+        self.paths = sorted(Path(folder).iterdir())
     def __len__(self):
         return len(self.paths)
     def __getitem__(self, i):
         return Image.open(self.paths[i]).convert("RGB"), i
 
-folder, out, count, workers, mode = sys.argv[1:]
-fields = {"image": RGBImageField(mode), "index": IntField()}
+folder, out, workers, options = sys.argv[1:]
+fields = {"image": RGBImageField("jpg", **json.loads(options)), "index": IntField()}
 writer = DatasetWriter(out, fields, num_workers=int(workers))
 start = time.perf_counter()
-writer.from_indexed_dataset(Files(folder, int(count)))
+writer.from_indexed_dataset(Files(folder))
 print(time.perf_counter() - start)
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the files, measure, print a table, tidy up."""
+    """Lay the files out, measure, print a table, tidy up."""
     args = _parse(argv)
     work: Path = args.work
-    (work / "in").mkdir(parents=True)
+    work.mkdir(parents=True)
     try:
-        files = sorted(path for path in args.images.iterdir() if path.is_file())
-        for i in range(args.repeat_to):
-            source = files[i % len(files)]
-            copy = work / "in" / f"{i:07d}{source.suffix}"
-            if args.link:
-                copy.hardlink_to(source)
-            else:
-                shutil.copyfile(source, copy)
-        (work / "few").mkdir()
-        for path in sorted((work / "in").iterdir())[: args.few]:
-            (work / "few" / path.name).hardlink_to(path)
+        _lay_out(args.images, work, args.repeat_to, args.few)
         os.sync()
-        results = [result for _ in range(args.rounds) for result in _round(args, work)]
+        results = [result for _ in range(args.rounds) for result in _round(work, args.workers)]
     finally:
         shutil.rmtree(work)
+    print("| what | images | images/s | MB/s | output | seconds |", "|---" * 6 + "|", sep="\n")
     for result in results:
-        print("{what:24} {images_per_s:9,.0f} images/s {mb_per_s:8,.0f} MB/s {gb:7.2f} GB"
-              " {seconds:7.1f} s".format(**result))  # fmt: skip
+        print(ROW.format(**result))
     if args.json:
         args.json.write_text(json.dumps({"results": results}, indent=1) + "\n")
 
 
-def _round(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    folder, out, results = work / "in", work / "o.beton", []
-    total = sum(len(path.read_bytes()) for path in folder.iterdir())
+def _lay_out(images: Path, work: Path, count: int, few: int) -> None:
+    """The images as COCO, ImageNet, archives of both, a list, and a folder with few of them."""
+    sources = sorted(path for path in images.iterdir() if path.is_file())
+    coco, imagenet = work / "coco/train2017", work / "imagenet/train"
+    for folder in (coco, work / "few", work / "zip", work / "tar/train"):
+        folder.mkdir(parents=True)
+    for i in range(count):
+        path = coco / f"{i:07d}.jpg"
+        shutil.copyfile(sources[i % len(sources)], path)
+        member = imagenet / f"n{i * CLASSES // count:08d}" / f"{i:07d}.JPEG"
+        member.parent.mkdir(parents=True, exist_ok=True)
+        member.hardlink_to(path)
+        if i < few:
+            (work / "few" / path.name).hardlink_to(path)
+    with zipfile.ZipFile(work / "zip/train2017.zip", "w") as archive:
+        for path in sorted(coco.iterdir()):
+            archive.write(path, f"train2017/{path.name}")
+    for folder in imagenet.iterdir():
+        with tarfile.open(work / f"tar/train/{folder.name}.tar", "w") as tar:
+            for path in folder.iterdir():
+                tar.add(path, path.name)
+    rows = (f"{path},{path.parent.name}\n" for path in sorted(imagenet.rglob("*.JPEG")))
+    (work / "list.csv").write_text("path,label\n" + "".join(rows))
 
-    def measure(what: str, command: Sequence[object], count: int = args.repeat_to) -> None:
-        start = time.perf_counter()
-        done = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE)
-        seconds = time.perf_counter() - start
-        if what.startswith("ffcv"):
-            seconds = float(done.stdout)
-        made = work / "copy" if (work / "copy").exists() else out
-        size = (
-            sum(p.stat().st_size for p in made.iterdir()) if made.is_dir() else out.stat().st_size
-        )
-        rate = count / seconds
-        mb = total * count / args.repeat_to / seconds / 1e6
-        row = {"what": what, "images_per_s": rate, "mb_per_s": mb, "gb": size / 1e9}
-        results.append(row | {"seconds": seconds, "images": count})
-        shutil.rmtree(work / "copy", ignore_errors=True)
-        for path in work.glob("o.beton*"):
-            path.unlink()
-        os.sync()
 
-    pack = [sys.executable, "-m", "tools.build_dataset", "folder", "--root", folder, "--out", out]
-    pack += ["--workers", args.workers]
-    ffcv = [sys.executable, "-c", FFCV, folder, out, args.few, args.workers]
-    measure("cp -r", ["cp", "-r", folder, work / "copy"])
-    measure("cp -r, then sync", ["sh", "-c", f"cp -r {folder} {work}/copy && sync -f {work}/copy"])
-    measure("slotstream original", pack)
-    pack[pack.index(folder)] = work / "few"
-    jpeg = [*pack, "--store", "jpeg", "--max-side", 500]
-    measure("slotstream jpeg 500", jpeg, args.few)
-    measure("ffcv jpg", [*ffcv, "jpg"], args.few)
-    return results
+def _round(work: Path, workers: int) -> Iterator[dict[str, Any]]:
+    coco, few = work / "coco/train2017", work / "few"
+    yield _measure("cp -r", work, coco, ["cp", "-r", coco, work / "copy"])
+    synced = f"cp -r {coco} {work}/copy && sync -f {work}/copy"
+    yield _measure("cp -r, then sync", work, coco, ["sh", "-c", synced])
+    for what, options in (
+        ("coco", ["coco", "--root", work / "coco"]),
+        ("coco, train2017.zip", ["coco", "--root", work / "zip"]),
+        ("imagenet", ["imagenet", "--root", work / "imagenet"]),
+        ("imagenet, a tar file a class", ["imagenet", "--root", work / "tar"]),
+        ("folder", ["folder", "--root", work / "coco"]),
+        ("list, with labels", ["list", "--list", work / "list.csv"]),
+        ("coco --check decode", ["coco", "--root", work / "coco", "--check", "decode"]),
+    ):
+        yield _pack(what, work, coco, workers, options)
+    budget = sum(path.stat().st_size for path in few.iterdir()) // 2
+    for store in ("jpeg --max-side 500", "raw --max-side 256", f"auto --budget {budget}"):
+        options = ["folder", "--root", few, "--store", *store.split()]
+        yield _pack(f"folder --store {store}", work, few, workers, options)
+    for settings in ({}, {"max_resolution": 500, "jpeg_quality": 95}):
+        shown = "".join(f", {name} {value}" for name, value in settings.items())
+        yield _ffcv(f"ffcv's writer, jpg{shown}", work, few, workers, settings)
+
+
+def _pack(
+    what: str, work: Path, files: Path, workers: int, options: Sequence[object]
+) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tools.build_dataset", *options, "--workers", workers]
+    return _measure(what, work, files, [*command, "--out", work / "o.beton"])
+
+
+def _ffcv(
+    what: str, work: Path, files: Path, workers: int, settings: dict[str, int]
+) -> dict[str, Any]:
+    command = [sys.executable, "-c", FFCV, files, work / "o.beton", workers, json.dumps(settings)]
+    return _measure(what, work, files, command)
+
+
+def _measure(what: str, work: Path, files: Path, command: Sequence[object]) -> dict[str, Any]:
+    """Run `command`, whose input is `files`; its own time where it prints one."""
+    sizes = [len(path.read_bytes()) for path in files.iterdir()]  # fills the page cache
+    start = time.perf_counter()
+    done = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE)
+    seconds = time.perf_counter() - start
+    if "DatasetWriter" in str(command):
+        seconds = float(done.stdout)
+    made = [*(work / "copy").glob("*"), *work.glob("o.beton")]
+    result = {
+        "what": what,
+        "images": len(sizes),
+        "images_per_s": len(sizes) / seconds,
+        "mb_per_s": sum(sizes) / seconds / 1e6,
+        "gb": sum(path.stat().st_size for path in made) / 1e9,
+        "seconds": seconds,
+    }
+    shutil.rmtree(work / "copy", ignore_errors=True)
+    for path in work.glob("o.beton*"):
+        path.unlink()
+    os.sync()
+    return result
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -121,8 +172,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("images", type=Path, help="folder of images")
     parser.add_argument("work", type=Path, help="a folder to make, and to delete at the end")
     parser.add_argument("--repeat-to", type=int, default=20000, help="files (default 20000)")
-    parser.add_argument("--link", action="store_true", help="hard links instead of copies")
-    parser.add_argument("--few", type=int, default=3000, help="files for ffcv and jpeg (3000)")
+    parser.add_argument("--few", type=int, default=6000, help="files to encode (default 6000)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=1, help="how often all is measured")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")

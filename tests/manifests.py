@@ -12,10 +12,13 @@ def write_manifest(beton: Path, names: list[str] | None = None, **head: Any) -> 
     """Write the manifest of a beton as it is now; the images are called photos/0.jpg and so on."""
     opened, content = Beton(beton), beton.read_bytes()
     names = names or [f"photos/{i}.jpg" for i in range(len(opened))]
+    labels = [None] * len(opened) if opened.label is None else opened.label.tolist()
     records = []
-    for name, (pointer, size, *_) in zip(names, opened.records.tolist(), strict=True):
+    for name, label, (pointer, size, *_) in zip(
+        names, labels, opened.records.tolist(), strict=True
+    ):
         checksum = zlib.crc32(content[pointer : pointer + size])
-        records.append(Record(name, size, f"{checksum:08x}", ORIGINAL))
+        records.append(Record(name, size, f"{checksum:08x}", ORIGINAL, label))
     values = {"source": "folder", "options": {}, "count": len(opened), "bytes": opened.bytes}
     manifest = Manifest(**(values | head))
     manifest.write(manifest_path(beton), records)

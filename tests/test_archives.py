@@ -158,6 +158,12 @@ def test_bad_members(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(BadImage, match="in the zip file"):
         read_image(SOURCES["folder"](tmp_path / "in"), 0)
+    path = zipped(tmp_path / "in" / "a.zip", {"a.jpg": b"x" * 99}, zipfile.ZIP_STORED)
+    data = bytearray(path.read_bytes())
+    data[90] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadImage, match="damaged in the zip file: its checksum differs"):
+        read_image(SOURCES["folder"](tmp_path / "in"), 0)
     tar(tmp_path / "in" / "b.tar", {"a.jpg": b"1", "./a.jpg": b"2"})
     assert SOURCES["folder"](tmp_path / "in").faults == {2: "duplicate path"}
 
@@ -171,6 +177,13 @@ def test_bdd100k_and_openimages(tmp_path: Path) -> None:
     fill(tmp_path, "train_1/b.jpg", "train_0/c.jpg", "validation/d.jpg")
     names = ["images/100k/train/a.jpg", "images/100k/train/b.jpg"]
     assert SOURCES["bdd100k"](tmp_path).names == names
+    files = {f"bdd100k/{name}": b"1" for name in (*names[::-1], "images/100k/val/c.jpg")}
+    for name, shorten in (("bdd100k_images_100k", 0), ("100k_images_train", len("bdd100k/"))):
+        root = tmp_path / name
+        inside = {path[shorten:]: data for path, data in files.items()}
+        root.mkdir()
+        zipped(root / f"{name}.zip", inside, zipfile.ZIP_STORED)
+        assert SOURCES["bdd100k"](root).names == names
     assert SOURCES["openimages"](tmp_path).names == ["train_0/c.jpg", "train_1/b.jpg"]
 
 

@@ -13,6 +13,8 @@ from pipeline.errors import UserError
 from pipeline.manifest import manifest_path
 from tests.betons import photograph, varied, write_beton
 from tests.manifests import damage, write_manifest
+from tests.test_build_dataset import fill
+from tests.test_build_dataset import run as pack
 from tools import dataset_check
 from tools.dataset_check import inner_path
 from tools.inspect_dataset import main
@@ -110,6 +112,28 @@ def test_changed_byte_outside_of_the_records_is_found(
     damage(beton, Beton(beton).data + 5000, b"x")
     assert inspect(beton, "--verify") == 1
     assert "belongs to no image" in bad_lines(capsys)[0]
+
+
+def test_every_flipped_bit_of_the_tables_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A changed label would be learnt; it has its image's name, as any other entry that can be
+    told.
+    """
+    path = tmp_path / "classes.beton"
+    fill(tmp_path, *(f"train/n{i}/{i}.JPEG" for i in range(3)))
+    pack("imagenet", tmp_path, path)
+    content, opened = path.read_bytes(), Beton(path)
+    tables = [*range(opened.data), *range(opened.table, opened.bytes)]
+    for offset in tables[::7]:
+        damage(path, offset, bytes([content[offset] ^ 1 << offset % 8]))
+        assert inspect(path, "--verify") in (1, 2), offset
+        damage(path, offset, content[offset : offset + 1])
+    capsys.readouterr()
+    label = opened.data - 8  # of the last image
+    damage(path, label, b"\1" if content[label] == 0 else b"\0")
+    assert inspect(path, "--verify") == 1
+    assert bad_lines(capsys)[0].startswith("bad: train/n2/2.JPEG: its label is")
 
 
 def test_truncation_names_the_lost_images(beton: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert list(again.records()) == RECORDS
     assert again.names == [record.name for record in RECORDS]
     content = json.loads((tmp_path / "a.json").read_text())
-    assert content["format"] == 2
+    assert content["format"] == 3
     assert content["digest"] == manifest.digest
     assert [Record(*row) for row in content["records"]] == RECORDS
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -88,9 +88,21 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     scenes.write(tmp_path / "mine", 1, 1, 0, 1, force=False)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
         "classes.json",
+        "recipe.json",
         "train",
         "val",
     ]
+
+
+def test_a_set_that_is_there_is_used(tmp_path: Path) -> None:
+    """Packing that was killed after the scenes were made goes on by the same command."""
+    root = tmp_path / "mine"
+    scenes.write(root, 2, 1, 0, 1, force=False)
+    made = (root / "classes.json").stat().st_ino
+    scenes.write(root, 2, 1, 0, 1, force=False)
+    assert (root / "classes.json").stat().st_ino == made
+    with pytest.raises(UserError, match="--root"):
+        scenes.write(root, 2, 1, 7, 1, force=False)
 
 
 def test_a_folder_of_the_users_is_not_replaced(tmp_path: Path) -> None:

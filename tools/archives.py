@@ -27,6 +27,8 @@ class Member(NamedTuple):
     size: int
     """How many they are there, compressed if `deflated`."""
     deflated: bool = False
+    crc: int = -1
+    """The archive's CRC-32 of its content; -1 in a tar file, which has none."""
     fault: str = ""
     """Why it cannot be read; empty where it can."""
 
@@ -75,7 +77,8 @@ def _zip(path: Path, file: int) -> Iterator[Member]:
             names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
             offset = info.header_offset + 30 + names
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            yield _member(info.filename, offset, info.compress_size, deflated, fault)
+            member = Member(info.filename, offset, info.compress_size, deflated, info.CRC, fault)
+            yield _tidy(member)
 
 
 def _tar(path: Path, file: int, start: int, end: int) -> Iterator[Member]:
@@ -99,7 +102,7 @@ def _tar(path: Path, file: int, start: int, end: int) -> Iterator[Member]:
             else:
                 name, size = _pax(text, name, size)
         elif kind in b"0\0007":
-            entry = _member(name or _ustar_name(header), data, length, fault="")
+            entry = _tidy(Member(name or _ustar_name(header), data, length))
             if data + length > end:
                 yield entry._replace(fault="the archive ends before it does")
             elif entry.name.lower().endswith(".tar"):
@@ -109,16 +112,16 @@ def _tar(path: Path, file: int, start: int, end: int) -> Iterator[Member]:
                 yield entry
         elif kind in b"12S":
             fault = "a sparse file" if kind == b"S" else "a link, in an archive"
-            yield _member(name or _ustar_name(header), data, 0, fault=fault)
+            yield _tidy(Member(name or _ustar_name(header), data, 0, fault=fault))
         if kind not in b"xgLK":
             name, size = "", -1
 
 
-def _member(name: str, offset: int, size: int, deflated: bool = False, fault: str = "") -> Member:
-    name = os.path.normpath(name.replace("\\", "/").lstrip("/"))
+def _tidy(member: Member) -> Member:
+    name = os.path.normpath(member.name.replace("\\", "/").lstrip("/"))
     if name.split("/", 1)[0] == "..":
-        fault = "its path leads out of the archive"
-    return Member(name, offset, size, deflated, fault)
+        return member._replace(name=name, fault="its path leads out of the archive")
+    return member._replace(name=name)
 
 
 def _check_sum(path: Path, header: bytes, position: int) -> None:

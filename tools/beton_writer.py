@@ -168,7 +168,7 @@ class BetonWriter:
         os.ftruncate(self.file, min(self.end, os.fstat(self.file).st_size))
 
     def finish(self) -> int:
-        """Write the tables and sync the file; returns its size."""
+        """Write the tables; returns the file's size."""
         if self.count + self._skipped != len(self._metadata):
             raise ValueError(f"{self.count} of {len(self._metadata)} samples were appended")
         table = _round_up(self.end, 8)
@@ -176,11 +176,11 @@ class BetonWriter:
         self._write(table, [memoryview(allocations)])
         parts = (self._header(table), self._descriptors(), self._metadata)
         self._write(0, [memoryview(part.tobytes()) for part in parts])
-        os.fsync(self.file)
         return table + len(allocations)
 
     def publish(self) -> None:
-        """Give the finished file its name."""
+        """Bring the finished file to the disk and give it its name."""
+        os.fsync(self.file)
         self.partial.replace(self.path)
         self._published = True
         sync_folder(self.path.parent)

@@ -75,7 +75,7 @@ def verify(beton: Beton, manifest: Manifest | None, workers: int) -> Outcome:
 
     def check(i: int, expected: Record) -> str:
         stored, _, reason = reader.read(i)
-        return _difference(stored, expected, reason)
+        return _difference(stored, expected, reason) or _wrong_label(beton, i, expected)
 
     outcome = for_each(beton, manifest, check, workers, "verifying")
     if manifest:
@@ -209,6 +209,13 @@ def _difference(stored: np.ndarray, expected: Record, reason: str) -> str:
     return reason
 
 
+def _wrong_label(beton: Beton, i: int, expected: Record) -> str:
+    label = None if beton.label is None else int(beton.label[i])
+    if not expected.crc32 or label == expected.label:
+        return ""
+    return f"its label is {label}; {expected.label} was packed"
+
+
 def _lines(beton: Beton, manifest: Manifest | None, problems: list[Problem]) -> Iterator[Record]:
     """The manifest's line for each record; where it has none a stand-in without a checksum."""
     count = 0
@@ -228,29 +235,14 @@ def _lines(beton: Beton, manifest: Manifest | None, problems: list[Problem]) -> 
 
 
 def _check_tables(beton: Beton, manifest: Manifest) -> list[Problem]:
-    """What lies outside the records: numbers, labels, and bytes that belong to nothing."""
+    """What lies outside the records: numbers, and bytes that belong to nothing."""
     problems, file = [], str(beton.path)
     if manifest.bytes != beton.bytes:
         problems.append((file, f"has {beton.bytes} bytes; {manifest.bytes} were packed"))
     if not np.array_equal(beton.index, np.arange(len(beton))):
         problems.append((file, "the images' numbers are damaged"))
-    if beton.label is not None and manifest.classes:
-        problems += _check_labels(beton.label, manifest)
     if (offset := _stray_byte(beton)) is not None:
         problems.append((file, f"byte {offset}, which belongs to no image, was changed"))
-    return problems
-
-
-def _check_labels(labels: np.ndarray, manifest: Manifest) -> list[Problem]:
-    """Labels that no class has, or, for ImageNet, another class than that of the folder."""
-    classes, problems = manifest.classes or [], []
-    number = {name: label for label, name in enumerate(classes)}
-    for label, record in zip(labels.tolist(), manifest.records(), strict=False):
-        expected = label
-        if manifest.source == "imagenet":
-            expected = number.get(PurePosixPath(record.name).parent.name, label)
-        if label != expected or not 0 <= label < len(classes):
-            problems.append((record.name, f"its label, {label}, is damaged"))
     return problems
 
 

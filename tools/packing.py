@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.beton import Beton
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG, RAW
 from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
 from tools.archives import inflate
@@ -108,7 +108,7 @@ def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summa
             with closing(run.journal):
                 run.pack(workers)
                 _report_bad(job, run.bad, out, on_error)
-                size = run.finish(on_error)
+                size = run.finish(on_error, workers)
         run.journal.path.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
@@ -191,10 +191,13 @@ class _Run:
                     written = self.writer.end
                     syncing = background.submit(self._sync, self.journal.length())
 
-    def finish(self, on_error: str) -> int:
-        """Complete the file, look whether it can be opened, and publish it and its manifest."""
+    def finish(self, on_error: str, workers: int) -> int:
+        """Complete the file, verify it, and publish it and its manifest; returns its size."""
         size = self.writer.finish()
-        Beton(self.writer.partial)
+        with ThreadPoolExecutor(1) as background:
+            syncing = background.submit(os.fsync, self.writer.file)
+            self._verify(workers)
+            syncing.result()
         manifest = Manifest(
             source=self.job.kind,
             options={"on_error": on_error} | self.job.options,
@@ -208,6 +211,33 @@ class _Run:
         manifest.write(manifest_path(self.writer.path), self._records())
         self.writer.publish()
         return size
+
+    def _verify(self, workers: int) -> None:
+        """Open the file as its readers do, and compare what they will read with the checksums.
+
+        Raises:
+            UserError: where a record differs; then nothing of what is done is to be trusted.
+        """
+        beton = Beton(self.writer.partial)
+        kept = np.array([i for i, how in enumerate(self.how) if how is not None])
+
+        def changed(span: NDArray[np.int64]) -> int | None:
+            for record, i in zip(
+                beton.records[span, :2].tolist(), kept[span].tolist(), strict=True
+            ):
+                if zlib.crc32(os.pread(beton.file, record[1], record[0])) != self.crc[i]:
+                    return int(i)
+            return None
+
+        spans = np.array_split(np.arange(len(beton)), -(-len(beton) // BATCH_IMAGES))
+        for i in tqdm(ordered_map(changed, spans, workers), "verifying", len(spans), disable=None):
+            if i is not None:
+                self.journal.path.unlink()
+                raise UserError(
+                    f"{printable(self.job.names[i])}: what was written of it to"
+                    f" {self.writer.partial} reads back differently: the disk or the memory is not"
+                    " sound; nothing is kept"
+                )
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         """Images for one task each: as many as come to about BATCH_BYTES."""
@@ -296,9 +326,9 @@ class _Run:
 
     def _records(self) -> Iterator[Record]:
         sizes = iter(self.writer.sizes())
-        for name, crc, how in zip(self.job.names, self.crc, self.how, strict=True):
+        for i, (name, crc, how) in enumerate(zip(self.job.names, self.crc, self.how, strict=True)):
             if how is not None:
-                yield Record(name, int(next(sizes)), f"{crc:08x}", how)
+                yield Record(name, int(next(sizes)), f"{crc:08x}", how, *self._label(i))
 
 
 def job_of(kind: str, source: Source, storage: Storage, shard: tuple[int, int] | None) -> Job:
@@ -431,7 +461,7 @@ def _places(source: Source) -> str:
     """Digest of where the images are."""
     containers = [str(path) for path in source.containers]
     digest = hashlib.sha256(repr((str(source.root), containers, source.faults)).encode())
-    for column in (source.container, source.offset, source.size):
+    for column in (source.container, source.offset, source.size, source.crc):
         digest.update(memoryview(column).cast("B"))
     return digest.hexdigest()
 
@@ -486,11 +516,14 @@ class _Containers:
                 self.file = os.open(self.source.containers[number], os.O_RDONLY | os.O_CLOEXEC)
                 self.number = number
             data = os.pread(self.file, abs(size), self.source.offset[i])
-            return data if size >= 0 else inflate(data, MAX_BYTES)
+            content = data if size >= 0 else inflate(data, MAX_BYTES)
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
         except zlib.error as error:
             raise BadImage(f"in the zip file: {error}") from error
+        if self.source.crc[i] not in (-1, zlib.crc32(content)):
+            raise BadImage("damaged in the zip file: its checksum differs")
+        return content
 
 
 def read_file(path: str) -> bytes:

@@ -438,12 +438,16 @@ def photographs() -> Iterator[tuple[str, Image.Image]]:
 def write(root: Path, count: int, val_count: int, seed: int, workers: int, force: bool) -> None:
     """Write the sample set: {train,val}/{images,labels} and classes.json below `root`.
 
-    Images are JPEG, label maps 8-bit PNG. The folder appears when it is complete.
+    Images are JPEG, label maps 8-bit PNG. The folder appears when it is complete; where it is there
+    already, made by an earlier call of the same arguments, nothing is done.
 
     Raises:
-        UserError: where `root` exists and `force` is not set, or it is no sample set, or it
-            cannot be written.
+        UserError: where `root` is something else and `force` is not set, or it is no sample set,
+            or it cannot be written.
     """
+    recipe = json.dumps({"count": count, "val_count": val_count, "seed": seed}) + "\n"
+    if not force and _has_recipe(root, recipe):
+        return
     _check_root(root, force)
     partial = root.with_name(root.name + ".partial")
     try:
@@ -453,6 +457,7 @@ def write(root: Path, count: int, val_count: int, seed: int, workers: int, force
         for name, image in photographs():
             _save_jpeg(image, partial / "train" / "images" / f"photo_{name}.jpg")
         (partial / "classes.json").write_text(json.dumps(CLASSES, indent=1) + "\n")
+        (partial / _RECIPE).write_text(recipe)
         if root.exists():
             shutil.rmtree(root)
         partial.replace(root)
@@ -460,6 +465,16 @@ def write(root: Path, count: int, val_count: int, seed: int, workers: int, force
         raise UserError(f"cannot write {root}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+_RECIPE = "recipe.json"
+
+
+def _has_recipe(root: Path, recipe: str) -> bool:
+    try:
+        return (root / _RECIPE).read_text() == recipe
+    except OSError:
+        return False
 
 
 def _check_root(root: Path, force: bool) -> None:

@@ -21,7 +21,7 @@ KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 class Source:
     """The images of a data set, in the stored order: `names` and where each of them is.
 
-    An image is a file below `root`, or bytes of one of the `containers`. About 120 bytes each.
+    An image is a file below `root`, or bytes of one of the `containers`. About 130 bytes each.
     """
 
     root: Path
@@ -39,6 +39,8 @@ class Source:
     offset: array = field(default_factory=lambda: array("q"))
     size: array = field(default_factory=lambda: array("q"))
     """For each name its bytes in the archive; negative where they are deflated."""
+    crc: array = field(default_factory=lambda: array("q"))
+    """For each name the archive's CRC-32 of it; -1 where there is none."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,7 +48,7 @@ class Source:
     def add_files(self, names: Iterable[str]) -> None:
         """Add files below `root`."""
         for name in names:
-            self._add(name, -1, 0, 0)
+            self._add(name)
 
     def add_archive(self, path: Path, chosen: Iterable[Member]) -> None:
         """Add images of the archive at `path`; their names are already those to be stored."""
@@ -55,18 +57,22 @@ class Source:
             if member.fault:
                 self.faults[len(self.names)] = member.fault
             size = -member.size if member.deflated else member.size
-            self._add(member.name, len(self.containers) - 1, member.offset, size)
+            number = len(self.containers) - 1
+            self._add(member.name, number, member.offset, size, member.crc)
 
     def add_fault(self, name: str, reason: str) -> None:
         """Add something that cannot be packed."""
         self.faults[len(self.names)] = reason
-        self._add(name, -1, 0, 0)
+        self._add(name)
 
-    def _add(self, name: str, container: int, offset: int, size: int) -> None:
+    def _add(
+        self, name: str, container: int = -1, offset: int = 0, size: int = 0, crc: int = -1
+    ) -> None:
         self.names.append(name)
         self.container.append(container)
         self.offset.append(offset)
         self.size.append(size)
+        self.crc.append(crc)
 
 
 def coco(root: Path) -> Source:
@@ -103,8 +109,17 @@ def imagenet(root: Path) -> Source:
 
 
 def bdd100k(root: Path) -> Source:
-    """BDD100K: ROOT/images/100k/train/*.jpg."""
-    return _flat(root, "images/100k/train")
+    """BDD100K: ROOT/images/100k/train/*.jpg, or the zip as it is downloaded.
+
+    That is ROOT/100k_images_train.zip, or in older downloads ROOT/bdd100k_images_100k.zip.
+    """
+    zips = [root / "100k_images_train.zip", root / "bdd100k_images_100k.zip"]
+    archive = next((path for path in zips if path.is_file()), None)
+    if archive is None or (root / "images").is_dir():
+        return _flat(root, "images/100k/train")
+    source = Source(root)
+    _add_archive(source, archive, r"(?:(?:.*/)?train/)?([^/]+)", "images/100k/train")
+    return source
 
 
 def openimages(root: Path) -> Source:
@@ -203,34 +218,34 @@ def _add_folder(source: Source, name: str, content: str) -> None:
             raise UserError(f"{folder}: expected image files; {_found(folder)}")
         return
     # Published archives hold train2017/x.jpg, x.jpg or ./x.jpg: the file's own name is what counts.
+    _add_archive(source, archive, r"(?:.*/)?([^/]+)", name)
+
+
+def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
+    """Add the images of the archive at `path` whose names match `pattern`, sorted, as if what its
+    groups hold lay in `folder`.
+    """
+    before = len(source)
     chosen = [
-        member._replace(name=f"{name}/{member.name.rsplit('/', 1)[-1]}")
-        for member in archives.members(archive)
-        if _is_image_name(member.name)
+        member._replace(name="/".join([folder, *match.groups()]))
+        for member in archives.members(path)
+        if _is_image_name(member.name) and (match := re.fullmatch(pattern, member.name))
     ]
-    source.add_archive(archive, sorted(chosen))
+    source.add_archive(path, sorted(chosen))
     if len(source) == before:
-        raise UserError(f"{archive}: holds no image files")
+        raise UserError(f"{path}: holds no image files where they are expected")
     _mark_duplicates(source, before)
 
 
 def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
     """The tar of 1,000 tars as it is downloaded."""
-    pattern = re.compile(r"(?:.*/)?([^/]+)\.tar/(?:.*/)?([^/]+)")
-    found = [
-        member._replace(name="train/{}/{}".format(*match.groups()))
-        for member in archives.members(path)
-        if _is_image_name(member.name) and (match := pattern.fullmatch(member.name))
-    ]
-    if not found:
-        raise UserError(f"{path}: expected a tar file per class, <wnid>.tar, with image files")
     source = Source(root)
-    source.add_archive(path, sorted(found))
+    _add_archive(source, path, r"(?:.*/)?([^/]+)\.tar/(?:.*/)?([^/]+)", "train")
     wnids = [name.split("/")[1] for name in source.names]
     source.classes = sorted(set(wnids))
     rank = {name: label for label, name in enumerate(source.classes)}
     source.labels = array("q", (rank[wnid] for wnid in wnids))
-    return _mark_duplicates(source)
+    return source
 
 
 def _tree(root: Path, walked: Iterable[tuple[str, str]], expected: str) -> Source:

@@ -11,7 +11,7 @@ from typing import IO, Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import get_int_from_env, parse_flag_from_env
+from accelerate.utils import gather_object, get_int_from_env, parse_flag_from_env
 from torch import nn
 
 from model import SlotCon
@@ -151,6 +151,8 @@ class Trainer:
             "wait_share": wait_share,
             "seconds": self.seconds,
         }
+        if self.config.data.on_corrupt == "replace":
+            values["replaced"] = len(set(gather_object(list(self.loader.replaced))))
         left = (self.last_step - self.step) * seconds / steps
         line = progress_line(values, self.config.train.epochs, self.last_step, left)
         self.journal.write(values, line)
