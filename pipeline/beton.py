@@ -96,11 +96,14 @@ class Beton:
             os.close(self.file)
 
     def name(self, i: int) -> str:
-        """The source file of record `i` where a manifest lies beside the beton, else its number."""
+        """The source file of record `i` by the manifest beside the beton, else its number."""
         try:
-            return Manifest.beside(self.path).name(i)
+            manifest = Manifest.beside(self.path)
+            if (manifest.count, manifest.bytes) == (len(self.index), self.bytes):
+                return manifest.name(i)
         except UserError:
-            return f"record {i}"
+            pass
+        return f"record {i}"
 
     def fingerprint(self) -> str:
         """What tells this beton from another: a SHA-256 of its tables and of the beginnings of up

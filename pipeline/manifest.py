@@ -10,8 +10,8 @@ One JSON document, one record a line, so that 1.3 million records are written an
     ]}
 
 A record: name, bytes stored, CRC-32 of the stored bytes as 8 hexadecimal digits, how it is stored:
-"original", "scaled" or "converted: <reason>", and, in a set with labels, its label. The digest is
-the SHA-256 of the records' lines, each without the comma between them and with a line feed.
+"original", "scaled" or "converted: <reasons>", and, in a set with labels, its label. The digest is
+the SHA-256 of the whole document with 64 zeros in the digest's place.
 """
 
 import hashlib
@@ -30,8 +30,10 @@ FORMAT = 3
 TOOL = "slotstream 0.1.0"
 ORIGINAL, SCALED, CONVERTED = "original", "scaled", "converted: "
 
-_RECORDS = '"records": [\n'
-_END = "]}\n"
+_DIGEST = b'"digest": "%b",\n'
+_NO_DIGEST = "0" * 64
+_RECORDS = b'"records": [\n'
+_END = b"]}\n"
 
 
 class Record(NamedTuple):
@@ -79,17 +81,17 @@ class Manifest:
             UserError: where `path` cannot be read or is no manifest of format 3.
         """
         try:
-            with path.open(encoding="utf-8") as file:
-                head = json.loads("".join(_until_records(file)) + '"records": []}')
+            with path.open("rb") as file:
+                head = json.loads(b"".join(_until_records(file)) + b'"records": []}')
             if not isinstance(head, dict) or head.get("format") != FORMAT:
                 raise ValueError
             known = {item.name for item in fields(cls)} - {"path"}
             manifest = cls(**{key: head[key] for key in known & head.keys()}, path=path)
+            manifest._check_types()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a manifest of format {FORMAT}") from error
-        manifest.skipped = [(name, reason) for name, reason in manifest.skipped]
         return manifest
 
     @classmethod
@@ -107,27 +109,25 @@ class Manifest:
             raise ValueError("this manifest was not read from a file")
         digest, count = hashlib.sha256(), 0
         try:
-            with self.path.open(encoding="utf-8") as file:
-                for _ in _until_records(file):
-                    pass
+            with self.path.open("rb") as file:
+                noted, blank = (_DIGEST % value.encode() for value in (self.digest, _NO_DIGEST))
+                for line in _until_records(file):
+                    digest.update(blank if line == noted else line)
+                digest.update(_RECORDS)
                 for line in file:
+                    digest.update(line)
                     if line == _END:
                         break
-                    record = Record(*json.loads(line.rstrip(",\n")))
-                    digest.update(_line(record))
+                    record = Record(*json.loads(line.rstrip(b",\n")))
                     count += 1
                     yield record
+                digest.update(file.read(1))  # there is nothing behind the end
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.path}: the line of record {count:,} is damaged") from error
         if count != self.count or digest.hexdigest() != self.digest:
-            raise UserError(f"{self.path}: its records do not match its digest")
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all records. Raises UserError."""
-        return [record.name for record in self.records()]
+            raise UserError(f"{self.path}: it does not match its digest")
 
     def name(self, i: int) -> str:
         """The name of record `i`, without parsing the others: 0.1 s for the last of 1.3 million.
@@ -138,11 +138,11 @@ class Manifest:
         if self.path is None:
             raise ValueError("this manifest was not read from a file")
         try:
-            with self.path.open(encoding="utf-8") as file:
+            with self.path.open("rb") as file:
                 for _ in _until_records(file):
                     pass
-                line = next(itertools.islice(file, i, None), "")
-                return str(json.loads(line.rstrip(",\n"))[0])
+                line = next(itertools.islice(file, i, None), b"")
+                return str(json.loads(line.rstrip(b",\n"))[0])
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
         except (ValueError, LookupError, TypeError) as error:
@@ -150,35 +150,52 @@ class Manifest:
 
     def write(self, path: Path, records: Iterable[Record]) -> None:
         """Write the manifest to `path`, complete or not at all, and note its digest."""
-        self.digest = "0" * 64
-        head = self._head().encode()
+        self.digest = _NO_DIGEST
         digest, partial = hashlib.sha256(), path.with_name(path.name + ".partial")
         with partial.open("wb", buffering=1 << 20) as file:
-            file.write(head)
-            separator = b""
-            for record in records:
-                line = _line(record)
-                digest.update(line)
-                file.write(separator + line[:-1])
-                separator = b",\n"
-            file.write(b"\n" + _END.encode())
+            for part in _parts(self, records):
+                digest.update(part)
+                file.write(part)
             self.digest = digest.hexdigest()
             file.seek(0)
-            file.write(self._head().encode())  # as long as before
+            file.write(_head(self))  # as long as before
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
         self.path = path
 
-    def _head(self) -> str:
-        values = {"format": FORMAT} | {
-            key: value for key, value in asdict(self).items() if key not in ("path", "skipped")
-        }
-        if self.shard is None:
-            del values["shard"]
-        lines = [f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in values.items()]
-        skipped = ",\n".join(json.dumps(pair) for pair in self.skipped)
-        return "{" + "".join(lines) + f'"skipped": [{skipped}],\n' + _RECORDS
+    def _check_types(self) -> None:
+        """Raises ValueError or TypeError where a value is not what its name says."""
+        if not all(type(value) is int for value in (self.count, self.bytes)):
+            raise ValueError
+        if not (isinstance(self.options, dict) and isinstance(self.shard, dict | None)):
+            raise ValueError
+        if self.classes is not None and not all(isinstance(name, str) for name in self.classes):
+            raise ValueError
+        self.stored = {str(kind): int(count) for kind, count in dict(self.stored).items()}
+        self.skipped = [(str(name), str(reason)) for name, reason in self.skipped]
+        self.digest, self.tool, self.source = str(self.digest), str(self.tool), str(self.source)
+
+
+def _parts(manifest: Manifest, records: Iterable[Record]) -> Iterator[bytes]:
+    """The document, piece by piece."""
+    yield _head(manifest)
+    separator = b""
+    for record in records:
+        yield separator + _line(record)
+        separator = b",\n"
+    yield b"\n" + _END
+
+
+def _head(manifest: Manifest) -> bytes:
+    values = {"format": FORMAT} | {
+        key: value for key, value in asdict(manifest).items() if key not in ("path", "skipped")
+    }
+    if manifest.shard is None:
+        del values["shard"]
+    lines = [f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in values.items()]
+    skipped = ",\n".join(json.dumps(pair) for pair in manifest.skipped)
+    return ("{" + "".join(lines) + f'"skipped": [{skipped}],\n').encode() + _RECORDS
 
 
 def manifest_path(beton: Path) -> Path:
@@ -186,7 +203,7 @@ def manifest_path(beton: Path) -> Path:
     return beton.with_name(beton.name + ".json")
 
 
-def _until_records(file: Iterable[str]) -> Iterator[str]:
+def _until_records(file: Iterable[bytes]) -> Iterator[bytes]:
     """The lines before the first record."""
     for line in file:
         if line == _RECORDS:
@@ -197,5 +214,4 @@ def _until_records(file: Iterable[str]) -> Iterator[str]:
 
 def _line(record: Record) -> bytes:
     """A record's line in ASCII: names that are no UTF-8 keep their bytes as lone surrogates."""
-    values = record[:-1] if record.label is None else record
-    return json.dumps(values).encode() + b"\n"
+    return json.dumps(record[:-1] if record.label is None else record).encode()

@@ -28,7 +28,7 @@ EPILOG = """example:
 
 CLASSES = 100
 ROW = (
-    "| {what} | {images:,} | {images_per_s:,.0f} | {mb_per_s:,.0f} | {gb:.2f} GB | {seconds:.1f} |"  # noqa: E501
+    "| {what} | {images:,} | {images_per_s:,.0f} | {mb_per_s:,.0f} | {gb:.2f} GB | {seconds:.1f} |"
 )
 
 FFCV = """

@@ -30,3 +30,8 @@ def damage(file: Path, offset: int, data: bytes) -> None:
     with file.open("r+b") as opened:
         opened.seek(offset)
         opened.write(data)
+
+
+def names_of(manifest: Manifest) -> list[str]:
+    """The names of all records."""
+    return [record.name for record in manifest.records()]

@@ -161,13 +161,53 @@ def test_without_manifest_what_does_not_decode_is_found(
     assert bad_lines(capsys)[0].startswith("bad: record 9: not a JPEG")
 
 
+def test_every_changed_byte_of_the_manifest_is_found(
+    beton: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A label means what the manifest calls its class; a changed name would name a wrong image."""
+    path = manifest_path(beton)
+    content = path.read_bytes()
+    for offset in range(0, len(content), 23):
+        damage(path, offset, bytes([content[offset] ^ 2]))
+        assert inspect(beton, "--verify") == 1, content[offset - 20 : offset + 20]
+        damage(path, offset, content[offset : offset + 1])
+    for changed in (content[:-3], content + b" "):
+        path.write_bytes(changed)
+        assert inspect(beton, "--verify") == 1
+    path.write_bytes(content)
+    assert inspect(beton, "--verify") == 0
+    capsys.readouterr()
+
+
+def test_nothing_that_is_looked_at_is_replaced(
+    beton: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FILE.beton.json looks like the place for --json: the checksums would be gone."""
+    before = beton.read_bytes(), manifest_path(beton).read_bytes()
+    for path in (beton, manifest_path(beton), beton.parent / "x" / ".." / beton.name):
+        with pytest.raises(UserError, match="would replace what is looked at"):
+            main([str(beton), "--json", str(path)])
+    with pytest.raises(UserError, match="is not a folder"):
+        main([str(beton), "--sheet", str(beton / "sheet.png")])
+    assert before == (beton.read_bytes(), manifest_path(beton).read_bytes())
+
+
+def test_names_come_from_this_betons_manifest(beton: Path, tmp_path: Path) -> None:
+    """Another file's would name an image that is sound."""
+    assert Beton(beton).name(3) == NAMES[3]
+    other = write_beton(tmp_path / "other.beton", varied(IMAGES + 1))
+    write_manifest(other)
+    manifest_path(other).replace(manifest_path(beton))
+    assert Beton(beton).name(3) == "record 3"
+
+
 def test_manifest_of_another_beton_and_damaged_manifest_are_found(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = manifest_path(beton).read_text()
     manifest_path(beton).write_text(text.replace(NAMES[3], "other.jpg"))
     assert inspect(beton, "--verify") == 1
-    assert "do not match its digest" in bad_lines(capsys)[0]
+    assert "does not match its digest" in bad_lines(capsys)[0]
     manifest_path(beton).write_text(text[: len(text) // 2])
     assert inspect(beton, "--verify") == 1
     assert bad_lines(capsys)

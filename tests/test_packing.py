@@ -14,9 +14,10 @@ import pytest
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
+from tests.manifests import names_of
 from tests.test_beton_writer import stored
 from tests.test_build_dataset import fill, picture, run, save
-from tools import build_dataset, packing
+from tools import beton_writer, build_dataset, packing
 from tools.beton_writer import BetonWriter
 from tools.images import Storage
 from tools.journal import Journal
@@ -122,6 +123,50 @@ def test_killed_at_the_end(
     assert left(tmp_path) == ["a.beton", "a.beton.json", "b.beton", "b.beton.json"]
 
 
+def test_another_command_does_not_end_what_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its user would get the file of an older command, and be told that it is complete."""
+    fill(tmp_path, "train2017/a.jpg")
+    root = tmp_path / "train2017"
+
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    out = tmp_path / "o.beton"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(packing, "Summary", die)
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        run("folder", root, out)
+    with pytest.raises(UserError, match="exists; --force replaces it"):
+        run("coco", tmp_path, out)
+    run("coco", tmp_path, out, "--force")
+    assert Manifest.beside(out).source == "coco"
+
+
+def test_killed_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older beton keeps its manifest until the new one is there; the command given again ends
+    what is left.
+    """
+    root, out = images(tmp_path / "in", 3), tmp_path / "o.beton"
+    run("folder", root, out)
+    older = [out.read_bytes(), (tmp_path / "o.beton.json").read_bytes()]
+    fill(root, "new.jpg")
+    run("folder", root, tmp_path / "new.beton")
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    for name, published in (("publish", False), ("sync_folder", True)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(BetonWriter if not published else beton_writer, name, die)
+            run("folder", root, out, "--force")
+        if not published:
+            assert older == [out.read_bytes(), (tmp_path / "o.beton.json").read_bytes()]
+    run("folder", root, out)
+    assert same(tmp_path, "o.beton", "new.beton")
+
+
 def test_killed_for_real(tmp_path: Path) -> None:
     """SIGKILL at any moment: the same command goes on, and ends with the same bytes."""
     root = tmp_path / "in"
@@ -136,12 +181,14 @@ def test_killed_for_real(tmp_path: Path) -> None:
     once = [sys.executable, *command, f"{tmp_path}/a.beton"]
     subprocess.run(once, check=True, capture_output=True, timeout=60)
     again = [sys.executable, *command, f"{tmp_path}/b.beton"]
-    journal, went_on = tmp_path / "b.beton.partial.journal", 0
+    partial, journal = tmp_path / "b.beton.partial", tmp_path / "b.beton.partial.journal"
+    total, went_on = (tmp_path / "a.beton").stat().st_size, 0
     for share in (0.0, 0.2, 0.5, 0.9):
         process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        size = share * 60 * 2012
-        while process.poll() is None and not (journal.exists() and journal.stat().st_size > size):
-            time.sleep(0.005)
+        while process.poll() is None and not (
+            journal.exists() and partial.exists() and partial.stat().st_size > share * total
+        ):
+            time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
         went_on += journal.exists()
@@ -217,7 +264,7 @@ def test_skipping(tmp_path: Path) -> None:
         run("imagenet", tmp_path, tmp_path / "o.beton")
     run("imagenet", tmp_path, tmp_path / "o.beton", "--on-error", "skip")
     beton, manifest = Beton(tmp_path / "o.beton"), Manifest.beside(tmp_path / "o.beton")
-    assert manifest.names == ["train/n01/a.JPEG", "train/n01/c.JPEG", "train/n02/e.JPEG"]
+    assert names_of(manifest) == ["train/n01/a.JPEG", "train/n01/c.JPEG", "train/n02/e.JPEG"]
     assert manifest.skipped == [
         ("train/n01/b.JPEG", "empty file"),
         ("train/n02/d.JPEG", "broken symbolic link"),
@@ -226,7 +273,7 @@ def test_skipping(tmp_path: Path) -> None:
     assert beton.label is not None
     assert beton.label.tolist() == [0, 0, 1]
     assert beton.index.tolist() == [0, 1, 2]
-    for i, name in enumerate(manifest.names):
+    for i, name in enumerate(names_of(manifest)):
         assert stored(tmp_path / "o.beton")[i] == (tmp_path / name).read_bytes()
 
 
@@ -242,6 +289,32 @@ def test_mended_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (root / "0020.jpg").write_bytes(good)
     run("folder", root, tmp_path / "b.beton")
     assert same(tmp_path, "a.beton", "b.beton")
+
+
+def test_mended_before_skipping(tmp_path: Path) -> None:
+    """What was fetched again must not stay left out; what is still bad must be."""
+    root, out = images(tmp_path / "in", 9), tmp_path / "o.beton"
+    content = (root / "0002.jpg").read_bytes()
+    for name in ("0002.jpg", "0005.jpg"):
+        (root / name).write_bytes(b"")
+    with pytest.raises(UserError, match="2 of 11 images are bad"):
+        run("folder", root, out)
+    (root / "0002.jpg").write_bytes(content)
+    run("folder", root, out, "--on-error", "skip")
+    assert Manifest.beside(out).skipped == [("0005.jpg", "empty file")]
+    run("folder", root, tmp_path / "once.beton", "--on-error", "skip")
+    assert same(tmp_path, "o.beton", "once.beton")
+
+
+def test_names_that_break_the_line(tmp_path: Path) -> None:
+    """A name with a line feed would look like two files, one with an escape could do worse."""
+    root = fill(tmp_path / "in", "a.jpg")
+    for name in ("new\nline.jpg", "es\x1b[31mcape.jpg"):
+        (root / name).write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        run("folder", root, tmp_path / "o.beton")
+    lines = str(error.value).splitlines()
+    assert lines[1:] == ["  'es\\x1b[31mcape.jpg': empty file", "  'new\\nline.jpg': empty file"]
 
 
 def test_nothing_good(tmp_path: Path) -> None:
@@ -296,6 +369,18 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
         run("folder", root, tmp_path / "x.beton", "--shard", "1/4")
 
 
+def test_parts_packed_with_and_without_skipping(tmp_path: Path) -> None:
+    """The usual end of an array of tasks: one part has a bad image and is packed again."""
+    root = images(tmp_path / "in", 9)
+    (root / "0000.jpg").write_bytes(b"")
+    for part, on_error in (("1/3", "skip"), ("2/3", "stop"), ("3/3", "stop")):
+        run("folder", root, tmp_path / "o.beton", "--shard", part, "--on-error", on_error)
+    parts = [str(shard_path(tmp_path / "o.beton", i, 3)) for i in (3, 1, 2)]
+    build_dataset.main(["merge", *parts, "--out", f"{tmp_path}/o.beton"])
+    run("folder", root, tmp_path / "once.beton", "--on-error", "skip")
+    assert same(tmp_path, "o.beton", "once.beton")
+
+
 def test_a_part_that_has_changed(tmp_path: Path) -> None:
     """A bit that flips on its way from a machine to another must not get into the whole."""
     root = fill(tmp_path / "in", "a.jpg", "b.jpg")
@@ -333,7 +418,7 @@ def test_stores(tmp_path: Path) -> None:
         how = [record.how for record in manifest.records()]
         assert how[:2] == [first, second]
         if options.startswith("jpeg"):
-            assert how[2] == "converted: not a JPEG"
+            assert how[2] == "converted: PNG"
             assert set(beton.records[:, 4]) == {0}
         else:
             assert set(beton.records[:, 4]) == {1}
@@ -389,29 +474,3 @@ def test_json_of_a_manifest(tmp_path: Path) -> None:
     assert content["count"] == len(content["records"]) == 5
     assert content["bytes"] == (tmp_path / "o.beton").stat().st_size
     assert content["stored"] == {"original": 3, "jpeg": 0, "raw": 2}
-
-
-def test_the_array_script(tmp_path: Path) -> None:
-    """A cluster's queue is no place to find a mistake in a shell script."""
-    root = fill(tmp_path / "in", *(f"{i}.jpg" for i in range(7)))
-    run("folder", root, tmp_path / "a.beton")
-    script = Path(__file__).parent.parent / "tools" / "slurm_pack.sh"
-    out = f"{tmp_path}/b.beton"
-
-    def submit(*arguments: str, **variables: str) -> str:
-        environment = os.environ | {"PYTHON": sys.executable} | variables
-        result = subprocess.run(
-            ["bash", script, *arguments],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        return result.stdout
-
-    pack_parts = ("folder", "--root", str(root), "--out", out)
-    for part in ("2", "1", "2"):
-        said = submit(*pack_parts, SLURM_ARRAY_TASK_ID=part, SLURM_ARRAY_TASK_COUNT="2")
-    assert "part 2 of 2 is complete" in said
-    submit("merge", f"{tmp_path}/b.shard-*-of-2.beton", "--out", out)
-    assert same(tmp_path, "a.beton", "b.beton")

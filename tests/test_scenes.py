@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
+from tests.manifests import names_of
 from tools import build_dataset, scenes
 
 
@@ -62,7 +63,7 @@ def test_the_sample_set_on_disk(tmp_path: Path) -> None:
     arguments = ["sample", "--out", str(out), "--count", "6", "--val-count", "2", "--workers", "2"]
     build_dataset.main(arguments)
     root = tmp_path / "scenes"
-    names = Manifest.beside(out).names
+    names = names_of(Manifest.beside(out))
     photographs = [name for name in names if name.startswith("photo_")]
     assert names[:6] == [f"{i:06d}.jpg" for i in range(6)]
     assert len(photographs) == len(scenes.PHOTOGRAPHS) == len(names) - 6

@@ -1,30 +1,43 @@
 """What .tar and .zip files hold, and where, so that an image in one is read like one on disk."""
 
 import os
+import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.errors import UserError
-
 SUFFIXES = (".tar", ".zip")
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-"""Nothing in these can be found without decompressing all that is before it."""
+UNREAD = (
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
+    *(".tar.lz4", ".7z", ".rar"),
+)
+"""Archives in which nothing can be found without decompressing all that is before it."""
+COMPRESSED = "compressed: gunzip or unpack it, a .tar is read in place"
 
 _BLOCK = 512
 _MAX_NAME = 1 << 20  # of a long name or a pax header, in bytes
+_MAX_PADDING = 1 << 20  # after the end marker, in bytes; 10,240 unless `tar -b` was given
+_MAX_DEPTH = 8  # of archives in archives
+_EXTENDS = b"xgLKX"  # kinds of headers that tell of the next one
+_NO_DATA = b"123456"  # links, devices, folders: none follows, whatever their size field says
+_BAD_PAX = "damaged: an extended header that cannot be read"
+_DAMAGE = (  # all that zipfile was seen to raise on damaged files
+    zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, OverflowError, struct.error,
+)  # fmt: skip
 
 
 class Member(NamedTuple):
     """A file in an archive."""
 
     name: str
-    """Its path in the archive, with forward slashes; in an archive in an archive, below that."""
-    offset: int
+    """Its path in the archive, with forward slashes; in an archive in an archive, below that.
+    Empty where the archive itself has the fault."""
+    offset: int = 0
     """Where its bytes begin in the outermost archive."""
-    size: int
+    size: int = 0
     """How many they are there, compressed if `deflated`."""
     deflated: bool = False
     crc: int = -1
@@ -33,23 +46,39 @@ class Member(NamedTuple):
     """Why it cannot be read; empty where it can."""
 
 
+class _Damage(Exception):
+    """What ends the reading of a tar file; the message says what is wrong with it."""
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file is one of many files by its name, read or not."""
+    return name.lower().endswith(SUFFIXES + UNREAD)
+
+
 def members(path: Path) -> Iterator[Member]:
     """The files in an archive, and in the .tar files in it, in the archive's order.
 
-    Raises:
-        UserError: where the archive itself cannot be read.
+    An archive that is damaged, cut short or unreadable is itself a member with a fault, after
+    those that could be found.
     """
     try:
-        with path.open("rb") as file:
-            if path.name.lower().endswith(".zip"):
-                yield from _zip(path, file.fileno())
+        # A pipe would block for ever without the flag, which regular files ignore.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(file, "rb") as stream:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                yield Member("", fault="not a regular file")
+            elif path.name.lower().endswith(".zip"):
+                with zipfile.ZipFile(stream) as archive:
+                    for info in archive.infolist():
+                        if not info.is_dir():
+                            yield _zip_member(info, file, status.st_size)
             else:
-                end = os.fstat(file.fileno()).st_size
-                yield from _tar(path, file.fileno(), 0, end)
+                yield from _tar(file, 0, status.st_size)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{path}: damaged zip file: {error}") from error
+        yield Member("", fault=error.strerror or str(error))
+    except _DAMAGE as error:
+        yield Member("", fault=f"damaged zip file: {error}")
 
 
 def inflate(data: bytes, limit: int) -> bytes:
@@ -61,28 +90,51 @@ def inflate(data: bytes, limit: int) -> bytes:
     return content
 
 
-def _zip(path: Path, file: int) -> Iterator[Member]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.is_dir():
-                continue
-            fault = ""
-            if info.flag_bits & 1:
-                fault = "encrypted"
-            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                fault = "compressed by a method other than deflate"
-            local = os.pread(file, 30, info.header_offset)
-            if len(local) < 30 or local[:4] != b"PK\3\4":
-                raise zipfile.BadZipFile(f"no file at byte {info.header_offset}")
-            names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-            offset = info.header_offset + 30 + names
-            deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            member = Member(info.filename, offset, info.compress_size, deflated, info.CRC, fault)
-            yield _tidy(member)
+def _zip_member(info: zipfile.ZipInfo, file: int, end: int) -> Member:
+    """One file of a zip file of `end` bytes."""
+    name = info.filename
+    if info.create_system == 0 and "/" not in name:  # old .NET; a Unix name may have backslashes
+        name = name.replace("\\", "/")
+    offset = _zip_data(info, file, end)
+    deflated = info.compress_type == zipfile.ZIP_DEFLATED
+    fault = ""
+    if info.flag_bits & 1:
+        fault = "encrypted"
+    elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        fault = "compressed by a method other than deflate"
+    elif stat.S_ISLNK(info.external_attr >> 16):
+        fault = "a link, in an archive"
+    elif is_archive(name):
+        fault = "an archive in a zip file, which is not read: unpack it"
+    elif offset is None:
+        fault = "damaged zip file: its data are not where the directory says"
+    if fault or offset is None:
+        return _tidy(Member(name, fault=fault))
+    return _tidy(Member(name, offset, info.compress_size, deflated, info.CRC))
 
 
-def _tar(path: Path, file: int, start: int, end: int) -> Iterator[Member]:
-    """The members of the tar file at bytes `start` to `end`: ustar, GNU and pax.
+def _zip_data(info: zipfile.ZipInfo, file: int, end: int) -> int | None:
+    """Where the data of a file begin; None where they cannot."""
+    if not 0 <= info.header_offset <= end:
+        return None
+    local = os.pread(file, 30, info.header_offset)
+    if len(local) < 30 or local[:4] != b"PK\3\4":
+        return None
+    names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    offset = info.header_offset + 30 + names
+    return offset if offset + info.compress_size <= end else None
+
+
+def _tar(file: int, start: int, end: int, depth: int = 1) -> Iterator[Member]:
+    """The members of the tar file at bytes `start` to `end`, and what is wrong with it."""
+    try:
+        yield from _tar_members(file, start, end, depth)
+    except _Damage as error:
+        yield Member("", fault=str(error))
+
+
+def _tar_members(file: int, start: int, end: int, depth: int) -> Iterator[Member]:
+    """The members of a tar file: ustar, GNU and pax. Raises _Damage.
 
     The standard library's reader takes 30 µs and 1.5 kB a member: too much for 1.3 million.
     """
@@ -90,52 +142,81 @@ def _tar(path: Path, file: int, start: int, end: int) -> Iterator[Member]:
     while position + _BLOCK <= end:
         header = os.pread(file, _BLOCK, position)
         if not header.strip(b"\0"):
+            _check_end(file, position, end)
             return
-        _check_sum(path, header, position)
+        _check_header(header, position)
         kind, data = header[156:157], position + _BLOCK
-        length = _number(header[124:136]) if size < 0 or kind in b"xgLK" else size
+        length = _number(header[124:136]) if size < 0 or kind in _EXTENDS else size
+        if length < 0:
+            raise _Damage(f"damaged header at byte {position}")
+        length = 0 if kind in _NO_DATA else length
         position = data + -(-length // _BLOCK) * _BLOCK
-        if kind in b"xL":
-            text = os.pread(file, min(length, _MAX_NAME), data)
-            if kind == b"L":
-                name = _text(text)
-            else:
-                name, size = _pax(text, name, size)
-        elif kind in b"0\0007":
-            entry = _tidy(Member(name or _ustar_name(header), data, length))
-            if data + length > end:
-                yield entry._replace(fault="the archive ends before it does")
-            elif entry.name.lower().endswith(".tar"):
-                for inner in _tar(path, file, data, data + length):
-                    yield inner._replace(name=f"{entry.name}/{inner.name}")
-            else:
-                yield entry
-        elif kind in b"12S":
-            fault = "a sparse file" if kind == b"S" else "a link, in an archive"
-            yield _tidy(Member(name or _ustar_name(header), data, 0, fault=fault))
-        if kind not in b"xgLK":
+        if kind not in _EXTENDS:
+            yield from _tar_member(
+                file, name or _ustar_name(header), kind, data, length, end, depth
+            )
             name, size = "", -1
+        if data + length > end:
+            raise _Damage(f"cut short: it ends at byte {end}, within the data of a file")
+        if kind in b"xXL":
+            text = os.pread(file, min(length, _MAX_NAME), data)
+            name, size = (_text(text), size) if kind == b"L" else _pax(text, name, size)
+    raise _Damage("cut short: it has no end marker")
+
+
+def _tar_member(
+    file: int, name: str, kind: bytes, data: int, length: int, end: int, depth: int
+) -> Iterator[Member]:
+    """What a header stands for: a file, the files in a nested tar, or something with a fault."""
+    entry = _tidy(Member(name, data, length))
+    if kind in b"3456DV" or name.endswith("/"):  # devices, folders, a volume's label
+        return
+    fault = ""
+    if kind not in b"0\0007":
+        fault = {b"1": "a link, in an archive", b"2": "a link, in an archive"}.get(
+            kind, "sparse, or of an unknown kind"
+        )
+    elif entry.name.lower().endswith(".tar") and depth < _MAX_DEPTH:
+        for inner in _tar(file, data, min(data + length, end), depth + 1):
+            yield inner._replace(name=f"{entry.name}/{inner.name}".rstrip("/"))
+        return
+    elif is_archive(entry.name):
+        fault = "in a tar file, where only .tar is read: unpack it"
+    elif data + length > end:
+        fault = "the archive ends before it does"
+    yield entry._replace(offset=0, size=0, fault=fault) if fault else entry
+
+
+def _check_end(file: int, position: int, end: int) -> None:
+    """Refuse more data after the end marker at `position`: a hole in an unfinished download looks
+    like that marker, and of joined tars the second would go unnoticed.
+    """
+    if end - position > _MAX_PADDING or os.pread(file, end - position, position).strip(b"\0"):
+        raise _Damage(f"damaged: {end - position:,} bytes after its end marker at byte {position}")
+
+
+def _check_header(header: bytes, position: int) -> None:
+    if len(header) < _BLOCK:
+        raise _Damage("cut short while it was read")
+    field = header[148:156]
+    if sum(header) - sum(field) + 8 * ord(" ") != _number(field):
+        raise _Damage(f"damaged, or no tar file: no header at byte {position}")
 
 
 def _tidy(member: Member) -> Member:
-    name = os.path.normpath(member.name.replace("\\", "/").lstrip("/"))
+    """With the name that the member would have below the folder it is unpacked to."""
+    name = os.path.normpath(member.name.lstrip("/"))
     if name.split("/", 1)[0] == "..":
         return member._replace(name=name, fault="its path leads out of the archive")
     return member._replace(name=name)
 
 
-def _check_sum(path: Path, header: bytes, position: int) -> None:
-    expected = _number(header[148:156])
-    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected:
-        raise UserError(f"{path}: damaged, or no tar file: no header at byte {position}")
-
-
 def _number(field: bytes) -> int:
-    """Octal digits, or binary where the first bit is set. -1 where neither."""
+    """Octal digits, or binary after a byte 0x80. -1 where neither."""
     if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:])
+        return int.from_bytes(field[1:]) if field[0] == 0x80 else -1
     try:
-        return int(field.strip(b"\0 ") or b"0", 8)
+        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
     except ValueError:
         return -1
 
@@ -147,16 +228,20 @@ def _ustar_name(header: bytes) -> str:
 
 
 def _pax(text: bytes, name: str, size: int) -> tuple[str, int]:
-    """The path and the size of the next member: lines of "length key=value"."""
-    while text:
-        digits, space, _ = text.partition(b" ")
-        if not space or not digits.isdigit() or not int(digits):
-            break
-        key, _, value = text[len(digits) + 1 : int(digits) - 1].partition(b"=")
-        text = text[int(digits) :]
+    """The path and the size of the next member: lines of "length key=value". Raises _Damage."""
+    start = 0
+    while start < len(text) and text[start]:
+        digits, space, _ = text[start : start + 20].partition(b" ")
+        stop = start + int(digits) if space and digits.isdigit() else start
+        if stop == start or text[stop - 1 : stop] != b"\n":
+            raise _Damage(_BAD_PAX)
+        key, _, value = text[start + len(digits) + 1 : stop - 1].partition(b"=")
+        start = stop
         if key == b"path":
             name = _text(value)
-        elif key == b"size" and value.isdigit():
+        elif key == b"size":
+            if not value.isdigit() or len(value) > 19:
+                raise _Damage(_BAD_PAX)
             size = int(value)
     return name, size
 

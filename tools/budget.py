@@ -11,7 +11,8 @@ import numpy as np
 from pipeline import turbojpeg
 from pipeline.errors import UserError
 from tools.beton_writer import DEFAULT_PAGE_SIZE
-from tools.images import BadImage, Record, Storage, make_record
+from tools.images import Record, Storage, make_record
+from tools.jpeg import BadImage
 from tools.parallel import ordered_map
 
 SAMPLE = 256

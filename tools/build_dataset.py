@@ -7,12 +7,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError, run
+from pipeline.errors import CommandParser, UserError, check_writable, run
 from pipeline.manifest import manifest_path
 from tools import scenes
 from tools.budget import SAMPLE, choose
-from tools.images import BadImage, Storage
-from tools.packing import Summary, is_complete, job_of, merge_job, pack, read_image, shard_path
+from tools.images import Storage
+from tools.jpeg import BadImage
+from tools.packing import (
+    Summary,
+    is_complete,
+    is_interrupted,
+    job_of,
+    merge_job,
+    pack,
+    read_image,
+    shard_path,
+)
 from tools.sources import KNOWN_COUNTS, SOURCES, Source, listed
 
 EPILOG = """examples:
@@ -44,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out: Path = args.out
     if args.source != "merge" and args.shard:
         out = shard_path(out, *args.shard)
-    if is_complete(out):
-        print(f"{out} is complete")
-        return
-    check_output(out, args.force)
+    check_output(out, args.force or is_interrupted(out))  # before the listing, which takes time
     if args.source == "merge":
         job = merge_job(args.shards)
     else:
@@ -58,25 +65,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.store == "auto":
             storage = fit(source, args.budget, storage, args.workers)
         job = job_of(args.source, source, storage, args.shard)
+    if is_complete(out, job):
+        print(f"{out} is complete")
+        return
+    check_output(out, args.force)
     _print_summary(out, pack(job, out, args.on_error, args.workers))
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Refuse an `out` that cannot be written, before the work is done.
-
-    Raises:
-        UserError: where it exists and `force` is not set, or its folder cannot be made or written.
+    """Refuse an `out` that cannot be written, or that exists where `force` is not set, before the
+    work is done. Raises UserError.
     """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {out.parent}: {error.strerror}") from None
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder")
+    check_writable("--out", out)
     if out.exists() and not force:
         raise UserError(f"--out {out}: exists; --force replaces it")
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out}: the folder {out.parent} is not writable")
 
 
 def fit(source: Source, budget: int, base: Storage, workers: int) -> Storage:
@@ -109,7 +111,11 @@ def _source(args: argparse.Namespace, out: Path) -> Source:
         return SOURCES["folder"](root / "train" / "images")
     if args.source == "list":
         return listed(args.list, args.root)
-    return SOURCES[args.source](args.root)
+    source = SOURCES[args.source](args.root)
+    if source.ignored:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.ignored.most_common(8))
+        print(f"left aside, not known as images: {kinds}", file=sys.stderr)
+    return source
 
 
 def _storage(args: argparse.Namespace) -> Storage:
@@ -126,8 +132,9 @@ def _storage(args: argparse.Namespace) -> Storage:
 
 
 def _warn_of_count(source: Source, kind: str, expected: int) -> None:
-    if len(source) != expected:
-        print(f"warning: {kind} has {expected:,} images; here are {len(source):,}", file=sys.stderr)
+    found = len(source) - len(source.faults)
+    if found != expected:
+        print(f"warning: {kind} has {expected:,} images; here are {found:,}", file=sys.stderr)
 
 
 def _print_summary(out: Path, summary: Summary) -> None:
@@ -143,12 +150,7 @@ def _print_summary(out: Path, summary: Summary) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.build_dataset",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="python -m tools.build_dataset", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, build in SOURCES.items():
         command = _add_command(commands, name, build.__doc__ or "")
@@ -175,14 +177,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, about: str
-) -> argparse.ArgumentParser:
+    commands: "argparse._SubParsersAction[CommandParser]", name: str, about: str
+) -> CommandParser:
     command = commands.add_parser(
         name,
         help=about.split("\n", maxsplit=1)[0],
         description=about,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="beton to write")
     command.add_argument(
@@ -193,7 +194,7 @@ def _add_command(
     return command
 
 
-def _add_storage(command: argparse.ArgumentParser) -> None:
+def _add_storage(command: CommandParser) -> None:
     command.add_argument(
         "--store", choices=("original", "jpeg", "raw", "auto"), default="original",
         help="original (default): JPEG files byte for byte, all else as pixels; jpeg: JPEG files"
@@ -225,17 +226,15 @@ def _add_storage(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def _quality(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{value} is not from 1 to 100")
-    return value
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 1 to 100")
+    return int(text)
 
 
 def _bytes(text: str) -> int:

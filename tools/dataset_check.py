@@ -5,23 +5,23 @@ In memory: a record and an image for each thread, and the list of what is wrong.
 
 import itertools
 import os
+import shutil
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.ffcv_format import DESCRIPTOR, HEADER, IMAGE, INTEGER, RAW, VERSION, metadata_type
 from pipeline.manifest import Manifest, Record
 from pipeline.turbojpeg import Decoder
-from tools.parallel import ordered_map
+from tools.parallel import ordered_map, progress
 
 CHUNK = 32  # records of one task
 GAP = 1 << 23  # bytes of unused space read at once
@@ -85,12 +85,15 @@ def verify(beton: Beton, manifest: Manifest | None, workers: int) -> Outcome:
 
 def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int) -> Outcome:
     """Write each record under its source's name in `folder`, new or empty: JPEG files as they are
-    stored, raw pixels as PNG. What is damaged is left out.
+    stored, raw pixels as PNG. What is damaged is left out. The folder appears when all is there.
     """
+    partial = folder.with_name(folder.name + ".partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder}: not empty; nothing is overwritten")
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{partial}: left by an extraction that was killed; delete it") from None
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from None
     reader = RecordReader(beton)
@@ -100,7 +103,7 @@ def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int)
         if reason := _difference(stored, expected, reason):
             return reason
         raw = beton.records[i, 4] == RAW
-        path = folder / inner_path(expected.name, ".png" if raw else ".jpg")
+        path = partial / inner_path(expected.name, ".png" if raw else ".jpg")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("xb") as file:
@@ -110,12 +113,14 @@ def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int)
                     file.write(stored.data)
         except OSError as error:
             if error.errno in (28, 122):  # no space, no quota: every further file would fail
-                path.unlink(missing_ok=True)
+                shutil.rmtree(partial)
                 raise UserError(f"{path}: {error.strerror}") from None
             return f"cannot be written as {path}: {error.strerror}"
         return ""
 
-    return for_each(beton, manifest, write, workers, "extracting")
+    outcome = for_each(beton, manifest, write, workers, "extracting")
+    partial.replace(folder)
+    return outcome
 
 
 def decode_rate(beton: Beton, workers: int) -> Outcome:
@@ -143,7 +148,7 @@ def for_each(
     manifest: Manifest | None,
     work: Callable[[int, Record], str],
     workers: int,
-    progress: str,
+    what: str,
 ) -> Outcome:
     """Call `work` on each record's number and manifest line; it returns what is wrong, or ""."""
     outcome = Outcome(len(beton), int(beton.records[:, 1].sum()))
@@ -153,13 +158,13 @@ def for_each(
         return [(record, work(i, record)) for i, record in items]
 
     began = time.perf_counter()
-    with tqdm(total=len(beton), desc=progress, unit="img", disable=None) as bar:
+    with progress(what, len(beton)) as bar:
         for done in ordered_map(chunk, _chunks(enumerate(lines)), workers):
             wrong = [(record.name, reason) for record, reason in done if reason]
             outcome.problems += wrong
             bar.update(len(done))
             if wrong:
-                bar.set_postfix(bad=len(outcome.problems))
+                bar.set_postfix_str(f"{len(outcome.problems)} bad", refresh=False)
     outcome.seconds = time.perf_counter() - began
     return outcome
 
@@ -181,12 +186,16 @@ def beyond_the_end(path: Path, manifest: Manifest) -> list[Problem]:
     with path.open("rb") as file:
         size = path.stat().st_size
         header = np.frombuffer(file.read(HEADER.itemsize).ljust(HEADER.itemsize, b"\0"), HEADER)[0]
-        fields = ["image", "index", "label"][: header["num_fields"]]
+        first = next(manifest.records(), None)
+        fields = ["image", "index"] + ["label"] * (first is not None and first.label is not None)
         dtype = metadata_type(fields)
         start = HEADER.itemsize + len(fields) * DESCRIPTOR.itemsize
+        if size >= manifest.bytes:
+            return []
         if size < start + manifest.count * dtype.itemsize:
             return [(record.name, "lost: the file ends before it") for record in manifest.records()]
-        if header["version"] != VERSION or header["num_samples"] != manifest.count:
+        expected = (VERSION, len(fields), manifest.count)
+        if (header["version"], header["num_fields"], header["num_samples"]) != expected:
             return []
         file.seek(start)
         metadata = np.frombuffer(file.read(manifest.count * dtype.itemsize), dtype)
@@ -204,7 +213,7 @@ def _difference(stored: np.ndarray, expected: Record, reason: str) -> str:
         return reason
     if stored.size != expected.bytes:
         return f"has {stored.size} bytes; {expected.bytes} were packed"
-    if f"{zlib.crc32(stored.data):08x}" != expected.crc32:
+    if f"{crc32(stored.data):08x}" != expected.crc32:
         return "its bytes are not those that were packed" + (f": {reason}" if reason else "")
     return reason
 
@@ -226,7 +235,7 @@ def _lines(beton: Beton, manifest: Manifest | None, problems: list[Problem]) -> 
                     yield record._replace(name=str(record.name))
                 count += 1
         except UserError as error:
-            problems.append((str(manifest.path), str(error)))
+            problems.append((str(manifest.path), str(error).removeprefix(f"{manifest.path}: ")))
         if manifest.count != len(beton):
             reason = f"lists {manifest.count} records; the beton holds {len(beton)}"
             problems.append((str(manifest.path), reason))

@@ -13,7 +13,7 @@ import psutil
 from PIL import Image
 
 from pipeline.beton import Beton
-from pipeline.errors import UserError, printable, run
+from pipeline.errors import CommandParser, UserError, check_writable, printable, run
 from pipeline.ffcv_format import JPEG
 from pipeline.manifest import Manifest, manifest_path
 from tools import dataset_check, dataset_pictures
@@ -153,7 +153,7 @@ def _manifest(file: Path) -> tuple[Manifest | None, str]:
     try:
         return Manifest.beside(file), ""
     except UserError as error:
-        return None, str(error)
+        return None, str(error).removeprefix(f"{manifest_path(file)}: ")
 
 
 def _open(file: Path, manifest: Manifest | None, args: argparse.Namespace) -> Beton:
@@ -232,11 +232,8 @@ def _quantiles(values: np.ndarray) -> list[float]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m tools.inspect_dataset",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        prog="python -m tools.inspect_dataset", description=__doc__, epilog=EXAMPLES
     )
     parser.add_argument("file", type=Path, metavar="FILE.beton", help="what to look at")
     parser.add_argument("--verify", action="store_true", help="check every record")
@@ -254,11 +251,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
-    for name in ("plot", "sheet"):
-        path = getattr(args, name)
-        if path and path.suffix.lower() != ".png":
-            raise UserError(f"--{name} {path}: must end in .png")
+    for name in ("plot", "sheet", "json"):
+        if path := getattr(args, name):
+            _check_output(f"--{name}", path, args.file)
     return args
+
+
+def _check_output(option: str, path: Path, beton: Path) -> None:
+    if option != "--json" and path.suffix.lower() != ".png":
+        raise UserError(f"{option} {path}: must end in .png")
+    check_writable(option, path)
+    if path.resolve() in (beton.resolve(), manifest_path(beton).resolve()):
+        raise UserError(f"{option} {path}: would replace what is looked at")
 
 
 if __name__ == "__main__":

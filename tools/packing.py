@@ -8,6 +8,7 @@ import hashlib
 import os
 import stat
 import sys
+import threading
 import time
 import zlib
 from array import array
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.beton import Beton
 from pipeline.errors import UserError, printable
@@ -28,9 +29,10 @@ from pipeline.ffcv_format import JPEG, RAW
 from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
 from tools.archives import inflate
 from tools.beton_writer import BetonWriter, Sample
-from tools.images import MAX_BYTES, BadImage, Storage, make_record
+from tools.images import MAX_BYTES, Storage, make_record
 from tools.journal import Journal, Row, read_done, read_job
-from tools.parallel import ordered_map
+from tools.jpeg import BadImage
+from tools.parallel import ordered_map, progress
 from tools.sources import Source
 
 MAX_NAMED = 20  # bad files in an error message; the others are in FILE.beton.bad.txt
@@ -100,11 +102,12 @@ def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summa
     integers = ("index",) if job.labels is None else ("index", "label")
     capacity = len(job.names) + len(job.skipped)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with BetonWriter(out, capacity, integers, keep=True) as writer:
             for _ in job.skipped:
                 writer.skip()
             run = _Run(job, writer)
-            resumed = run.resume(on_error)
+            resumed = run.resume()
             with closing(run.journal):
                 run.pack(workers)
                 _report_bad(job, run.bad, out, on_error)
@@ -125,13 +128,22 @@ def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summa
     )
 
 
-def is_complete(out: Path) -> bool:
-    """Whether `out` was completed by a run that was killed before it could say so; tidies up."""
-    journal = _journal_path(out)
-    if not out.exists() or not journal.exists() or _partial(out).exists():
+def is_interrupted(out: Path) -> bool:
+    """Whether a run that was to write `out` did not come to its end."""
+    return _journal_path(out).exists()
+
+
+def is_complete(out: Path, job: Job) -> bool:
+    """Whether a run of this job completed `out` and was killed before it could say so; does what it
+    left to do.
+    """
+    journal, manifest = _journal_path(out), manifest_path(_partial(out))
+    if not out.exists() or _partial(out).exists() or read_job(journal) != job.digest:
         return False
     if out.stat().st_mtime_ns < journal.stat().st_mtime_ns:  # an older file, to be replaced
         return False
+    if manifest.exists():
+        manifest.replace(manifest_path(out))
     journal.unlink()
     return True
 
@@ -149,7 +161,7 @@ class _Run:
         self.journal: Journal
         self._known: dict[str, str] = {}  # one string object for equal ones
 
-    def resume(self, on_error: str) -> int:
+    def resume(self) -> int:
         """Take over what an earlier run of this job has done; returns how many images that is."""
         path, done = _journal_path(self.writer.path), 0
         older = read_job(path)
@@ -159,7 +171,7 @@ class _Run:
                 file=sys.stderr,
             )
         if older == self.job.digest:
-            done = self._replay(path, on_error)
+            done = self._replay(path)
         if done:
             self.journal = Journal.resume(path, done)
             print(f"going on after {len(self.how):,} of {len(self.job.names):,}", file=sys.stderr)
@@ -174,9 +186,7 @@ class _Run:
         total, written, began = len(self.job.names), 0, self.writer.end
         with (
             ThreadPoolExecutor(1) as background,
-            tqdm(
-                total=total, initial=len(self.how), desc="packing", unit="img", disable=None
-            ) as bar,
+            progress("packing", total, done=len(self.how)) as bar,
         ):
             syncing: Future[int] | None = None
             for packed in ordered_map(lambda span: self.job.load(*span), self._spans(), workers):
@@ -208,8 +218,10 @@ class _Run:
             skipped=self.job.skipped + [(self.job.names[i], self.bad[i]) for i in self.bad],
             shard=self.job.shard,
         )
-        manifest.write(manifest_path(self.writer.path), self._records())
+        pending = manifest_path(self.writer.partial)
+        manifest.write(pending, self._records())
         self.writer.publish()
+        pending.replace(manifest_path(self.writer.path))
         return size
 
     def _verify(self, workers: int) -> None:
@@ -221,23 +233,29 @@ class _Run:
         beton = Beton(self.writer.partial)
         kept = np.array([i for i, how in enumerate(self.how) if how is not None])
 
+        own, largest = threading.local(), int(beton.records[:, 1].max())
+
         def changed(span: NDArray[np.int64]) -> int | None:
-            for record, i in zip(
-                beton.records[span, :2].tolist(), kept[span].tolist(), strict=True
-            ):
-                if zlib.crc32(os.pread(beton.file, record[1], record[0])) != self.crc[i]:
+            if not hasattr(own, "data"):
+                own.data = memoryview(bytearray(largest))
+            rows = zip(beton.records[span, :2].tolist(), kept[span].tolist(), strict=True)
+            for (pointer, size), i in rows:
+                os.preadv(beton.file, [own.data[:size]], pointer)
+                if crc32(own.data[:size]) != self.crc[i]:
                     return int(i)
             return None
 
         spans = np.array_split(np.arange(len(beton)), -(-len(beton) // BATCH_IMAGES))
-        for i in tqdm(ordered_map(changed, spans, workers), "verifying", len(spans), disable=None):
-            if i is not None:
-                self.journal.path.unlink()
-                raise UserError(
-                    f"{printable(self.job.names[i])}: what was written of it to"
-                    f" {self.writer.partial} reads back differently: the disk or the memory is not"
-                    " sound; nothing is kept"
-                )
+        with progress("verifying", len(beton)) as bar:
+            for span, i in zip(spans, ordered_map(changed, spans, workers), strict=True):
+                bar.update(len(span))
+                if i is not None:
+                    self.journal.path.unlink()
+                    raise UserError(
+                        f"{printable(self.job.names[i])}: what was written of it to"
+                        f" {self.writer.partial} reads back differently: the disk or the memory is"
+                        " not sound; nothing is kept"
+                    )
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         """Images for one task each: as many as come to about BATCH_BYTES."""
@@ -283,16 +301,16 @@ class _Run:
             self.writer.skip()
         self.crc.append(row.crc)
 
-    def _replay(self, path: Path, on_error: str) -> int:
+    def _replay(self, path: Path) -> int:
         """Enter what the journal tells, as far as the data is there; returns its length so far.
 
-        With `stop`, an image that was bad may have been mended: from there on all is done again.
+        An image that was bad may have been mended: from there on all is done again.
         """
         length = 0
         for rows, end, synced in read_done(path):
-            if on_error == "stop" and not all(row.size for row in rows):
-                break
             if len(self.how) + len(rows) > len(self.job.names):
+                break
+            if any(not self._is_as_bad(len(self.how) + k, row) for k, row in enumerate(rows)):
                 break
             if not self._is_there(rows, synced):
                 break
@@ -304,6 +322,10 @@ class _Run:
             length = end
         return length
 
+    def _is_as_bad(self, i: int, row: Row) -> bool:
+        """Whether image `i`, if it was bad, still is, for the same reason."""
+        return bool(row.size) or self.job.load(i, i + 1)[0].how == row.how
+
     def _is_there(self, rows: list[Row], synced: bool) -> bool:
         """Whether the data of the next batch is in the file; places nothing."""
         sizes = [row.size for row in rows if row.size]
@@ -314,7 +336,7 @@ class _Run:
             return pointers[-1] + sizes[-1] <= os.fstat(self.writer.file).st_size
         crcs = [row.crc for row in rows if row.size]
         return all(
-            zlib.crc32(os.pread(self.writer.file, size, pointer)) == crc
+            crc32(os.pread(self.writer.file, size, pointer)) == crc
             for pointer, size, crc in zip(pointers, sizes, crcs, strict=True)
         )
 
@@ -402,7 +424,7 @@ def merge_job(paths: Sequence[Path]) -> Job:
             beton = betons[part]
             pointer, size, height, width, mode = beton.records[i - starts[part]].tolist()
             data = os.pread(beton.file, size, pointer)
-            if zlib.crc32(data) != crcs[i]:
+            if crc32(data) != crcs[i]:
                 reason = f"its bytes in {beton.path} have changed"
                 packed.append(Packed(None, 0, 0, 0, reason))
                 continue
@@ -411,9 +433,10 @@ def merge_job(paths: Sequence[Path]) -> Job:
         return packed
 
     labels = [beton.label for beton in betons if beton.label is not None]
+    skip = any(manifest.options["on_error"] == "skip" for manifest in manifests)
     return Job(
         first.source,
-        first.options,
+        first.options | {"on_error": "skip" if skip else "stop"},
         names,
         load,
         "merge " + " ".join(manifest.digest for manifest in manifests),
@@ -440,7 +463,7 @@ def _alike(manifest: Manifest) -> tuple[object, ...]:
     shard = manifest.shard or {}
     return (
         manifest.source,
-        manifest.options,
+        {key: value for key, value in manifest.options.items() if key != "on_error"},
         manifest.classes,
         shard.get("of"),
         shard.get("listing"),
@@ -473,7 +496,7 @@ def _load(source: Source, storage: Storage, start: int, stop: int) -> list[Packe
         for i in range(start, stop):
             try:
                 record = make_record(containers.read(i), storage)
-                crc = zlib.crc32(record.buffer)
+                crc = crc32(record.buffer)
                 packed.append(Packed(record.data, record.height, record.width, crc, record.how))
             except BadImage as error:
                 packed.append(Packed(None, 0, 0, 0, str(error)))
@@ -521,7 +544,7 @@ class _Containers:
             raise BadImage(error.strerror or str(error)) from error
         except zlib.error as error:
             raise BadImage(f"in the zip file: {error}") from error
-        if self.source.crc[i] not in (-1, zlib.crc32(content)):
+        if self.source.crc[i] not in (-1, crc32(content)):
             raise BadImage("damaged in the zip file: its checksum differs")
         return content
 
@@ -560,14 +583,13 @@ def _report_bad(job: Job, bad: dict[int, str], out: Path, on_error: str) -> None
     total = len(job.names)
     if not bad or (on_error == "skip" and len(bad) < total):
         return
-    lines = [f"{job.names[i]}: {reason}" for i, reason in bad.items()]
+    lines = [f"{printable(job.names[i])}: {reason}" for i, reason in bad.items()]
     hint = "no image is left" if len(bad) == total else job.remedy
     if len(bad) == 1:
         raise UserError(f"1 of {total:,} images is bad, {out} is not written: {lines[0]} ({hint})")
     head = f"{len(bad):,} of {total:,} images are bad, {out} is not written ({hint}):"
     if len(bad) > MAX_NAMED:
-        text = "\n".join(lines) + "\n"
-        listing.write_text(text, encoding="utf-8", errors="surrogateescape")
+        listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
         lines[MAX_NAMED:] = [f"and {len(bad) - MAX_NAMED:,} more: all are in {listing}"]
     raise UserError("\n  ".join([head, *lines]))
 

@@ -1,5 +1,6 @@
 """What a number was measured on, and the JSON file that carries both."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -72,5 +73,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise UserError(f"{path}: {error.strerror}") from None

@@ -1,0 +1,162 @@
+"""What a JPEG's bytes say of it without being decoded: its header, and whether its scans are whole.
+
+A file that was cut short lacks the end-of-image marker; one with a hole, or with another file run
+into it, has markers that belong in no scan, or long runs of zeros. All of that shows at some GB/s.
+"""
+
+import re
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+_PLAIN_SAMPLING = (b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11", b"\x12\x11\x11")
+"""Sampling factors of grey, 4:4:4, 4:2:2, 4:2:0 and 4:4:0: what TurboJPEG decodes for certain."""
+_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # Huffman-coded: baseline, extended, progressive
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_BETWEEN_SCANS = (0xC4, _START_OF_SCAN, 0xDB, 0xDD, 0xFE)  # tables, scans, comments
+_ZEROS = 64  # bytes; longer runs of them are seldom compressed pixels and mostly unwritten disk
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+_ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+
+WHOLE, DOUBTFUL, CUT = range(3)
+"""What `scans` finds: nothing wrong; something that only decoding can tell; no end."""
+
+
+class BadImage(ValueError):
+    """The file cannot be packed; the message says why, without the file's name."""
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """What a JPEG's markers say before the first scan."""
+
+    height: int
+    width: int
+    components: int
+    orientation: int
+    """1 = upright, 2 to 8 as in EXIF."""
+    plain: bool
+    """8 bits, Huffman-coded, commonly sampled, with its tables: any decoder reads it."""
+    scan: int
+    """Where the first scan's marker is, in bytes."""
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """Parse the markers of a JPEG up to its first scan; None where `data` is no JPEG at all.
+
+    Raises:
+        BadImage: where it begins as a JPEG and has no complete header.
+    """
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    frame: tuple[int, int, int] | None = None
+    plain, tables = False, 0
+    exif, xmp, position = None, None, 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        body = data[position + 4 : position + 2 + int.from_bytes(data[position + 2 : position + 4])]
+        if marker == _START_OF_SCAN and frame:
+            return JpegHeader(*frame, exif or xmp or 1, plain and tables == 3, position)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(body) >= 6:
+            frame = struct.unpack(">xHHB", body[:6])
+            sampling = body[7 : 6 + 3 * frame[2] : 3]
+            plain = marker in _PLAIN_FRAMES and body[0] == 8 and sampling in _PLAIN_SAMPLING
+        elif marker in (0xC4, 0xDB):  # Huffman, quantisation
+            tables |= 1 << (marker == 0xDB)
+        elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
+            exif = _exif_orientation(body[6:])
+        elif marker == 0xE1 and body.startswith(_XMP):
+            xmp = _xmp_orientation(body)
+        position += len(body) + 4
+    raise BadImage("truncated or damaged JPEG header")
+
+
+def scans(data: bytes, header: JpegHeader) -> int:
+    """WHOLE, DOUBTFUL or CUT, by the bytes from the first scan to the image's own end.
+
+    What lies behind that end is looked at by nobody: writers pad, and cameras append previews and
+    video.
+    """
+    return int(_walk(np.frombuffer(data, np.uint8), header.scan))
+
+
+def _exif_orientation(tiff: bytes) -> int | None:
+    """Tag 0x0112 of the first directory of an EXIF block; None where it is absent or unreadable."""
+    order = "<" if tiff[:2] == b"II" else ">"
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for entry in range(entries):
+            offset = directory + 2 + 12 * entry
+            tag, kind = struct.unpack_from(order + "HH", tiff, offset)
+            if tag == 0x0112:
+                (value,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), tiff, offset + 8)
+                return int(value) if 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return None
+
+
+def _xmp_orientation(block: bytes) -> int | None:
+    """Adobe's programs may write it here alone; Pillow looks here too."""
+    found = re.search(rb'tiff:Orientation(?:="|>)([1-8])', block)
+    return int(found[1]) if found else None
+
+
+@njit(nogil=True, cache=True)
+def _walk(data: NDArray[np.uint8], position: int) -> int:
+    begin = position
+    while True:
+        position = _next_marker(data, position)
+        if position < 0:
+            return CUT
+        kind = data[position + 1]
+        if kind == _END_OF_IMAGE:
+            return DOUBTFUL if _has_zeros(data[begin:position]) else WHOLE
+        if kind not in _BETWEEN_SCANS and not 0xE0 <= kind <= 0xEF:
+            return DOUBTFUL
+        if position + 4 > len(data):
+            return CUT
+        position += 2 + max(2, 256 * int(data[position + 2]) + int(data[position + 3]))
+
+
+@njit(nogil=True, cache=True)
+def _next_marker(data: NDArray[np.uint8], position: int) -> int:
+    """The next 0xFF that is no stuffing, fill or restart; -1 where there is none. Eight bytes at a
+    time: few of them hold a 0xFF at all.
+    """
+    last = len(data) - 1
+    if position >= last:
+        return -1
+    words = data[position : len(data) - (len(data) - position) % 8].view(np.uint64)
+    for w in range(len(words) + 1):
+        if w < len(words):
+            inverse = ~words[w]
+            if not (inverse - _ONES) & ~inverse & _TOPS:  # no byte of `inverse` is zero
+                continue
+        for i in range(position + 8 * w, min(position + 8 * w + 8, last)):
+            after = data[i + 1]
+            if data[i] == 0xFF and after != 0 and after != 0xFF and after & 0xF8 != 0xD0:
+                return i
+    return -1
+
+
+@njit(nogil=True, cache=True)
+def _has_zeros(data: NDArray[np.uint8]) -> bool:
+    """Whether _ZEROS bytes in a row are zero: every _ZEROS-th byte lies in such a run, or none."""
+    for i in range(_ZEROS - 1, len(data), _ZEROS):
+        if data[i] == 0:
+            low, high = i, i
+            while low > 0 and data[low - 1] == 0 and high - low < _ZEROS - 1:
+                low -= 1
+            while high + 1 < len(data) and data[high + 1] == 0 and high - low < _ZEROS - 1:
+                high += 1
+            if high - low == _ZEROS - 1:
+                return True
+    return False
