@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+_LONGEST_NAME = 255 - len(".partial.journal")  # Linux's limit, less what is added while we write
+
 
 class UserError(ValueError):
     """Bad input: a command prints it as one line and exits with 2, without a traceback."""
@@ -32,6 +34,8 @@ def check_writable(option: str, path: Path) -> None:
         UserError: where `path` is a folder, or the one it would be in is none, or not writable.
     """
     try:
+        if len(os.fsencode(path.name)) > _LONGEST_NAME:
+            raise UserError(f"{option} {path}: the name is too long")
         if not path.name or path.is_dir():
             raise UserError(f"{option} {path}: is a folder")
         folder = next(folder for folder in path.absolute().parents if folder.exists())
@@ -41,6 +45,9 @@ def check_writable(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"{option} {path}: the folder {folder} is not writable")
+
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), 127)}  # but line feeds
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -64,7 +71,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + str(error).translate(_CONTROLS), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -90,7 +90,7 @@ class Manifest:
             manifest._check_types()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: not a manifest of format {FORMAT}") from error
         return manifest
 
@@ -118,13 +118,12 @@ class Manifest:
                     digest.update(line)
                     if line == _END:
                         break
-                    record = Record(*json.loads(line.rstrip(b",\n")))
+                    yield _record(line)
                     count += 1
-                    yield record
                 digest.update(file.read(1))  # there is nothing behind the end
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{self.path}: the line of record {count:,} is damaged") from error
         if count != self.count or digest.hexdigest() != self.digest:
             raise UserError(f"{self.path}: it does not match its digest")
@@ -145,7 +144,7 @@ class Manifest:
                 return str(json.loads(line.rstrip(b",\n"))[0])
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{self.path}: the line of record {i:,} is damaged") from error
 
     def write(self, path: Path, records: Iterable[Record]) -> None:
@@ -210,6 +209,20 @@ def _until_records(file: Iterable[bytes]) -> Iterator[bytes]:
             return
         yield line
     raise ValueError("no records")
+
+
+def _record(line: bytes) -> Record:
+    """The record of a line. Raises ValueError, TypeError or RecursionError at a damaged one."""
+    record = Record(*json.loads(line.rstrip(b",\n")))
+    texts = (record.name, record.crc32, record.how)
+    label = 0 if record.label is None else record.label
+    if not all(isinstance(text, str) for text in texts) or len(bytes.fromhex(record.crc32)) != 4:
+        raise ValueError
+    if type(record.bytes) is not int or not 0 <= record.bytes < 1 << 63:
+        raise ValueError
+    if type(label) is not int or not -(1 << 63) <= label < 1 << 63:
+        raise ValueError
+    return record
 
 
 def _line(record: Record) -> bytes:

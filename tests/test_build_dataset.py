@@ -194,6 +194,21 @@ def test_conversions_equal_pillow(tmp_path: Path) -> None:
         )
 
 
+def test_further_exif_blocks_continue_the_first() -> None:
+    """Cameras split long ones; an unreadable or another one must not turn the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    picture().save(stream, "JPEG", exif=exif)
+    data = stream.getvalue()
+    body = b"Exif\0\0junk"
+    block = b"\xff\xe1" + (len(body) + 2).to_bytes(2) + body
+    end = data.index(b"\xff\xdb")  # what comes after the first block
+    header = jpeg_header(data[:end] + block + data[end:])
+    assert header is not None
+    assert header.orientation == 6
+
+
 def with_xmp(orientation: int, exif: Image.Exif | None = None) -> bytes:
     """A JPEG that has its orientation in Adobe's block, and in an EXIF block too if given."""
     stream = io.BytesIO()

@@ -179,6 +179,34 @@ def test_every_changed_byte_of_the_manifest_is_found(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '["a.jpg", 5e31, "00000000", "original"]',
+        '["a.jpg", 1e999, "00000000", "original"]',
+        '["a.jpg", 99999999999999999999, "00000000", "original"]',
+        '["a.jpg", null, "00000000", "original"]',
+        '["a.jpg", 5, "zz", "original"]',
+        '["a.jpg", 5, "00000000", "original", "x"]',
+        "[[], {}, [], {}]",
+        '"abcd"',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_line_of_the_manifest_is_a_problem(
+    beton: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also beside a beton that was cut short, of which something can be told without it."""
+    path = manifest_path(beton)
+    lines = path.read_text().splitlines(keepends=True)
+    lines[-5] = line + ",\n"
+    path.write_text("".join(lines))
+    for _ in range(2):
+        assert inspect(beton, "--verify") == 1
+        assert any("is damaged" in bad for bad in bad_lines(capsys))
+        os.truncate(beton, beton.stat().st_size - 100)
+
+
 def test_nothing_that_is_looked_at_is_replaced(
     beton: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +215,13 @@ def test_nothing_that_is_looked_at_is_replaced(
     for path in (beton, manifest_path(beton), beton.parent / "x" / ".." / beton.name):
         with pytest.raises(UserError, match="would replace what is looked at"):
             main([str(beton), "--json", str(path)])
+    link = beton.parent / "link.beton"
+    link.symlink_to(beton)
+    with pytest.raises(UserError, match="would replace"):
+        main([str(link), "--json", str(manifest_path(beton))])
+    same = str(beton.parent / "same.png")
+    with pytest.raises(UserError, match="another output"):
+        main([str(beton), "--plot", same, "--sheet", same])
     with pytest.raises(UserError, match="is not a folder"):
         main([str(beton), "--sheet", str(beton / "sheet.png")])
     assert before == (beton.read_bytes(), manifest_path(beton).read_bytes())

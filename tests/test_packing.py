@@ -306,6 +306,18 @@ def test_mended_before_skipping(tmp_path: Path) -> None:
     assert same(tmp_path, "o.beton", "once.beton")
 
 
+def test_what_is_packed_is_not_replaced(tmp_path: Path) -> None:
+    """--force with a wrong --out would cost a photograph, or the list itself."""
+    root = fill(tmp_path / "in", "a.jpg")
+    before = (root / "a.jpg").read_bytes()
+    with pytest.raises(UserError, match=r"--force replaces only files called \.beton"):
+        run("folder", root, root / "a.jpg", "--force")
+    assert (root / "a.jpg").read_bytes() == before
+    for out in ("", ".", "x" * 245 + ".beton"):
+        with pytest.raises(UserError, match=r"is a folder|too long"):
+            build_dataset.main(["folder", "--root", str(root), "--out", out])
+
+
 def test_names_that_break_the_line(tmp_path: Path) -> None:
     """A name with a line feed would look like two files, one with an escape could do worse."""
     root = fill(tmp_path / "in", "a.jpg")

@@ -114,14 +114,17 @@ def _zip_member(info: zipfile.ZipInfo, file: int, end: int) -> Member:
 
 
 def _zip_data(info: zipfile.ZipInfo, file: int, end: int) -> int | None:
-    """Where the data of a file begin; None where they cannot."""
+    """Where the data of a file begin; None where they cannot, or where they are another file's."""
     if not 0 <= info.header_offset <= end:
         return None
     local = os.pread(file, 30, info.header_offset)
     if len(local) < 30 or local[:4] != b"PK\3\4":
         return None
-    names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-    offset = info.header_offset + 30 + names
+    length, extra = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
+    name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+    if os.pread(file, length, info.header_offset + 30) != name:
+        return None
+    offset = info.header_offset + 30 + length + extra
     return offset if offset + info.compress_size <= end else None
 
 

@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out: Path = args.out
     if args.source != "merge" and args.shard:
         out = shard_path(out, *args.shard)
+    check_writable("--out", out)
     check_output(out, args.force or is_interrupted(out))  # before the listing, which takes time
     if args.source == "merge":
         job = merge_job(args.shards)
@@ -73,10 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Refuse an `out` that cannot be written, or that exists where `force` is not set, before the
-    work is done. Raises UserError.
-    """
-    check_writable("--out", out)
+    """Refuse an `out` that exists where `force` is not set, or is no beton. Raises UserError."""
+    if out.exists() and force and out.suffix != ".beton":
+        raise UserError(f"--out {out}: exists; --force replaces only files called .beton")
     if out.exists() and not force:
         raise UserError(f"--out {out}: exists; --force replaces it")
 

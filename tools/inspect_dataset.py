@@ -165,10 +165,18 @@ def _open(file: Path, manifest: Manifest | None, args: argparse.Namespace) -> Be
             raise
         outcome = Outcome(problems=[(str(file), str(error).removeprefix(f"{file}: "))])
         if manifest:
-            outcome.problems += dataset_check.beyond_the_end(file, manifest)
+            outcome.problems += _lost(file, manifest)
         _report(outcome, "verified")
         _finish(args, {"dataset": None, "results": []}, outcome.problems)
         raise
+
+
+def _lost(file: Path, manifest: Manifest) -> list[Problem]:
+    try:
+        return dataset_check.beyond_the_end(file, manifest)
+    except UserError as error:
+        path = str(manifest_path(file))
+        return [(path, str(error).removeprefix(f"{path}: "))]
 
 
 def _rate(beton: Beton, workers: int) -> dict[str, Any]:
@@ -251,18 +259,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
-    for name in ("plot", "sheet", "json"):
-        if path := getattr(args, name):
-            _check_output(f"--{name}", path, args.file)
+    outputs = {f"--{name}": getattr(args, name) for name in ("plot", "sheet", "json")}
+    taken = [
+        path for file in (args.file, args.file.resolve()) for path in (file, manifest_path(file))
+    ]
+    for option, path in outputs.items():
+        if path:
+            _check_output(option, path, taken)
+            taken.append(path)
+    if args.extract and not args.extract.name:
+        raise UserError(f"--extract {args.extract}: needs a folder of its own")
     return args
 
 
-def _check_output(option: str, path: Path, beton: Path) -> None:
+def _check_output(option: str, path: Path, taken: Sequence[Path]) -> None:
     if option != "--json" and path.suffix.lower() != ".png":
         raise UserError(f"{option} {path}: must end in .png")
     check_writable(option, path)
-    if path.resolve() in (beton.resolve(), manifest_path(beton).resolve()):
-        raise UserError(f"{option} {path}: would replace what is looked at")
+    if path.resolve() in [other.resolve() for other in taken]:
+        raise UserError(f"{option} {path}: would replace what is looked at, or another output")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             plain = marker in _PLAIN_FRAMES and body[0] == 8 and sampling in _PLAIN_SAMPLING
         elif marker in (0xC4, 0xDB):  # Huffman, quantisation
             tables |= 1 << (marker == 0xDB)
-        elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
-            exif = _exif_orientation(body[6:])
+        elif marker == 0xE1 and body.startswith(b"Exif\0\0") and exif is None:
+            exif = _exif_orientation(body[6:])  # further blocks continue the first
         elif marker == 0xE1 and body.startswith(_XMP):
             xmp = _xmp_orientation(body)
         position += len(body) + 4
@@ -86,8 +86,8 @@ def scans(data: bytes, header: JpegHeader) -> int:
     return int(_walk(np.frombuffer(data, np.uint8), header.scan))
 
 
-def _exif_orientation(tiff: bytes) -> int | None:
-    """Tag 0x0112 of the first directory of an EXIF block; None where it is absent or unreadable."""
+def _exif_orientation(tiff: bytes) -> int:
+    """Tag 0x0112 of the first directory of an EXIF block; 0 where it is absent or unreadable."""
     order = "<" if tiff[:2] == b"II" else ">"
     try:
         (directory,) = struct.unpack_from(order + "I", tiff, 4)
@@ -100,7 +100,7 @@ def _exif_orientation(tiff: bytes) -> int | None:
                 return int(value) if 1 <= value <= 8 else 1
     except struct.error:
         pass
-    return None
+    return 0
 
 
 def _xmp_orientation(block: bytes) -> int | None:

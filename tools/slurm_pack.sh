@@ -53,7 +53,8 @@ fi
 
 part=${SLURM_ARRAY_TASK_ID:-}
 [[ -n $part ]] || die "no array task: submit with sbatch --array=1-$parts"
-if [[ -e $(shard "$part") && -z $force ]]; then
+made=$(shard "$part")
+if [[ -e $made && -e $made.json && ! -e $made.partial.journal && -z $force ]]; then
     echo "part $part of $parts is complete" # a task that was requeued after its end
     exit
 fi
