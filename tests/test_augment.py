@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ MEAN = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
 PLAIN: dict[str, Any] = {"jitter": 0, "grey": 0, "blur": (0, 0), "solarize": (0, 0)}
 SIZE = 128
 
-backends = pytest.mark.parametrize("name", BACKENDS)
+# The third, triton, runs on the CPU only in an interpreter: tests/test_triton.py.
+backends = pytest.mark.parametrize("name", ("reference", "kornia"))
 
 
 def pack(images: list[NDArray[np.uint8]], padding: int = 0) -> tuple[Tensor, Tensor]:
@@ -54,7 +56,7 @@ def run(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    return get_backend(name)(canvas, sizes, params, size, device, dtype)
+    return get_backend(name).apply(canvas, sizes, params, size, device, dtype)
 
 
 def levels(views: Tensor) -> Tensor:
@@ -94,7 +96,8 @@ def composed(image: NDArray[np.uint8], params: ViewParams, v: int, b: int) -> Te
     x0, y0, x1, y1 = map(int, params.crops[v, b])
     bicubic = TF.InterpolationMode.BICUBIC
     source = Image.fromarray(image)
-    view = TF.resized_crop(source, y0, x0, y1 - y0, x1 - x0, [SIZE, SIZE], bicubic)
+    view = TF.resized_crop(source, y0, x0, y1 - y0, x1 - x0, [y1 - y0, SIZE], bicubic)
+    view = TF.resize(view, [SIZE, SIZE], bicubic)  # widths first, whatever the version of Pillow
     if params.flipped[v, b]:
         view = ImageOps.mirror(view)
     if params.jittered[v, b]:
@@ -234,6 +237,17 @@ def test_an_image_gets_the_same_pixels_in_any_batch(name: str, seed: int) -> Non
         assert torch.equal(part, whole[:, rows])
 
 
+@backends
+def test_colour_is_the_rest_of_apply(name: str) -> None:
+    """A loader may crop elsewhere: the views must not tell."""
+    canvas, sizes = pack(photographs())
+    params = draw(sizes, seed=12)
+    cropped = run(name, canvas, sizes, replace(draw(sizes, seed=12, **PLAIN), crops=params.crops))
+    pixels = levels(cropped).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
+    views = get_backend(name).colour(pixels, params, CPU, torch.float32)
+    torch.testing.assert_close(views, run(name, canvas, sizes, params), atol=1e-5, rtol=0)
+
+
 HARD = {
     "flat": (8, 400),
     "tall": (400, 8),
@@ -333,15 +347,15 @@ def test_a_coordinate_ramp_comes_back_to_its_place(name: str) -> None:
 # ---- Choosing a backend ----
 
 
-@backends
+@pytest.mark.parametrize("name", BACKENDS)
 def test_backends_are_found_by_name(name: str) -> None:
     """Every name that the refusal offers must work."""
-    assert callable(get_backend(name))
+    assert all(map(callable, get_backend(name)))
 
 
 def test_an_unknown_backend_is_refused_with_the_choices() -> None:
     """A typo in a configuration must say what would have worked."""
-    with pytest.raises(UserError, match=r"'korina'.*reference, kornia"):
+    with pytest.raises(UserError, match=r"'korina'.*reference, kornia, triton"):
         get_backend("korina")
 
 

@@ -4,7 +4,7 @@ They draw nothing: two backends given the same parameters differ only by roundin
 """
 
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.views import ViewParams
 
-BACKENDS = ("reference", "kornia")
+BACKENDS = ("reference", "kornia", "triton")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -20,7 +20,7 @@ JITTER_NEUTRAL = (1, 1, 1, 0)  # the amounts, in ViewParams.jitter, that leave a
 SOLARIZE_THRESHOLD = 128  # levels of 0..255; from here on a value is inverted
 
 
-class Backend(Protocol):
+class Apply(Protocol):
     def __call__(
         self,
         canvas: Tensor,
@@ -41,12 +41,35 @@ class Backend(Protocol):
         ...
 
 
+class Colour(Protocol):
+    def __call__(
+        self, pixels: Tensor, params: ViewParams, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Colour and normalise views that are already cropped, resized and flipped.
+
+        pixels: uint8 [2, B, S, S, 3], view axis first; left as they are.
+        params: what to apply, for the same B images; crops and flips are not looked at.
+        Returns what `Apply` does.
+        """
+        ...
+
+
+class Backend(NamedTuple):
+    """The two ways into a backend; `apply` is crop, resize and flip followed by `colour`."""
+
+    apply: Apply
+    colour: Colour
+
+
 def get_backend(name: str) -> Backend:
     """The backend of that name. Imported only now: kornia takes seconds. Raises UserError."""
     if name not in BACKENDS:
         raise UserError(f"unknown augmentation backend {name!r}; choose from {', '.join(BACKENDS)}")
-    backend: Backend = import_module(f"pipeline.augment.{name}").apply
-    return backend
+    try:
+        module = import_module(f"pipeline.augment.{name}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"the {name} backend needs {error.name}, which is not installed") from error
+    return Backend(module.apply, module.colour)
 
 
 def empty_views(batch: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -46,14 +46,28 @@ def apply(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `pipeline.augment.Backend`."""
+    """See `pipeline.augment.Apply`."""
     canvas = canvas.to(device, non_blocking=True)
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     views = empty_views(len(canvas), size, device, dtype)
     for v in range(2):
         x = crop_and_flip(canvas, params.crops[v], params.flipped[v], size)
-        views[v] = normalize(_photometric(x, params, v), mean, std)
+        views[v] = _finish(_photometric(x, params, v))
     return views
+
+
+def colour(pixels: Tensor, params: ViewParams, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """See `pipeline.augment.Colour`."""
+    pixels = pixels.to(device, non_blocking=True)
+    _, batch, size, *_ = pixels.shape
+    views = empty_views(batch, size, device, dtype)
+    for v in range(2):
+        x = pixels[v].permute(0, 3, 1, 2).contiguous().float().div_(255)
+        views[v] = _finish(_photometric(x, params, v))
+    return views
+
+
+def _finish(x: Tensor) -> Tensor:
+    return normalize(x, torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD))
 
 
 def crop_and_flip(

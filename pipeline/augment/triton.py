@@ -1,0 +1,202 @@
+"""The recipe in three passes over memory, as Triton kernels: the backend for NVIDIA GPUs.
+
+1. `crop_and_resize`: the crop's pixels become the view's, with the jitter up to its contrast. Both
+   directions of the resize happen in a tile on the chip. Nothing of a crop's size is stored, so a
+   large photograph needs no more memory than a small one.
+2. `colour`: contrast wants the mean of the whole view as it then is, so a pass must end before it,
+   and for views that have contrast (four in five) another begins: contrast, the rest, grey.
+3. `blur`: both directions in a tile, for views that have it. It reads neighbours after all colour;
+   to compute their colour again, for twice the pixels, costs more than to read 3 bytes of each.
+
+A view's last pass solarizes, normalises and stores it.
+
+Bytes per pixel of a view, for an output of 2 bytes: pass 1 reads the crop, 3 bytes for each of its
+pixels, and writes 3; pass 2 reads 3 and writes 3; pass 3 reads 3 and writes the 6 that are wanted.
+That is 18 and the crop; a view without contrast saves 6, one without blur 6. What neighbouring
+tiles share is left to the cache: a tile reads (1 + 4 / TILE_I) (1 + 4 / TILE_J) times its share of
+the crop, and for the blur (WINDOW / (WINDOW - 6 reach))^2 times its pixels.
+
+The scratch memory, uint8 [2 B, S, S, 3], is at most half of the output. Pixels are PIL's: equal
+in colour, and in the resize up to a rounding in some 10,000 (tests/test_triton.py).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.augment import JITTER_NEUTRAL, empty_views, kernels
+from pipeline.errors import UserError
+from pipeline.views import ViewParams
+
+# Block sizes in pixels, and warps of a program: without spills on sm_80 and sm_90, see
+# tests/compile_kernels.py; not tuned on a GPU. A band matrix is dense over (TILE_J + 4) * scale
+# columns and (TILE_I + 4) * scale lines of the crop.
+RESIZE = {"TILE_I": 64, "TILE_J": 16, "LINES": 32, "COLUMNS": 16, "num_warps": 4, "num_stages": 1}
+COLOUR = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+BLUR = {"WINDOW": 64, "num_warps": 8, "num_stages": 1}
+MAX_SIGMA = 8  # of a blur: three boxes of reach 8 still leave 16 pixels of the window
+EXACT = {"enable_fp_fusion": False}
+
+_CONTRAST, _HUE, _NOTHING = 1, 3, 15  # numbers of operations, as in ViewParams.order; none
+
+
+def apply(
+    canvas: Tensor,
+    sizes: Tensor,  # not needed: a crop never reaches beyond its image
+    params: ViewParams,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `pipeline.augment.Apply`. Raises UserError on a device without Triton."""
+    with _on(device):
+        canvas = canvas.to(device, non_blocking=True)
+        if canvas.stride()[2:] != (3, 1):
+            canvas = canvas.contiguous()
+        work = _prepare(params, size, device, dtype)
+        tiles = triton.cdiv(size, RESIZE["TILE_I"]) * triton.cdiv(size, RESIZE["TILE_J"])
+        kernels.crop_and_resize[(len(work.words) * tiles,)](
+            canvas, *canvas.stride()[:2], len(canvas), *work.memory, size, **RESIZE, **EXACT
+        )
+        return _finish(work)
+
+
+def colour(pixels: Tensor, params: ViewParams, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """See `pipeline.augment.Colour`. Raises UserError on a device without Triton."""
+    with _on(device):
+        pixels = pixels.to(device, non_blocking=True).contiguous()
+        work = _prepare(params, pixels.shape[2], device, dtype)
+        _colour(work, pixels, before_contrast=True)
+        return _finish(work)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the passes over a batch share."""
+
+    views: Tensor
+    """[2, B, 3, S, S], the result."""
+    words: Tensor
+    """int32 [2 B, words of a row], the parameters."""
+    sums: Tensor
+    """int64 [2 B], for the means of the contrast."""
+    scratch: Tensor
+    """uint8 [2 B, S, S, 3], the views between two passes."""
+    any_contrast: bool
+
+    widest_box: int
+    """Of the blur, as the kernels count it; -1 where nothing is blurred."""
+
+    @property
+    def size(self) -> int:
+        return self.views.shape[-1]
+
+    @property
+    def memory(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As the kernels take it."""
+        return self.words, self.sums, self.scratch, self.views
+
+
+def _prepare(params: ViewParams, size: int, device: torch.device, dtype: torch.dtype) -> _Work:
+    batch = params.crops.shape[1]
+    packed = pack(params)
+    words = torch.from_numpy(packed)
+    if device.type == "cuda":  # the host need not wait for a copy from pinned memory
+        words = words.pin_memory()
+    return _Work(
+        views=empty_views(batch, size, device, dtype),
+        words=words.to(device, non_blocking=True),
+        sums=torch.zeros(2 * batch, dtype=torch.int64, device=device),
+        scratch=torch.empty(2 * batch, size, size, 3, dtype=torch.uint8, device=device),
+        any_contrast=bool((packed[:, kernels.CONTRAST_PLACE.value] < 4).any()),
+        widest_box=int(packed[:, kernels.BOX.value].max(initial=-1)),
+    )
+
+
+def _colour(work: _Work, pixels: Tensor, before_contrast: bool) -> None:
+    blocks = triton.cdiv(work.size**2, COLOUR["BLOCK"])
+    kernels.colour[(len(work.words) * blocks,)](
+        pixels, *work.memory, work.size, BEFORE_CONTRAST=before_contrast, **COLOUR, **EXACT
+    )
+
+
+def _finish(work: _Work) -> Tensor:
+    """The passes after the first."""
+    if work.any_contrast:
+        _colour(work, work.scratch, before_contrast=False)
+    if work.widest_box >= 0:
+        margin = 3 * (work.widest_box + 1)
+        tiles = triton.cdiv(work.size, BLUR["WINDOW"] - 2 * margin) ** 2
+        kernels.blur[(len(work.words) * tiles,)](*work.memory, tiles, work.size, **BLUR, **EXACT)
+    return work.views
+
+
+def pack(params: ViewParams) -> NDArray[np.int32]:
+    """The rows of parameters that the kernels read, int32 [2 B, words]. Raises UserError."""
+    neutral = params.jitter == np.array(JITTER_NEUTRAL, np.float32)
+    absent = neutral | ~params.jittered[..., None]  # by operation; a neutral one is left out
+    order = params.order.astype(np.int32)
+    order[np.take_along_axis(absent, order, axis=-1)] = _NOTHING
+    is_contrast = order == _CONTRAST
+
+    k = kernels
+    words = np.zeros((*params.sigma.shape, k.WORDS.value), np.int32)
+    words[..., k.X0.value], words[..., k.Y0.value] = params.crops[..., 0], params.crops[..., 1]
+    words[..., k.WIDTH.value] = params.crops[..., 2] - params.crops[..., 0]
+    words[..., k.HEIGHT.value] = params.crops[..., 3] - params.crops[..., 1]
+    words[..., k.FLIPPED.value] = params.flipped
+    words[..., k.GREY.value] = params.grey
+    words[..., k.SOLARIZED.value] = params.solarized
+    words[..., k.ORDER.value] = order @ (1 << np.array([0, 4, 8, 12], np.int32))
+    words[..., k.CONTRAST_PLACE.value] = np.where(is_contrast.any(-1), is_contrast.argmax(-1), 4)
+    # The product as torchvision computes it, in float64.
+    words[..., k.HUE.value] = (params.jitter[..., _HUE].astype(np.float64) * 255).astype(np.int32)
+    factors = words.view(np.float32)[..., k.FACTORS.value : k.FACTORS.value + 3]
+    factors[:] = params.jitter[..., :_HUE]
+    box, near, far = _boxes(params.sigma)
+    words[..., k.BOX.value], words[..., k.BOX_NEAR.value], words[..., k.BOX_FAR.value] = (
+        box,
+        near,
+        far,
+    )
+    return words.reshape(-1, k.WORDS.value)
+
+
+def _boxes(
+    sigma: NDArray[np.float32],
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """The box that Pillow's GaussianBlur runs three times: its pixels of full weight on either side
+    (-1 where sigma is 0), their weight and that of the next pixel in 2^-24.
+
+    In Pillow's types: sums in float32, the root in float64. See `blur_kernels` for the mathematics.
+    """
+    if sigma.size and sigma.max() > MAX_SIGMA:
+        raise UserError(
+            f"the triton backend blurs with a sigma of at most {MAX_SIGMA}, not {sigma.max():g};"
+            " the kornia backend with any"
+        )
+    variance = sigma * sigma / np.float32(3)
+    length = np.sqrt(12 * variance.astype(np.float64) + 1).astype(np.float32)
+    full = np.floor((length - 1) / 2)
+    end = (2 * full + 1) * (full * (full + 1) - 3 * variance)
+    radius = full + end / (6 * (variance - (full + 1) * (full + 1)))
+    box = radius.astype(np.int32)
+    near = (np.float32(1 << 24) / (radius * 2 + 1)).astype(np.int32)
+    far = ((1 << 24) - (2 * box + 1) * near) // 2
+    return np.where(sigma > 0, box, -1), near, far
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Launch there: Triton takes PyTorch's current device."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if not isinstance(kernels.colour, triton.JITFunction):  # the interpreter
+        return nullcontext()
+    raise UserError(
+        f"the triton backend needs a CUDA GPU, not the device {device}; kornia runs anywhere"
+    )

@@ -1,0 +1,40 @@
+"""The triton backend in Triton's interpreter, in a process of its own.
+
+Triton decides as it is imported whether kernels are compiled or interpreted, for the whole process.
+"""
+
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from pipeline.augment import Backend, get_backend
+
+
+class Interpreter:
+    """Use as a context manager; `backend` is the triton backend for tensors on the CPU."""
+
+    def __enter__(self) -> "Interpreter":
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_interpret)
+        self.backend = Backend(
+            lambda *arguments: self._call("apply", *arguments),
+            lambda *arguments: self._call("colour", *arguments),
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        # Pickled here, tensors travel as bytes: torch would hand over shared memory.
+        return pickle.loads(self._pool.submit(_run, name, pickle.dumps(arguments)).result())
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _run(name: str, arguments: bytes) -> bytes:
+    backend = get_backend("triton")._asdict()
+    return pickle.dumps(backend[name](*pickle.loads(arguments)))
