@@ -31,6 +31,7 @@ from pipeline.turbojpeg import (
 )
 
 MIN_PAGE = 1 << 21
+BLOCK = 1 << 20  # bytes of the file that are worth reading at once
 MAX_PIXELS = 178_956_970
 """Where Pillow, too, takes an image for a decompression bomb: none larger is packed, and a damaged
 size must not ask for gigabytes."""
@@ -130,15 +131,18 @@ class Beton:
             raise self.corrupt(int(which[bad]), reason)
 
     def try_decode(
-        self, which: np.ndarray, canvas: np.ndarray, decoder: Decoder
+        self, which: np.ndarray, canvas: np.ndarray, decoder: Decoder, scale: int = 1
     ) -> tuple[int, str]:
         """Decode like `decode_into` up to the first record that fails: its place in `which` and
-        the reason, or (-1, "").
+        the reason, or (-1, ""). With `scale` 2, 4 or 8, JPEGs at that fraction of their sides,
+        rounded up.
         """
         begin = 0
         while begin < len(which):
             records, rest = self.records[which[begin:]], canvas[begin:]
-            bad, code = decode_records(self.file, records, decoder.handle, decoder.scratch, rest)
+            bad, code = decode_records(
+                self.file, records, decoder.handle, decoder.scratch, rest, scale
+            )
             if code == OK:
                 break
             begin += bad
@@ -147,6 +151,11 @@ class Beton:
                 return begin, REASONS[code] + (f" ({complaint})" if complaint else "")
             begin += 1  # a warning only: its pixels are there
         return -1, ""
+
+    def advise(self, blocks: np.ndarray) -> None:
+        """Ask the kernel to read these blocks (by number) into memory, without waiting for it."""
+        for block in blocks.tolist():
+            os.posix_fadvise(self.file, block * BLOCK, BLOCK, os.POSIX_FADV_WILLNEED)
 
     def corrupt(self, i: int, reason: str) -> CorruptRecord:
         """The error that names record `i`."""

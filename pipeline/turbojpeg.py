@@ -77,10 +77,10 @@ class Decoder:
 
 @numba.njit(nogil=True)
 def decode_records(
-    file: int, records: np.ndarray, handle: int, scratch: np.ndarray, canvas: np.ndarray
+    file: int, records: np.ndarray, handle: int, scratch: np.ndarray, canvas: np.ndarray, scale: int
 ) -> tuple[int, int]:
-    """Read and decode records into the top left corners of `canvas` uint8 [B, Hmax, Wmax, 3]; runs
-    without the GIL.
+    """Read and decode records into the top left corners of `canvas` uint8 [B, Hmax, Wmax, 3], JPEGs
+    at 1/`scale` of their sides (1, 2, 4 or 8), rounded up; runs without the GIL.
 
     `records` int64 [B, 5] holds pointer, bytes, height, width, mode of each. Returns (position,
     code) of the first record that fails, or (-1, OK); what lies outside an image in its canvas is
@@ -102,7 +102,7 @@ def decode_records(
             return b, WRONG_SIZE
         code = decompress(
             handle, scratch.ctypes.data, size, canvas[b].ctypes.data,
-            width, canvas.shape[2] * 3, height, RGB, ACCURATE_DCT,
+            -(-width // scale), canvas.shape[2] * 3, -(-height // scale), RGB, ACCURATE_DCT,
         )  # fmt: skip
         if code != 0:
             return b, BAD_PIXELS

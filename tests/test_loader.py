@@ -1,18 +1,22 @@
 """The loader: every image once, the same views whoever shares the work, and no failure hangs."""
 
+import gc
 import itertools
+import os
 import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.beton import Beton, CorruptRecord
+from pipeline.choices import Crops
 from pipeline.errors import UserError
-from pipeline.loader import CanvasLoader, ViewLoader
+from pipeline.loader import CanvasLoader, CropLoader, ViewLoader
 from pipeline.views import ViewConfig
 from tests.betons import photograph, varied, write_beton
 from tests.manifests import damage, write_manifest
@@ -27,7 +31,8 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
 
 def view_loader(beton: Beton, batch_size: int = 8, **options) -> ViewLoader:
     defaults = {"seed": 3, "backend": "kornia", "device": torch.device("cpu"), "threads": 2}
-    return ViewLoader(beton, ViewConfig(size=16), batch_size, **(defaults | options))
+    views = ViewConfig(size=options.pop("size", 16))
+    return ViewLoader(beton, views, batch_size, **(defaults | options))
 
 
 def test_canvases_hold_the_images_asked_for(beton: Beton) -> None:
@@ -93,6 +98,56 @@ def test_start_in_mid_epoch_is_the_tail_of_the_epoch(beton: Beton) -> None:
         assert torch.equal(one.overlap, other.overlap)
 
 
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_start_in_mid_epoch_decodes_nothing_that_it_skips(
+    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resuming late in an epoch of ImageNet must not read a hundred gigabytes first."""
+    loader = view_loader(beton, crops=crops)
+    decoded: list[int] = []
+    try_decode = Beton.try_decode
+
+    def counting(self: Beton, which: np.ndarray, *rest) -> tuple[int, str]:
+        decoded.extend(which.tolist())
+        return try_decode(self, which, *rest)
+
+    monkeypatch.setattr(Beton, "try_decode", counting)
+    list(loader.epoch(5, start=2))
+    assert sorted(decoded) == sorted(loader.shares(5)[2:].reshape(-1))
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 1}, {"accumulation": 4}, {"world": 2}])
+def test_crops_of_the_host_are_those_of_the_device(beton: Beton, options: dict) -> None:
+    """The setting is one of speed: bit for bit the same views, with kornia on a CPU."""
+    one = views_by_image(view_loader(beton, crops="host", **options))
+    other = views_by_image(view_loader(beton, crops="device", **options))
+    assert_same(one, other)
+
+
+def test_large_photographs_are_decoded_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the side is decoded here; a wrong box would show as a shift, at 20 to 30 dB."""
+    noise = np.random.default_rng(0).normal(0, 8, (4, 400, 500, 3))
+    images = [(photograph(i, 400, 500) + noise[i]).clip(0, 255).astype(np.uint8) for i in range(4)]
+    beton = Beton(write_beton(tmp_path / "large.beton", images))
+    views = ViewConfig(size=16, min_scale=0.3)
+    loader = CropLoader(beton, 1, False, views=views, seed=0)
+    scale, met = CropLoader._scale, []
+
+    def spy(self: CropLoader, boxes: np.ndarray) -> int:
+        met.append(scale(self, boxes))
+        return met[-1]
+
+    monkeypatch.setattr(CropLoader, "_scale", spy)
+    small = next(pixels.float().clone() for _, pixels in loader.decode([np.arange(4)]))
+    monkeypatch.setattr(CropLoader, "_scale", lambda *_: 1)
+    whole = next(pixels.float().clone() for _, pixels in loader.decode([np.arange(4)]))
+    assert set(met) <= {4, 8} and not torch.equal(small, whole)
+    error = (small - whole).square().mean(dim=(2, 3, 4))
+    assert float(error.max()) < 255**2 / 10**4  # 40 dB
+
+
 def test_batch_has_the_shapes_of_seam_3(beton: Beton) -> None:
     batch = next(view_loader(beton, dtype=torch.bfloat16).epoch(0))
     assert batch.views.shape == (2, 8, 3, 16, 16) and batch.views.dtype == torch.bfloat16
@@ -113,6 +168,50 @@ def test_corrupt_record_surfaces_and_the_loader_lives_on(tmp_path: Path) -> None
     with pytest.raises(CorruptRecord, match="record 6"):
         list(loader.decode([np.arange(0, 4), np.arange(4, 8)]))
     assert len(list(loader.decode([np.arange(0, 6)]))) == 1
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_error_of_a_thread_surfaces_at_its_batch(
+    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any error, not only one that was foreseen; what came before it is still good, and so is the
+    loader after it.
+    """
+    loader = view_loader(beton, crops=crops)
+    victim = loader.shares(0)[1, 3]
+    try_decode = Beton.try_decode
+
+    def failing(self: Beton, which: np.ndarray, *rest) -> tuple[int, str]:
+        if victim in which:
+            raise ZeroDivisionError("in a thread")
+        return try_decode(self, which, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Beton, "try_decode", failing)
+        batches = loader.epoch(0)
+        next(batches)
+        with pytest.raises(ZeroDivisionError, match="in a thread"):
+            next(batches)
+    assert len(list(loader.epoch(0))) == 3
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_file_cut_short_under_a_running_loader(tmp_path: Path, crops: Crops) -> None:
+    """A memory map would end the process by SIGBUS here."""
+    path = write_beton(tmp_path / "cut.beton", varied(IMAGES))
+    loader = view_loader(Beton(path), crops=crops)
+    next(loader.epoch(0))
+    os.truncate(path, int(loader.beton.records[:, 0].min()))
+    with pytest.raises(CorruptRecord, match=r"cut\.beton: record \d+: the file ends before"):
+        list(loader.epoch(0))
+
+
+def test_file_removed_under_a_running_loader(tmp_path: Path) -> None:
+    """An opened file lives on; a run must not end because somebody packs anew."""
+    path = write_beton(tmp_path / "gone.beton", varied(IMAGES))
+    loader = view_loader(Beton(path))
+    path.unlink()
+    assert len(list(loader.epoch(0))) == 3
 
 
 @pytest.fixture
@@ -152,15 +251,20 @@ def test_corrupt_image_gives_its_place_to_the_next(
     assert lines[0].endswith("; photos/7.jpg takes its place")
 
 
-def test_replacement_does_not_depend_on_threads_or_world(spoilt: Beton) -> None:
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_replacement_does_not_depend_on_threads_or_world(spoilt: Beton, crops: Crops) -> None:
     """Ranks and resumed runs that disagreed on it would train on different sets."""
-    loader = view_loader(spoilt, on_corrupt="replace", threads=1)
+
+    def replacing(**options) -> ViewLoader:
+        return view_loader(spoilt, on_corrupt="replace", **{"crops": crops, "size": 32} | options)
+
+    loader = replacing(crops="device", threads=1)
     expected = views_by_image(loader)
     assert len(loader.replaced) == 4
     assert 4 not in expected and 7 in expected
     for options in ({"threads": 4}, {"accumulation": 4}):
-        assert_same(views_by_image(view_loader(spoilt, on_corrupt="replace", **options)), expected)
-    ranks = [view_loader(spoilt, on_corrupt="replace", rank=rank, world=2) for rank in range(2)]
+        assert_same(views_by_image(replacing(**options)), expected)
+    ranks = [replacing(rank=rank, world=2) for rank in range(2)]
     assert len(list(ranks[0].epoch(2))) == len(list(ranks[1].epoch(2)))
     halves = [views_by_image(loader) for loader in ranks]
     assert_same(halves[0] | halves[1], expected)
@@ -193,17 +297,30 @@ def test_beton_of_which_nothing_decodes_is_an_error(tmp_path: Path) -> None:
         list(loader.decode([np.arange(5)]))
 
 
-def test_early_end_and_many_epochs_leave_nothing_behind(beton: Beton) -> None:
-    """Breaks if an epoch starts threads, opens files, or goes on decoding after a break."""
-    loader = view_loader(beton)
-    next(loader.epoch(0))
-    threads, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
-    for epoch in range(40):
-        for step, _ in enumerate(loader.epoch(epoch)):
-            if step == epoch % 3:
-                break
-    assert threading.active_count() == threads
-    assert len(list(Path("/proc/self/fd").iterdir())) == files
+@pytest.mark.parametrize(
+    "options", [{"crops": "device"}, {"crops": "host", "order": "quasi-random"}]
+)
+def test_200_epochs_leave_nothing_behind(beton: Beton, options: dict) -> None:
+    """Breaks if an epoch starts threads, opens files, keeps memory, or goes on decoding after a
+    break.
+    """
+    gc.collect()  # the loaders of other tests
+    loader = view_loader(beton, **options)
+
+    def run(epochs: range) -> None:
+        for epoch in epochs:
+            for step, _ in enumerate(loader.epoch(epoch)):
+                if step == epoch % 3:
+                    break
+
+    run(range(20))
+    threads, memory = set(threading.enumerate()), psutil.Process().memory_info().rss
+    files = set(Path("/proc/self/fd").iterdir())
+    run(range(20, 200))
+    assert set(threading.enumerate()) <= threads
+    assert set(Path("/proc/self/fd").iterdir()) <= files
+    assert psutil.Process().memory_info().rss - memory < 16e6
+    assert len(list(loader.epoch(0))) == 3
 
 
 @pytest.mark.parametrize(

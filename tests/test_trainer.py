@@ -147,6 +147,55 @@ def test_two_processes(beton: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in curve(config)] == [3, 5]
 
 
+def test_death_of_one_process_ends_the_others(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that the system kills for memory must not leave the others waiting for its share
+    of a step. Data are loaded by threads, so they cannot die alone.
+    """
+    monkeypatch.setenv("KILL_AT", "2")
+    monkeypatch.setenv("KILL_RANK", "1")
+    ended = launch(small_run(beton, tmp_path), processes=2)
+    assert ended.returncode not in (0, None) and "SIGKILL" in ended.stderr
+    assert not (tmp_path / "run.rank0").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"backend": "triton"}, "data.backend: triton needs a GPU"),
+        ({"order": "sequential"}, "data.order was random"),
+    ],
+)
+def test_data_settings_that_cannot_work_are_refused(
+    whole: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    change: dict[str, str],
+    says: str,
+) -> None:
+    """Before hours of work, not in their midst: another order would show images twice."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = replace(whole, data=replace(whole.data, **change))
+    with pytest.raises(UserError, match=says):
+        trainer(config, "auto")
+
+
+@pytest.mark.parametrize("order", ["quasi-random", "sequential"])
+def test_orders_and_host_crops_train_and_resume(beton: Path, tmp_path: Path, order: str) -> None:
+    """The settings reach the loader, and mid-epoch resume goes through the same images."""
+    config = small_run(beton, tmp_path, max_steps=3)
+    config = replace(config, data=replace(config.data, crops="host", order=order))
+    trainer(config).train()
+    resumed = replace(config, train=replace(config.train, max_steps=4))
+    trainer(resumed, "auto").train()
+    straight = replace(resumed, name="straight")
+    trainer(straight).train()
+    names = [run_dir(c) / "checkpoints" / "step_4" for c in (resumed, straight)]
+    assert_same_tensors(*names)
+
+
 def test_divergence_stops_before_a_checkpoint(beton: Path, tmp_path: Path) -> None:
     """A rate of 1e25 makes the second step infinite: the run must say so and keep step 1 as it
     is."""

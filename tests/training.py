@@ -108,13 +108,13 @@ def _kill_at(count: int) -> None:
 
 
 def main() -> None:
-    """Train; KILL_AT=N in the environment kills the process after N micro-batches. Each process
-    then writes its model beside the run, to compare them."""
-    if "KILL_AT" in os.environ:
+    """Train; KILL_AT=N in the environment kills the process of rank KILL_RANK (0) after N
+    micro-batches. Each process then writes its model beside the run, to compare them."""
+    rank = os.environ.get("RANK", "0")
+    if "KILL_AT" in os.environ and rank == os.environ.get("KILL_RANK", "0"):
         _kill_at(int(os.environ["KILL_AT"]))
     config, resume = load_config()
     run = Trainer(config, resume)
-    rank = run.accelerator.process_index
     run.train()
     torch.save(run.slotcon.state_dict(), Path(config.log.dir) / f"{config.name}.rank{rank}")
 

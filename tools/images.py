@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline import turbojpeg
 from pipeline.beton import MAX_PIXELS
 from pipeline.manifest import CONVERTED, ORIGINAL, SCALED
-from pipeline.resample import resize
+from pipeline.resize import resize
 from tools.jpeg import CUT, DOUBTFUL, BadImage, JpegHeader, jpeg_header, scans
 
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against what a beton can hold
@@ -214,7 +214,9 @@ def scaled(pixels: Pixels, max_side: int) -> Pixels:
     """Scale the longest side down to `max_side` pixels, bicubic and antialiased."""
     height, width, _ = pixels.shape
     scale = max_side / max(height, width)
-    return resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
+    small = np.empty((max(1, round(height * scale)), max(1, round(width * scale)), 3), np.uint8)
+    resize(pixels, np.array([0.0, 0.0, width, height]), False, small)
+    return small
 
 
 def encode(pixels: Pixels, quality: int) -> bytes:

@@ -24,8 +24,8 @@ from jsonargparse import (
 
 from model import ModelConfig
 from pipeline.augment import BACKENDS
+from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
 from pipeline.errors import UserError, require
-from pipeline.loader import OnCorrupt
 from pipeline.views import ViewConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the texts below
@@ -46,8 +46,19 @@ class DataConfig:
 
     path: str
     """The beton, written by tools.build_dataset."""
-    backend: str = "kornia"
-    """What applies the view parameters: "reference" or "kornia", which differ by rounding."""
+    backend: str = "auto"
+    """What colours the views, and crops them where `crops` is "device": "reference", "kornia" or
+    "triton", which differ by rounding; "auto" is triton on a GPU and kornia elsewhere."""
+    crops: Crops = "device"
+    """Where both crops are made: on the "device", from the whole image; on the "host", by the
+    threads that decode, which spares a GPU that is short of time or memory; by "dali", which also
+    decodes, with a GPU on it."""
+    order: Order = "random"
+    """Which images follow each other: "random"; "quasi-random", shuffled within windows of the
+    file, for a set larger than memory; "sequential", as they lie in the file."""
+    window_gb: float = 4.0
+    """Size of a quasi-random window in 1e9 bytes of the file. Two of them should fit in memory. The
+    larger it is, the less an image's neighbours in the file are its neighbours in a step."""
     threads: int = 0
     """Decoding threads of each process; 0 = an equal share of the cores of its machine."""
     on_corrupt: OnCorrupt = "stop"
@@ -56,7 +67,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "path", self.path, "the name of a beton")
-        require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
+        names = ("auto", *BACKENDS)
+        require(self.backend in names, "backend", self.backend, f"one of {', '.join(names)}")
+        require(self.crops in CROPS, "crops", self.crops, f"one of {', '.join(CROPS)}")
+        require(self.order in ORDERS, "order", self.order, f"one of {', '.join(ORDERS)}")
+        require(0 < self.window_gb < math.inf, "window_gb", self.window_gb, "a positive number")
         require(
             self.threads >= 0, "threads", self.threads, "0 (an equal share of the cores) or more"
         )

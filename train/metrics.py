@@ -70,24 +70,43 @@ class Meter:
 
 
 class Stopwatch:
-    """Time since the last log line, and the share of it that was spent waiting for data."""
+    """Time since the last log line, and the share of it that was spent waiting for data.
 
-    def __init__(self) -> None:
+    On a GPU that share is the device's: from the end of one step to the views of the next. The host
+    runs ahead there, and what it waits for is no loss as long as the device has work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.restart()
 
     def restart(self) -> None:
         """Start the next log line."""
         self.steps = 0
         self._began, self._waited = time.perf_counter(), 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def read(self) -> tuple[int, float, float]:
-        """Steps (counted by the caller), seconds so far, share of waiting."""
+        """Steps (counted by the caller), seconds so far, share of waiting. Waits for the device, if
+        it still works on a batch that was waited for.
+        """
+        if self._events:
+            self._events[-1][1].synchronize()
+        self._waited += sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1e3
+        self._events = []
         seconds = time.perf_counter() - self._began
         return self.steps, seconds, self._waited / seconds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Time spent inside counts as waiting."""
+        if self._device.type == "cuda":
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            yield
+            ended.record()
+            self._events.append((begun, ended))
+            return
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began

@@ -14,7 +14,10 @@ import torch
 
 from pipeline.errors import UserError
 
-PACKAGES = ("torch", "torchvision", "numpy", "ffcv", "kornia", "accelerate")
+PACKAGES = (
+    "torch", "torchvision", "numpy", "numba", "pillow", "ffcv", "kornia", "triton", "accelerate",
+    "nvidia-dali-cuda120", "nvidia-dali-cuda130",
+)  # fmt: skip
 
 
 def hardware() -> dict[str, Any]:
@@ -44,6 +47,8 @@ def versions() -> dict[str, str]:
     installed.
     """
     found = {"python": platform.python_version()}
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

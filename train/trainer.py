@@ -17,7 +17,7 @@ from torch import nn
 from model import SlotCon
 from pipeline.beton import Beton
 from pipeline.errors import UserError
-from pipeline.loader import Batch, ViewLoader
+from pipeline.loader import Batch, make_loader
 from train import checkpoint
 from train.config import RunConfig, flatten, from_dict, to_dict, to_yaml
 from train.lars import LARS
@@ -27,7 +27,7 @@ from train.schedule import learning_rate, teacher_momentum
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a resumed run may not change, for it would be another run; nor may its data.
-_FIXED = ("views.", "model.", "train.")
+_FIXED = ("data.order", "data.window_gb", "views.", "model.", "train.")
 _FREE = ("train.max_steps",)
 
 
@@ -48,12 +48,15 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._lock = _lock(self.run_dir)  # held as long as the process lives
         self.beton = Beton(config.data.path)
-        self.loader = ViewLoader(
+        self.loader = make_loader(
             self.beton,
             config.views,
             config.train.batch_size,
-            seed=config.train.seed,
+            crops=config.data.crops,
             backend=config.data.backend,
+            order=config.data.order,
+            window_bytes=round(config.data.window_gb * 1e9),
+            seed=config.train.seed,
             device=self.accelerator.device,
             dtype=_DTYPES[config.efficiency.precision],
             rank=self.accelerator.process_index,
@@ -82,7 +85,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.meter = Meter(self.accelerator)
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(self.accelerator.device)
         if origin:
             self._restore(origin)
         self.journal = self._open_journal()
