@@ -5,6 +5,8 @@ random bits, with no state between calls. Salmon et al., "Parallel Random Number
 `pipeline.views` caches a compiled kernel that contains this file: touch it after a change here.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -30,3 +32,17 @@ def philox4x32(
         k0 = np.uint32(k0 + _WEYL_0)
         k1 = np.uint32(k1 + _WEYL_1)
     return np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3)
+
+
+def philox4x32_arrays(c0: Any, c1: Any, c2: Any, c3: Any, k0: int, k1: int) -> tuple[Any, ...]:
+    """The same words as whole-array operations. The counter's words are int64 arrays of NumPy or
+    Torch (which has no unsigned ones) that broadcast with each other, or integers; so are the
+    results. A product that overflows wraps, and its bits are those of the unsigned one.
+    """
+    word = 0xFFFFFFFF
+    for _ in range(10):
+        product_0, product_1 = c0 * int(_MULTIPLIER_0), c2 * int(_MULTIPLIER_1)
+        c0, c1 = ((product_1 >> 32) & word) ^ c1 ^ k0, product_1 & word
+        c2, c3 = ((product_0 >> 32) & word) ^ c3 ^ k1, product_0 & word
+        k0, k1 = (k0 + int(_WEYL_0)) & word, (k1 + int(_WEYL_1)) & word
+    return c0, c1, c2, c3

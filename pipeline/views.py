@@ -32,8 +32,8 @@ from numpy.typing import ArrayLike, NDArray
 from pipeline.errors import require
 from pipeline.philox import philox4x32
 
-_TRIES = 10  # as in torchvision's RandomResizedCrop and in the authors' sampler
-_CROP_1, _CROP_2, _CROP_2_FREE, _PHOTOMETRIC = 0, 16, 32, 64  # first blocks, see the layout above
+TRIES = 10  # as in torchvision's RandomResizedCrop and in the authors' sampler
+CROP_1, CROP_2, CROP_2_FREE, PHOTOMETRIC = 0, 16, 32, 64  # first blocks, see the layout above
 
 _compiled = njit(nogil=True, cache=True)
 
@@ -152,6 +152,19 @@ def sample_views(
     the images' sides in pixels, at least 1. Anything else raises a ValueError. What an image gets
     does not depend on the rest of the batch.
     """
+    index, height, width = checked_images(seed, epoch, index, height, width)
+    params = _empty(len(index))
+    numbers = _Numbers(*(_as_float(getattr(config, f.name)) for f in fields(config)))
+    arrays = _Arrays(*(getattr(params, f.name) for f in fields(params)))
+    key, images = np.uint64(seed), index.view(np.uint64)
+    _sample_batch(key, np.uint32(epoch), images, height, width, numbers, arrays)
+    return params
+
+
+def checked_images(
+    seed: int, epoch: int, index: ArrayLike, height: ArrayLike, width: ArrayLike
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """index, height and width as `sample_views` needs them. Raises ValueError."""
     index = np.ascontiguousarray(index, dtype=np.int64)
     height = np.ascontiguousarray(height, dtype=np.int64)
     width = np.ascontiguousarray(width, dtype=np.int64)
@@ -163,12 +176,7 @@ def sample_views(
         raise ValueError("height and width must be at least 1")
     require(0 <= seed < 1 << 64, "seed", seed, "in 0..2^64-1")
     require(0 <= epoch < 1 << 32, "epoch", epoch, "in 0..2^32-1")
-    params = _empty(len(index))
-    numbers = _Numbers(*(_as_float(getattr(config, f.name)) for f in fields(config)))
-    arrays = _Arrays(*(getattr(params, f.name) for f in fields(params)))
-    key, images = np.uint64(seed), index.view(np.uint64)
-    _sample_batch(key, np.uint32(epoch), images, height, width, numbers, arrays)
-    return params
+    return index, height, width
 
 
 def _empty(batch: int) -> ViewParams:
@@ -196,7 +204,7 @@ def _as_float(value: Any) -> Any:
 _Numbers = namedtuple("_Numbers", [f.name for f in fields(ViewConfig)])  # type: ignore[misc]
 _Arrays = namedtuple("_Arrays", [f.name for f in fields(ViewParams)])  # type: ignore[misc]
 
-_PERMUTATIONS = np.array(list(itertools.permutations(range(4))), np.uint8)
+PERMUTATIONS = np.array(list(itertools.permutations(range(4))), np.uint8)
 
 
 class _Stream(NamedTuple):
@@ -234,7 +242,7 @@ def _sample_batch(
     for b in range(len(index)):
         index_low, index_high = np.uint32(index[b]), np.uint32(index[b] >> high)
         stream = _Stream(epoch, index_low, index_high, seed_low, seed_high)
-        first = _free_crop(stream, _CROP_1, height[b], width[b], config)
+        first = _free_crop(stream, CROP_1, height[b], width[b], config)
         second = _conditioned_crop(stream, first, height[b], width[b], config)
         for view in range(2):
             _write_photometric(stream, view, b, config, out)
@@ -288,7 +296,7 @@ def _try_crop(stream: _Stream, block: int, height: int, width: int, config: Any)
 @_compiled
 def _free_crop(stream: _Stream, first_block: int, height: int, width: int, config: Any) -> _Box:
     """Ten tries, then the largest centred crop of an allowed aspect."""
-    for block in range(first_block, first_block + _TRIES):
+    for block in range(first_block, first_block + TRIES):
         box = _try_crop(stream, block, height, width, config)
         if box.width > 0:
             return box
@@ -303,11 +311,11 @@ def _free_crop(stream: _Stream, first_block: int, height: int, width: int, confi
 @_compiled
 def _conditioned_crop(stream: _Stream, first: _Box, height: int, width: int, config: Any) -> _Box:
     """Ten tries at a crop that `first` covers to min_overlap of its drawn area, then a free one."""
-    for block in range(_CROP_2, _CROP_2 + _TRIES):
+    for block in range(CROP_2, CROP_2 + TRIES):
         box = _try_crop(stream, block, height, width, config)
         if box.width > 0 and _common_area(box, first) >= config.min_overlap * box.area:
             return box
-    return _free_crop(stream, _CROP_2_FREE, height, width, config)
+    return _free_crop(stream, CROP_2_FREE, height, width, config)
 
 
 @_compiled
@@ -332,7 +340,7 @@ def _write_geometry(own: _Box, other: _Box, view: int, b: int, out: Any) -> None
 @_compiled
 def _write_photometric(stream: _Stream, view: int, b: int, config: Any, out: Any) -> None:
     """All of one view but its crop: flip and colours."""
-    block = _PHOTOMETRIC + 8 * view
+    block = PHOTOMETRIC + 8 * view
     chance, factor, rest = _draw(stream, block), _draw(stream, block + 1), _draw(stream, block + 2)
     out.flipped[view, b] = _unit(chance[0]) < config.flip
     out.jittered[view, b] = _unit(chance[1]) < config.jitter
@@ -341,7 +349,7 @@ def _write_photometric(stream: _Stream, view: int, b: int, config: Any, out: Any
     low, high = config.blur_sigma
     out.sigma[view, b] = _uniform(rest[1], low, high) if blurred else 0.0
     out.solarized[view, b] = _unit(rest[2]) < config.solarize[view]
-    permutation = _PERMUTATIONS[_below(rest[0], 24)]
+    permutation = PERMUTATIONS[_below(rest[0], 24)]
     for place in range(4):
         out.order[view, b, place] = permutation[place]
     jitter = out.jitter[view, b]

@@ -1,9 +1,13 @@
 """Philox must be Philox: whoever draws on another device needs the same numbers."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
-from pipeline.philox import philox4x32
+from pipeline.philox import philox4x32, philox4x32_arrays
 
 # Random123's published known-answer vectors for philox4x32-10: counter, key, output.
 VECTORS = {
@@ -31,3 +35,14 @@ def test_known_answers(name: str) -> None:
     counter, key, expected = VECTORS[name]
     words = philox4x32(*map(np.uint32, counter), *map(np.uint32, key))
     assert tuple(map(int, words)) == expected
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_known_answers_of_arrays(array: Callable[[list[int]], Any]) -> None:
+    """Signed products overflow, and a shift to the right of a negative one brings ones along."""
+    counters, keys, expected = zip(*VECTORS.values(), strict=True)
+    for column, key in enumerate(keys):
+        words = philox4x32_arrays(
+            *(array(list(word)) for word in zip(*counters, strict=True)), *key
+        )
+        assert tuple(int(word[column]) for word in words) == expected[column]

@@ -1,0 +1,384 @@
+"""DALI as the source of batches: it decodes and cuts both crops, a backend colours them.
+
+DALI gets the records' bytes and the drawn geometry, nothing else, so what a batch holds is what
+`pipeline.loader.ViewLoader` puts into it: the same images, parameters and boxes, and pixels that
+differ by rounding. With a GPU it decodes there (nvJPEG), else with its CPU operators.
+
+DALI decodes a damaged JPEG without a complaint as long as its headers and its end are there. So a
+record is checked by other means when it is first read: its checksum is the manifest's, or
+libjpeg-turbo decodes it. Only then are its bytes given to DALI.
+"""
+
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from pipeline.augment import get_backend
+from pipeline.beton import Beton, CorruptRecord
+from pipeline.choices import OnCorrupt, Order
+from pipeline.errors import UserError
+from pipeline.ffcv_format import RAW
+from pipeline.loader import Batch, ReadAhead, Replacements, draw
+from pipeline.manifest import Manifest
+from pipeline.order import block_order, epoch_shares, steps_per_epoch
+from pipeline.turbojpeg import REASONS, SHORT_READ, Decoder
+from pipeline.views import ViewConfig, ViewParams
+
+_READ_AHEAD = 2  # batches whose bytes are being read before DALI asks for them
+_DECODE_AHEAD = 2  # batches that DALI works on beyond the one being consumed
+
+_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # what its C++ exceptions become
+
+# A forked child that collects a pipeline would wait for, or crash on, threads that only its parent
+# has: there, none may ever be collected.
+_built: WeakSet[Any] = WeakSet()
+_inherited: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_built))
+
+_File = NDArray[np.uint8]  # what DALI decodes: the bytes of an image file
+_Read = list[tuple[_File, str]]  # and why they are not fit for it, or ""
+
+
+class DaliLoader:
+    """Batches of paired views, decoded and cropped by DALI; arguments, order and content are those
+    of `pipeline.loader.ViewLoader`.
+
+    `threads` are DALI's, and as many read. A JPEG is decoded with the exact DCT and smooth chroma,
+    as PIL does it. A record of raw pixels gets a PPM header, and so goes the same way.
+
+    Raises UserError as ViewLoader does, or where DALI is not installed.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        views: ViewConfig,
+        batch_size: int,
+        *,
+        seed: int,
+        backend: str,
+        order: Order = "random",
+        window_bytes: int = 4_000_000_000,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        threads: int = 1,
+        on_corrupt: OnCorrupt = "stop",
+    ) -> None:
+        self.beton, self.views, self.batch_size, self.seed = beton, views, batch_size, seed
+        self.order, self.window_bytes = order, window_bytes
+        self.device, self.dtype, self.threads = device, dtype, threads
+        self.rank, self.world, self.accumulation = rank, world, accumulation
+        self.on_corrupt = on_corrupt
+        self.steps_per_epoch = steps_per_epoch(beton, batch_size, world, accumulation)
+        self._colour = get_backend(backend).colour
+        self._replacements = Replacements(beton)
+        self._checksums = _checksums(beton)
+        self._checked = np.zeros(len(beton), np.bool_)
+        self._pool = ThreadPoolExecutor(threads, "read")
+        self._ahead = ReadAhead(beton) if order == "quasi-random" else None
+        self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
+        self._build()
+
+    @property
+    def replaced(self) -> dict[int, int]:
+        """Records met so far, on this rank, that cannot be decoded, and what stands in for each."""
+        return self._replacements.found
+
+    def shares(self, epoch: int) -> NDArray[np.int64]:
+        """Which records this rank takes: int64 [steps · accumulation, images of a micro-batch]."""
+        return epoch_shares(
+            self.beton,
+            self.batch_size,
+            self.seed,
+            epoch,
+            self.order,
+            self.window_bytes,
+            self.rank,
+            self.world,
+            self.accumulation,
+        )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batches of `epoch`, from step `start` of it on: `accumulation` for each
+        step. Beginning an epoch ends the one before it.
+        """
+        shares = self.shares(epoch)
+        place = start * self.accumulation
+        if self._ahead:
+            blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
+            self._ahead.begin(blocks, windows, place / len(shares))
+        while place < len(shares):
+            try:
+                for batch in self._batches(epoch, shares[place:]):
+                    place += 1
+                    if self._ahead:
+                        self._ahead.reach(place / len(shares))
+                    yield batch
+            except _DaliError as error:
+                self._replace_faulty(error)  # or raise what names the faulty record
+
+    # ---- DALI's side ----
+
+    def _build(self) -> None:
+        try:
+            from nvidia.dali import Pipeline, fn, types
+        except ImportError as error:
+            raise UserError(
+                f"data.crops=dali needs NVIDIA DALI ({error}): pip install slotstream[dali]"
+            ) from None
+        on_gpu = self.device.type == "cuda"
+        self._feed = _Feed()
+        self._pipe = Pipeline(
+            batch_size=self.batch_size // (self.world * self.accumulation),
+            num_threads=self.threads,
+            device_id=torch.empty(0, device=self.device).device.index if on_gpu else None,
+            prefetch_queue_depth=_DECODE_AHEAD,
+        )
+        with self._pipe:
+            files, *geometry = fn.external_source(
+                source=self._feed,
+                num_outputs=5,
+                dtype=[types.UINT8, *[types.INT32] * 4],
+                ndim=[1, 1, 1, 0, 0],
+                no_copy=True,  # the feed keeps them until their batch has been consumed
+            )
+            images = fn.decoders.image(
+                files,
+                device="mixed" if on_gpu else "cpu",
+                adjust_orientation=False,
+                use_fast_idct=False,
+                jpeg_fancy_upsampling=True,
+                affine=False,  # processes that share a machine would pin their threads to one core
+            )
+            views = []
+            for crop, flipped in zip(geometry[:2], geometry[2:], strict=True):
+                # Cut before the resize, whose filter must not see beyond the crop.
+                view = fn.slice(images, start=crop[:2], end=crop[2:], axes=(1, 0))
+                view = fn.resize(
+                    view,
+                    size=(self.views.size, self.views.size),
+                    interp_type=types.INTERP_CUBIC,
+                    antialias=True,
+                )
+                views.append(fn.flip(view, horizontal=flipped))
+            self._pipe.set_outputs(*views)
+        self._pipe.build()
+        _built.add(self._pipe)
+
+    def _batches(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
+        """Run DALI over `shares`. Raises _DaliError and CorruptRecord."""
+        self._rewind()
+        if self._pipe is None:
+            self._build()
+        jobs = self._feed.jobs = self._jobs(epoch, shares)
+        try:
+            self._advance()
+            while self._feed.pending:
+                pixels = self._take()
+                job = self._feed.pending.popleft()
+                self._advance()
+                views = self._colour(pixels, job.params, self.device, self.dtype)
+                geometry = (job.params.overlap, job.params.flipped, self.beton.index[job.which])
+                yield Batch(views, *map(self._to_device, geometry))
+                if self._feed.jobs is not jobs:
+                    raise RuntimeError("this epoch has ended: another one of its loader has begun")
+            if self._feed.error is not None:
+                raise self._feed.error
+        finally:
+            if self._feed.jobs is jobs:
+                self._rewind()
+
+    def _advance(self) -> None:
+        """Have DALI work on another batch, on its first call of an epoch on _DECODE_AHEAD."""
+        self._call("schedule_run")
+
+    def _take(self) -> Tensor:
+        """The next finished batch, uint8 [2, B, S, S, 3]: copied, for DALI reuses its memory."""
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        outputs = self._call("share_outputs", stream)
+        pixels = torch.stack([from_dlpack(view.as_tensor()) for view in outputs])
+        self._pipe.release_outputs()
+        return pixels
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Call the pipeline. One that has failed is of no further use; only the text of its error
+        is kept, since the traceback would keep the pipeline.
+        """
+        try:
+            return getattr(self._pipe, method)(*arguments)
+        except _DALI_ERRORS as error:
+            message = " ".join(str(error).split())
+        self._pipe = None
+        raise _DaliError(list(self._feed.pending), message)
+
+    def _rewind(self) -> None:
+        """Let DALI finish what it has begun, however the epoch ended, and be ready for another."""
+        self._feed.stop()
+        if self._pipe is None:
+            return
+        try:
+            while not self._pipe.empty():
+                self._pipe.share_outputs()
+                self._pipe.release_outputs()
+            self._pipe.schedule_run()  # meets the end of the feed, which reset() asks for
+            self._pipe.reset()
+        except _DALI_ERRORS:
+            self._pipe = None
+
+    def _replace_faulty(self, failure: "_DaliError") -> None:
+        """Replace the records on which DALI failed, though they were sound when they were checked.
+
+        Raises CorruptRecord if that is not wanted, and UserError if there are none.
+        """
+        under_way = list(dict.fromkeys(i for job in failure.jobs for i in job.which.tolist()))
+        faults = list(self._pool.map(self._fault, under_way))
+        if not any(faults):
+            raise UserError(
+                f"{self.beton.path}: DALI failed on images that libjpeg-turbo can decode"
+                f" (data.crops=device does): {failure}"
+            )
+        for i, reason in zip(under_way, faults, strict=True):
+            if reason:
+                self._replacement(i, reason)
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    # ---- The records' side ----
+
+    def _jobs(self, epoch: int, shares: NDArray[np.int64]) -> Iterator["_Job"]:
+        """What DALI is to do for each row of `shares`. Raises CorruptRecord at a row with a bad
+        record, unless that can be replaced.
+        """
+        reading: deque[tuple[list[int], list[Future[_Read]]]] = deque()
+        for step in range(len(shares) + _READ_AHEAD):
+            if step < len(shares):
+                which = [self._standing(i) for i in shares[step].tolist()]
+                slices = [which[t :: self.threads] for t in range(self.threads)]
+                reading.append((which, [self._pool.submit(self._read_all, s) for s in slices]))
+            if step >= _READ_AHEAD:
+                yield self._job(epoch, *reading.popleft())
+
+    def _job(self, epoch: int, which: list[int], parts: list[Future[_Read]]) -> "_Job":
+        files: list[_File] = [np.empty(0, np.uint8)] * len(which)
+        for t, part in enumerate(parts):
+            for b, (file, reason) in enumerate(part.result()):
+                place = t + b * self.threads
+                files[place] = file
+                if reason:
+                    which[place] = self._replacement(which[place], reason)
+                    files[place], _ = self._read(which[place])
+        rows = np.array(which)
+        params = draw(self.beton, self.seed, epoch, rows, self.views)
+        return _Job(rows, params, (files, *params.crops, *params.flipped.astype(np.int32)))
+
+    def _read_all(self, which: list[int]) -> _Read:
+        return [self._read(i) for i in which]
+
+    def _read(self, i: int) -> tuple[_File, str]:
+        """Record `i` as a file for DALI, and why it must not get it, or ""."""
+        pointer, size, height, width, mode = self.beton.records[i].tolist()
+        header = b"P6 %d %d 255\n" % (width, height) if mode == RAW else b""
+        file = np.empty(len(header) + size, np.uint8)
+        file[: len(header)] = np.frombuffer(header, np.uint8)
+        data = file.data[len(header) :]
+        try:
+            if os.preadv(self.beton.file, [data], pointer) != size:
+                return file, REASONS[SHORT_READ]
+        except OSError as error:
+            return file, str(error)
+        if not self._checked[i]:
+            reason = "" if zlib.crc32(data) == self._checksums[i] else self._fault(i)
+            self._checked[i] = not reason
+            return file, reason
+        return file, ""
+
+    def _fault(self, i: int) -> str:
+        """Why libjpeg-turbo cannot decode record `i`, or ""."""
+        canvas = np.empty((1, self.beton.height[i], self.beton.width[i], 3), np.uint8)
+        decoder = Decoder(int(self.beton.records[i, 1]))
+        return self.beton.try_decode(np.array([i]), canvas, decoder)[1]
+
+    def _standing(self, i: int) -> int:
+        """Record `i`, or what has taken its place."""
+        while i in self.replaced:
+            i = self.replaced[i]
+        return i
+
+    def _replacement(self, i: int, reason: str) -> int:
+        """What takes the place of record `i`. Raises CorruptRecord if nothing shall."""
+        if self.on_corrupt == "stop":
+            raise self.beton.corrupt(i, reason)
+        return self._replacements.find(i, reason)
+
+
+def _checksums(beton: Beton) -> NDArray[np.int64]:
+    """The CRC-32 of each record by the beton's manifest; -1 without one that fits."""
+    checksums = np.full(len(beton), -1)
+    with suppress(UserError, ValueError):
+        known = [int(record.crc32, 16) for record in Manifest.beside(beton.path).records()]
+        if len(known) == len(beton):
+            checksums[:] = known
+    return checksums
+
+
+class _Job(NamedTuple):
+    """A batch as DALI is told of it."""
+
+    which: NDArray[np.int64]
+    """[B] records"""
+    params: ViewParams
+    inputs: tuple[Any, ...]
+    """Files; crops int32 [B, 4] of view 1 and 2; whether flipped, int32 [B], of view 1 and 2."""
+
+
+class _Feed:
+    """What DALI calls for its next batch. It knows nothing of the loader, which can so be freed
+    although DALI still holds it.
+    """
+
+    def __init__(self) -> None:
+        self.pending: deque[_Job] = deque()
+        """Jobs that DALI was given and that have not been consumed."""
+        self.error: CorruptRecord | None = None
+        """Why the jobs ended early: due when those before have been consumed."""
+        self.jobs: Iterator[_Job] = iter(())
+        """Those to come."""
+
+    def stop(self) -> None:
+        self.pending.clear()
+        self.error, self.jobs = None, iter(())
+
+    def __call__(self) -> tuple[Any, ...]:
+        try:
+            job = next(self.jobs)
+        except CorruptRecord as error:
+            self.error = error
+            raise StopIteration from None
+        self.pending.append(job)
+        return job.inputs
+
+
+class _DaliError(Exception):
+    """DALI has failed on one of `jobs`."""
+
+    def __init__(self, jobs: list[_Job], message: str) -> None:
+        super().__init__(message)
+        self.jobs = jobs
