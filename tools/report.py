@@ -339,7 +339,7 @@ def stages(report: Run) -> str:
     measured = [
         row
         for row in (report.benchmark or {"results": []})["results"]
-        if row.get("images_per_s", 0) > 0
+        if row.get("images_per_s", 0) > 0 and not row.get("operation")
     ]
     if not measured:
         data = quoted(flatten(report.config).get("data.path", "FILE.beton"))
@@ -378,8 +378,9 @@ def stages(report: Run) -> str:
 
 
 def stage_name(row: Mapping[str, Any]) -> str:
-    """decode · loader"""
-    return " · ".join(str(row[key]) for key in ("stage", "backend") if row.get(key))
+    """decode · loader, or pipeline · kornia · crops host"""
+    crops = f"crops {row['crops']}" if row.get("crops") else None
+    return " · ".join(str(part) for part in (row.get("stage"), row.get("backend"), crops) if part)
 
 
 def setting_section(report: Run) -> str:
