@@ -10,7 +10,6 @@ libjpeg-turbo decodes it. Only then are its bytes given to DALI.
 """
 
 import os
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,15 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.augment import get_backend
 from pipeline.beton import Beton, CorruptRecord
-from pipeline.choices import OnCorrupt, Order
+from pipeline.choices import OnCorrupt
 from pipeline.errors import UserError
 from pipeline.ffcv_format import RAW
-from pipeline.loader import Batch, ReadAhead, Replacements, draw
+from pipeline.loader import Batch, BatchSource, Replacements, draw
 from pipeline.manifest import Manifest
-from pipeline.order import block_order, epoch_shares, steps_per_epoch
 from pipeline.turbojpeg import REASONS, SHORT_READ, Decoder
 from pipeline.views import ViewConfig, ViewParams
 
@@ -50,14 +49,14 @@ _File = NDArray[np.uint8]  # what DALI decodes: the bytes of an image file
 _Read = list[tuple[_File, str]]  # and why they are not fit for it, or ""
 
 
-class DaliLoader:
+class DaliLoader(BatchSource):
     """Batches of paired views, decoded and cropped by DALI; arguments, order and content are those
     of `pipeline.loader.ViewLoader`.
 
     `threads` are DALI's, and as many read. A JPEG is decoded with the exact DCT and smooth chroma,
     as PIL does it. A record of raw pixels gets a PPM header, and so goes the same way.
 
-    Raises UserError as ViewLoader does, or where DALI is not installed.
+    Raises UserError as BatchSource does, or where DALI is not installed.
     """
 
     def __init__(
@@ -68,65 +67,35 @@ class DaliLoader:
         *,
         seed: int,
         backend: str,
-        order: Order = "random",
-        window_bytes: int = 4_000_000_000,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        rank: int = 0,
-        world: int = 1,
-        accumulation: int = 1,
         threads: int = 1,
         on_corrupt: OnCorrupt = "stop",
+        **options: Any,
     ) -> None:
-        self.beton, self.views, self.batch_size, self.seed = beton, views, batch_size, seed
-        self.order, self.window_bytes = order, window_bytes
-        self.device, self.dtype, self.threads = device, dtype, threads
-        self.rank, self.world, self.accumulation = rank, world, accumulation
-        self.on_corrupt = on_corrupt
-        self.steps_per_epoch = steps_per_epoch(beton, batch_size, world, accumulation)
+        super().__init__(beton, views, batch_size, seed=seed, device=device, **options)
+        self.threads, self.on_corrupt = threads, on_corrupt
         self._colour = get_backend(backend).colour
         self._replacements = Replacements(beton)
         self._checksums = _checksums(beton)
         self._checked = np.zeros(len(beton), np.bool_)
         self._pool = ThreadPoolExecutor(threads, "read")
-        self._ahead = ReadAhead(beton) if order == "quasi-random" else None
         self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
         self._build()
 
     @property
     def replaced(self) -> dict[int, int]:
-        """Records met so far, on this rank, that cannot be decoded, and what stands in for each."""
         return self._replacements.found
 
-    def shares(self, epoch: int) -> NDArray[np.int64]:
-        """Which records this rank takes: int64 [steps · accumulation, images of a micro-batch]."""
-        return epoch_shares(
-            self.beton,
-            self.batch_size,
-            self.seed,
-            epoch,
-            self.order,
-            self.window_bytes,
-            self.rank,
-            self.world,
-            self.accumulation,
-        )
-
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batches of `epoch`, from step `start` of it on: `accumulation` for each
-        step. Beginning an epoch ends the one before it.
-        """
+        """As in BatchSource. Beginning an epoch ends the one before it."""
         shares = self.shares(epoch)
         place = start * self.accumulation
-        if self._ahead:
-            blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
-            self._ahead.begin(blocks, windows, place / len(shares))
+        self._begin_reading(epoch, place / len(shares))
         while place < len(shares):
             try:
                 for batch in self._batches(epoch, shares[place:]):
                     place += 1
-                    if self._ahead:
-                        self._ahead.reach(place / len(shares))
+                    self._has_read(place / len(shares))
                     yield batch
             except _DaliError as error:
                 self._replace_faulty(error)  # or raise what names the faulty record
@@ -305,7 +274,7 @@ class DaliLoader:
         except OSError as error:
             return file, str(error)
         if not self._checked[i]:
-            reason = "" if zlib.crc32(data) == self._checksums[i] else self._fault(i)
+            reason = "" if crc32(data) == self._checksums[i] else self._fault(i)
             self._checked[i] = not reason
             return file, reason
         return file, ""

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -54,22 +54,75 @@ class Batch:
     index: Tensor
 
 
-class BatchSource(Protocol):
-    """Batches of one rank; see ViewLoader, whose arguments all sources share."""
+class BatchSource(ABC):
+    """Batches of paired views of a beton's images, for one rank of a distributed run: which images
+    a batch holds, however they are decoded and cropped.
 
-    steps_per_epoch: int
+    `batch_size` counts the images of one optimiser step over all ranks and micro-batches; each
+    yielded batch holds batch_size / (world · accumulation) of them, and `accumulation` batches make
+    a step. The last, partial step of an epoch is dropped, so all ranks see equally many. For
+    `order` and `window_bytes` see `pipeline.order`.
+
+    Raises UserError if the batch cannot be shared out, or if the set is smaller than one.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        views: ViewConfig,
+        batch_size: int,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        order: Order = "random",
+        window_bytes: int = 4_000_000_000,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+    ) -> None:
+        self.steps_per_epoch = steps_per_epoch(beton, batch_size, world, accumulation)
+        self.beton, self.views, self.batch_size, self.seed = beton, views, batch_size, seed
+        self.order, self.window_bytes = order, window_bytes
+        self.device, self.dtype = device, dtype
+        self.rank, self.world, self.accumulation = rank, world, accumulation
+        self._ahead = ReadAhead(beton) if order == "quasi-random" else None
 
     @property
+    @abstractmethod
     def replaced(self) -> dict[int, int]:
         """Records met so far, on this rank, that cannot be decoded, and what stands in for each."""
 
-    def shares(self, epoch: int) -> np.ndarray:
-        """Which records this rank takes: int64 [steps · accumulation, images of a micro-batch]."""
-
+    @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of `epoch`, from step `start` of it on: `accumulation` for each
         step.
         """
+
+    def shares(self, epoch: int) -> np.ndarray:
+        """Which records this rank takes: int64 [steps · accumulation, images of a micro-batch]."""
+        return epoch_shares(
+            self.beton,
+            self.batch_size,
+            self.seed,
+            epoch,
+            self.order,
+            self.window_bytes,
+            self.rank,
+            self.world,
+            self.accumulation,
+        )
+
+    def _begin_reading(self, epoch: int, share: float) -> None:
+        """Read ahead from `share` (0..1) of `epoch` on, where the order makes that worth it."""
+        if self._ahead:
+            blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
+            self._ahead.begin(blocks, windows, share)
+
+    def _has_read(self, share: float) -> None:
+        """`share` of the epoch is there."""
+        if self._ahead:
+            self._ahead.reach(share)
 
 
 def make_loader(
@@ -382,18 +435,13 @@ class ReadAhead:
             self._asked = upto
 
 
-class ViewLoader:
-    """Batches of paired views of a beton's images, for one rank of a distributed run.
+class ViewLoader(BatchSource):
+    """Batches that `threads` threads decode; with `crops` "host" they also cut both crops, with
+    "device" the backend does. `options` are those of BatchSource. `on_corrupt` says what becomes of
+    a record that cannot be decoded: see RecordLoader. A batch's index and views are those of the
+    image that is on it.
 
-    `batch_size` counts the images of one optimiser step over all ranks and micro-batches; each
-    yielded batch holds batch_size / (world · accumulation) of them, and `accumulation` batches make
-    a step. The last, partial step of an epoch is dropped, so all ranks see equally many. `threads`
-    decode and, with `crops` "host", cut both crops; with "device" the backend does. `order` and
-    `window_bytes`: see `pipeline.order`. `on_corrupt` says what becomes of a record that cannot be
-    decoded: see RecordLoader. A batch's index and views are those of the image that is on it.
-
-    Raises UserError if the batch cannot be shared out, if the set is smaller than one, or if its
-    pixels would not fit in memory.
+    Raises UserError as BatchSource does, or if the pixels of the batches would not fit in memory.
     """
 
     def __init__(
@@ -404,22 +452,13 @@ class ViewLoader:
         *,
         seed: int,
         backend: str,
-        crops: Literal["device", "host"] = "device",
-        order: Order = "random",
-        window_bytes: int = 4_000_000_000,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        rank: int = 0,
-        world: int = 1,
-        accumulation: int = 1,
+        crops: Literal["device", "host"] = "device",
         threads: int = 1,
         on_corrupt: OnCorrupt = "stop",
+        **options: Any,
     ) -> None:
-        self.steps_per_epoch = steps_per_epoch(beton, batch_size, world, accumulation)
-        self.beton, self.views, self.batch_size, self.seed = beton, views, batch_size, seed
-        self.order, self.window_bytes = order, window_bytes
-        self.device, self.dtype = device, dtype
-        self.rank, self.world, self.accumulation = rank, world, accumulation
+        super().__init__(beton, views, batch_size, seed=seed, device=device, **options)
         self._backend = get_backend(backend)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         pin = device.type == "cuda"
@@ -428,45 +467,23 @@ class ViewLoader:
             if crops == "host"
             else CanvasLoader(beton, threads, pin, on_corrupt)
         )
-        self._ahead = ReadAhead(beton) if order == "quasi-random" else None
         self._check_memory()
 
     @property
     def replaced(self) -> dict[int, int]:
-        """Records met so far, on this rank, that cannot be decoded, and what stands in for each."""
         return self._records.replaced
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batches of `epoch`, from step `start` of it on: `accumulation` for each
-        step.
-        """
         shares = self.shares(epoch)
         first = start * self.accumulation
-        if self._ahead:
-            blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
-            self._ahead.begin(blocks, windows, first / len(shares))
+        self._begin_reading(epoch, first / len(shares))
         decoded = self._records.decode(list(shares[first:]), epoch)
         for place, (which, pixels) in enumerate(decoded, first + 1):
             batch, copied = self._view(epoch, which, pixels)
-            if self._ahead:
-                self._ahead.reach(place / len(shares))
+            self._has_read(place / len(shares))
             yield batch
             if copied is not None:  # only then may the pixels be written again
                 copied.synchronize()
-
-    def shares(self, epoch: int) -> np.ndarray:
-        """Which records this rank takes: int64 [steps · accumulation, images of a micro-batch]."""
-        return epoch_shares(
-            self.beton,
-            self.batch_size,
-            self.seed,
-            epoch,
-            self.order,
-            self.window_bytes,
-            self.rank,
-            self.world,
-            self.accumulation,
-        )
 
     def _view(
         self, epoch: int, which: np.ndarray, pixels: Tensor
