@@ -25,7 +25,7 @@ from evaluation.images import (
 )
 from evaluation.networks import default_device, load_network, untrained_network
 from evaluation.segment import Segmenter, assign, segment_images
-from pipeline.errors import UserError, run
+from pipeline.errors import CommandParser, UserError, run
 from train.provenance import provenance, write_json
 
 EXAMPLES = """examples:
@@ -103,11 +103,10 @@ def find_classes(given: Path | None, labels: Path) -> list[str] | None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m evaluation.unsupervised_segmentation",
+    parser = CommandParser(
+        prog="python -m evaluation.unsupervised_segmentation",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run folder, or one of its checkpoints"

@@ -77,7 +77,7 @@ def test_every_stage_is_measured_and_written_down(
         ("decode", "libjpeg-turbo", None, None),
         ("decode", "loader", None, None),
         ("decode", "loader", "host", None),
-        ("params", "numba", None, None),
+        *(("params", name, None, None) for name in ("numba", "numpy", "torch")),
         ("transfer", "memory copy", None, None),
         ("step", "plain", None, None),
         *(("augment", name, None, None) for name in ("reference", "kornia")),

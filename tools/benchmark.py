@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.augment import BACKENDS
-from pipeline.errors import UserError, run
+from pipeline.errors import CommandParser, UserError, run
 from tools.benchmark_picture import draw
 from tools.benchmark_report import aligned, compare, table, targets, verdict
 from tools.benchmark_stages import EPOCH, FROM_A_FILE, STAGES, repeated
@@ -49,11 +49,10 @@ and views written (augment); a plain copy counts what it reads and what it write
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m tools.benchmark",
+    parser = CommandParser(
+        prog="python -m tools.benchmark",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}, or all")

@@ -25,6 +25,7 @@ from pipeline.choices import CROPS, Crops
 from pipeline.errors import UserError
 from pipeline.ffcv_format import JPEG
 from pipeline.views import ViewConfig, ViewParams, sample_views
+from pipeline.views_array import sample_views_numpy, sample_views_torch
 from tools.benchmark_timing import Bench, Work, generated, to_result
 from train.lars import LARS
 from train.metrics import Stopwatch
@@ -141,7 +142,10 @@ def _decode_part(beton: "Beton", own: Iterator[tuple[np.ndarray, int, int]]) -> 
 
 
 def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callable[[], object]:
-    """DALI's decoder on bytes in memory, with the same DCT; on the GPU where there is one."""
+    """DALI's decoder on bytes in memory, with the same DCT; on the GPU where there is one.
+
+    One batch at a time: what it decodes ahead takes the time of whoever is measured next.
+    """
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
 
@@ -149,7 +153,13 @@ def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callab
     batch = min(bench.batch, len(jpegs))
     batches = [jpegs[begin : begin + batch] for begin in range(0, len(jpegs), batch)]
     stream = (files for _ in iter(int, 1) for files in batches)  # without end
-    pipe = Pipeline(batch_size=batch, num_threads=threads, device_id=0 if on_gpu else None)
+    pipe = Pipeline(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=0 if on_gpu else None,
+        exec_async=False,
+        exec_pipelined=False,
+    )
     with pipe:
         pipe.set_outputs(
             fn.decoders.image(
@@ -172,10 +182,21 @@ def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callab
 
 
 def params(bench: Bench) -> None:
-    """All random numbers of a batch's pairs of views, on one core."""
-    which, height, width = _sizes(bench)
-    call = partial(sample_views, 0, 0, which, height, width, bench.config.views)
-    bench.measure([Work("params", "numba", call, len(which), bench.batch, 1)])
+    """All random numbers of a batch's pairs of views: on one core by Numba, as in training, and by
+    NumPy; by PyTorch on the device.
+    """
+    samplers: dict[str, Callable[..., ViewParams]] = {
+        "numba": sample_views,
+        "numpy": sample_views_numpy,
+        "torch": partial(sample_views_torch, device=bench.device),
+    }
+    images, views = _sizes(bench), bench.config.views
+    count = len(images[0])
+    works = []
+    for name, sample in samplers.items():
+        call = partial(sample, 0, 0, *images, views)
+        works.append(Work("params", name, call, count, bench.batch, _threads(bench, name)))
+    bench.measure(works, ratio_to="numba")
 
 
 def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -250,7 +271,7 @@ def augment(bench: Bench) -> None:
         drawn = sample_views(0, 0, which[few], height[few], width[few], views)
         call = partial(get_backend(name).apply, canvas[few], sizes[few], drawn, size, device, dtype)
         count, least = len(which[few]), least_bytes(drawn, size, dtype)
-        return Work("augment", name, call, count, count, 1, least, operation)
+        return Work("augment", name, call, count, count, _threads(bench, name), least, operation)
 
     def normalise(name: str) -> Work:
         count = min(bench.batch, PER_IMAGE) if name == "reference" else bench.batch
@@ -260,7 +281,8 @@ def augment(bench: Bench) -> None:
         pixels = torch.randint(0, 256, (2, count, size, size, 3), dtype=torch.uint8, device=device)
         call = partial(get_backend(name).colour, pixels, drawn, device, dtype)
         moved = pixels.numel() * (1 + dtype.itemsize)
-        return Work("augment", name, call, count, count, 1, moved, "normalise")
+        threads = _threads(bench, name)
+        return Work("augment", name, call, count, count, threads, moved, "normalise")
 
     alone = operations(bench.config.views)
     for operation, views in ((None, bench.config.views), *alone.items()):
@@ -398,6 +420,12 @@ STAGES: dict[str, Callable[[Bench], None]] = {
 }
 FROM_A_FILE = ("read", "decode", "pipeline")
 """Stages that generated canvases are not enough for."""
+
+
+def _threads(bench: Bench, name: str) -> int:
+    """Of the host: what is PyTorch's uses as many as that was given, unless a GPU does the work."""
+    on_host = bench.device.type == "cpu" and name in ("torch", "kornia")
+    return torch.get_num_threads() if on_host else 1
 
 
 def _beton(bench: Bench) -> "Beton":

@@ -3,7 +3,6 @@
 Runs the commands that a user would, one after the other, and names the report at the end.
 """
 
-import argparse
 import shlex
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.errors import UserError, run
+from pipeline.errors import CommandParser, UserError, run
 
 RUN = Path("runs/demo")
 BETON = RUN / "sample.beton"
@@ -33,11 +32,10 @@ STEPS = {
 
 def main() -> None:
     """Run all steps from the project's folder; an earlier demo is replaced."""
-    parser = argparse.ArgumentParser(
-        "python -m tools.demo",
+    parser = CommandParser(
+        prog="python -m tools.demo",
         description=__doc__,
         epilog="example:\n  python -m tools.demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args()
     if not Path("configs/demo_cpu.yaml").is_file():

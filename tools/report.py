@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from evaluation.images import open_image
-from pipeline.errors import UserError, run
+from pipeline.errors import CommandParser, UserError, run
 from tools.charts import dot_chart, line_chart, short
 from tools.report_page import PAGE
 from train.checkpoint import Record, find, read_record
@@ -438,11 +438,10 @@ def missing(what: str, command: str, option: str) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m tools.report",
+    parser = CommandParser(
+        prog="python -m tools.report",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run")
     parser.add_argument(

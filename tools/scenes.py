@@ -8,7 +8,6 @@ not tell them apart.
     python -m tools.scenes --out sheet.png      a picture of scenes and their label maps
 """
 
-import argparse
 import colorsys
 import json
 import math
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.errors import UserError, run
+from pipeline.errors import CommandParser, UserError, run
 from tools.parallel import ordered_map
 
 Array = NDArray[np.floating]
@@ -530,11 +529,10 @@ def _label_colour(label: int) -> tuple[float, float, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a contact sheet."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tools.scenes",
         description="Write a picture of generated scenes and their label maps.",
         epilog="example:\n  python -m tools.scenes --columns 3 --rows 4 --out sheet.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
     parser.add_argument("--columns", type=int, default=3, help="of the grid (default 3)")

@@ -18,7 +18,7 @@ from evaluation.images import ImageSource, evaluation_size, open_images, spread
 from evaluation.networks import default_device, load_network
 from evaluation.prototypes import NearestSegments, gather_nearest
 from evaluation.segment import Segmenter, assign, segment_images
-from pipeline.errors import UserError, run
+from pipeline.errors import CommandParser, UserError, run
 from train.provenance import write_bytes
 
 EXAMPLES = """examples:
@@ -137,11 +137,10 @@ def draw_row(
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m tools.show_prototypes",
+    parser = CommandParser(
+        prog="python -m tools.show_prototypes",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run folder, or one of its checkpoints"
