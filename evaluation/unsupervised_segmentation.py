@@ -25,7 +25,7 @@ from evaluation.images import (
 )
 from evaluation.networks import default_device, load_network, untrained_network
 from evaluation.segment import Segmenter, assign, segment_images
-from pipeline.errors import CommandParser, UserError, run
+from pipeline.errors import CommandParser, UserError, check_writable, run
 from train.provenance import provenance, write_json
 
 EXAMPLES = """examples:
@@ -139,6 +139,8 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.batch < 1 or (args.size is not None and args.size < 1):
         raise UserError("--batch and --size must be at least 1")
+    if args.json:
+        check_writable("--json", args.json)
     images = FolderImages(args.images)
     labels = LabelMaps(images, args.labels, find_classes(args.classes, args.labels), args.void)
     device = default_device()

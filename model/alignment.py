@@ -1,7 +1,8 @@
-"""Inverse augmentation: bring the score maps of two views back to the pixels they share.
+"""Inverse augmentation: bring the maps of two views back to the pixels they share.
 
 Each view's overlap box is cut out and resampled to the map's own H×W grid, then un-flipped; cell
-(i, j) of both aligned maps then lies on the same place of the image (paper, section 3.1).
+(i, j) of both aligned maps then lies on the same place of the image (paper, section 3.1). What is
+aligned are the scores or, in a variant, the features that are scored afterwards (table 8c).
 """
 
 import torch
@@ -18,20 +19,20 @@ def has_area(overlap: Tensor) -> Tensor:
 
 
 @full_precision
-def align_to_overlap(scores: Tensor, overlap: Tensor, flipped: Tensor) -> Tensor:
+def align_to_overlap(maps: Tensor, overlap: Tensor, flipped: Tensor) -> Tensor:
     """Cut each map's overlap box out, resample it to H×W and undo the view's flip.
 
-    scores [B, K, H, W]; overlap [B, 4] as x1, y1, x2, y2 in (0..1) of the flipped view;
-    flipped bool [B]. Returns [B, K, H, W]; a box without area gives zeros, as in the authors'
+    maps [B, C, H, W]; overlap [B, 4] as x1, y1, x2, y2 in (0..1) of the flipped view;
+    flipped bool [B]. Returns [B, C, H, W]; a box without area gives zeros, as in the authors'
     code, but on every device (CPU RoIAlign raises on an inverted box).
     """
-    index = torch.arange(len(scores), device=scores.device, dtype=scores.dtype)
-    height, width = scores.shape[2:]
+    index = torch.arange(len(maps), device=maps.device, dtype=maps.dtype)
+    height, width = maps.shape[2:]
     usable = has_area(overlap)
     whole = torch.arange(4, device=overlap.device) >= 2  # 0, 0, 1, 1: built without a host copy
-    x1, y1, x2, y2 = torch.where(usable[:, None], overlap, whole).to(scores.dtype).unbind(dim=1)
+    x1, y1, x2, y2 = torch.where(usable[:, None], overlap, whole).to(maps.dtype).unbind(dim=1)
     boxes = torch.stack((index, x1 * width, y1 * height, x2 * width, y2 * height), dim=1)
 
-    aligned = roi_align(scores, boxes, (height, width), aligned=True)
+    aligned = roi_align(maps, boxes, (height, width), aligned=True)
     aligned = torch.where(flipped[:, None, None, None], aligned.flip(-1), aligned)
     return torch.where(usable[:, None, None, None], aligned, 0.0)

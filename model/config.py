@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+SlotLoss = Literal["contrastive", "regression"]
+Align = Literal["assignments", "projections"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,15 @@ class ModelConfig:
     """Temperature τ of the contrast between slots; its term is multiplied by 2τ."""
     group_loss_weight: float = 0.5
     """λ of λ·grouping + (1 − λ)·slots."""
+    slot_loss: SlotLoss = "contrastive"
+    """What ties the slots of two views: "contrastive", InfoNCE against all active slots of the
+    batch; "regression", 2 − 2·cosine with the positive alone, as in BYOL (paper, table 8b)."""
+    align: Align = "assignments"
+    """What the inverse augmentation brings to the shared pixels: "assignments", the scores of the
+    cells, or "projections", the features, which are then scored (paper, table 8c)."""
+    image_loss_weight: float = 0.0
+    """Weight of a further contrast between whole images, as in MoCo v3, with a predictor of its
+    own (paper, table 8d); it is added to the weighted sum of the others. 0 = none."""
 
     def __post_init__(self) -> None:
         if self.arch not in ARCHITECTURES:
@@ -45,3 +57,12 @@ class ModelConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {value!r}")
+        for name, kind in (("slot_loss", SlotLoss), ("align", Align)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                known = " or ".join(map(repr, get_args(kind)))
+                raise ValueError(f"{name} must be {known}, not {value!r}")
+        if not 0 <= self.image_loss_weight < math.inf:
+            raise ValueError(
+                f"image_loss_weight must be 0 or a positive number, not {self.image_loss_weight!r}"
+            )

@@ -35,6 +35,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+@torch.no_grad()
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Largest of each element over ranks, of a copy."""
+    largest = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Mean over ranks, of a copy."""
     return all_reduce_sum(tensor) / world_size()

@@ -1,4 +1,4 @@
-"""The two losses of SlotCon, each a function of tensors alone (paper, sections 3.2 and 3.3).
+"""The losses of SlotCon, each a function of tensors alone (paper, sections 3.2 and 3.3).
 
 B images, K prototypes, D features, H W cells, N query slots, M key slots.
 """
@@ -38,16 +38,44 @@ def grouping_loss(
 
 
 @full_precision
-def slot_loss(queries: Tensor, keys: Tensor, positive: Tensor, temperature: float) -> Tensor:
+def slot_loss(
+    queries: Tensor,
+    keys: Tensor,
+    positive: Tensor,
+    asked: Tensor,
+    offered: Tensor,
+    temperature: float,
+) -> Tensor:
     """InfoNCE between predicted student slots and the teacher slots of all images, a scalar.
 
     queries [N, D], keys [M, D], neither normalised; positive int64 [N] is the key of the same
-    prototype in the same image. For each query n:
+    prototype in the same image; asked bool [N] and offered bool [M] say which of them are there.
+    For each query n that is there, with keys m that are there:
 
         logit[m] = cosine(queries[n], keys[m]) / temperature
         loss += -log(exp(logit[positive[n]]) / Σ_m exp(logit[m]))
-    divided by N, times 2·temperature. Without queries: zero, still joined to the graph.
+    divided by the number of queries, times 2·temperature. Without queries: zero, still joined to
+    the graph. Needs one key at least.
     """
-    logits = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / temperature
-    total = F.cross_entropy(logits, positive, reduction="sum")
-    return total / max(len(queries), 1) * (2 * temperature)
+    barred = torch.zeros_like(offered, dtype=queries.dtype).masked_fill_(~offered, -torch.inf)
+    scaled = F.normalize(queries, dim=1) / temperature
+    logits = torch.addmm(barred, scaled, F.normalize(keys, dim=1).T)
+    each = F.cross_entropy(logits, positive, reduction="none")
+    total = torch.where(asked, each, 0.0).sum()
+    return total / asked.sum().clamp(min=1) * (2 * temperature)
+
+
+@full_precision
+def slot_regression(queries: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
+    """BYOL's loss between predicted student slots and their positives, a scalar (table 8b).
+
+    queries, targets [N, D], neither normalised; targets[n] is the teacher's slot of the same
+    prototype in the same image; asked bool [N] says which of them are there. The paper names the
+    loss and no more. Chosen here: queries, predictor and positives are those of the contrast, and
+    the scale is BYOL's, so that the loss lies in 0..4. For each query n that is there:
+
+        loss += 2 - 2·cosine(queries[n], targets[n])
+    divided by the number of queries. Without queries: zero, still joined to the graph.
+    """
+    cosine = (F.normalize(queries, dim=1) * F.normalize(targets, dim=1)).sum(dim=1)
+    return torch.where(asked, 2 - 2 * cosine, 0.0).sum() / asked.sum().clamp(min=1)

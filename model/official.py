@@ -18,6 +18,8 @@ PREFIXES = (
     ("center", "center"),
 )
 """(ours, theirs): a name that starts with ours, starts with theirs there."""
+OURS_ALONE = "image_predictor."
+"""The start of names that have no counterpart there: of a variant that was not published."""
 
 
 def official_name(name: str) -> str:
@@ -29,18 +31,19 @@ def official_name(name: str) -> str:
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the authors' names (without `module.`)."""
-    return {official_name(name): value for name, value in state.items()}
+    """Our state dict under the authors' names (without `module.`), less what is ours alone."""
+    return {official_name(name): value for name, value in state.items() if _shared(name)}
 
 
 def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict, with or without `module.`, under our names.
 
-    `ours` is the state dict of the model to be filled. `ValueError` tells which entries are
-    missing, unknown, or of another shape than in `ours`.
+    `ours` is the state dict of the model to be filled; what is ours alone stays as it is there.
+    `ValueError` tells which entries are missing, unknown, or of another shape than in `ours`.
     """
     given = {name.removeprefix("module."): value for name, value in official.items()}
-    wanted = {official_name(name): name for name in ours}
+    wanted = {official_name(name): name for name in ours if _shared(name)}
+    kept = {name: value for name, value in ours.items() if not _shared(name)}
     problems = [
         _listing("missing", wanted.keys() - given.keys()),
         _listing("unknown", given.keys() - wanted.keys()),
@@ -58,7 +61,11 @@ def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
             "not a SlotCon state dict for this configuration; entries "
             + "; ".join(problem for problem in problems if problem)
         )
-    return {name: given[theirs] for theirs, name in wanted.items()}
+    return kept | {name: given[theirs] for theirs, name in wanted.items()}
+
+
+def _shared(name: str) -> bool:
+    return not name.startswith(OURS_ALONE)
 
 
 def _shape(value: object) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ B images, K prototypes, D features, H W cells, S side of a view, two views each.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from model import official
 from model.alignment import align_to_overlap, has_area
 from model.config import ModelConfig
-from model.distributed import all_gather, all_reduce_mean, all_reduce_sum, rank, world_size
+from model.distributed import all_reduce_mean
 from model.encoder import build_encoder
-from model.grouping import SemanticGrouping, winning_slots
+from model.grouping import SemanticGrouping, cosine_scores, winning_slots
 from model.heads import build_predictor, build_projector
-from model.losses import grouping_loss, slot_loss
+from model.image_level import image_loss
+from model.losses import grouping_loss, slot_loss, slot_regression
+from model.slots import Contrast, SlotCapacity, contrast, largest_counts, read_capacity
 
 DIRECTIONS = (("12", 0, 1), ("21", 1, 0))
 """Name of a loss direction, the student's view and the teacher's view."""
@@ -33,11 +36,13 @@ class ModelOutput:
     loss: Tensor
     """Weighted sum of the terms, a scalar to call `backward` on."""
     terms: dict[str, Tensor]
-    """Detached scalars before their weights: grouping_12, grouping_21, slot_12, slot_21
-    (12: student view 1 against teacher view 2)."""
+    """Detached scalars before their weights, named as in `SlotCon.term_names`: grouping_12,
+    grouping_21, slot_12, slot_21 (12: student view 1 against teacher view 2) and, where the
+    configuration weighs it, image (both directions)."""
     stats: dict[str, Tensor]
     """Detached scalars, means per image and view: active_slots (teacher slots that win a cell),
-    active_pairs (slots that win in the student's view and in the teacher's other view)."""
+    active_pairs (slots that win in the student's view and in the teacher's other view),
+    dropped_pairs (active pairs that found no room in `SlotCon.capacity`)."""
 
 
 class Grouped(NamedTuple):
@@ -77,6 +82,8 @@ class SlotCon(nn.Module):
 
     center: Tensor
     """[1, K] running mean of the teacher's scores."""
+    largest_counts: Tensor
+    """int64 [2]: most active pairs and keys of one direction since `adapt_capacity` looked."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -85,6 +92,10 @@ class SlotCon(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.predictor = build_predictor(config.dim_out, config.dim_hidden, config.dim_out)
         self.register_buffer("center", torch.zeros(1, config.num_prototypes))
+        self.register_buffer("largest_counts", torch.zeros(2, dtype=torch.long), persistent=False)
+        self.capacity: SlotCapacity | None = None
+        self._most_slots = 0
+        self.image_predictor = self._build_image_predictor()  # last: changes no other weight
 
     def forward(
         self, views: Tensor, overlap: Tensor, flipped: Tensor, micro_batches: int = 1
@@ -105,23 +116,22 @@ class SlotCon(nn.Module):
         if self.training and torch.is_grad_enabled():
             self._update_center(teacher, micro_batches)
 
-        student_active = [winning_slots(view.scores) for view in student]
-        teacher_active = [winning_slots(view.scores) for view in teacher]
-        pairs = [student_active[own] & teacher_active[other] for _, own, other in DIRECTIONS]
-        for (name, own, other), pair in zip(DIRECTIONS, pairs, strict=True):
-            terms[f"slot_{name}"] = self._slot_term(
-                student[own].slots, teacher[other].slots, pair, teacher_active[other]
-            )
-
+        slot_terms, stats = self._slot_terms(student, teacher)
+        terms |= slot_terms
         weight = self.config.group_loss_weight
         loss = weight * (terms["grouping_12"] + terms["grouping_21"]) + (1 - weight) * (
             terms["slot_12"] + terms["slot_21"]
         )
-        stats = {
-            "active_slots": torch.stack(teacher_active).sum(dim=2).float().mean(),
-            "active_pairs": torch.stack(pairs).sum(dim=2).float().mean(),
-        }
+        if self.image_predictor is not None:
+            terms["image"] = self._image_term(student, teacher, self.image_predictor)
+            loss = loss + self.config.image_loss_weight * terms["image"]
         return ModelOutput(loss, {name: term.detach() for name, term in terms.items()}, stats)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """The keys of `ModelOutput.terms`, in order."""
+        names = tuple(f"{kind}_{name}" for kind in ("grouping", "slot") for name, *_ in DIRECTIONS)
+        return names if self.image_predictor is None else (*names, "image")
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -133,8 +143,18 @@ class SlotCon(nn.Module):
             raise ValueError(f"momentum must lie between 0 and 1, not {momentum!r}")
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
-        torch._foreach_mul_(teacher, momentum)
-        torch._foreach_add_(teacher, student, alpha=1 - momentum)
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+    def adapt_capacity(self) -> None:
+        """Give the slots buffers of fixed size, with room for a quarter more than were active.
+
+        All ranks call it together, after at least one forward: at log lines, say, for it is a host
+        synchronisation. From then on a forward needs none; before, each one had to read how many
+        slots are active. Pairs beyond `capacity` are left out, see `dropped_pairs`.
+        """
+        counts = read_capacity(self.largest_counts)
+        self.largest_counts.zero_()
+        self.capacity = counts.with_margin(self._most_slots)
 
     @torch.no_grad()
     def segment(
@@ -167,8 +187,8 @@ class SlotCon(nn.Module):
         self, student: list[Grouped], teacher: list[Grouped], overlap: Tensor, flipped: Tensor
     ) -> dict[str, Tensor]:
         student_aligned, teacher_aligned = (
-            [align_to_overlap(branch[v].scores, overlap[v], flipped[v]) for v in (0, 1)]
-            for branch in (student, teacher)
+            [self._aligned(branch, views[v], overlap[v], flipped[v]) for v in (0, 1)]
+            for branch, views in ((self.student, student), (self.teacher, teacher))
         )
         # The authors let a pair that shares no pixels in as all-zero maps; here it is left out.
         overlapping = has_area(overlap).all(dim=0)
@@ -184,6 +204,17 @@ class SlotCon(nn.Module):
             for name, own, other in DIRECTIONS
         }
 
+    def _aligned(self, branch: Branch, view: Grouped, overlap: Tensor, flipped: Tensor) -> Tensor:
+        """Scores [B, K, H, W] of the pixels that the views share, see `ModelConfig.align`.
+
+        The paper does not say what else depends on it; here slots and centre, and what slots are
+        active, are those of the unaligned maps either way.
+        """
+        if self.config.align == "assignments":
+            return align_to_overlap(view.scores, overlap, flipped)
+        features = align_to_overlap(view.features, overlap, flipped)
+        return cosine_scores(features, branch.grouping.prototypes)
+
     @torch.no_grad()
     def _update_center(self, teacher: list[Grouped], micro_batches: int) -> None:
         """Move the centre to the mean score over all cells, both views, all ranks (unaligned)."""
@@ -191,43 +222,64 @@ class SlotCon(nn.Module):
         momentum = self.config.center_momentum ** (1 / micro_batches)
         self.center.mul_(momentum).add_(all_reduce_mean(mean), alpha=1 - momentum)
 
-    def _slot_term(
-        self, student_slots: Tensor, teacher_slots: Tensor, pairs: Tensor, keys_active: Tensor
+    def _slot_terms(
+        self, student: list[Grouped], teacher: list[Grouped]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Slot losses by name, and the counts of slots for `ModelOutput.stats`."""
+        student_active = [winning_slots(view.scores) for view in student]
+        teacher_active = [winning_slots(view.scores) for view in teacher]
+        keys = torch.stack([teacher_active[other] for _, _, other in DIRECTIONS])
+        pairs = keys & torch.stack([student_active[own] for _, own, _ in DIRECTIONS])
+
+        counts = largest_counts(pairs, keys)
+        torch.maximum(self.largest_counts, counts, out=self.largest_counts)
+        batch, prototypes, *cells = teacher[0].scores.shape
+        self._most_slots = batch * min(prototypes, math.prod(cells))
+        # A smaller batch than the one that it was made for has fewer rows than places.
+        capacity = (self.capacity or read_capacity(counts)).within(self._most_slots)
+
+        terms, kept = {}, []
+        for at, (name, own, other) in enumerate(DIRECTIONS):
+            found = contrast(
+                self.predictor,
+                student[own].slots,
+                teacher[other].slots,
+                pairs[at],
+                keys[at],
+                capacity,
+            )
+            terms[f"slot_{name}"] = torch.where(found.enough, self._slot_loss(found), 0.0)
+            kept.append(found.asked.sum())
+        active = pairs.sum() / (2 * batch)
+        return terms, {
+            "active_slots": keys.sum() / (2 * batch),
+            "active_pairs": active,
+            "dropped_pairs": active - torch.stack(kept).sum() / (2 * batch),
+        }
+
+    def _slot_loss(self, found: Contrast) -> Tensor:
+        """One direction, by `ModelConfig.slot_loss`."""
+        queries, keys, positive, asked, offered, _ = found
+        if self.config.slot_loss == "regression":
+            return slot_regression(queries, keys[positive], asked)
+        return slot_loss(queries, keys, positive, asked, offered, self.config.contrast_temp)
+
+    def _build_image_predictor(self) -> nn.Sequential | None:
+        config = self.config
+        if config.image_loss_weight == 0:
+            return None
+        return build_predictor(config.dim_out, config.dim_hidden, config.dim_out)
+
+    def _image_term(
+        self, student: list[Grouped], teacher: list[Grouped], predictor: nn.Module
     ) -> Tensor:
-        """One direction of the slot loss.
-
-        student_slots, teacher_slots [B, K, D]; pairs bool [B, K]: active in both, the queries;
-        keys_active bool [B, K]: active in the teacher's view. Keys come from all ranks.
-        """
-        # Every rank takes part in the collectives before any may find it has nothing to contrast.
-        keys_active = all_gather(keys_active).flatten()
-        keys = all_gather(teacher_slots).flatten(0, 1)[keys_active]
-
-        rows = pairs.flatten().nonzero().squeeze(1)
-        if self._rows_normalised_together(rows) < 2:
-            return self._zero_term(student_slots)
-        queries = self.predictor(student_slots.flatten(0, 1)[rows])
-        positive = keys_active.cumsum(0)[rows + rank() * pairs.numel()] - 1
-        return slot_loss(queries, keys, positive, self.config.contrast_temp)
-
-    def _rows_normalised_together(self, rows: Tensor) -> int:
-        """How many query rows share one BatchNorm batch: all ranks' under SyncBatchNorm.
-
-        Decided alike on all the ranks that must then meet inside SyncBatchNorm; a rank without rows
-        of its own takes part there with an empty batch.
-        """
-        synced = any(isinstance(layer, nn.SyncBatchNorm) for layer in self.predictor)
-        if self.training and synced and world_size() > 1:
-            return int(all_reduce_sum(torch.tensor(len(rows), device=rows.device)))
-        return len(rows)
-
-    def _zero_term(self, student_slots: Tensor) -> Tensor:
-        """Exactly zero whatever the values, but with a (zero) gradient for all that it skips.
-
-        DistributedDataParallel waits for a gradient of every parameter.
-        """
-        skipped = [student_slots, *self.predictor.parameters()]
-        return torch.stack([tensor.flatten()[:0].sum() for tensor in skipped]).sum()
+        """Both directions of the image-level loss."""
+        temperature = self.config.contrast_temp
+        directions = [
+            image_loss(student[own].features, teacher[other].features, predictor, temperature)
+            for _, own, other in DIRECTIONS
+        ]
+        return torch.stack(directions).sum()
 
 
 @contextmanager

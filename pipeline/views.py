@@ -16,7 +16,8 @@ block is four 32-bit words w; u = w / 2^32 is in [0, 1), and floor(w·n / 2^32) 
     65 + 8v   brightness, contrast, saturation, hue
     66 + 8v   order (which of the 24 permutations), blur sigma, u < p for solarize, unused
 
-So a value depends on no other draw, and each can be computed alone, anywhere, in any order.
+So a value depends on no other draw, and each can be computed alone, anywhere, in any order. Without
+`geometry`, view 2 takes crop 1 and view 1's flip, and its own stay unused.
 """
 
 import itertools
@@ -77,6 +78,10 @@ class ViewConfig:
     """Range of the blur's standard deviation, in pixels of the view."""
     solarize: tuple[float, float] = (0.0, 0.2)
     """Probability of solarisation, on view 1 and on view 2."""
+    geometry: bool = True
+    """Whether the views differ in crop and flip; if not, view 2 has those of view 1 and min_overlap
+    has no effect. Changes no other draw. SlotCon's table 8e tells no more than that geometric
+    augmentation is off; here the common crop and flip are still drawn anew in each epoch."""
 
     def __post_init__(self) -> None:
         for field in ("blur", "blur_sigma", "solarize"):
@@ -95,6 +100,7 @@ class ViewConfig:
             self.max_aspect,
             "at least min_aspect",
         )
+        require(isinstance(self.geometry, bool), "geometry", self.geometry, "true or false")
         amounts = ("brightness", "contrast", "saturation")
         for field in ("min_overlap", "flip", "jitter", "grey", *amounts):
             require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "in 0..1")
@@ -242,10 +248,13 @@ def _sample_batch(
     for b in range(len(index)):
         index_low, index_high = np.uint32(index[b]), np.uint32(index[b] >> high)
         stream = _Stream(epoch, index_low, index_high, seed_low, seed_high)
-        first = _free_crop(stream, CROP_1, height[b], width[b], config)
-        second = _conditioned_crop(stream, first, height[b], width[b], config)
+        first = second = _free_crop(stream, CROP_1, height[b], width[b], config)
         for view in range(2):
             _write_photometric(stream, view, b, config, out)
+        if config.geometry:
+            second = _conditioned_crop(stream, first, height[b], width[b], config)
+        else:
+            out.flipped[1, b] = out.flipped[0, b]
         _write_geometry(first, second, 0, b, out)
         _write_geometry(second, first, 1, b, out)
 

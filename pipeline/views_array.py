@@ -146,12 +146,15 @@ def _choose(
     xp: ModuleType, tries: _Boxes, largest: _Boxes, config: ViewConfig
 ) -> tuple[_Boxes, _Boxes]:
     """Both crops, [B], from ten tries at the first, ten at the second that the first must cover to
-    min_overlap of its drawn area, and ten at the second without that condition.
+    min_overlap of its drawn area, and ten at the second without that condition. Without geometry
+    the second is the first.
     """
     first, covered, free = (
         _Boxes(*(field[k * TRIES : (k + 1) * TRIES] for field in tries)) for k in range(3)
     )
     one = _first_that_fits(xp, first, largest)
+    if not config.geometry:
+        return one, one
     left, top, right, bottom = _intersection(xp, one, covered)
     common = (right - left).clip(0) * (bottom - top).clip(0)
     covered = covered._replace(fits=covered.fits & (common >= config.min_overlap * covered.area))
@@ -186,6 +189,8 @@ def _params(
     blur, solarize = per_view[:, :, None]
     unit = [_uniform(xp, word) for word in (*chance, rest[2])]
     flipped, jittered, grey = unit[0] < config.flip, unit[1] < config.jitter, unit[2] < config.grey
+    if not config.geometry:
+        flipped = xp.stack((flipped[0], flipped[0]))
     reach = (config.brightness, config.contrast, config.saturation, config.hue)
     jitter = [
         xp.where(jittered, _uniform(xp, word, neutral - r, neutral + r), float(neutral))

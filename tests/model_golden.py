@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import ModelConfig, ModelOutput, SlotCon, slotcon
+from model import ModelConfig, ModelOutput, SlotCon, prepare, slotcon
 from model.grouping import winning_slots
 from model.losses import slot_loss
 from model.official import official_name
+from model.slots import SlotCapacity
 from tests.processes import run_workers
 from train.lars import LARS
 
@@ -34,6 +35,9 @@ Arrays = dict[str, NDArray[Any]]
 LOSS_TOLERANCE = 1e-4
 ROUNDING_FACTOR = 10.0
 """How many times the recorded float32-to-float64 distance is allowed: builds round differently."""
+OTHER_KERNELS = 3.0
+"""How many times that, in channels-last layout: its convolutions sum in another order. That they do
+nothing else is shown in float64."""
 ROUNDING_FLOOR = 1e-6
 """A few float32 roundings, for quantities whose recorded distance is smaller still."""
 FLOAT64_TOLERANCE = 1e-11
@@ -47,6 +51,60 @@ def load(name: str) -> Arrays:
 def settings() -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((GOLDEN / "config.json").read_text())
     return loaded
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to compute the same steps."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    capacity: SlotCapacity | None = None
+    channels_last: bool = False
+    checkpointing: bool = False
+    compile: bool = False
+    autocast: bool = False
+
+    @property
+    def slack(self) -> float:
+        """What the tolerance of rounding is multiplied by."""
+        return OTHER_KERNELS if self.channels_last else 1.0
+
+    def build(self) -> SlotCon:
+        model = build_model(self.dtype).train()
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        prepare(model, checkpointing=self.checkpointing, compile=self.compile)
+        model.capacity = self.capacity
+        return model
+
+
+# A rank's eight images have 9 cells a view: 72 active slots at most, of which the record has fewer.
+ROOM = SlotCapacity(queries=72, keys=72)
+FLOAT32 = Mode("float32")
+FLOAT64 = Mode("float64", torch.float64)
+STATIC = Mode("static selection", capacity=ROOM)
+FEATURES: dict[str, dict[str, Any]] = {
+    "channels_last": {"channels_last": True},
+    "checkpointing": {"checkpointing": True},
+    "compile": {"compile": True},
+    "static selection, channels_last, checkpointing": {
+        "capacity": ROOM, "channels_last": True, "checkpointing": True
+    },
+    "static selection, channels_last, compile": {
+        "capacity": ROOM, "channels_last": True, "compile": True
+    },
+}  # fmt: skip
+MODES = (
+    FLOAT32,
+    FLOAT64,
+    STATIC,
+    Mode("static selection, float64", torch.float64, ROOM),
+    *(Mode(name, **settings) for name, settings in FEATURES.items()),
+    *(Mode(f"{name}, float64", torch.float64, **settings) for name, settings in FEATURES.items()),
+)
+BFLOAT16 = Mode("bfloat16 autocast", capacity=ROOM, autocast=True)
+"""Has no tolerance: its distance is stated."""
 
 
 def build_model(dtype: torch.dtype = torch.float32) -> SlotCon:
@@ -134,8 +192,8 @@ def batch(
 class Recorder:
     """Take the recorded run's steps with our model and note the same quantities."""
 
-    def __init__(self, model: SlotCon, forward: nn.Module) -> None:
-        self.model, self.forward = model, forward
+    def __init__(self, model: SlotCon, forward: nn.Module, autocast: bool = False) -> None:
+        self.model, self.forward, self.autocast = model, forward, autocast
         config = settings()
         self.optimizer = LARS(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -163,7 +221,8 @@ class Recorder:
             group["lr"] = float(record["lr"][step])
 
         self.model.update_teacher(float(record["teacher_momentum"][step]))
-        with patch.object(slotcon, "slot_loss", wraps=slot_loss) as slot_losses:
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
+        with mixed, patch.object(slotcon, "slot_loss", wraps=slot_loss) as slot_losses:
             output: ModelOutput = self.forward(*inputs)
         self.optimizer.zero_grad()
         output.loss.backward()
@@ -186,7 +245,7 @@ class Recorder:
             "stats": {name: value.item() for name, value in output.stats.items()},
         }
         for direction, call in zip(("12", "21"), slot_losses.call_args_list, strict=True):
-            _, keys, positive, _ = call.args
+            _, keys, positive = contrasted(*call.args)
             noted[f"keys_{direction}"] = F.normalize(keys, dim=1).numpy()
             noted[f"labels_{direction}"] = positive.numpy()
         for kind, names in (("student", students), ("teacher", teachers)):
@@ -208,6 +267,13 @@ class Recorder:
         parameter = self.parameters[name]
         state = self.optimizer.state[parameter].values()
         return next(value for value in state if value.shape == parameter.shape)
+
+
+def contrasted(
+    queries: Tensor, keys: Tensor, positive: Tensor, asked: Tensor, offered: Tensor, _: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and positives of a slot loss without the places that are empty."""
+    return queries[asked], keys[offered], (offered.cumsum(0) - 1)[positive[asked]]
 
 
 def _norms(tensors: Mapping[str, Tensor], names: list[str]) -> list[float]:
@@ -251,7 +317,10 @@ def relative(ours: Any, theirs: Any, axis: int | None = None) -> NDArray[np.floa
 
 
 def compare(
-    steps: list[Arrays], record: Callable[[str, int], NDArray[Any]], noise: Mapping[str, Any] | None
+    steps: list[Arrays],
+    record: Callable[[str, int], NDArray[Any]],
+    noise: Mapping[str, Any] | None,
+    slack: float = 1.0,
 ) -> list[Parity]:
     """Set our steps against `record(quantity, step)`.
 
@@ -277,7 +346,9 @@ def compare(
             return FLOAT64_TOLERANCE
         if name.startswith("loss"):
             return LOSS_TOLERANCE
-        return max(ROUNDING_FLOOR, ROUNDING_FACTOR * max(noise[name][f"{statistic}_per_step"]))
+        return max(
+            ROUNDING_FLOOR, slack * ROUNDING_FACTOR * max(noise[name][f"{statistic}_per_step"])
+        )
 
     rows = []
     for name in ("loss", "loss_terms", *WHOLE, *PER_PARAMETER):
@@ -309,32 +380,33 @@ def table(title: str, rows: list[Parity]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def one_process(dtype: torch.dtype, count: int = 6) -> list[Arrays]:
+def one_process(mode: Mode = FLOAT32, count: int = 6) -> list[Arrays]:
     """Our steps for the record of one process."""
     record = load("steps_ws1.npz")
-    model = build_model(dtype).train()
-    recorder = Recorder(model, model)
-    return [recorder.step(batch(record, 1, 0, step, dtype), record, step) for step in range(count)]
+    model = mode.build()
+    recorder = Recorder(model, model, mode.autocast)
+    inputs = (batch(record, 1, 0, step, mode.dtype) for step in range(count))
+    return [recorder.step(each, record, step) for step, each in enumerate(inputs)]
 
 
-def two_processes(folder: Path, count: int = 3) -> list[list[Arrays]]:
+def two_processes(folder: Path, mode: Mode = FLOAT32, count: int = 3) -> list[list[Arrays]]:
     """Our steps for the record of two processes: [rank][step]."""
-    run_workers(_golden_worker, folder, count)
+    run_workers(_golden_worker, folder, mode, count)
     return [torch.load(folder / f"golden{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-def _golden_worker(rank: int, folder: Path, count: int) -> None:
+def _golden_worker(rank: int, folder: Path, mode: Mode, count: int) -> None:
     record = load("steps_ws2.npz")
-    model = build_model().train()
+    model = mode.build()
     recorder = Recorder(model, nn.parallel.DistributedDataParallel(model))
     steps = [recorder.step(batch(record, 2, rank, step), record, step) for step in range(count)]
     torch.save(steps, folder / f"golden{rank}.pt")
 
 
-def compare_one_process(dtype: torch.dtype, steps: list[Arrays]) -> list[Parity]:
-    if dtype == torch.float64:
+def compare_one_process(mode: Mode, steps: list[Arrays]) -> list[Parity]:
+    if mode.dtype == torch.float64:
         return compare(steps, _reader(load("steps_ws1_f64.npz")), None)
-    return compare(steps, _reader(load("steps_ws1.npz")), noise("steps_ws1"))
+    return compare(steps, _reader(load("steps_ws1.npz")), noise("steps_ws1"), mode.slack)
 
 
 def compare_two_processes(rank: int, steps: list[Arrays]) -> list[Parity]:
@@ -352,17 +424,41 @@ def _reader(record: Arrays, rank: int | None = None) -> Callable[[str, int], NDA
     return read
 
 
+def summary(rows: dict[str, list[Parity]]) -> str:
+    """One line for each mode: its worst differences, and how much of the tolerance they take."""
+    lines = [
+        "| mode | losses | weights after the last step | largest share of a tolerance |",
+        "|---|---|---|---|",
+    ]
+    for name, parities in rows.items():
+        worst = {row.quantity: row.worst for row in parities}
+        share = max(row.worst / row.tolerance for row in parities)
+        losses = max(worst["loss"], worst["loss_terms"])
+        verdict = "" if share <= 1 else " EXCEEDED"
+        lines.append(
+            f"| {name} | {losses:.1e} | {worst['student_norm']:.1e} | {share:.2f}{verdict} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Print how far every quantity of every recorded run is from its record."""
+    """Print how far every quantity of every recorded run is from its record, in every mode."""
     torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.float64):
-        name = str(dtype).removeprefix("torch.")
-        steps = one_process(dtype)
-        print(table(f"One process, 6 steps, {name}", compare_one_process(dtype, steps)))
-    with TemporaryDirectory() as folder:
-        for rank, steps in enumerate(two_processes(Path(folder))):
-            title = f"Two processes, 3 steps, float32, rank {rank}"
-            print(table(title, compare_two_processes(rank, steps)))
+    rows = {}
+    for mode in MODES:
+        rows[mode.name] = compare_one_process(mode, one_process(mode))
+        print(table(f"One process, 6 steps, {mode.name}", rows[mode.name]))
+    for mode in (FLOAT32, STATIC):
+        with TemporaryDirectory() as folder:
+            for rank, steps in enumerate(two_processes(Path(folder), mode)):
+                name = f"two processes, {mode.name}, rank {rank}"
+                rows[name] = compare_two_processes(rank, steps)
+                print(table(f"{name}, 3 steps", rows[name]))
+    first = compare_one_process(BFLOAT16, one_process(BFLOAT16, count=1))
+    print(summary(rows))
+    print("Another precision; distances of the first step, no tolerance:\n")
+    for row in first:
+        print(f"| {row.quantity} | {row.worst:.1e} |")
 
 
 if __name__ == "__main__":

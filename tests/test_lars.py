@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from tests.host_sync import host_syncs
 from train.lars import LARS
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lars.npz")
@@ -71,3 +73,98 @@ def test_parameters_without_gradient_stay() -> None:
     for name, weight in weights.items():
         assert np.array_equal(weight.detach().numpy(), GOLDEN[f"b_{name}_init"])
         assert not optimizer.state[weight]
+
+
+def tensors(seed: int) -> list[Tensor]:
+    """One of each kind: convolution, the same channels-last, matrix, bias, zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((4, 3, 3, 3), (4, 8, 3, 3), (5, 4), (7,), (2, 2))
+    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    made[1] = made[1].contiguous(memory_format=torch.channels_last)
+    return [*made[:-1], made[-1] * 0]
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(tensor) for tensor in tensors(0)]
+
+
+@torch.no_grad()
+def naive_step(
+    weights: list[torch.nn.Parameter], momenta: list[Tensor], settings: dict[str, float]
+) -> None:
+    """The definition, a tensor at a time."""
+    for weight, momentum in zip(weights, momenta, strict=True):
+        assert weight.grad is not None
+        update = weight.grad
+        if weight.ndim > 1:
+            update = update + settings["weight_decay"] * weight
+            if weight.norm() > 0 and update.norm() > 0:
+                update = update * settings["eta"] * weight.norm() / update.norm()
+        momentum.mul_(settings["momentum"]).add_(update)
+        weight.sub_(settings["lr"] * momentum)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_all_tensors_at_once_is_one_at_a_time(momentum: float) -> None:
+    """A scale that lands on the wrong tensor, or a layout read as another, still trains."""
+    settings = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1, "eta": 0.01}
+    ours, theirs = parameters(), parameters()
+    optimizer, momenta = LARS(ours, **settings), [torch.zeros_like(w) for w in theirs]
+    for step in range(3):
+        for mine, naive, gradient in zip(ours, theirs, tensors(step + 1), strict=True):
+            mine.grad, naive.grad = gradient.contiguous(), gradient.clone()
+        optimizer.step()
+        naive_step(theirs, momenta, settings)
+        for mine, naive in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, naive)
+
+
+def test_momentum_of_another_memory_layout() -> None:
+    """A run may be resumed with channels_last switched: the values must follow, not the bytes."""
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "eta": 0.01}
+    first, weights = (torch.nn.Parameter(tensors(0)[1]) for _ in range(2))
+    gradient, flat = tensors(1)[1], weights.detach().contiguous()
+    before = LARS([first], **settings)
+    first.grad = gradient
+    before.step()
+    other = torch.nn.Parameter(first.detach().contiguous())
+    after = LARS([other], **settings)
+    after.load_state_dict(before.state_dict())
+    assert after.state[other]["momentum"].stride() == flat.stride()
+    other.grad = gradient
+    after.step()
+    before.step()
+    torch.testing.assert_close(other.detach(), first.detach())
+
+
+def test_loss_scaling_without_waiting() -> None:
+    """Scaled steps are the unscaled ones; one with an overflow changes nothing and is counted."""
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "eta": 0.01}
+    plain, scaled = parameters(), parameters()
+    reference, optimizer = LARS(plain, **settings), LARS(scaled, **settings)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(gradients: list[Tensor]) -> None:
+        loss = torch.stack([(w * g).sum() for w, g in zip(scaled, gradients, strict=True)]).sum()
+        scaler.scale(loss).backward()
+        with host_syncs() as found:
+            scaler.step(optimizer)
+            scaler.update()
+        assert not found
+        optimizer.zero_grad()
+
+    for number in (1, 2):
+        gradients = tensors(number)
+        for weight, gradient in zip(plain, gradients, strict=True):
+            weight.grad = gradient.clone()
+        reference.step()
+        step(gradients)
+        before = [weight.detach().clone() for weight in scaled]
+        gradients[2][0, 0] = float("inf") if number == 1 else float("nan")
+        step(gradients)
+        assert optimizer.skipped.item() == number
+        for mine, kept, expected in zip(scaled, before, plain, strict=True):
+            assert torch.equal(mine, kept)
+            torch.testing.assert_close(mine, expected)
+    assert reference.skipped.item() == 0
+    assert scaler.get_scale() == 256.0

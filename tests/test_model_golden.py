@@ -119,7 +119,7 @@ def test_internals_of_the_first_forward() -> None:
             assert_close(value, record[name])
 
     for direction, call in zip(("12", "21"), slot_losses.call_args_list, strict=True):
-        queries, keys, positive, _ = call.args
+        queries, keys, positive = golden.contrasted(*call.args)
         normalised = [
             torch.nn.functional.normalize(rows, dim=1) for rows in (queries.detach(), keys)
         ]
@@ -146,28 +146,36 @@ def check_masks(steps: list[Arrays], record: Arrays, rank: int | None = None) ->
 
 def test_six_steps_in_one_process() -> None:
     """Forward, backward, teacher, centre, BatchNorm and LARS together, as the authors have them."""
-    steps = golden.one_process(torch.float32)
+    steps = golden.one_process()
     check_masks(steps, golden.load("steps_ws1.npz"))
     tracked = golden.load("steps_ws1.npz")["bn1_q_num_batches_tracked"]
     assert [int(step["bn1_q_num_batches_tracked"]) for step in steps] == list(tracked)
-    assert_parity("One process, float32", golden.compare_one_process(torch.float32, steps))
+    assert_parity("One process, float32", golden.compare_one_process(golden.FLOAT32, steps))
 
 
 def test_steps_in_float64() -> None:
     """Shows what float32 rounding hides: the assignment floor, weight decay."""
-    steps = golden.one_process(torch.float64, count=2)
-    assert_parity("One process, float64", golden.compare_one_process(torch.float64, steps))
+    steps = golden.one_process(golden.FLOAT64, count=2)
+    assert_parity("One process, float64", golden.compare_one_process(golden.FLOAT64, steps))
 
 
-def test_three_steps_in_two_processes(tmp_path: Path) -> None:
+def test_steps_in_static_selection() -> None:
+    """What runs on a GPU is not what runs on a CPU: this part of it must be proved as well."""
+    steps = golden.one_process(golden.STATIC, count=3)
+    check_masks(steps, golden.load("steps_ws1.npz"))
+    assert_parity("Static selection", golden.compare_one_process(golden.STATIC, steps))
+
+
+@pytest.mark.parametrize("mode", [golden.FLOAT32, golden.STATIC], ids=lambda mode: mode.name)
+def test_three_steps_in_two_processes(tmp_path: Path, mode: golden.Mode) -> None:
     """Gathered keys, label offsets, the centre over ranks and averaged gradients."""
     record = golden.load("steps_ws2.npz")
-    for rank, steps in enumerate(golden.two_processes(tmp_path)):
+    for rank, steps in enumerate(golden.two_processes(tmp_path, mode)):
         check_masks(steps, record, rank)
         tracked = record["bn1_q_num_batches_tracked"][:, rank]
         assert [int(step["bn1_q_num_batches_tracked"]) for step in steps] == list(tracked)
         rows = golden.compare_two_processes(rank, steps)
-        assert_parity(f"Two processes, float32, rank {rank}", rows)
+        assert_parity(f"Two processes, {mode.name}, rank {rank}", rows)
         for term, direction in enumerate(("12", "21")):
             first = steps[0]
             assert np.array_equal(

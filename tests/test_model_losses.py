@@ -58,18 +58,47 @@ def test_slot_loss_is_the_loop(generator: torch.Generator) -> None:
     for n in range(4):
         logits = [queries[n] @ key / queries[n].norm() / key.norm() / temperature for key in keys]
         total = total - torch.log(logits[positive[n]].exp() / torch.stack(logits).exp().sum())
-    ours = slot_loss(queries, keys, positive, temperature)
+    everything = torch.ones(7, dtype=torch.bool)
+    ours = slot_loss(queries, keys, positive, everything[:4], everything, temperature)
     torch.testing.assert_close(ours, total / 4 * 2 * temperature)
 
 
-def test_slot_loss_without_queries_is_zero_with_gradient(generator: torch.Generator) -> None:
+def test_slot_loss_ignores_empty_places(generator: torch.Generator) -> None:
+    """Buffers of fixed size are never full: what fills them must not be contrasted or learnt."""
+    queries = torch.randn(4, D, generator=generator)
+    keys, positive = torch.randn(7, D, generator=generator), torch.tensor([0, 4, 3, 0])
+    asked = torch.tensor([True, False, True, False])
+    offered = torch.tensor([True, False, True, True, False, False, True])
+    everything = torch.ones(4, dtype=torch.bool)
+
+    packed = queries[asked].requires_grad_()
+    expected = slot_loss(
+        packed, keys[offered], torch.tensor([0, 2]), everything[:2], everything, 0.2
+    )
+    expected.backward()
+    queries.requires_grad_()
+    ours = slot_loss(queries, keys, positive, asked, offered, 0.2)
+    ours.backward()
+    torch.testing.assert_close(ours, expected)
+    assert queries.grad is not None
+    assert packed.grad is not None
+    torch.testing.assert_close(queries.grad[asked], packed.grad)
+    assert not queries.grad[~asked].any()
+
+
+@pytest.mark.parametrize("places", [0, 3])
+def test_slot_loss_without_queries_is_zero_with_gradient(
+    generator: torch.Generator, places: int
+) -> None:
     """Under SyncBatchNorm a rank without active pairs still has to go forward and backward."""
-    queries = torch.zeros(0, D, requires_grad=True)
-    keys = torch.randn(7, D, generator=generator)
-    loss = slot_loss(queries, keys, torch.zeros(0, dtype=torch.long), 0.2)
+    queries = torch.zeros(places, D, requires_grad=True)
+    keys, none = torch.randn(7, D, generator=generator), torch.zeros(places, dtype=torch.bool)
+    offered = torch.ones(7, dtype=torch.bool)
+    loss = slot_loss(queries, keys, torch.zeros(places, dtype=torch.long), none, offered, 0.2)
     loss.backward()
     assert loss.item() == 0
     assert queries.grad is not None
+    assert not queries.grad.any()
 
 
 def test_grouping_is_the_loop(generator: torch.Generator) -> None:

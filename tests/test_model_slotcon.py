@@ -83,7 +83,7 @@ def test_output_names_and_weighting() -> None:
     output = model(*tiny_batch(side=64))
     terms = output.terms
     assert list(terms) == ["grouping_12", "grouping_21", "slot_12", "slot_21"]
-    assert set(output.stats) == {"active_slots", "active_pairs"}
+    assert set(output.stats) == {"active_slots", "active_pairs", "dropped_pairs"}
     assert not any(value.requires_grad for value in (*terms.values(), *output.stats.values()))
     grouping, slots = (
         sum(terms[f"{kind}_{d}"] for d in ("12", "21")) for kind in ("grouping", "slot")

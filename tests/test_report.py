@@ -127,6 +127,19 @@ def test_missing_parts_name_the_command_that_adds_them(
         assert command in page.text
 
 
+def test_image_level_loss_is_shown_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ablation's own curve must not be missing; nor stand empty on every other page."""
+    run = write_run(tmp_path / "run")
+    make(monkeypatch, run)
+    assert "Image-level loss" not in (run / "report.html").read_text()
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"lr"', '"image": 1.5, "lr"'))
+    make(monkeypatch, run)
+    assert "Image-level loss" in (run / "report.html").read_text()
+
+
 def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these would otherwise be a traceback, or a page without what was asked for."""
     run = write_run(tmp_path / "run")

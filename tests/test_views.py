@@ -215,6 +215,8 @@ class NaiveSampler:
 
     def crops(self, height: int, width: int) -> list[list[int]]:
         first = self.free(0, height, width)
+        if not self.config.geometry:
+            return [first, first]
         for t in range(10):
             crop, area = self.tried(16 + t, height, width)
             if crop:
@@ -227,13 +229,14 @@ class NaiveSampler:
     def view(self, v: int) -> dict[str, Any]:
         coin, factor, rest = (self.words(64 + 8 * v + i) for i in range(3))
         c = self.config
+        flip = self.words(64 + 8 * (v if c.geometry else 0))[0]
         amounts = [1.0, 1.0, 1.0, 0.0]
         if jittered := coin[1] / 2**32 < c.jitter:
             reach = (c.brightness, c.contrast, c.saturation, c.hue)
             pairs = zip(factor, amounts, reach, strict=True)
             amounts = [self.uniform(word, one - r, one + r) for word, one, r in pairs]
         return {
-            "flipped": coin[0] / 2**32 < c.flip,
+            "flipped": flip / 2**32 < c.flip,
             "jittered": jittered,
             "jitter": amounts,
             "order": list(itertools.permutations(range(4)))[rest[0] * 24 // 2**32],
@@ -250,6 +253,7 @@ configs = st.sampled_from(
         ViewConfig(min_scale=0.01, max_scale=0.05, min_overlap=0.3),
         ViewConfig(min_aspect=3, max_aspect=7),
         ViewConfig(min_aspect=0.1, max_aspect=0.2, min_overlap=0),
+        ViewConfig(geometry=False, jitter=1, solarize=(0.5, 0.5)),
     ]
 )
 
@@ -329,6 +333,19 @@ def test_the_overlap_condition_holds_until_it_is_given_up() -> None:
     assert statistics["intersection_over_crop2"].min() > 0.299
 
 
+def test_without_geometry_the_views_differ_in_colour_only() -> None:
+    """The ablation must compare two recipes that are otherwise draw for draw the same."""
+    config = {"jitter": 1, "blur": (1, 1), "solarize": (0.5, 0.5)}
+    full, same = sample(500, **config), sample(500, geometry=False, **config)
+    for view in range(2):
+        np.testing.assert_array_equal(same.crops[view], full.crops[0])
+        np.testing.assert_array_equal(same.flipped[view], full.flipped[0])
+    assert (same.overlap == [0, 0, 1, 1]).all()
+    for field in ("jitter", "order", "jittered", "grey", "sigma", "solarized"):
+        np.testing.assert_array_equal(getattr(same, field), getattr(full, field), err_msg=field)
+    assert (same.jitter[0] != same.jitter[1]).all()
+
+
 def test_undrawn_operations_are_neutral() -> None:
     """A backend may multiply by the factors of an image that drew no jitter."""
     params = sample(1000)
@@ -388,6 +405,7 @@ def test_types_and_shapes() -> None:
         ("blur_sigma", (2, 1)),
         ("blur_sigma", (1, math.inf)),
         ("solarize", (-0.1, 0)),
+        ("geometry", "no"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(field: str, value: Any) -> None:

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from evaluation.images import open_image
-from pipeline.errors import CommandParser, UserError, run
+from pipeline.errors import CommandParser, UserError, check_writable, run
 from tools.charts import dot_chart, line_chart, short
 from tools.report_page import PAGE
 from train.checkpoint import Record, find, read_record
@@ -217,6 +217,9 @@ def loss_charts(report: Run) -> str:
                 reference=uniform,
             ),
             line_chart("Slot loss", curves(report, slot_12="view 1 → 2", slot_21="view 2 → 1")),
+            line_chart("Image-level loss", curves(report, image="both directions"))
+            if any("image" in line for line in report.lines)
+            else "",
             line_chart("Total loss", curves(report, loss="loss")),
             line_chart(
                 "Slots per image",
@@ -464,6 +467,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     out = args.out or args.run / "report.html"
+    check_writable("--out", out)
     page = build(read_run(args)).encode()
     write_bytes(out, page)
     print(f"wrote {out} ({len(page) / 1e3:,.0f} kB)")

@@ -14,8 +14,17 @@ class LARS(Optimizer):
 
     1-D tensors (biases, norms) get neither decay nor scaling; a tensor or gradient of norm zero is
     not scaled. The learning rate multiplies the momentum buffer instead of entering it, so a change
-    of rate acts at once.
+    of rate acts at once. All tensors of a group go through each operation together. A step uses the
+    gradients up: afterwards they hold something else.
+
+    Under a `GradScaler` a step whose gradients are not finite changes nothing; that is decided on
+    the device, and counted in `skipped`.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf for each step
+
+    skipped: Tensor
+    """int64 scalar on the device: steps left out since this optimizer was made."""
 
     def __init__(
         self,
@@ -28,6 +37,8 @@ class LARS(Optimizer):
         super().__init__(
             parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
         )
+        device = self.param_groups[0]["params"][0].device
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -43,26 +54,61 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                self._update(weights, [weight.grad for weight in weights], group)
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            self.skipped += found_inf != 0
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        update = parameter.grad
-        assert update is not None
-        if parameter.ndim != 1:
-            update = update.add(parameter, alpha=group["weight_decay"])
-            update = update * _trust(parameter, update, group["eta"])
-        state = self.state[parameter]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer; momentum that was saved in another memory layout takes the weight's."""
+        super().load_state_dict(state_dict)
+        for weight, state in self.state.items():
+            state["momentum"] = torch.empty_like(weight).copy_(state["momentum"])
+
+    def _update(
+        self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        """One step of tensors that share a device and a type."""
+        # In the weights' layout, which the fused update counts on and gradients may not have.
+        updates = [
+            gradient
+            if gradient.stride() == weight.stride()
+            else torch.empty_like(weight).copy_(gradient)
+            for weight, gradient in zip(weights, gradients, strict=True)
+        ]
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            torch._foreach_div_(updates, scale)
+        adapted = [at for at, weight in enumerate(weights) if weight.ndim != 1]
+        if adapted:
+            _adapt([weights[at] for at in adapted], [updates[at] for at in adapted], group)
+        torch._fused_sgd_(
+            weights,
+            updates,
+            [self._momentum(weight) for weight in weights if group["momentum"]],
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=getattr(self, "found_inf", None),
+        )
+
+    def _momentum(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
         if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].mul_(group["momentum"]).add_(update)
-        parameter.add_(state["momentum"], alpha=-group["lr"])
+            state["momentum"] = torch.zeros_like(weight)
+        momentum: Tensor = state["momentum"]
+        return momentum
 
 
-def _trust(weight: Tensor, update: Tensor, eta: float) -> Tensor:
-    """eta · |weight| / |update| as a scalar tensor; 1 where either norm is zero."""
-    weight_norm, update_norm = torch.linalg.vector_norm(weight), torch.linalg.vector_norm(update)
-    usable = (weight_norm > 0) & (update_norm > 0)
-    return torch.where(usable, eta * weight_norm / update_norm, 1.0)
+def _adapt(weights: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
+    """In place: add the decay, then scale by eta · |weight| / |update|, by 1 if either is zero."""
+    torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+    norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, updates)]
+    usable = (norms[0] > 0) & (norms[1] > 0)
+    trust = torch.where(usable, group["eta"] * norms[0] / norms[1], 1.0)
+    torch._foreach_mul_(updates, trust.unbind())

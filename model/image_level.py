@@ -1,0 +1,42 @@
+"""The image-level objective of an ablation (paper, table 8d): whole images are contrasted too.
+
+The paper calls it MoCo v3-like and leaves the rest open. Chosen here, as near as possible to the
+contrast of slots: an image is the mean of its projected cells, so no head is added but a predictor;
+that has the slot predictor's shape and its own weights; temperature and factor are those of the
+slots. The keys are the teacher's other views of all images of all processes.
+
+B images, D features, H W cells.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.distributed import all_gather, rank
+from model.precision import full_precision
+
+
+def image_loss(
+    student: Tensor, teacher: Tensor, predictor: nn.Module, temperature: float
+) -> Tensor:
+    """One direction: InfoNCE between whole images, a scalar.
+
+    student, teacher [B, D, H, W]: the projector's output for one view and for the other; all
+    processes bring the same B, at least 2 that are normalised together by `predictor`.
+
+        query[b] = predictor(mean over cells of student[b])
+        logit[b, m] = cosine(query[b], mean over cells of teacher[m]) / temperature
+        loss += -log softmax over m of logit[b, m], at m = b
+
+    divided by B, times 2·temperature; m counts the images of all processes.
+    """
+    queries = predictor(student.mean(dim=(2, 3)))
+    return _info_nce(queries, all_gather(teacher.mean(dim=(2, 3))), temperature)
+
+
+@full_precision
+def _info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """queries [B, D]; keys [W·B, D] of W processes, in which this one's come at rank · B."""
+    logits = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / temperature
+    own = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+    return F.cross_entropy(logits, own) * (2 * temperature)

@@ -1,0 +1,59 @@
+"""Find what would make the host wait for a GPU, on a machine that has none."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
+"""Operators that return a number, or a tensor of a size that only the device knows."""
+METHODS = ("tolist", "numpy", "cpu")
+"""What reads a tensor without an operator where it lies in host memory anyway."""
+
+
+@contextmanager
+def host_syncs() -> Iterator[Counter[str]]:
+    """Counts by name what a GPU would be waited for inside the block, the backward included.
+
+    Other copies to the host go unseen; CUDA's own `set_sync_debug_mode` knows of those too.
+    """
+    found: Counter[str] = Counter()
+    with _Operators(found), _Methods(found):
+        yield found
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masked = any(index is not None and not index.dtype.is_signed for index in indices)
+        if name in OPERATORS or masked:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in METHODS:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
