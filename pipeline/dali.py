@@ -80,7 +80,7 @@ class DaliLoader(BatchSource):
         self._checked = np.zeros(len(beton), np.bool_)
         self._pool = ThreadPoolExecutor(threads, "read")
         self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
-        self._build()
+        self._build(self.size_of(0))
 
     @property
     def replaced(self) -> dict[int, int]:
@@ -89,7 +89,7 @@ class DaliLoader(BatchSource):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """As in BatchSource. Beginning an epoch ends the one before it."""
         shares = self.shares(epoch)
-        place = start * self.accumulation
+        place = self._first(start)
         self._begin_reading(epoch, place / len(shares))
         while place < len(shares):
             try:
@@ -102,7 +102,8 @@ class DaliLoader(BatchSource):
 
     # ---- DALI's side ----
 
-    def _build(self) -> None:
+    def _build(self, side: int) -> None:
+        """A pipeline for views of this side."""
         try:
             from nvidia.dali import Pipeline, fn, types
         except ImportError as error:
@@ -110,7 +111,7 @@ class DaliLoader(BatchSource):
                 f"data.crops=dali needs NVIDIA DALI ({error}): pip install slotstream[dali]"
             ) from None
         on_gpu = self.device.type == "cuda"
-        self._feed = _Feed()
+        self._feed, self._side = _Feed(), side
         self._pipe = Pipeline(
             batch_size=self.batch_size // (self.world * self.accumulation),
             num_threads=self.threads,
@@ -139,7 +140,7 @@ class DaliLoader(BatchSource):
                 view = fn.slice(images, start=crop[:2], end=crop[2:], axes=(1, 0))
                 view = fn.resize(
                     view,
-                    size=(self.views.size, self.views.size),
+                    size=(side, side),
                     interp_type=types.INTERP_CUBIC,
                     antialias=True,
                 )
@@ -151,8 +152,9 @@ class DaliLoader(BatchSource):
     def _batches(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
         """Run DALI over `shares`. Raises _DaliError and CorruptRecord."""
         self._rewind()
-        if self._pipe is None:
-            self._build()
+        side = self.size_of(epoch)
+        if self._pipe is None or side != self._side:
+            self._build(side)
         jobs = self._feed.jobs = self._jobs(epoch, shares)
         try:
             self._advance()

@@ -17,6 +17,8 @@ def steps_per_epoch(beton: Beton, batch_size: int, world: int, accumulation: int
     """Whole steps of `batch_size` images. Raises UserError if there is none, or if a step cannot be
     shared out equally.
     """
+    if batch_size < 1:
+        raise UserError(f"a batch of {batch_size} images: it needs one at least")
     if batch_size % (world * accumulation):
         raise UserError(
             f"a batch of {batch_size} images cannot be shared equally by {world} processes"

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pipeline.loader
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.choices import Crops
 from pipeline.errors import UserError
@@ -127,25 +128,40 @@ def test_crops_of_the_host_are_those_of_the_device(beton: Beton, options: dict) 
 def test_large_photographs_are_decoded_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quarter of the side is decoded here; a wrong box would show as a shift, at 20 to 30 dB."""
-    noise = np.random.default_rng(0).normal(0, 8, (4, 400, 500, 3))
-    images = [(photograph(i, 400, 500) + noise[i]).clip(0, 255).astype(np.uint8) for i in range(4)]
+    """A wrong box would show as a shift, at 20 to 30 dB; too small a scale in the lines 5 pixels
+    apart of the last two, at 30 dB."""
+    noise = np.random.default_rng(0).normal(0, 8, (2, 400, 500, 3))
+    images = [(photograph(i, 400, 500) + noise[i]).clip(0, 255).astype(np.uint8) for i in range(2)]
+    lines = np.broadcast_to(np.arange(500)[:, None] % 5 < 2, (400, 500, 3)).astype(np.uint8) * 200
+    images += [lines, np.ascontiguousarray(np.rot90(lines))]
     beton = Beton(write_beton(tmp_path / "large.beton", images))
     views = ViewConfig(size=16, min_scale=0.3)
-    loader = CropLoader(beton, 1, False, views=views, seed=0)
-    scale, met = CropLoader._scale, []
+    loader = CropLoader(beton, 1, False, views=views, seed=0, size_of=lambda epoch: 16)
+    scale, met = pipeline.loader._scale, []
 
-    def spy(self: CropLoader, boxes: np.ndarray) -> int:
-        met.append(scale(self, boxes))
+    def spy(boxes: np.ndarray, side: int) -> int:
+        met.append(scale(boxes, side))
         return met[-1]
 
-    monkeypatch.setattr(CropLoader, "_scale", spy)
+    monkeypatch.setattr(pipeline.loader, "_scale", spy)
     small = next(pixels.float().clone() for _, pixels in loader.decode([np.arange(4)]))
-    monkeypatch.setattr(CropLoader, "_scale", lambda *_: 1)
+    monkeypatch.setattr(pipeline.loader, "_scale", lambda *_: 1)
     whole = next(pixels.float().clone() for _, pixels in loader.decode([np.arange(4)]))
-    assert set(met) <= {4, 8} and not torch.equal(small, whole)
+    assert set(met) <= {2, 4} and not torch.equal(small, whole)
     error = (small - whole).square().mean(dim=(2, 3, 4))
-    assert float(error.max()) < 255**2 / 10**4  # 40 dB
+    assert float(error.max()) < 255**2 / 10**4.4  # 44 dB
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_size_of_views_follows_the_epoch(beton: Beton, crops: Crops) -> None:
+    """A progressive size changes the views' pixels and nothing else: not the images, not the
+    recorded geometry."""
+    growing = view_loader(beton, crops=crops, size=32, size_of=lambda epoch: 16 * (epoch + 1))
+    for epoch, side in ((0, 16), (1, 32), (0, 16)):
+        fixed = view_loader(beton, crops=crops, size=side)
+        for one, other in zip(growing.epoch(epoch), fixed.epoch(epoch), strict=True):
+            assert torch.equal(one.views, other.views) and one.views.shape[-1] == side
+            assert torch.equal(one.overlap, other.overlap)
 
 
 def test_batch_has_the_shapes_of_seam_3(beton: Beton) -> None:
@@ -327,6 +343,7 @@ def test_200_epochs_leave_nothing_behind(beton: Beton, options: dict) -> None:
     ("options", "message"),
     [
         ({"batch_size": 27}, "26 images are fewer than one batch of 27"),
+        ({"batch_size": 0}, "needs one at least"),
         ({"batch_size": 9, "world": 2}, "cannot be shared equally by 2 processes"),
         ({"batch_size": 8, "accumulation": 3}, "x 3 micro-batches"),
         ({"backend": "opencv"}, "opencv"),
@@ -335,6 +352,13 @@ def test_200_epochs_leave_nothing_behind(beton: Beton, options: dict) -> None:
 def test_impossible_settings_are_refused(beton: Beton, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         view_loader(beton, **options)
+
+
+@pytest.mark.parametrize("start", [-1, 4])
+def test_a_step_that_the_epoch_lacks_is_refused(beton: Beton, start: int) -> None:
+    """-1 would give the epoch's end, as Python's slices do."""
+    with pytest.raises(ValueError, match="start must be a step of the epoch"):
+        next(view_loader(beton).epoch(0, start))
 
 
 def views_by_image(loader: ViewLoader) -> dict[int, torch.Tensor]:
