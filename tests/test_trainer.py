@@ -27,8 +27,18 @@ from tests.training import (
 )
 from train import checkpoint
 from train.config import RunConfig, load_config
-from train.metrics import NAMES, Diverged, Meter
+from train.metrics import Diverged, Meter
 from train.trainer import Trainer
+
+METERED = (
+    "loss",
+    "grouping_12",
+    "grouping_21",
+    "slot_12",
+    "slot_21",
+    "active_slots",
+    "active_pairs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,7 @@ def test_a_run_writes_what_it_promises(whole: RunConfig) -> None:
     folder = run_dir(whole)
     assert [line["step"] for line in curve(whole)] == [3, 6, 9, 10]
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    expected = ["step", "epoch", *NAMES, "lr", "teacher_momentum", *TIMES]
+    expected = ["step", "epoch", *METERED, "lr", "teacher_momentum", *TIMES]
     assert list(line) == expected and all(np.isfinite(list(line.values())))
     assert line["epoch"] == 0.6 and 0 <= line["wait_share"] <= 1
     assert load_config(["--config", str(folder / "config.yaml")]) == (whole, None)
@@ -330,3 +340,32 @@ def test_corrupt_image_stops_the_run_or_is_replaced(
     assert run.step == 5
     assert curve(replace(config, name="replace"))[-1]["replaced"] == 1
     assert "record 3: not a JPEG" in capfd.readouterr().err
+
+
+def variants(beton: Path, folder: Path, **train: int) -> RunConfig:
+    """A run of the ablated method, every part at once."""
+    config = small_run(beton, folder, **train)
+    model = replace(
+        config.model, slot_loss="regression", align="projections", image_loss_weight=0.5
+    )
+    return replace(config, model=model, views=replace(config.views, geometry=False))
+
+
+def test_a_variant_trains_and_resumes(beton: Path, tmp_path: Path) -> None:
+    """Its term must reach the log, its predictor the checkpoint, and both come back."""
+    config = variants(beton, tmp_path, max_steps=2)
+    trainer(replace(config, train=replace(config.train, max_steps=1))).train()
+    before, _ = checkpoint.load_model(run_dir(config))
+    trainer(config, "auto").train()
+    after, found = checkpoint.load_model(run_dir(config))
+    assert found == config
+    assert before.image_predictor and after.image_predictor
+    weights = [list(model.image_predictor.parameters()) for model in (before, after)]
+    assert not any(torch.equal(*pair) for pair in zip(*weights, strict=True) if pair[0].ndim > 1)
+    assert all(line["image"] > 0 for line in curve(config))
+
+
+def test_one_image_has_no_batch_statistics(beton: Path, tmp_path: Path) -> None:
+    """The image-level predictor's BatchNorm would say so in mid-run, and name no setting."""
+    with pytest.raises(UserError, match=r"train\.batch_size: .* leave one image"):
+        trainer(variants(beton, tmp_path, batch_size=1))

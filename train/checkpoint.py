@@ -1,29 +1,31 @@
 """Checkpoints: directories that are either whole or not there.
 
-runs/NAME/checkpoints/step_N/ holds what Accelerate saves (model.safetensors, optimizer.bin,
-scaler.pt with fp16, random states) and run.json: the step, the configuration, the data's identity,
-the machine. It is written as step_N.partial, flushed to the disk, then renamed; `latest` is a
-symbolic link to the newest.
+runs/NAME/checkpoints/step_N/ holds model.safetensors, optimizer.bin, scaler.pt (with fp16) and
+run.json: the step, the configuration, the data's identity, the machine. It is written as
+step_N.partial, flushed to the disk, then renamed; `latest` is a symbolic link to the newest.
 """
 
 import json
 import os
 import pickle
 import shutil
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.utils import _pytree
 
 from model import SlotCon
 from pipeline.errors import UserError
+from train.background import Background
 from train.config import RunConfig, from_dict
 
 _MODEL, _OPTIMIZER, _SCALER, _RECORD = "model.safetensors", "optimizer.bin", "scaler.pt", "run.json"
@@ -34,9 +36,14 @@ _UNREADABLE = (
     KeyError,
     EOFError,
     TypeError,
+    AttributeError,
     SafetensorError,
     pickle.UnpicklingError,
 )
+
+
+class Damaged(UserError):
+    """A checkpoint from which nothing can go on, but perhaps from the one before."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,19 @@ class Record:
 
 def latest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
-    steps = _steps(run_dir)
+    steps = whole_ones(run_dir)
     return steps[-1] if steps else None
+
+
+def all_of(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, also those that lack a file."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    return sorted((p for p in found if p.name.removeprefix("step_").isdecimal()), key=step_of)
+
+
+def whole_ones(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run that look whole, oldest first."""
+    return [path for path in all_of(run_dir) if (path / _RECORD).is_file()]
 
 
 def find(path: Path) -> Path:
@@ -82,66 +100,131 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def register(accelerator: Accelerator) -> None:
-    """Let `accelerator` save the bare model: the same names for any number of processes."""
-
-    def before_saving(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        weights[:] = [OrderedDict(accelerator.unwrap_model(model).state_dict()) for model in models]
-
-    def before_loading(models: list[nn.Module], folder: str) -> None:
-        models[:] = [accelerator.unwrap_model(model) for model in models]
-
-    accelerator.register_save_state_pre_hook(before_saving)
-    accelerator.register_load_state_pre_hook(before_loading)
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is in nobody's way and counts for nothing."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return checkpoint.replace(aside)
 
 
-def save(accelerator: Accelerator, run_dir: Path, record: Record, keep: int) -> Path:
+class Writer:
+    """Writes checkpoints on a thread, from a copy of the tensors, while training goes on.
+
+    The copy takes as much memory of the host (pinned, for a GPU's tensors) as all that is saved;
+    it is kept and used again. What goes wrong surfaces in `problem`, and in the next `save` or
+    `wait`.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, timeout_s: float) -> None:
+        self._run_dir, self._keep = run_dir, keep
+        self._thread = Background(f"{run_dir / 'checkpoints'}: writing", timeout_s)
+        self._copies: list[Tensor] = []
+
+    def save(
+        self, record: Record, model: SlotCon, optimizer: Optimizer, scaler: GradScaler | None
+    ) -> None:
+        """Begin to write checkpoints/step_N; the tensors may change as soon as this returns.
+
+        Waits for the checkpoint before this one. Raises UserError for what went wrong there.
+        """
+        self._thread.wait()
+        state = {
+            _MODEL: model.state_dict(),
+            _OPTIMIZER: optimizer.state_dict(),
+            _SCALER: scaler and scaler.state_dict(),
+        }
+        copy = self._copy(state)
+        self._thread.submit(lambda: write(self._run_dir, record, copy, self._keep))
+
+    def problem(self) -> Exception | None:
+        """What went wrong, if anything."""
+        return self._thread.problem()
+
+    def wait(self) -> None:
+        """Until all is written. Raises UserError."""
+        self._thread.wait()
+
+    def close(self) -> None:
+        """Give the thread back, once it is done."""
+        self._thread.close()
+
+    def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        leaves, structure = _pytree.tree_flatten(state)
+        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        sources = [leaves[i].detach() for i in where]
+        if [each.shape for each in self._copies] != [each.shape for each in sources]:
+            self._copies = [
+                torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for each in sources
+            ]
+        for copy, source in zip(self._copies, sources, strict=True):
+            copy.copy_(source, non_blocking=True)
+        if any(each.is_cuda for each in sources):
+            torch.cuda.current_stream().synchronize()
+        for i, copy in zip(where, self._copies, strict=True):
+            leaves[i] = copy
+        return dict(_pytree.tree_unflatten(leaves, structure))
+
+
+def write(run_dir: Path, record: Record, state: Mapping[str, Any], keep: int) -> None:
     """Write checkpoints/step_N, point `latest` to it and delete all but the newest `keep`.
 
-    All processes call it. Killed at any moment, it leaves the checkpoints from before, and at most
-    a step_N.partial that nobody reads. Raises UserError if it cannot be written.
+    `state` holds what goes into each file. Killed at any moment, it leaves the checkpoints from
+    before, and at most a step_N.partial that nobody reads. Raises UserError if it cannot write.
     """
     folder = run_dir / "checkpoints"
     partial, whole = folder / f"step_{record.step}.partial", folder / f"step_{record.step}"
     with _writing(partial, run_dir):
-        if accelerator.is_main_process:
-            for leftover in folder.glob("*.partial"):
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (partial / _RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
-            for file in partial.iterdir():
-                _flush(file)
-            _flush(partial)
-            if whole.exists():  # a damaged one, or it would not have been made again
-                _discard(whole)
-            partial.replace(whole)
-            _link(folder / "latest", whole.name)
-            _flush(folder)
-            for old in _steps(run_dir)[:-keep]:
-                _discard(old)
-    accelerator.wait_for_everyone()
-    return whole
+        for leftover in folder.glob("*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        weights = {name: value.contiguous() for name, value in state[_MODEL].items()}
+        save_file(weights, partial / _MODEL, {"format": "pt"})
+        for name in (_OPTIMIZER, _SCALER):
+            if state[name] is not None:
+                torch.save(state[name], partial / name)
+        (partial / _RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+        for file in partial.iterdir():
+            _flush(file)
+        _flush(partial)
+        curve = run_dir / "metrics.jsonl"
+        if curve.exists():  # no checkpoint may be younger than its curve
+            _flush(curve)
+        if whole.exists():  # a damaged one, or it would not have been made again
+            _discard(whole)
+        partial.replace(whole)
+        _link(folder / "latest", whole.name)
+        _flush(folder)
+        for old in whole_ones(run_dir)[:-keep]:
+            _discard(old)
 
 
-def restore(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Load model, optimiser, loss scale and random states.
+def restore(
+    checkpoint: Path, model: SlotCon, optimizer: Optimizer, scaler: GradScaler | None
+) -> None:
+    """Load weights, optimiser and loss scale; nothing is changed if any of them cannot be loaded.
 
-    All processes call it. Raises UserError.
+    Raises Damaged.
     """
-    names = [_MODEL, _OPTIMIZER] + ([_SCALER] if accelerator.scaler is not None else [])
-    for name in names:
+    for name in [_MODEL, _OPTIMIZER] + ([_SCALER] if scaler else []):
         if not (checkpoint / name).is_file():
-            raise UserError(f"{checkpoint}: {name} is missing, so the run cannot go on from it")
-    with _reading(checkpoint):
-        accelerator.load_state(str(checkpoint))
+            raise Damaged(f"{checkpoint}: {name} is missing, so the run cannot go on from it")
+    with _reading(checkpoint / _MODEL):
+        weights = load_file(checkpoint / _MODEL)
+        _check_shapes(weights, model.state_dict())
+    with _reading(checkpoint / _OPTIMIZER):
+        momenta = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
+        _check_optimizer(momenta, optimizer)
+    if scaler:
+        with _reading(checkpoint / _SCALER):
+            scale = torch.load(checkpoint / _SCALER, weights_only=True)
+            scaler.load_state_dict(scale)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(momenta)
 
 
 def read_record(checkpoint: Path) -> Record:
-    """run.json of a checkpoint. Raises UserError."""
+    """run.json of a checkpoint. Raises Damaged."""
     with _reading(checkpoint / _RECORD):
         return Record(**json.loads((checkpoint / _RECORD).read_text()))
 
@@ -187,19 +270,33 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except _UNREADABLE as error:
         if isinstance(error, FileNotFoundError):
-            raise UserError(f"{path}: no such file") from None
+            raise Damaged(f"{path}: no such file") from None
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path}: damaged, or of another model ({reason}); "
-            "delete that checkpoint to go on from the one before"
-        ) from None
+        raise Damaged(f"{path}: damaged, or of another model ({reason})") from None
 
 
-def _steps(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = (run_dir / "checkpoints").glob("step_*")
-    whole = [path for path in found if path.name.removeprefix("step_").isdecimal()]
-    return sorted((path for path in whole if (path / _RECORD).is_file()), key=step_of)
+def _check_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal names and shapes. Raises ValueError."""
+    if different := sorted(weights.keys() ^ expected.keys()):
+        raise ValueError(f"{different[0]} is missing or unknown")
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise ValueError(
+                f"{name} has shape {list(weights[name].shape)}, not {list(value.shape)}"
+            )
+
+
+def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """As many weights as `optimizer` has, each momentum of its weight's shape. Raises ValueError,
+    or what reading another file's content raises."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(numbers) != len(weights):
+        raise ValueError(f"it is of {len(numbers)} weights, not {len(weights)}")
+    for number, weight in zip(numbers, weights, strict=True):
+        for value in saved["state"].get(number, {}).values():
+            if isinstance(value, Tensor) and value.ndim and value.shape != weight.shape:
+                raise ValueError(f"a momentum has shape {list(value.shape)}")
 
 
 def _discard(whole: Path) -> None:

@@ -35,9 +35,19 @@ _EXAMPLES = """examples:
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --resume auto
   python -m train.pretrain --config configs/demo_cpu.yaml --train.epochs 2 --name trial
   torchrun --nproc_per_node 8 -m train.pretrain --config configs/imagenet_r50_200ep.yaml
+  accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml \\
+      --config configs/ablations/k1024.yaml     # a later file wins
   python -m train.pretrain --config configs/demo_cpu.yaml --print_config
 
-A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the trackers' files."""
+A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the trackers' files.
+
+exit codes:
+  0    done
+  1    the training diverged, or another of its processes is lost
+  2    bad input; a disk, a tracker or an image that fails
+  75   told to stop by SIGTERM or SIGUSR1: a checkpoint is written, start the same command again
+       with --resume auto (a second signal ends the run at once, without one)
+  130  interrupted from the keyboard, without a checkpoint"""
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,10 @@ class TrainConfig:
     """LARS: trust coefficient, the size of a layer's step relative to its weights."""
     teacher_momentum: float = 0.99
     """What one step keeps of the teacher at the start; a cosine takes it to 1 at the end."""
+    view_sizes: tuple[tuple[float, int], ...] = ()
+    """Progressive size of the views: pairs of a share of the epochs (0..1) and the views' side from
+    there on, a multiple of 32. [[0, 160], [0.5, 224]] trains the first half on views of 160 pixels.
+    The last must be views.size. Empty: views.size from the start."""
     seed: int = 0
     """Of the weights, the order of the images and their views."""
     max_steps: int | None = None
@@ -129,6 +143,17 @@ class TrainConfig:
         require(
             0 <= self.teacher_momentum <= 1, "teacher_momentum", self.teacher_momentum, "in 0..1"
         )
+        stages = tuple((share, side) for share, side in self.view_sizes)
+        object.__setattr__(self, "view_sizes", stages)
+        shares, sides = [share for share, _ in stages], [side for _, side in stages]
+        good = shares == sorted(set(shares)) and shares[:1] in ([], [0]) and shares[-1:] < [1]
+        good = good and sides == sorted(sides) and all(s > 0 and s % 32 == 0 for s in sides)
+        require(
+            good,
+            "view_sizes",
+            stages,
+            "pairs of a growing share, from 0 on, and a growing side, a multiple of 32",
+        )
         require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2^32-1")
         require(
             self.max_steps is None or self.max_steps >= 1,
@@ -151,9 +176,26 @@ class EfficiencyConfig:
     micro-batch, so a run with more of them is not quite the same run."""
     channels_last: bool = True
     """Keep weights and activations in channels-last layout."""
+    slot_selection: Literal["auto", "exact", "static"] = "auto"
+    """How the active slots are picked out: "exact", by their number, for which the host waits in
+    each forward; "static", into buffers of fixed size, for which it does not (the size follows at
+    log lines, and pairs without room are counted as dropped_pairs); "auto", static on a GPU."""
+    compile: bool = False
+    """Compile encoders and projectors with torch.compile, which takes minutes at the start and for
+    each new size of view. Where that fails, the run goes on without. Not with checkpointing."""
+    checkpointing: bool = False
+    """Keep only the borders of the encoder's residual blocks for the backward pass and compute
+    their inside again: less memory, about a third more work, the same numbers."""
 
     def __post_init__(self) -> None:
         require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        both = self.compile and self.checkpointing
+        require(not both, "checkpointing", self.checkpointing, "false with compile")
+
+    def selects_statically(self, device: str) -> bool:
+        """Whether the trainer calls SlotCon.adapt_capacity on this type of device."""
+        automatic = "static" if device == "cuda" else "exact"
+        return (automatic if self.slot_selection == "auto" else self.slot_selection) == "static"
 
 
 @dataclass(frozen=True)
@@ -170,6 +212,12 @@ class LogConfig:
     """How many of the newest checkpoints to keep."""
     dir: str = "runs"
     """Folder of all runs; this one writes to DIR/NAME."""
+    on_divergence: Literal["stop", "roll_back"] = "stop"
+    """A loss or weight that is not finite, or fp16 steps that all overflow: "stop" ends the run;
+    "roll_back" goes on from the last good checkpoint, at most three times at the same place."""
+    timeout_minutes: float = 10
+    """How long a process waits for the others, for the disk and for a tracker before it ends with
+    an error."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "every", self.every, "at least 1")
@@ -180,6 +228,12 @@ class LogConfig:
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(self.keep >= 1, "keep", self.keep, "at least 1")
         require(bool(self.dir), "dir", self.dir, "the name of a folder")
+        require(
+            0 < self.timeout_minutes < math.inf,
+            "timeout_minutes",
+            self.timeout_minutes,
+            "a positive number",
+        )
 
 
 @dataclass(frozen=True)
@@ -204,6 +258,20 @@ class RunConfig:
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name)
         require(bool(plain), "name", self.name, "made of letters, digits, '.', '_' and '-'")
+        sides = [side for _, side in self.train.view_sizes] or [self.views.size]
+        require(
+            sides[-1] == self.views.size,
+            "train.view_sizes",
+            self.train.view_sizes,
+            f"of sides that end with views.size ({self.views.size})",
+        )
+
+    def view_size(self, epoch: int) -> int:
+        """Side of the views of `epoch`, in pixels."""
+        begun = [
+            side for share, side in self.train.view_sizes if share * self.train.epochs <= epoch
+        ]
+        return begun[-1] if begun else self.views.size
 
 
 def load_config(argv: list[str] | None = None) -> tuple[RunConfig, str | None]:
@@ -292,7 +360,7 @@ def _build(values: Mapping[str, Any]) -> RunConfig:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 def _explain(message: str) -> str:

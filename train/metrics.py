@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,37 +14,60 @@ from torch import Tensor
 
 from model import ModelOutput
 from pipeline.errors import UserError
+from train.provenance import write_bytes
 
-TERMS = ("grouping_12", "grouping_21", "slot_12", "slot_21")
-STATS = ("active_slots", "active_pairs")
-NAMES = ("loss", *TERMS, *STATS)
+STATS = ("active_slots", "active_pairs", "dropped_pairs")
 
 
 class Diverged(RuntimeError):
-    """The loss or a weight is no longer finite."""
+    """The loss or a weight is no longer finite, or no step is taken any more."""
+
+
+class Reading(NamedTuple):
+    """What a meter tells; equal on all processes."""
+
+    averages: dict[str, float]
+    """By name; empty if nothing was added."""
+    skipped: int
+    """Steps that the optimiser has left out so far."""
+    end: int
+    """The largest reason for ending the run that a process has brought."""
 
 
 class Meter:
-    """Averages since the last log line, over micro-batches and processes.
+    """Averages since the last log line, over micro-batches and processes: the loss, its `terms` and
+    the model's statistics.
 
-    Adding stays on the device; reading is one collective and one synchronisation.
+    Adding stays on the device; reading is one collective and one synchronisation, which takes along
+    how many steps the optimiser has left out (`skipped`, a scalar on the device).
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=accelerator.device)
+    def __init__(
+        self, accelerator: Accelerator, terms: Sequence[str], skipped: Tensor | None = None
+    ) -> None:
+        self._accelerator, self._terms, self._skipped = accelerator, terms, skipped
+        self.names = ("loss", *terms, *STATS)
+        self._sums = torch.zeros(
+            len(self.names) + 1, dtype=torch.float64, device=accelerator.device
+        )
 
     def add(self, output: ModelOutput) -> None:
         """Take in one micro-batch."""
         values = [output.loss.detach()]
-        values += [output.terms[name] for name in TERMS] + [output.stats[name] for name in STATS]
+        values += [output.terms[name] for name in self._terms]
+        values += [output.stats[name] for name in STATS]
         values.append(torch.ones_like(values[0]))
         self._sums += torch.stack(values)
 
-    def read(self) -> dict[str, float]:
-        """The averages by name; equal on all processes. Empty if nothing was added."""
-        *sums, count = self._gathered().sum(dim=0).tolist()
-        return dict(zip(NAMES, (value / count for value in sums), strict=True)) if count else {}
+    def read(self, end: int = 0) -> Reading:
+        """The averages; `end` is this process's reason for ending the run, 0 for none."""
+        skipped = self._sums.new_zeros(()) if self._skipped is None else self._skipped
+        others = torch.stack([skipped.to(self._sums), torch.full_like(self._sums[0], end)])
+        rows = self._gathered(torch.cat([self._sums, others])).cpu()
+        *sums, count = rows[:, :-2].sum(dim=0).tolist()
+        averages = {n: value / count for n, value in zip(self.names, sums, strict=True) if count}
+        latest, largest = (int(value) for value in rows[:, -2:].amax(dim=0))
+        return Reading(averages, latest, largest)
 
     def clear(self) -> None:
         """Start the next log line."""
@@ -53,19 +75,24 @@ class Meter:
 
     def state(self) -> list[list[float]]:
         """For each process its sums and, last, how many micro-batches they hold."""
-        state: list[list[float]] = self._gathered().tolist()
+        state: list[list[float]] = self._gathered(self._sums).tolist()
         return state
 
     def load(self, state: list[list[float]]) -> None:
-        """Go on from `state`; with another number of processes, from its average over processes."""
+        """Go on from `state`; with another number of processes, from its average over processes;
+        from nothing, if it is of other values.
+        """
         saved = torch.tensor(state, dtype=torch.float64)
+        if saved.shape[1:] != self._sums.shape:
+            self.clear()
+            return
         same = len(state) == self._accelerator.num_processes
         own = saved[self._accelerator.process_index] if same else saved.mean(dim=0)
         self._sums.copy_(own)
 
-    def _gathered(self) -> Tensor:
+    def _gathered(self, values: Tensor) -> Tensor:
         """[processes, values]"""
-        gathered: Tensor = self._accelerator.gather(self._sums[None])
+        gathered: Tensor = self._accelerator.gather(values[None])
         return gathered
 
 
@@ -120,38 +147,31 @@ class Stopwatch:
 
 
 class Journal:
-    """The run's log: metrics.jsonl (one JSON object a line), the progress line, the trackers."""
+    """The run's log for people and programs: the progress line and metrics.jsonl, one JSON object a
+    line.
+    """
 
-    def __init__(self, accelerator: Accelerator, path: Path) -> None:
-        self._accelerator = accelerator
+    def __init__(self, path: Path) -> None:
         self._path = path
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a run that was killed repeats those steps."""
-        if not self._accelerator.is_main_process or not self._path.exists():
+        """Forget what was logged after `step`: a run that was killed repeats those steps.
+
+        Raises UserError.
+        """
+        if not self._path.exists():
             return
         kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-        beside = self._path.with_name(f"{self._path.name}.partial")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        beside.replace(self._path)
-
-    def flush(self) -> None:
-        """Bring all lines to the disk, so that no checkpoint is younger than its curve."""
-        if self._accelerator.is_main_process and self._path.exists():
-            with self._path.open("a") as file:
-                os.fsync(file.fileno())
+        write_bytes(self._path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, values: Mapping[str, float], progress: str) -> None:
-        """One log line everywhere."""
-        if self._accelerator.is_main_process:
-            try:
-                with self._path.open("a") as file:
-                    file.write(json.dumps(values) + "\n")
-            except OSError as error:
-                raise UserError(f"{self._path}: {error.strerror}") from None
-            print(progress, flush=True)
-        measured = {name: value for name, value in values.items() if name != "step"}
-        self._accelerator.log(measured, step=int(values["step"]))
+        """One log line. Raises UserError."""
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._path}: {error.strerror}") from None
+        print(progress, flush=True)
 
 
 def finite(values: Mapping[str, float]) -> bool:
@@ -162,8 +182,9 @@ def finite(values: Mapping[str, float]) -> bool:
 def progress_line(values: Mapping[str, Any], epochs: int, total: int, seconds_left: float) -> str:
     """A log line for people."""
     epoch = math.ceil(values["epoch"])
-    grouping = " ".join(f"{values[name]:.3f}" for name in TERMS[:2])
-    slots = " ".join(f"{values[name]:.3f}" for name in TERMS[2:])
+    grouping, slots = (
+        f"{values[f'{term}_12']:.3f} {values[f'{term}_21']:.3f}" for term in ("grouping", "slot")
+    )
     return (
         f"epoch {epoch}/{epochs}  step {values['step']}/{total}  "
         f"{values['images_per_s']:.1f} images/s  "

@@ -7,36 +7,48 @@ from typing import NoReturn
 
 from pipeline.errors import UserError
 from train.config import load_config
-from train.metrics import Diverged
+
+REQUEUE = os.EX_TEMPFAIL  # 75: start the same command again, with --resume auto
+_FIRST = os.environ.get("LOCAL_RANK", "0") == "0"  # what all processes find, one says
 
 
 def main() -> None:
-    """Read the command line, build the run, train.
-
-    Exit code 2: bad input; 1: the training diverged.
-    """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # what all processes find wrong, one says
+    """Read the command line, build the run, train. For the exit codes see --help."""
     try:
         config, resume = load_config()
         from train.trainer import Trainer  # takes seconds, which --help need not wait for
 
         trainer = Trainer(config, resume)
     except UserError as error:
-        _fail(str(error) if first else "", 2)
+        if _FIRST:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+    from train.metrics import Diverged
+    from train.signals import Stopped
+    from train.watchdog import LostProcess
+
     try:
         trainer.train()
     except UserError as error:  # a damaged image, say, which one process alone meets
-        _fail(str(error), 2)
+        _end(f"error: {error}" if str(error) else "", 2)
+    except LostProcess as error:
+        _end(f"error: {error}", 1)
     except Diverged as error:
-        _fail(str(error) if first else "", 1)
+        _end(f"error: {error}" if _FIRST else "", 1)
+    except Stopped as error:
+        _end(str(error) if _FIRST else "", REQUEUE)
     except KeyboardInterrupt:
-        _fail("interrupted" if first else "", 130)
+        _end("error: interrupted" if _FIRST else "", 130)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _end(message: str, code: int) -> NoReturn:
+    """Say why, and end at once: what Python does at its end may wait for what does not answer."""
     if message:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

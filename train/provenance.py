@@ -71,9 +71,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` at once or not at all. Raises UserError."""
+    """Write `content` to `path` at once or not at all; to a device or a pipe, as it goes. Raises
+    UserError.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(content)
         beside.replace(path)

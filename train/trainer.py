@@ -1,34 +1,37 @@
 """The run: what it is made of, in the order in which it is made, and the step."""
 
-import fcntl
 import math
-import os
+import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, get_int_from_env, parse_flag_from_env
+from accelerate.utils import gather_object
 from torch import nn
 
-from model import SlotCon
+from model import SlotCon, prepare
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.loader import Batch, make_loader
 from train import checkpoint
-from train.config import RunConfig, flatten, from_dict, to_dict, to_yaml
+from train.config import RunConfig, flatten, to_dict, to_yaml
 from train.lars import LARS
+from train.launch import launch, lock, share_of_cores
 from train.metrics import Diverged, Journal, Meter, Stopwatch, finite, progress_line
-from train.provenance import provenance
+from train.provenance import provenance, write_bytes
+from train.resume import origins
 from train.schedule import learning_rate, teacher_momentum
+from train.signals import Stopped, StopSignals
+from train.trackers import Trackers
+from train.watchdog import LostProcess, Watchdog, is_lost
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What a resumed run may not change, for it would be another run; nor may its data.
-_FIXED = ("data.order", "data.window_gb", "views.", "model.", "train.")
-_FREE = ("train.max_steps",)
+_ROLL_BACKS = 3  # without passing the place, before giving up
+_STORM = 20  # steps in a row, all of them too large for fp16 at any loss scale
+# Why a run ends early, agreed on by all processes at a log line; the largest counts.
+_GO_ON, _SIGNAL, _TRACKER, _DISK = range(4)
 
 
 class Trainer:
@@ -42,11 +45,11 @@ class Trainer:
     def __init__(self, config: RunConfig, resume: str | None = None) -> None:
         self.config = config
         self.run_dir = Path(config.log.dir) / config.name
-        origin = _origin(config, self.run_dir, resume)
+        candidates = origins(config, self.run_dir, resume)
 
-        self.accelerator = _launch(config, self.run_dir)
+        self.accelerator = launch(config, self.run_dir)
         if self.accelerator.is_main_process:
-            self._lock = _lock(self.run_dir)  # held as long as the process lives
+            self._lock = lock(self.run_dir)  # held as long as the process lives
         self.beton = Beton(config.data.path)
         self.loader = make_loader(
             self.beton,
@@ -56,13 +59,14 @@ class Trainer:
             backend=config.data.backend,
             order=config.data.order,
             window_bytes=round(config.data.window_gb * 1e9),
+            size_of=config.view_size,
             seed=config.train.seed,
             device=self.accelerator.device,
             dtype=_DTYPES[config.efficiency.precision],
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             accumulation=config.efficiency.accumulation,
-            threads=config.data.threads or _share_of_cores(),
+            threads=config.data.threads or share_of_cores(),
             on_corrupt=config.data.on_corrupt,
         )
         self._check_batch_statistics()
@@ -72,39 +76,83 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.slotcon = self._place(SlotCon(config.model))
         weights = [weight for weight in self.slotcon.parameters() if weight.requires_grad]
-        optimizer = LARS(
+        self.lars = LARS(
             weights,
             lr=0.0,  # set at each step
             momentum=config.train.momentum,
             weight_decay=config.train.weight_decay,
             eta=config.train.eta,
         )
-        self.model, self.optimizer = self.accelerator.prepare(self.slotcon, optimizer)
-        checkpoint.register(self.accelerator)
+        self.model, self.optimizer = self.accelerator.prepare(self.slotcon, self.lars)
 
         self.step = 0
         self.seconds = 0.0
-        self.meter = Meter(self.accelerator)
+        self.static_slots = config.efficiency.selects_statically(self.accelerator.device.type)
+        self.view_size = 0  # of the last step
+        self.skipped = 0  # steps that overflowed, up to the last log line
+        self.overflows: list[int] = []  # steps of the last log lines, if none of them was taken
+        self.roll_backs, self.place = 0, 0  # how many, since the run has come past this step
+        self.meter = Meter(
+            self.accelerator, self.slotcon.term_names, getattr(self.lars, "skipped", None)
+        )
         self.stopwatch = Stopwatch(self.accelerator.device)
-        if origin:
-            self._restore(origin)
+        if candidates:
+            self._resume(candidates)
+
+        patience = 60 * config.log.timeout_minutes
+        self.signals = StopSignals()
+        self.watchdog = Watchdog(1.1 * patience, self._who())  # after those that know more
+        self.writer = checkpoint.Writer(self.run_dir, config.log.keep, patience)
         self.journal = self._open_journal()
+        settings = {key: _scalar(value) for key, value in flatten(to_dict(config)).items()}
+        self.trackers = Trackers(self.accelerator, settings, self.step, patience)
 
     def train(self) -> None:
-        """Train on to the last step, which gets a checkpoint. Raises Diverged."""
-        self.stopwatch.restart()
-        while self.step < self.last_step:
-            epoch, start = divmod(self.step, self.loader.steps_per_epoch)
-            stop = min(self.loader.steps_per_epoch, start + self.last_step - self.step)
-            batches = self.loader.epoch(epoch, start)
-            for _ in range(start, stop):
-                self._train_step(batches)
-                self.step += 1
-                if self.step % self.config.log.every == 0 or self.step == self.last_step:
-                    self._log()
-                if self._checkpoint_is_due():
-                    self._checkpoint()
-        self.accelerator.end_training()
+        """Train on to the last step, which gets a checkpoint.
+
+        Raises Diverged; Stopped, after a signal and its checkpoint; LostProcess; UserError where a
+        disk, a tracker or an image fails. The watchdog ends the process itself.
+        """
+        try:
+            with self.signals, self.watchdog:
+                while self.step < self.last_step:
+                    try:
+                        self._train_epoch()
+                    except Diverged as error:
+                        self._roll_back(error)
+                self._wait_for_disk()
+                self.watchdog.beat()
+                self.trackers.finish()
+        except (Diverged, Stopped):
+            raise
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise LostProcess(self._lost(error)) from error
+        else:
+            self.accelerator.end_training()
+        finally:
+            self._close()
+
+    def _train_epoch(self) -> None:
+        """From the present step to the end of its epoch, or to the last step."""
+        epoch, start = divmod(self.step, self.loader.steps_per_epoch)
+        stop = min(self.loader.steps_per_epoch, start + self.last_step - self.step)
+        batches = self.loader.epoch(epoch, start)
+        if self.view_size != (size := self.config.view_size(epoch)):
+            self.view_size, self.slotcon.capacity = size, None  # its first step counts the slots
+        for _ in range(start, stop):
+            self._train_step(batches)
+            self.step += 1
+            end = self._end_without_log()
+            if log_is_due := self._log_is_due():
+                end = self._log()
+            if self.static_slots and (log_is_due or self.slotcon.capacity is None):
+                self.slotcon.adapt_capacity()
+            if self._checkpoint_is_due():
+                self._checkpoint()
+            if end != _GO_ON:
+                self._end(end)
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         lr, momentum = self._schedule(self.step)
@@ -113,6 +161,7 @@ class Trainer:
         self.slotcon.update_teacher(momentum)
         count = self.config.efficiency.accumulation
         for micro in range(count):
+            self.watchdog.beat()
             with self.stopwatch.waiting():
                 batch = next(batches)
             last = micro == count - 1
@@ -137,11 +186,17 @@ class Trainer:
         base = train.teacher_momentum
         return lr, teacher_momentum(step, base=base, total_steps=self.total_steps)
 
-    def _log(self) -> None:
-        """One log line for the steps since the last, and their only host synchronisation."""
-        averages = self.meter.read()
-        self._check(finite(averages), "the loss")
+    def _log(self) -> int:
+        """One log line for the steps since the last, and their only host synchronisation.
+
+        Returns why the run is to end, or _GO_ON.
+        """
+        averages, skipped, end = self.meter.read(self._reason_to_end())
+        if not self.static_slots:
+            averages.pop("dropped_pairs")  # there are none
         steps, seconds, wait_share = self.stopwatch.read()
+        self._check(finite(averages), "the loss is not finite")
+        self._check_overflows(steps, skipped - self.skipped)
         self.seconds += seconds
         lr, momentum = self._schedule(self.step - 1)
         values = {
@@ -154,22 +209,32 @@ class Trainer:
             "wait_share": wait_share,
             "seconds": self.seconds,
         }
+        if self.config.efficiency.precision == "fp16":
+            values["skipped"] = skipped - self.skipped
         if self.config.data.on_corrupt == "replace":
             values["replaced"] = len(set(gather_object(list(self.loader.replaced))))
-        left = (self.last_step - self.step) * seconds / steps
-        line = progress_line(values, self.config.train.epochs, self.last_step, left)
-        self.journal.write(values, line)
+        if self.accelerator.is_main_process:
+            left = (self.last_step - self.step) * seconds / steps
+            line = progress_line(values, self.config.train.epochs, self.last_step, left)
+            self.journal.write(values, line)
+            measured = {name: value for name, value in values.items() if name != "step"}
+            self.trackers.log(measured, self.step)
+        self.skipped = skipped
         self.meter.clear()
         self.stopwatch.restart()
+        return end
+
+    def _log_is_due(self) -> bool:
+        return self.step % self.config.log.every == 0 or self.step == self.last_step
 
     def _checkpoint_is_due(self) -> bool:
         every = self.config.log.checkpoint_every
         return self.step == self.last_step or (every > 0 and self.step % every == 0)
 
     def _checkpoint(self) -> None:
-        """Save, unless there is something in it that nobody should go on from."""
-        self._check(finite(self.meter.read()), "the loss")
-        self._check(self._weights_are_finite(), "a weight")
+        """Begin to save, unless there is something in it that nobody should go on from."""
+        self._check(finite(self.meter.read().averages), "the loss is not finite")
+        self._check(self._weights_are_finite(), "a weight is not finite")
         with self.stopwatch.paused():
             record = checkpoint.Record(
                 step=self.step,
@@ -179,16 +244,103 @@ class Trainer:
                 meter=self.meter.state(),
                 provenance=provenance(),
             )
-            self.journal.flush()
-            checkpoint.save(self.accelerator, self.run_dir, record, self.config.log.keep)
+            if self.accelerator.is_main_process:
+                self._wait_for_disk()
+                scaler = self.accelerator.scaler
+                self.writer.save(record, self.slotcon, self.lars, scaler)
 
-    def _check(self, good: bool, what: str) -> None:
+    def _wait_for_disk(self) -> None:
+        """Until the last checkpoint is written. Raises UserError."""
+        self.watchdog.beat()
+        self.writer.wait()
+
+    def _reason_to_end(self) -> int:
+        """Why this process wants to end the run, or _GO_ON."""
+        if self.writer.problem():
+            return _DISK
+        if self.trackers.problem():
+            return _TRACKER
+        return _SIGNAL if self.signals.received else _GO_ON
+
+    def _end_without_log(self) -> int:
+        """The same where no other process has to be asked."""
+        return self._reason_to_end() if self.accelerator.num_processes == 1 else _GO_ON
+
+    def _end(self, reason: int) -> None:
+        """End the run early: with a checkpoint, unless it is the disk that fails."""
+        if reason == _SIGNAL and self.step == self.last_step:
+            return  # it ends anyway
+        if reason != _DISK and not self._checkpoint_is_due():
+            self._checkpoint()
+        self._wait_for_disk()
+        if problem := self.trackers.problem():
+            raise problem
+        if reason != _SIGNAL:
+            raise UserError("")  # another process says why
+        name = self.signals.received.name if self.signals.received else "a signal"
+        raise Stopped(
+            f"{self.run_dir}: stopped by {name} at step {self.step}, which has a checkpoint; go on "
+            "with --resume auto"
+        )
+
+    def _check(self, good: bool, problem: str) -> None:
         if not good:
-            last = checkpoint.latest(self.run_dir)
-            raise Diverged(
-                f"{self.run_dir}: {what} is not finite at step {self.step}; "
-                f"last good checkpoint: {last or 'none'}"
-            )
+            raise Diverged(f"{self.run_dir}: {problem} at step {self.step}")
+
+    def _check_overflows(self, steps: int, skipped: int) -> None:
+        """Two log lines of which fp16's loss scaling has left out every step are no search for the
+        right scale any more."""
+        self.overflows = [*self.overflows, steps] if skipped >= steps else []
+        total = sum(self.overflows)
+        storm = len(self.overflows) >= 2 and total >= _STORM
+        self._check(not storm, f"all of the last {total} steps overflow in fp16")
+
+    def _roll_back(self, error: Diverged) -> None:
+        """Go on from the last good checkpoint, if the run is to do that and it helps.
+
+        Raises Diverged.
+        """
+        self._wait_for_disk()
+        self.accelerator.wait_for_everyone()
+        origin = checkpoint.latest(self.run_dir)
+        if origin and checkpoint.step_of(origin) >= self.place:
+            self.roll_backs = 0
+        self.place = max(self.place, self.step)
+        message = f"{error}; last good checkpoint: {origin or 'none'}"
+        if self.config.log.on_divergence == "stop" or origin is None:
+            raise Diverged(message) from None
+        if self.roll_backs == _ROLL_BACKS:
+            raise Diverged(f"{message}; rolled back {_ROLL_BACKS} times in vain") from None
+        self.roll_backs += 1
+        self._say(f"warning: {message}; going on from there (roll-back {self.roll_backs})")
+        self.optimizer.zero_grad()
+        self._restore(origin)
+        if self.accelerator.is_main_process:
+            self.journal.rewind(self.step)
+        self.stopwatch.restart()
+
+    def _close(self) -> None:
+        """Leave nothing behind: neither half a checkpoint, nor log lines that a tracker holds."""
+        with suppress(Exception):
+            self.writer.wait()
+        with suppress(Exception):
+            self.trackers.finish()
+        self.writer.close()
+
+    def _lost(self, error: RuntimeError) -> str:
+        reason = " ".join(str(error).split())[:200]
+        return (
+            f"{self._who()}: another process has ended or does not answer ({reason}); "
+            f"last good checkpoint: {checkpoint.latest(self.run_dir) or 'none'}"
+        )
+
+    def _who(self) -> str:
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        return f"{self.run_dir}" + (f", process {index} of {count}" if count > 1 else "")
+
+    def _say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            print(message, file=sys.stderr, flush=True)
 
     def _weights_are_finite(self) -> bool:
         """On every process, all parameters and buffers."""
@@ -207,50 +359,74 @@ class Trainer:
         model = model.to(device)
         if self.config.efficiency.channels_last:
             model = model.to(memory_format=torch.channels_last)
+        efficiency = self.config.efficiency
+        prepare(
+            model,
+            checkpointing=efficiency.checkpointing,
+            compile=efficiency.compile,
+            warn=self._say,
+        )
         return model
 
     def _check_batch_statistics(self) -> None:
-        """BatchNorm needs two cells at least, of all images that are normalised together."""
-        train, cells = self.config.train, math.ceil(self.config.views.size / 32) ** 2
+        """BatchNorm needs two cells at least, of all images that are normalised together; that of
+        the image-level predictor, two images.
+        """
+        train, cells = self.config.train, math.ceil(self.config.view_size(0) / 32) ** 2
+        rows, unit = (1, "image") if self.config.model.image_loss_weight else (cells, "cell")
         parts = self.accelerator.num_processes * self.config.efficiency.accumulation
-        if train.batch_size // parts * cells < 2:
+        if train.batch_size // parts * rows < 2:
             raise UserError(
                 f"train.batch_size: {train.batch_size} images on {parts} processes and"
-                f" micro-batches, with views of {self.config.views.size} pixels, leave one cell to"
-                " a batch: it has no variance"
+                f" micro-batches, with views of {self.config.view_size(0)} pixels, leave one {unit}"
+                " to a batch: it has no variance"
             )
 
     def _data(self) -> dict[str, int | str]:
         """What tells this beton from another, wherever it lies."""
         return {"images": len(self.beton), "fingerprint": self.beton.fingerprint()}
 
+    def _resume(self, candidates: list[Path]) -> None:
+        """Go on from the first of `candidates` that is whole on all processes; those before it are
+        set aside. Raises UserError.
+        """
+        damaged: dict[Path, str] = {}
+        for origin in candidates:
+            problem = ""
+            try:
+                self._restore(origin)
+            except checkpoint.Damaged as error:
+                problem = str(error)
+            if not (problems := list(filter(None, gather_object([problem])))):
+                break
+            damaged[origin] = problems[0]
+        else:
+            raise UserError(next(iter(damaged.values())))
+        for path, problem in damaged.items():
+            if self.accelerator.is_main_process:
+                aside = checkpoint.set_aside(path)
+                self._say(f"warning: {problem}; it is now {aside.name}, going on from {origin}")
+
     def _restore(self, origin: Path) -> None:
+        """Raises Damaged, and then has changed nothing, or UserError."""
         record = checkpoint.read_record(origin)
         if record.data != self._data():
             raise UserError(
                 f"data.path: {self.beton.path} is not what {origin} was trained on "
                 f"({_describe(self._data())}; it was {_describe(record.data)})"
             )
-        checkpoint.restore(self.accelerator, origin)
+        checkpoint.restore(origin, self.slotcon, self.lars, self.accelerator.scaler)
         self.step, self.seconds = record.step, record.seconds
         self.meter.load(record.meter)
+        self.overflows = []
 
     def _open_journal(self) -> Journal:
+        journal = Journal(self.run_dir / "metrics.jsonl")
         if self.accelerator.is_main_process:
-            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
-        self._start_trackers()
+            write_bytes(self.run_dir / "config.yaml", to_yaml(self.config).encode())
+            journal.rewind(self.step)
         self.accelerator.print(self._introduction())
-        journal = Journal(self.accelerator, self.run_dir / "metrics.jsonl")
-        journal.rewind(self.step)
         return journal
-
-    def _start_trackers(self) -> None:
-        purge = {"purge_step": self.step + 1} if self.step else {}  # as metrics.jsonl is rewound
-        self.accelerator.init_trackers("slotstream", init_kwargs={"tensorboard": purge})
-        settings = {key: _scalar(value) for key, value in flatten(to_dict(self.config)).items()}
-        for tracker in self.accelerator.trackers:
-            if tracker.name != "tensorboard":  # which would start one more folder at each resume
-                tracker.store_init_configuration(settings)
 
     def _introduction(self) -> str:
         processes, device = self.accelerator.num_processes, self.accelerator.device.type
@@ -261,99 +437,6 @@ class Trainer:
             f"{self.config.model.num_prototypes} prototypes, {processes} x {device}, "
             f"precision {self.config.efficiency.precision}"
         )
-
-
-def _lock(run_dir: Path) -> IO[str]:
-    """The lock of a run's folder, which the operating system lifts when the process ends.
-
-    Raises UserError if another process trains there: a requeued job, say, whose first life goes on.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{run_dir}: another process is training there") from None
-    except OSError as error:
-        raise UserError(f"log.dir: {run_dir}: {error.strerror}") from None
-    return file
-
-
-def _share_of_cores() -> int:
-    """The cores of this machine for each of the processes that were launched on it."""
-    return max(1, len(os.sched_getaffinity(0)) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))
-
-
-def _launch(config: RunConfig, run_dir: Path) -> Accelerator:
-    """This process's place among the others, its device and precision. Raises UserError."""
-    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    precision = config.efficiency.precision
-    if precision == "fp16" and not on_gpu:
-        raise UserError("efficiency.precision: fp16 needs a CUDA GPU; use bf16 or no")
-    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and not has_bf16:
-        raise UserError("efficiency.precision: this GPU has no bf16; use fp16 or no")
-    installed = {str(tracker) for tracker in get_available_trackers()}
-    for tracker in config.log.trackers:
-        if tracker not in installed:
-            raise UserError(f"log.trackers: the package of {tracker} is not installed")
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
-    accelerator = Accelerator(
-        cpu=not on_gpu,  # or processes that torchrun starts on a CPU would not know each other
-        mixed_precision=precision,
-        log_with=list(config.log.trackers) or None,
-        project_dir=run_dir,
-        # Running statistics take no part in training and, synchronised, are equal anyway.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
-    )
-    if launcher != precision:
-        accelerator.print(
-            f"note: efficiency.precision {precision} wins over accelerate's {launcher}"
-        )
-    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in known:
-        raise UserError(
-            f"accelerate's {accelerator.distributed_type.value} is not supported: "
-            "use plain data parallelism"
-        )
-    return accelerator
-
-
-def _origin(config: RunConfig, run_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, None for a new run.
-
-    Raises UserError rather than overwrite a run or mix two.
-    """
-    newest = checkpoint.latest(run_dir)
-    if resume is None and newest:
-        raise UserError(
-            f"{run_dir} already holds checkpoints, up to {newest.name}: "
-            "go on with --resume auto, or give the new run another --name"
-        )
-    origin = newest if resume in (None, "auto") else checkpoint.find(Path(str(resume)))
-    if origin is None:
-        return None
-    if newest and newest.resolve() != origin.resolve():
-        raise UserError(
-            f"{run_dir} holds {newest.name}, which is not the checkpoint to resume from "
-            f"({origin}): give the new run another --name, or delete the newer checkpoints"
-        )
-    _check_same_science(config, origin)
-    return origin
-
-
-def _check_same_science(config: RunConfig, origin: Path) -> None:
-    """Refuse settings that would make a curve of two recipes."""
-    before = flatten(to_dict(from_dict(checkpoint.read_record(origin).config)))
-    for key, value in flatten(to_dict(config)).items():
-        fixed = key.startswith(_FIXED) and key not in _FREE
-        if fixed and value != before[key]:
-            raise UserError(
-                f"{key} was {before[key]} in {origin} and is now {value}: a resumed run keeps its "
-                "views, model and train settings; give the new run another --name"
-            )
 
 
 def _describe(data: dict[str, Any]) -> str:
