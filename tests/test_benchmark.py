@@ -20,7 +20,7 @@ from tests.betons import varied, write_beton
 from tools import benchmark
 from tools.benchmark_report import compare, targets, verdict
 from tools.benchmark_stages import COPY, least_bytes, operations, repeated
-from tools.benchmark_timing import Bench, Result, Work
+from tools.benchmark_timing import Bench, Result, StepDetail, Work
 from train.config import load_config
 from train.metrics import Stopwatch
 
@@ -80,6 +80,7 @@ def test_every_stage_is_measured_and_written_down(
         *(("params", name, None, None) for name in ("numba", "numpy", "torch")),
         ("transfer", "memory copy", None, None),
         ("step", "plain", None, None),
+        ("step", "fast", None, None),
         *(("augment", name, None, None) for name in ("reference", "kornia")),
         *(("augment", "kornia", None, operation) for operation in operations(ViewConfig())),
         ("augment", "kornia", None, "normalise"),
@@ -93,9 +94,11 @@ def test_every_stage_is_measured_and_written_down(
     for row in rows:
         assert 0 < row["slowest"] <= row["images_per_s"] <= row["fastest"]
         assert (row["wait_share"] is not None) == (row["operation"] == "overlap")
+        assert (row["detail"] is not None) == (row["stage"] == "step")
     waits = [row["wait_share"] for row in rows if row["operation"] == "overlap"]
     assert len(waits) >= 2 and all(0 <= wait < 1 for wait in waits)
     assert any("triton" in line for line in content["skipped"]) and "triton" in printed.err
+    assert "teacher update" in printed.out
     table = printed.out.split("\n\n")[0].splitlines()
     assert len(table) == len(rows) + 1
     assert content["verdict"] in printed.out
@@ -235,7 +238,7 @@ def test_data_wait_on_a_gpu_is_the_device_s(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- Concluding ----
 
 DECODE = result("decode", "loader", 1000)
-STEP = result("step", "plain", 2000)
+STEP = result("step", "fast", 2000)
 
 
 def path(rate: float, backend: str = "triton", crops: str = "device", **more: Any) -> Result:
@@ -248,7 +251,12 @@ VERDICTS: dict[str, tuple[list[Result], int, list[str]]] = {
     "the step": (
         [DECODE, STEP, path(6000, wait_share=None)],
         2,
-        ["training step limits, at 2,000", "3 times as many", "6,000"],
+        ["training step limits, at 2,000", "3 times as many", "6,000", "train.view_sizes"],
+    ),
+    "the step, of which a variant was measured": (
+        [DECODE, STEP, result("step", "fast", 3000, operation="compile"), path(6000)],
+        2,
+        ["at 2,000", "compile helps: 3,000"],
     ),
     "decoding, and there are cores": (
         [DECODE, STEP, path(900)],
@@ -329,6 +337,9 @@ FAST = [
     result("params", "numba", 2e6),
     path(4100, threads=16),
     path(900, operation="overlap", wait_share=0.004, threads=16),
+    result(
+        "step", "fast", 1600, ratio=2.6, ratio_to="plain", detail=StepDetail(1.0, 1, beside=0.07)
+    ),
 ]
 
 
@@ -338,20 +349,21 @@ def states(results: list[Result], settings: dict[str, Any]) -> list[str]:
 
 def test_targets_are_judged_only_where_they_were_measured() -> None:
     """A target that is called met on another machine or batch would be a false claim."""
-    assert states(FAST, H200) == ["met"] * 6
+    assert states(FAST, H200) == ["met"] * 9
     slow = [
         replace(row, ms=5.1, ratio=0.9 * (row.ratio or 1), images_per_s=0.5 * row.images_per_s)
         for row in FAST
     ]
-    slow[-1] = replace(slow[-1], wait_share=0.02)
-    slow[-3] = replace(slow[-3], images_per_s=9e5)
-    assert states(slow, H200) == ["not met"] * 6
+    slow[-1] = replace(slow[-1], detail=StepDetail(1.0, 1, beside=0.09))
+    slow[-2] = replace(slow[-2], wait_share=0.02)
+    slow[-4] = replace(slow[-4], images_per_s=9e5)
+    assert states(slow, H200) == ["not met"] * 9
     other = {"device": "cuda", "batch": 64, "size": 224}
     fewer = [replace(row, threads=8) for row in FAST]
     unknown = "not measured here"
-    assert states(fewer, other) == [unknown, "met", unknown, "met", "met", "met"]
-    assert states(FAST, {**H200, "device": "cpu"}) == [unknown] * 4 + ["met"] * 2
-    assert states([], H200) == [unknown] * 6
+    assert states(fewer, other) == [unknown, "met", unknown, *["met"] * 2, *[unknown] * 4]
+    assert states(FAST, {**H200, "device": "cpu"}) == [*[unknown] * 4, "met", "met", *[unknown] * 3]
+    assert states([], H200) == [unknown] * 9
 
 
 def file_of(*results: Result, **more: Any) -> dict[str, Any]:
@@ -384,6 +396,8 @@ def test_files_that_cannot_be_compared_are_refused() -> None:
         compare(file_of(DECODE), file_of(STEP), NAMES)
     with pytest.raises(UserError, match=r"a\.json: a measurement without images_per_s"):
         compare({"results": [{"metric": "miou"}]}, file_of(STEP), NAMES)
+    with pytest.raises(UserError, match="its settings are no mapping"):
+        compare(file_of(STEP) | {"settings": [1]}, file_of(STEP), NAMES)
 
 
 # ---- Refusing ----
@@ -398,11 +412,19 @@ def test_files_that_cannot_be_compared_are_refused() -> None:
         ("decode --data x --synthetic", "either --data"),
         ("decode augment --synthetic", "--synthetic has no file, which decode would measure"),
         ("augment --synthetic --batch 0", "must be at least 1"),
+        ("step --synthetic --device cpu --largest-batch", "needs a GPU"),
+        ("cost step", "without other stages"),
+        ("cost --minutes 0", "must be above 0"),
+        ("cost --watts nan", "must be above 0"),
+        ("cost --device cpu --config nowhere", "nowhere"),
         ("augment --synthetic --threads 2 0", "must be at least 1"),
         ("augment --synthetic --seconds 0", "--seconds above 0"),
         ("augment --synthetic --device cpu --backends triton", "needs a GPU"),
         ("params --synthetic --plot picture.jpg", "must end in .png"),
-        ("params --synthetic --json nowhere/bench.json", "no such folder"),
+        ("augment --synthetic --seconds inf", "--seconds above 0"),
+        ("params --synthetic --threads 100000", "--threads: at most"),
+        ("params --synthetic --json .", "is a folder"),
+        ("params --synthetic --json Makefile/bench.json", "is not a folder"),
         ("params --data nowhere.beton", "No such file"),
         ("params --synthetic --config nowhere.yaml", "nowhere.yaml"),
         ("decode --compare a b", "--compare measures nothing"),

@@ -3,6 +3,7 @@ same images, and which of them limits training.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 
 from pipeline.augment import BACKENDS
-from pipeline.errors import CommandParser, UserError, run
+from pipeline.errors import CommandParser, UserError, check_writable, run
+from tools import benchmark_cost
+from tools.benchmark_cost import CO2_PER_KWH
 from tools.benchmark_picture import draw
-from tools.benchmark_report import aligned, compare, table, targets, verdict
+from tools.benchmark_report import aligned, compare, step_table, table, targets, verdict
 from tools.benchmark_stages import EPOCH, FROM_A_FILE, STAGES, repeated
+from tools.benchmark_step import VARIANTS
 from tools.benchmark_timing import Bench
 from train.config import load_config
 from train.provenance import provenance, write_json
@@ -27,6 +31,10 @@ EXAMPLES = """examples:
       --batch 512 --threads 16 --json h200.json --plot h200.png
   python -m tools.benchmark decode --data coco.beton --threads 1 2 4
   python -m tools.benchmark augment transfer --synthetic --batch 512 --backends kornia triton
+  python -m tools.benchmark step --synthetic --config configs/coco_r50_800ep.yaml --batch 512 \\
+      --also compile checkpointing --largest-batch --plot step.png
+  python -m tools.benchmark cost --config coco_r50_800ep --minutes 1 --json cost.json
+  python -m tools.benchmark cost --config coco_r50_800ep --config ablations/progressive_160_224
   python -m tools.benchmark --compare before.json after.json
 
 Stages
@@ -38,14 +46,18 @@ Stages
   transfer  canvases to the GPU; a plain copy in the memory where views are made
   augment   both views of decoded images by each backend, then each operation with all others off
             (but crop and resize)
-  step      a training step on views that are already there
+  step      a training step on views that are already there: the recipe written down plainly, and
+            what the trainer runs; a profile of each, operators, launches, memory
   pipeline  the whole data path by each backend, cropping on the device, on the host, by DALI; then
             training from the fastest of each ("overlap"), and how long it waits for data
+  cost      alone: step and loader for a minute, then hours, energy and CO2e of the whole recipe
 
 images/s are medians; lowest and highest are those of the repeats. GB/s count what must move at
 least: a record's bytes (read, pipeline), decoded pixels (decode), a canvas (transfer), crops read
 and views written (augment); a plain copy counts what it reads and what it writes.
 """
+
+MOST_THREADS = 1024  # beyond any machine; the system ends a process that asks for far more
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -63,9 +75,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="generated canvases instead of a beton: params, transfer, augment, step",
     )
     parser.add_argument(
-        "--config", default="configs/demo_cpu.yaml", help="views, model and precision of the stages"
+        "--config",
+        type=_config,
+        action="append",
+        help="views, model and precision of the stages: a file, or the name of one in configs/"
+        " (demo_cpu); of several, a later one wins",
     )
-    parser.add_argument("--batch", type=int, default=64, help="images in a batch (64)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="images in a batch (64; cost: the recipe's on a GPU, 4 on a CPU)",
+    )
     parser.add_argument(
         "--threads",
         type=int,
@@ -75,6 +95,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         " rest with the largest",
     )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        choices=VARIANTS,
+        default=[],
+        help="efficiency settings that the step is measured with as well",
+    )
+    parser.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="step: find the largest batch that fits the GPU, to an eighth",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="after one warm-up (5)")
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="each repeat, of at least one batch (0.5)"
@@ -85,19 +117,43 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
+    parser.add_argument("--minutes", type=float, default=1.0, help="cost: of measuring, about (1)")
+    parser.add_argument(
+        "--watts", type=float, help="cost: of a GPU, where nvidia-ml-py is not there to ask it"
+    )
+    parser.add_argument(
+        "--co2-per-kwh",
+        type=float,
+        default=CO2_PER_KWH,
+        metavar="GRAMS",
+        help=f"cost: ({CO2_PER_KWH:.0f}, the world's in 2024 by the IEA's Electricity 2025)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar="FILE.json", help="two runs' --json files"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    files = args.config or [_config("demo_cpu")]
+    args.config = [word for file in files for word in ("--config", file)]
+    return args
+
+
+def _config(name: str) -> str:
+    """The file that is meant, by its path or its bare name."""
+    known = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    return str(known) if known.is_file() and not Path(name).is_file() else name
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before anything is. Raises UserError."""
     for stage in args.stages:
-        if stage not in (*STAGES, "all"):
-            raise UserError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}, all")
+        if stage not in (*STAGES, "all", "cost"):
+            raise UserError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}, all, cost")
+    if "cost" in args.stages:
+        check_cost(args)
+        return
+    args.batch = 64 if args.batch is None else args.batch
     if not args.stages:
         raise UserError(f"name a stage: {', '.join(STAGES)}, or all")
     if bool(args.data) == args.synthetic:
@@ -108,27 +164,42 @@ def check(args: argparse.Namespace) -> None:
     check_numbers(args)
 
 
+def check_cost(args: argparse.Namespace) -> None:
+    """The same for `cost`, which stands alone. Raises UserError."""
+    if args.stages != ["cost"] or args.synthetic or args.plot:
+        raise UserError("cost goes without other stages, --synthetic and --plot")
+    positive = (args.minutes, args.co2_per_kwh, 1 if args.watts is None else args.watts)
+    if not all(0 < value < math.inf for value in positive):
+        raise UserError("--minutes, --watts and --co2-per-kwh must be above 0")
+    check_numbers(args)
+
+
 def check_numbers(args: argparse.Namespace) -> None:
     """The rest of `check`: what the stages are given, and where their results go."""
     images = 1 if args.images is None else args.images
-    if min(args.batch, *args.threads, args.repeats, images) < 1 or not args.seconds > 0:
+    batch = 1 if args.batch is None else args.batch
+    if min(batch, *args.threads, args.repeats, images) < 1 or not 0 < args.seconds < math.inf:
         raise UserError(
             "--batch, --threads, --repeats and --images must be at least 1, --seconds above 0"
         )
+    if max(args.threads) > MOST_THREADS:
+        raise UserError(f"--threads: at most {MOST_THREADS}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU here")
+    if args.device == "cpu" and args.largest_batch:
+        raise UserError("--largest-batch: needs a GPU, whose memory it fills")
     if args.device == "cpu" and args.backends == ["triton"]:
         raise UserError("--backends triton: needs a GPU; the interpreter is for tests only")
     if args.plot and args.plot.suffix.lower() != ".png":
         raise UserError(f"--plot {args.plot}: must end in .png")
-    for path in (args.json, args.plot):
-        if path and not path.parent.is_dir():
-            raise UserError(f"{path}: no such folder")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path:
+            check_writable(option, path)
 
 
 def prepare(args: argparse.Namespace) -> Bench:
     """Open the file and the configuration."""
-    config, _ = load_config(["--config", args.config, "--data.path", args.data or "none"])
+    config, _ = load_config([*args.config, "--data.path", args.data or "none"])
     beton = None
     if args.data:
         from pipeline.beton import Beton
@@ -144,6 +215,8 @@ def prepare(args: argparse.Namespace) -> Bench:
         images=args.images or 256 * max(args.threads),
         device=torch.device(args.device),
         backends=tuple(dict.fromkeys(args.backends)),
+        also=tuple(dict.fromkeys(args.also)),
+        largest=args.largest_batch,
     )
 
 
@@ -156,7 +229,7 @@ def describe(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         "size": bench.config.views.size,
         "dtype": str(bench.dtype).removeprefix("torch."),
         "arch": bench.config.model.arch,
-        "config": args.config,
+        "config": " ".join(args.config),
         "data": args.data or "synthetic",
         "images": len(bench.beton) if bench.beton else bench.batch,
         "seconds": bench.seconds,
@@ -178,6 +251,8 @@ def measure(args: argparse.Namespace) -> None:
     judged = targets(bench.results, settings)
     conclusion = verdict(bench.results, machine["hardware"]["cores"])
     print(table(bench.results))
+    if more := step_table(bench.results):
+        print("\n" + more)
     print("\n" + aligned([(t.claim, t.figure, t.state) for t in judged]))
     print(f"\n{conclusion}\n{time.perf_counter() - began:.0f} s of measuring")
     if args.json:
@@ -208,7 +283,10 @@ def main() -> None:
         print(compare(first, second, args.compare))
     else:
         check(args)
-        measure(args)
+        if args.stages == ["cost"]:
+            benchmark_cost.measure(args)
+        else:
+            measure(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark as a picture: a bar for each stage, on a logarithmic axis, under its ceilings."""
+"""The benchmark as a picture: a bar for each stage, under its ceilings."""
 
 import itertools
 import math
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from tools.benchmark_profile import PARTS
 from tools.benchmark_report import find
 from tools.benchmark_timing import Result
 from tools.charts import short
@@ -21,6 +22,16 @@ STAGE_COLOURS = {
     "step": "#c8553d",
     "pipeline": "#6a4c93",
 }
+PART_COLOURS = dict(
+    zip(
+        PARTS,
+        (
+            "#2f6fde", "#1d4a9c", "#8fb4f0", "#1a936f", "#88d498", "#e9c46a", "#c8553d", "#b56576",
+            "#6a4c93", "#111111", "#c4c9d1",
+        ),
+        strict=True,
+    )
+)  # fmt: skip
 LINE_COLOURS = ("#6b7280", "#111111", "#2f6fde", "#1a936f", "#c8553d")
 
 # Pixels; the picture is drawn at twice the size it is looked at.
@@ -46,7 +57,7 @@ def ceilings(results: Sequence[Result]) -> list[Line]:
             "copy bandwidth",
             find(results, "transfer", "device copy") or find(results, "transfer", "memory copy"),
         ),
-        ("cached-batch training", find(results, "step", "plain")),
+        ("cached-batch training", find(results, "step", "fast")),
     )
     return [
         Line(name, found.images_per_s, colour)
@@ -56,16 +67,60 @@ def ceilings(results: Sequence[Result]) -> list[Line]:
 
 
 def draw(results: Sequence[Result], caption: str) -> Image.Image:
+    """The stages' rates and, under them, where the time of profiled training steps goes."""
+    panels = [draw_rates(results, caption)]
+    steps = [r for r in results if r.detail and r.detail.parts]
+    panels += [draw_parts(steps, panels[0].width)] if steps else []
+    picture = Image.new("RGB", (panels[0].width, sum(panel.height for panel in panels)), PAPER)
+    top = 0
+    for panel in panels:
+        picture.paste(panel, (0, top))
+        top += panel.height
+    return picture
+
+
+def draw_parts(steps: Sequence[Result], width: int) -> Image.Image:
+    """A bar for each step, of its parts' shares, and the parts' names with their ms."""
+    rows = [(step, step.detail.parts) for step in steps if step.detail and step.detail.parts]
+    names = [part for part in PARTS if any(part in parts for _, parts in rows)]
+    top, left = MARGIN + TITLE, MARGIN + NAMES
+    legend = top + 2 * ROW * len(rows) + 2 * GROUP_GAP
+    picture = Image.new("RGB", (width, legend + LINE_LABEL * (len(names) + 1) + MARGIN), PAPER)
+    pen = ImageDraw.Draw(picture)
+    pen.text((MARGIN, MARGIN - 8), "where the time of a step goes", INK, _font(36))
+    about = "shares of a step in the profiler, each part with its backward; ms beside the names"
+    pen.text((MARGIN, MARGIN + 42), about, FAINT, _font(24))
+    for place, (step, parts) in enumerate(rows):
+        x, y, total = float(left), top + 2 * ROW * place, sum(parts.values())
+        pen.text((left - 16, y + ROW * 0.75), step.name, INK, _font(24), anchor="rm")
+        for part in names:
+            end = x + PLOT * parts.get(part, 0.0) / total
+            pen.rectangle((x, y, end, y + 1.5 * ROW), PART_COLOURS[part])
+            x = end
+        pen.text((x + 12, y + ROW * 0.75), f"{total:,.0f} ms", INK, _font(24), anchor="lm")
+    for place, part in enumerate(names):
+        y = legend + LINE_LABEL * place
+        pen.rectangle((left, y, left + 24, y + 24), PART_COLOURS[part])
+        shares = (parts.get(part, 0.0) for _, parts in rows)
+        values = "   ".join(
+            f"{step.operation or step.backend} {ms:,.1f}"
+            for (step, _), ms in zip(rows, shares, strict=True)
+        )
+        pen.text((left + 40, y + 12), part, INK, _font(24), anchor="lm")
+        pen.text((left + 320, y + 12), values, FAINT, _font(24), anchor="lm")
+    return picture
+
+
+def draw_rates(results: Sequence[Result], caption: str) -> Image.Image:
     """Bars of whole stages, whiskers from the lowest to the highest repeat; single operations are
     left to the table, and so is decoding with fewer threads.
     """
     most = max((r.threads for r in results if r.stage == "decode"), default=0)
-    rows = [r for r in results if r.operation in (None, "overlap")]
+    rows = [r for r in results if r.operation in (None, "overlap") or r.stage == "step"]
     rows = [r for r in rows if r.stage != "decode" or r.threads == most]
     lines = sorted(ceilings(results), key=lambda line: -line.rate)
     rates = [rate for r in rows for rate in (r.slowest, r.fastest)]
-    low, high = math.floor(math.log10(min(rates))), math.ceil(math.log10(max(rates)))
-    high = max(high, low + 1)
+    share, ticks = _axis(min(rates), max(rates))
     left, top = MARGIN + NAMES, MARGIN + TITLE + LINE_LABEL * len(lines) + 10
     gaps = sum(a.stage != b.stage for a, b in itertools.pairwise(rows))
     bottom = top + ROW * len(rows) + GROUP_GAP * gaps
@@ -73,14 +128,14 @@ def draw(results: Sequence[Result], caption: str) -> Image.Image:
     pen = ImageDraw.Draw(picture)
 
     def across(rate: float) -> float:
-        return left + PLOT * (math.log10(rate) - low) / (high - low)
+        return left + PLOT * share(rate)
 
     pen.text((MARGIN, MARGIN - 8), "images a second, by stage", INK, _font(36))
     pen.text((MARGIN, MARGIN + 42), caption, FAINT, _font(24))
-    for power in range(low, high + 1):
-        x = across(10.0**power)
+    for tick in ticks:
+        x = across(tick)
         pen.line((x, top - 6, x, bottom), RULE, 2)
-        pen.text((x, bottom + 14), short(10.0**power), FAINT, _font(24), anchor="ma")
+        pen.text((x, bottom + 14), short(tick), FAINT, _font(24), anchor="ma")
     middles, y = [], float(top)
     for number, row in enumerate(rows):
         y += GROUP_GAP if number and row.stage != rows[number - 1].stage else 0
@@ -96,6 +151,21 @@ def draw(results: Sequence[Result], caption: str) -> Image.Image:
         _spread(pen, row, y, across)
     pen.line((left, top - 6, left, bottom), FAINT, 2)
     return picture
+
+
+def _axis(lowest: float, highest: float) -> tuple[Callable[[float], float], list[float]]:
+    """Where a rate lies on the axis (0..1), and the axis's ticks. It begins with 0, unless there
+    are rates so small that only a logarithm shows them.
+    """
+    if highest < 10 * lowest:
+        unit = 10.0 ** math.floor(math.log10(highest))
+        count = math.ceil(highest / unit)
+        return lambda rate: rate / (count * unit), [unit * i for i in range(count + 1)]
+    low, high = math.floor(math.log10(lowest)), math.ceil(math.log10(highest))
+    return (
+        lambda rate: (math.log10(rate) - low) / (high - low),
+        [10.0**power for power in range(low, high + 1)],
+    )
 
 
 def _ceiling(pen: ImageDraw.ImageDraw, line: Line, x: float, y: float, bottom: float) -> None:

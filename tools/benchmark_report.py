@@ -14,6 +14,11 @@ HEADS = (
     "beside", "batch", "threads",
 )  # fmt: skip
 
+STEP_HEADS = (
+    "step", "first s", "operators", "launches", "host waits", "beside networks", "GPU GiB",
+    "largest batch",
+)  # fmt: skip
+
 
 def table(results: Sequence[Result]) -> str:
     """One row a measurement. "of copy": the bytes that must move, as a share of what a plain copy
@@ -48,6 +53,29 @@ def _beside(result: Result) -> str:
     if result.ratio is not None:
         parts.append(f"{result.ratio:.3g} x {result.ratio_to}")
     return ", ".join(parts)
+
+
+def step_table(results: Sequence[Result]) -> str:
+    """What else is known of the training steps, and ms by part; empty without a step."""
+    steps = [(result.name, result.detail) for result in results if result.detail]
+    rows: list[Sequence[str]] = [STEP_HEADS]
+    for name, detail in steps:
+        counts = (detail.operators, detail.launches, detail.host_waits)
+        rows.append(
+            (
+                name,
+                f"{detail.first_s:.1f}",
+                *("" if count is None else f"{count:,}" for count in counts),
+                "" if detail.beside is None else f"{detail.beside:.1%}",
+                "" if detail.peak_bytes is None else f"{detail.peak_bytes / 2**30:.1f}",
+                "" if detail.largest_batch is None else f"{detail.largest_batch:,}",
+            )
+        )
+    profiled = [(name, detail.parts) for name, detail in steps if detail.parts]
+    names = dict.fromkeys(part for _, parts in profiled for part in parts)
+    split: list[Sequence[str]] = [("ms in the profiler", *(name for name, _ in profiled))]
+    split += [(part, *(f"{parts.get(part, 0):,.2f}" for _, parts in profiled)) for part in names]
+    return "\n\n".join(aligned(table) for table in (rows, split) if len(table) > 1)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -100,14 +128,21 @@ def targets(results: Sequence[Result], settings: Mapping[str, Any]) -> list[Targ
     ratio = triton.ratio if triton and triton.ratio_to == "kornia" else None
     rate = path.images_per_s if path and path.threads == 16 else None
     of_bare = loader.ratio if loader else None
-    pairs = drawn.images_per_s if drawn else None
+    pairs = drawn.images_per_s if drawn and settings["batch"] >= 512 else None
+    step = find(results, "step", "fast") if gpu and whole else None
+    times = step.ratio if step and step.ratio_to == "plain" else None
+    beside = step.detail.beside if step and step.detail else None
+    speed = step.images_per_s if step else None
     return [
         _judge("both views of 512 images at 224 pixels: at most 5 ms", ms, "{:.2f} ms", _below(5)),
         _judge("augmentation: at least 40 x kornia", ratio, "{:.1f} x", _above(40)),
         _judge("data path, 16 threads: 4,000 images/s", rate, "{:,.0f} images/s", _above(4000)),
         _judge("data wait: at most 1 %", min(waits, default=None), "{:.2%}", _below(0.01)),
         _judge("loader: at least 95 % of bare decoding", of_bare, "{:.1%}", _above(0.95)),
-        _judge("parameters: 1 million pairs/s on a core", pairs, "{:,.0f} pairs/s", _above(1e6)),
+        _judge("parameters, 512 images: 1 million pairs/s", pairs, "{:,.0f} pairs/s", _above(1e6)),
+        _judge("step, 512 images: at least 2.5 x plain", times, "{:.2f} x", _above(2.5)),
+        _judge("step beside the networks: at most 8 %", beside, "{:.1%}", _below(0.08)),
+        _judge("step: at least 1,500 images/s", speed, "{:,.0f} images/s", _above(1500)),
     ]
 
 
@@ -131,7 +166,7 @@ def _below(limit: float) -> Callable[[float], bool]:
 def verdict(results: Sequence[Result], cores: int) -> str:
     """What limits training, by how much, and what would help; from the measured figures alone."""
     paths = [r for r in results if r.stage == "pipeline" and not r.operation]
-    step = find(results, "step", "plain")
+    step = find(results, "step", "fast")
     if not paths:
         return "To learn what limits training, measure step and pipeline together."
     path = max(paths, key=lambda result: result.images_per_s)
@@ -146,7 +181,7 @@ def verdict(results: Sequence[Result], cores: int) -> str:
             f"The training step limits, at {_rate(step)} images/s:"
             f" the data path brings {times:.2g} times as many, {brings}."
         )
-        return text + _while_training(results, path)
+        return text + _for_the_step(results, step) + _while_training(results, path)
     name, advice = _bottleneck(results, path, cores, step.images_per_s)
     share = path.images_per_s / step.images_per_s
     return (
@@ -154,6 +189,16 @@ def verdict(results: Sequence[Result], cores: int) -> str:
         f" training step could take; what limits it is {name}: {advice}."
         + _while_training(results, path)
     )
+
+
+def _for_the_step(results: Sequence[Result], step: Result) -> str:
+    """What would help a step that limits: a setting that was measured to, or else fewer pixels."""
+    variants = [r for r in results if (r.stage, r.backend) == ("step", "fast") and r.operation]
+    best = max(variants, key=lambda result: result.images_per_s, default=step)
+    if best.images_per_s > 1.05 * step.images_per_s:
+        return f" Of its settings, {best.operation} helps: {_rate(best)} images/s."
+    tried = " (--also compile measures what efficiency.compile does)" if not variants else ""
+    return f" Smaller views at first (train.view_sizes) or more GPUs would help{tried}."
 
 
 def _while_training(results: Sequence[Result], path: Result) -> str:
@@ -225,11 +270,16 @@ _Row = Mapping[str, Any]
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[Path]) -> str:
-    """A table of ratios between two runs' files, and a warning for whatever differs but speed."""
+    """A table of ratios between two runs' files, and a warning for whatever differs but speed.
+
+    Raises UserError for files of another kind.
+    """
     warnings = [
         f"warning: {key} differs: {a!r} and {b!r}"
         for part in ("hardware", "versions", "settings")
-        for key, a, b in _differences(first.get(part) or {}, second.get(part) or {})
+        for key, a, b in _differences(
+            *(_part(run, part, name) for run, name in zip((first, second), names, strict=True))
+        )
     ]
     rows = [("stage", *(name.name for name in names), "ratio", "")]
     groups = [
@@ -259,6 +309,13 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence
         if key not in other
     ]
     return "\n".join((*warnings, aligned(rows), *once))
+
+
+def _part(run: Mapping[str, Any], part: str, name: Path) -> _Row:
+    values = run.get(part) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: its {part} are no mapping")
+    return values
 
 
 def _differences(first: _Row, second: _Row) -> list[tuple[str, Any, Any]]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from model import SlotCon
 from pipeline.augment import get_backend
@@ -26,8 +25,8 @@ from pipeline.errors import UserError
 from pipeline.ffcv_format import JPEG
 from pipeline.views import ViewConfig, ViewParams, sample_views
 from pipeline.views_array import sample_views_numpy, sample_views_torch
+from tools.benchmark_step import Step, make_step, step
 from tools.benchmark_timing import Bench, Work, generated, to_result
-from train.lars import LARS
 from train.metrics import Stopwatch
 
 if TYPE_CHECKING:
@@ -93,11 +92,11 @@ def decode(bench: Bench) -> None:
     batches = np.array_split(images, max(1, len(images) // bench.batch))
     jpegs = _jpegs(beton, images)
     pixels = int((beton.height[images] * beton.width[images]).sum()) * 3
-    pin = bench.device.type == "cuda"
+    pin, views = bench.device.type == "cuda", bench.config.views
     for threads in bench.threads:
         made = partial(Work, "decode", images=len(images), batch=bench.batch, threads=threads)
         whole = CanvasLoader(beton, threads, pin)
-        cut = CropLoader(beton, threads, pin, views=bench.config.views, seed=0)
+        cut = CropLoader(beton, threads, pin, views=views, seed=0, size_of=lambda _: views.size)
         works = [
             made("loader", partial(_decode_all, whole, batches), bytes=pixels),
             made("loader", partial(_decode_all, cut, batches), bytes=pixels, crops="host"),
@@ -290,53 +289,21 @@ def augment(bench: Bench) -> None:
     bench.measure([normalise(name) for name in backends], ratio_to="kornia")
 
 
-def step(bench: Bench) -> None:
-    """A training step on views that are already there: the ceiling of training."""
-    side = bench.config.views.size
-    views = torch.randn(2, bench.batch, 3, side, side, device=bench.device, dtype=bench.dtype)
-    overlap = torch.tensor([0.0, 0.0, 1.0, 1.0], device=bench.device).expand(2, bench.batch, 4)
-    flipped = torch.zeros(2, bench.batch, dtype=torch.bool, device=bench.device)
-    train = _training_step(bench)
-    call = partial(train, views, overlap, flipped)
-    bench.measure([Work("step", "plain", call, bench.batch, bench.batch, torch.get_num_threads())])
-
-
-_Train = Callable[[Tensor, Tensor, Tensor], None]  # views, overlap, flipped
-
-
-def _training_step(bench: Bench) -> _Train:
-    """Teacher, both forwards, loss, backward, LARS."""
-    model = SlotCon(bench.config.model).to(bench.device)
-    if bench.config.efficiency.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    optimizer = LARS([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    mixed = bench.dtype != torch.float32
-
-    def train(views: Tensor, overlap: Tensor, flipped: Tensor) -> None:
-        model.update_teacher(0.99)
-        with torch.autocast(bench.device.type, bench.dtype if mixed else None, enabled=mixed):
-            out = model(views, overlap, flipped)
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-
-    return train
-
-
 def pipeline(bench: Bench) -> None:
     """The whole data path, from the beton to views on the device: each backend, wherever it can
     crop; and training from the fastest of each. Bytes: those of the records.
     """
     beton = _beton(bench)
     backends = _usable(bench, "pipeline")
-    train = _training_step(bench)
+    model = SlotCon(bench.config.model).to(bench.device)
+    train = make_step(model, bench.config, "fast", bench.dtype)
     for crops in CROPS:
         if crops == "dali" and not _has_dali(bench, "pipeline"):
             continue
         found = []
         for name in backends:
             batch = min(bench.batch, PER_IMAGE) if name == "reference" else bench.batch
-            with closing(_batches(bench, name, crops, batch)) as stream:
+            with closing(batches(bench, name, crops, batch)) as stream:
                 size = int(beton.records[:, 1].mean() * batch)
                 call = partial(next, stream)
                 work = Work("pipeline", name, call, batch, batch, bench.cores, size, crops=crops)
@@ -345,9 +312,7 @@ def pipeline(bench: Bench) -> None:
         _overlap(bench, train, fastest.backend, crops)
 
 
-def _batches(
-    bench: Bench, backend: str, crops: Crops, batch: int
-) -> Generator["Batch", None, None]:
+def batches(bench: Bench, backend: str, crops: Crops, batch: int) -> Generator["Batch", None, None]:
     """Batches without end, from a loader that is running already."""
     from pipeline.loader import make_loader
 
@@ -361,19 +326,19 @@ def _batches(
     # DALI's source checks a record when it first meets it; a run of many epochs does that once.
     warm = loader.steps_per_epoch if crops == "dali" and len(beton) <= EPOCH * bench.batch else 4
 
-    def batches() -> Generator["Batch", None, None]:
+    def without_end() -> Generator["Batch", None, None]:
         epoch = 0
         while True:
             yield from loader.epoch(epoch)
             epoch += 1
 
-    stream = batches()
+    stream = without_end()
     for _ in range(warm):
         next(stream)
     return stream
 
 
-def _overlap(bench: Bench, train: _Train, name: str, crops: Crops) -> None:
+def _overlap(bench: Bench, train: Step, name: str, crops: Crops) -> None:
     """Training steps on what the loader brings, and how long they waited for it: the trainer's own
     measure of "data wait".
     """
@@ -384,7 +349,7 @@ def _overlap(bench: Bench, train: _Train, name: str, crops: Crops) -> None:
     bench.tell(work)
     stopwatch = Stopwatch(bench.device)
     rates, waits = [], []
-    with closing(_batches(bench, name, crops, batch)) as stream:
+    with closing(batches(bench, name, crops, batch)) as stream:
         for turn in range(bench.repeats + 1):
             stopwatch.restart()
             began = time.perf_counter()
@@ -403,7 +368,7 @@ def _overlap(bench: Bench, train: _Train, name: str, crops: Crops) -> None:
         to_result(work, rates, [batch / rate for rate in rates]),
         wait_share=statistics.median(waits),
     )
-    if cached := bench.find("step", "plain"):
+    if cached := bench.find("step", "fast"):
         ratio = result.images_per_s / cached.images_per_s
         result = replace(result, ratio=ratio, ratio_to="step")
     bench.results.append(result)

@@ -18,6 +18,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class StepDetail:
+    """What else is known of a training step."""
+
+    first_s: float
+    """Seconds of the first one, which compiles and allocates."""
+    peak_bytes: int | None
+    """Most memory that it had on the GPU, weights included; None without one."""
+    parts: dict[str, float] | None = None
+    """ms of each part, of one step in the profiler, whose own work makes it slower."""
+    beside: float | None = None
+    """Share that is not the networks' own forward and backward."""
+    operators: int | None = None
+    """ATen operators that no other one calls."""
+    launches: int | None = None
+    """Kernels and copies on the GPU."""
+    host_waits: int | None = None
+    """Times that a value is brought to the host, which on a GPU waits for it; without a GPU, by
+    operators whose result's shape or value the host needs."""
+    active_pairs: float | None = None
+    """Per image and view: slots that were contrasted."""
+    largest_batch: int | None = None
+    """That fits the GPU, to an eighth."""
+
+
+@dataclass(frozen=True)
 class Result:
     """One measurement: medians over the repeats."""
 
@@ -37,7 +62,8 @@ class Result:
     bytes_per_s: float | None = None
     """Of the bytes that must move at least; each stage says which those are."""
     operation: str | None = None
-    """The one augmentation operation that was on, or "overlap": a pipeline while training."""
+    """The one augmentation operation that was on; "overlap": a pipeline while training; the one
+    setting in which a step differs from the configuration."""
     crops: str | None = None
     """Where a pipeline crops."""
     ratio: float | None = None
@@ -45,6 +71,7 @@ class Result:
     ratio_to: str | None = None
     wait_share: float | None = None
     """Share of the time in which a training step waited for data."""
+    detail: StepDetail | None = None
 
     @property
     def name(self) -> str:
@@ -85,6 +112,10 @@ class Bench:
     """How many are read and decoded at a time."""
     device: torch.device
     backends: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    """What the step is measured with beside the configuration's own settings."""
+    largest: bool = False
+    """Whether to look for the largest batch."""
     results: list[Result] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 

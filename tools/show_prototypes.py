@@ -18,7 +18,7 @@ from evaluation.images import ImageSource, evaluation_size, open_images, spread
 from evaluation.networks import default_device, load_network
 from evaluation.prototypes import NearestSegments, gather_nearest
 from evaluation.segment import Segmenter, assign, segment_images
-from pipeline.errors import CommandParser, UserError, run
+from pipeline.errors import CommandParser, UserError, check_writable, run
 from train.provenance import write_bytes
 
 EXAMPLES = """examples:
@@ -164,6 +164,7 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if args.out.suffix.lower() not in (".png", ".jpg", ".webp"):
         raise UserError(f"--out {args.out}: must end in .png, .jpg or .webp")
+    check_writable("--out", args.out)
     images = open_images(args.data)
     device = default_device()
     network, config = load_network(args.checkpoint, device)
