@@ -19,7 +19,7 @@ demo: setup ## set up, pre-train on a generated data set, write runs/demo/report
 	@$(PYTHON) -m tools.demo
 
 test: setup ## set up and run the tests (PYTEST_ARGS="-k name" chooses)
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup ## check style, format and types
 	@$(PYTHON) -m ruff check .
