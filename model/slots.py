@@ -79,7 +79,8 @@ def read_capacity(counts: Tensor) -> SlotCapacity:
 
 
 def pack(active: Tensor, capacity: int) -> Packed:
-    """Give active rows (bool [N]) a place each, in order, as long as there is room."""
+    """Give active rows (bool [N]) one of `capacity` (up to N) places each, in order, as long as
+    there is room."""
     order = active.cumsum(0) - 1
     place = torch.where(active & (order < capacity), order, capacity)
     everything = torch.arange(len(active), device=active.device)

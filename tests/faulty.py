@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from torch import nn
 
 from pipeline.loader import Batch
 from tests.training import run_dir, small_run, trainer
-from train import metrics, pretrain
+from train import checkpoint, metrics, pretrain
 from train.config import RunConfig, to_yaml
 from train.trainer import Trainer
 
@@ -74,8 +75,8 @@ def at_micro_batch(count: int, act: Callable[[], None]) -> Callable[..., None]:
 
 class Pair:
     """Two processes of a run without a launcher, so that nobody cleans up after them. `fault` is
-    "SIGNAL:N": what the second sends itself after N micro-batches. Each lists the images of its
-    steps in RUN.rank0 or RUN.rank1, beside the run's folder.
+    "SIGNAL:N": what the second sends itself after N micro-batches. The first, which writes, has a
+    slow disk. Each lists the images of its steps in RUN.rank0 or RUN.rank1, beside the folder RUN.
     """
 
     def __init__(self, config: RunConfig, fault: str, *options: str) -> None:
@@ -116,6 +117,8 @@ def _run(rank: int, port: int, fault: str, command: list[str], errors: Path) -> 
         name, _, count = fault.partition(":")
         send = partial(os.kill, os.getpid(), signal.Signals[name])
         metrics.Meter.add = at_micro_batch(int(count), send)  # type: ignore[method-assign]
+    else:
+        checkpoint._flush = partial(_slowly, checkpoint._flush)
     train_step = Trainer._train_step
 
     def logging(run: Trainer, batches: Iterator[Batch]) -> None:
@@ -129,3 +132,9 @@ def _run(rank: int, port: int, fault: str, command: list[str], errors: Path) -> 
     Trainer._train_step = logging  # type: ignore[method-assign]
     pretrain._FIRST = rank == 0
     pretrain.main()
+
+
+def _slowly(flush: Callable[[Path], None], path: Path) -> None:
+    """A disk for which the other process has to wait."""
+    time.sleep(0.2)
+    flush(path)

@@ -415,6 +415,7 @@ def test_files_that_cannot_be_compared_are_refused() -> None:
         ("step --synthetic --device cpu --largest-batch", "needs a GPU"),
         ("cost step", "without other stages"),
         ("cost --minutes 0", "must be above 0"),
+        ("cost --also compile", "--also means nothing here"),
         ("cost --watts nan", "must be above 0"),
         ("cost --device cpu --config nowhere", "nowhere"),
         ("augment --synthetic --threads 2 0", "must be at least 1"),

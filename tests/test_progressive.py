@@ -19,6 +19,9 @@ def test_size_is_that_of_the_stage_that_has_begun(tmp_path: Path) -> None:
     assert [config.view_size(epoch) for epoch in range(4)] == [32, 32, 64, 64]
     config = replace(config, train=TrainConfig(epochs=3, view_sizes=GROWING, warmup_epochs=1))
     assert [config.view_size(epoch) for epoch in range(3)] == [32, 32, 64]
+    late = ((0.0, 32), (0.55, 64))  # 0.55 * 100 is 55.00000000000001
+    config = replace(config, train=TrainConfig(epochs=100, view_sizes=late))
+    assert [config.view_size(epoch) for epoch in (54, 55)] == [32, 64]
     config = replace(config, train=replace(config.train, view_sizes=()))
     assert [config.view_size(epoch) for epoch in range(3)] == [64, 64, 64]
     assert from_dict(to_dict(config)) == config

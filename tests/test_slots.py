@@ -25,7 +25,9 @@ ROOMY = SlotCapacity(queries=15, keys=17)
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 35))
 def test_pack_takes_the_first_active_rows_in_order(active: list[bool], capacity: int) -> None:
     """A row at a wrong place would be contrasted with another slot's key."""
+    capacity = min(capacity, len(active))
     packed = pack(torch.tensor(active), capacity)
+    assert packed.row.lt(len(active)).all()
     expected = [row for row, there in enumerate(active) if there][:capacity]
     assert packed.row.shape == packed.taken.shape == (capacity,)
     assert packed.row[packed.taken].tolist() == expected

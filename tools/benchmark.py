@@ -168,6 +168,12 @@ def check_cost(args: argparse.Namespace) -> None:
     """The same for `cost`, which stands alone. Raises UserError."""
     if args.stages != ["cost"] or args.synthetic or args.plot:
         raise UserError("cost goes without other stages, --synthetic and --plot")
+    unused, usual = ("also", "backends", "images", "repeats", "seconds"), parse(["cost"])
+    for name in unused:
+        if getattr(args, name) != getattr(usual, name):
+            raise UserError(
+                f"cost: --{name} means nothing here; --minutes says how long to measure"
+            )
     positive = (args.minutes, args.co2_per_kwh, 1 if args.watts is None else args.watts)
     if not all(0 < value < math.inf for value in positive):
         raise UserError("--minutes, --watts and --co2-per-kwh must be above 0")

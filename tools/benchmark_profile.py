@@ -45,7 +45,7 @@ _BY_NAME = {
     "group": "grouping",
     "wins": "slots",
     "update_teacher": "teacher update",
-    "_slot_term": "slots",
+    "_slot_terms": "slots",
     "_contrast": "slots",
     "_grouping": "losses",
     "_grouping_terms": "losses",

@@ -4,6 +4,7 @@ turns; where the time goes, how many operators and launches it takes, how much m
 
 import copy
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from model import ModelOutput, SlotCon, prepare
+from pipeline.errors import UserError
 from pipeline.views import ViewConfig, sample_views
 from tools.benchmark_profile import beside_networks, profile_step
 from tools.benchmark_timing import Bench, Result, StepDetail, Work
@@ -31,8 +33,8 @@ SMALL = 1e-6
 """Learning rate of the steps that are timed: they cost the same, and the weights stay as they are,
 with as many active slots in the last step as in the first."""
 VARIANTS: dict[str, dict[str, Any]] = {
-    "compile": {"compile": True},
-    "checkpointing": {"checkpointing": True},
+    "compile": {"compile": True, "checkpointing": False},
+    "checkpointing": {"checkpointing": True, "compile": False},
     "exact": {"slot_selection": "exact"},
     "static": {"slot_selection": "static"},
     "nchw": {"channels_last": False},
@@ -220,7 +222,9 @@ def _work(bench: Bench, backend: str, variant: str | None, call: Callable[[], ob
 
 
 def step_data(bench: Bench, side: int, batch: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch in the layout that a backend is given in training."""
+    """A batch in the layout that a backend is given in training. Raises UserError."""
+    if batch * math.ceil(side / 32) ** 2 < 2:
+        raise UserError(f"--batch {batch}: one cell of {side} pixels has no variance")
     views, overlap, flipped = step_views(batch, side, device=bench.device, dtype=bench.dtype)
     if backend == "fast":
         views = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)

@@ -47,7 +47,8 @@ exit codes:
   2    bad input; a disk, a tracker or an image that fails
   75   told to stop by SIGTERM or SIGUSR1: a checkpoint is written, start the same command again
        with --resume auto (a second signal ends the run at once, without one)
-  130  interrupted from the keyboard, without a checkpoint"""
+  130  interrupted from the keyboard, without a checkpoint
+torchrun and accelerate launch make 1 of all but 0."""
 
 
 @dataclass(frozen=True)
@@ -268,9 +269,8 @@ class RunConfig:
 
     def view_size(self, epoch: int) -> int:
         """Side of the views of `epoch`, in pixels."""
-        begun = [
-            side for share, side in self.train.view_sizes if share * self.train.epochs <= epoch
-        ]
+        passed = (epoch + 1e-6) / self.train.epochs  # 0.55 · 100 is more than 55
+        begun = [side for share, side in self.train.view_sizes if share <= passed]
         return begun[-1] if begun else self.views.size
 
 

@@ -47,8 +47,7 @@ def launch(config: RunConfig, run_dir: Path) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=patience),
             # Running statistics take no part in training and, synchronised, are equal anyway.
-            # Gradients are summed in buckets while backward goes on. The graph is not static: a
-            # direction without active pairs takes another way through it.
+            # Gradients are summed in buckets while backward goes on.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )

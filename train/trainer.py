@@ -273,10 +273,15 @@ class Trainer:
         if reason != _DISK and not self._checkpoint_is_due():
             self._checkpoint()
         self._wait_for_disk()
-        if problem := self.trackers.problem():
-            raise problem
-        if reason != _SIGNAL:
+        if reason == _DISK:
             raise UserError("")  # another process says why
+        problem = self.trackers.problem()
+        if not problem:
+            self.trackers.finish()
+        # A launcher that sees one process end ends the others, which may still be writing.
+        self.accelerator.wait_for_everyone()
+        if reason == _TRACKER:
+            raise problem or UserError("")
         name = self.signals.received.name if self.signals.received else "a signal"
         raise Stopped(
             f"{self.run_dir}: stopped by {name} at step {self.step}, which has a checkpoint; go on "
