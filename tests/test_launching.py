@@ -19,17 +19,14 @@ from train.config import to_yaml
 
 SCRIPT = ROOT / "tools" / "slurm_pretrain.sh"
 SRUN = """#!/usr/bin/env python3
-import os, signal, subprocess, sys, time
-command = [word for word in sys.argv[1:] if word != "--kill-on-bad-exit=1"]
+import os, signal, subprocess, sys
+command = [word for word in sys.argv[1:] if word != "--kill-on-bad-exit=0"]
 def task(rank):
     place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
     return subprocess.Popen(command, env=os.environ | place)
 tasks = [task(rank) for rank in range(int(os.environ["SLURM_NTASKS"]))]
 signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
-while None in (codes := [task.poll() for task in tasks]) and not any(codes):
-    time.sleep(0.02)
-[task.terminate() for task in tasks]  # --kill-on-bad-exit
-sys.exit(max(abs(task.wait()) for task in tasks))
+sys.exit(max(task.wait() for task in tasks))
 """
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> "$SCONTROL_LOG"; fi

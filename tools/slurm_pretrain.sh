@@ -37,9 +37,11 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a machine need p
 WORLD_SIZE=$SLURM_NTASKS
 PYTHON=${PYTHON:-python}
 
+# A task that ends does not have the others killed, which may have the same to say: after a signal all
+# end with 75, and tasks that lost one of them end by themselves (log.timeout_minutes).
 code=0
 # shellcheck disable=SC2016  # each task expands these, not this shell
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=0 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     exec "$PYTHON" -m train.pretrain --resume auto --data.threads "${SLURM_CPUS_PER_TASK:-0}" "$@"
 ' pretrain "$@" || code=$?
