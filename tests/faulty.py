@@ -17,6 +17,7 @@ from pipeline.loader import Batch
 from tests.training import run_dir, small_run, trainer
 from train import checkpoint, metrics, pretrain
 from train.config import RunConfig, to_yaml
+from train.signals import StopSignals
 from train.trainer import Trainer
 
 Seen = dict[int, list[tuple[int, float]]]
@@ -37,8 +38,10 @@ def freeze(run: Trainer) -> Trainer:
     return run
 
 
-def make(config: RunConfig, resume: str | None = None) -> Trainer:
-    return freeze(trainer(config, resume))
+def make(
+    config: RunConfig, resume: str | None = None, signals: StopSignals | None = None
+) -> Trainer:
+    return freeze(trainer(config, resume, signals))
 
 
 def fingerprints(batch: Batch) -> list[tuple[int, float]]:

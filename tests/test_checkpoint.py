@@ -126,7 +126,7 @@ def test_missing_weights_and_folders_are_named(copy: Path, tmp_path: Path) -> No
     [
         ("num_prototypes", 9, r"model\.safetensors: damaged, or of another model"),
         ("arch", "resnet34", r"model\.safetensors: damaged, or of another model"),
-        ("heads", 4, r"run\.json: unknown key model\.heads"),
+        ("heads", 4, r"run\.json: damaged.* \(unknown key model\.heads"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(

@@ -78,6 +78,15 @@ def test_encoders_and_projectors_are_compiled() -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_checkpointing_keeps_on_averaging_statistics() -> None:
+    """One step does not show a momentum that stays at what the second forward needs."""
+    plain, prepared = tiny_model(), tiny_model()
+    prepare(prepared, checkpointing=True)
+    for _ in range(2):
+        expected, found = step(plain), step(prepared)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("works", [True, False])
 def test_failing_compiler_is_one_warning(works: bool) -> None:
     """A machine without a compiler for inductor must train all the same, and say so once."""

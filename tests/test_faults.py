@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests.training import ROOT, TIMES, assert_same_tensors, run_dir, small_beto
 from train import checkpoint
 from train.config import RunConfig
 from train.metrics import Diverged, Meter
-from train.signals import Stopped
+from train.signals import Stopped, StopSignals
 from train.trainer import Trainer
 from train.watchdog import Watchdog
 
@@ -121,12 +122,24 @@ def test_a_signal_leaves_a_checkpoint_and_costs_nothing(
     with monkeypatch.context() as patch:
         send = at_micro_batch(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
         patch.setattr(Meter, "add", send)
-        with pytest.raises(Stopped, match=r"stopped by SIGUSR1 at step \d+, which has"):
-            make(config).train()
+        with (
+            pytest.raises(Stopped, match=r"stopped by SIGUSR1 at step \d+, which has"),
+            StopSignals() as signals,
+        ):
+            make(config, signals=signals).train()
     stopped_at = checkpoint.step_of(newest(config))
     assert 2 <= stopped_at < 4 and signal.getsignal(signal.SIGUSR1) == before
     make(config, "auto").train()
     assert_same_end(config, whole)
+
+
+def test_a_signal_before_the_first_step_is_remembered(config: RunConfig) -> None:
+    """A requeued job may be taken off again while it still loads its data."""
+    signals = StopSignals()
+    signals.received = signal.SIGTERM
+    with pytest.raises(Stopped, match="stopped by SIGTERM at step 1, which has a checkpoint"):
+        make(config, signals=signals).train()
+    assert newest(config).name == "step_1"
 
 
 def test_a_second_signal_ends_a_process_that_hangs() -> None:
@@ -261,6 +274,25 @@ def shrink(file: Path) -> None:
     file.write_bytes(content[: len(content) // 2])
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+
+
+def swap(file: Path) -> None:
+    """The same file of another checkpoint, in itself quite right."""
+    file.unlink()
+    os.link(file.parent.with_name("step_4") / file.name, file)
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    record = json.loads(file.read_text()) | changes
+    file.unlink()
+    file.write_text(json.dumps(record))
+
+
 def reshape(file: Path) -> None:
     weights = load_file(file)
     weights["center"] = torch.zeros(1, 9)
@@ -279,12 +311,20 @@ def empty_momenta(file: Path) -> None:
     ("name", "damage"),
     [
         ("model.safetensors", shrink),
-        ("model.safetensors", reshape),
+        ("model.safetensors", flip),
+        ("model.safetensors", swap),
+        ("optimizer.bin", flip),
         ("optimizer.bin", shrink),
         ("optimizer.bin", empty_momenta),
         ("optimizer.bin", Path.unlink),
         ("run.json", shrink),
         ("run.json", Path.unlink),
+        ("run.json", swap),
+        ("run.json", partial(rewrite, step="a")),
+        ("run.json", partial(rewrite, meter="x")),
+        ("run.json", partial(rewrite, data={})),
+        ("run.json", partial(rewrite, config={})),
+        ("run.json", partial(rewrite, sha256={}, step=10**9)),
     ],
 )
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
@@ -298,6 +338,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert run.step == 4 and said.count("warning") == 1 and len(said.splitlines()) == 1
     assert "step_8" in said and name in said and "going on from " in said and "step_4" in said
     assert newest(copied).name == "step_4"
+    assert (run_dir(copied) / "checkpoints" / "latest").resolve().name == "step_4"
 
 
 def test_nothing_is_changed_where_every_checkpoint_is_damaged(copied: RunConfig) -> None:

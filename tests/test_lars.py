@@ -168,3 +168,14 @@ def test_loss_scaling_without_waiting() -> None:
             torch.testing.assert_close(mine, expected)
     assert reference.skipped.item() == 0
     assert scaler.get_scale() == 256.0
+
+
+def test_each_group_has_its_own_rate() -> None:
+    """Fine-tuning gives a head another rate than the rest."""
+    one, two = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = LARS([one], lr=0.1, momentum=0.0)
+    optimizer.add_param_group({"params": [two], "lr": 0.5})
+    one.grad, two.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(one.detach(), torch.full((3,), 0.9))
+    torch.testing.assert_close(two.detach(), torch.full((3,), 0.5))

@@ -25,6 +25,7 @@ from train.config import (
     load_config,
     to_yaml,
 )
+from train.signals import StopSignals
 from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +55,13 @@ def with_accumulation(config: RunConfig, count: int) -> RunConfig:
     return replace(config, efficiency=replace(config.efficiency, accumulation=count))
 
 
-def trainer(config: RunConfig, resume: str | None = None) -> Trainer:
+def trainer(
+    config: RunConfig, resume: str | None = None, signals: StopSignals | None = None
+) -> Trainer:
     """A trainer in this process; Accelerate keeps state between runs that has to go first."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Trainer(config, resume)
+    return Trainer(config, resume, signals)
 
 
 def run_dir(config: RunConfig) -> Path:

@@ -32,6 +32,7 @@ fi
 
 nodes=${SLURM_JOB_NODELIST:-localhost}
 export MASTER_ADDR MASTER_PORT WORLD_SIZE PYTHON
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun no longer takes over by itself
 MASTER_ADDR=$(scontrol show hostnames "$nodes" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a machine need ports of their own
 WORLD_SIZE=$SLURM_NTASKS

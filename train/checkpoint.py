@@ -5,13 +5,14 @@ run.json: the step, the configuration, the data's identity, the machine. It is w
 step_N.partial, flushed to the disk, then renamed; `latest` is a symbolic link to the newest.
 """
 
+import hashlib
 import json
 import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ class Record:
     """
     provenance: dict[str, Any]
     """What wrote it: hardware, versions, command."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of each of the other files, known once they are written."""
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -103,9 +106,12 @@ def step_of(checkpoint: Path) -> int:
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, so that it is in nobody's way and counts for nothing."""
     aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    if aside.exists():
+    if aside.is_dir():
         shutil.rmtree(aside)
-    return checkpoint.replace(aside)
+    checkpoint.replace(aside)
+    if newest := latest(checkpoint.parent.parent):
+        _link(checkpoint.parent / "latest", newest.name)
+    return aside
 
 
 class Writer:
@@ -183,6 +189,7 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], keep: int) ->
         for name in (_OPTIMIZER, _SCALER):
             if state[name] is not None:
                 torch.save(state[name], partial / name)
+        record = replace(record, sha256={file.name: _sha256(file) for file in partial.iterdir()})
         (partial / _RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
         for file in partial.iterdir():
             _flush(file)
@@ -206,9 +213,11 @@ def restore(
 
     Raises Damaged.
     """
+    record = read_record(checkpoint)
     for name in [_MODEL, _OPTIMIZER] + ([_SCALER] if scaler else []):
         if not (checkpoint / name).is_file():
             raise Damaged(f"{checkpoint}: {name} is missing, so the run cannot go on from it")
+        _check_content(checkpoint / name, record)
     with _reading(checkpoint / _MODEL):
         weights = load_file(checkpoint / _MODEL)
         _check_shapes(weights, model.state_dict())
@@ -226,7 +235,9 @@ def restore(
 def read_record(checkpoint: Path) -> Record:
     """run.json of a checkpoint. Raises Damaged."""
     with _reading(checkpoint / _RECORD):
-        return Record(**json.loads((checkpoint / _RECORD).read_text()))
+        record = Record(**json.loads((checkpoint / _RECORD).read_text()))
+        _check_record(record, checkpoint)
+        return record
 
 
 def load_model(path: Path | str) -> tuple[SlotCon, RunConfig]:
@@ -237,11 +248,9 @@ def load_model(path: Path | str) -> tuple[SlotCon, RunConfig]:
     """
     checkpoint = find(Path(path))
     record = read_record(checkpoint)
-    try:
-        config = from_dict(record.config)
-    except UserError as error:
-        raise UserError(f"{checkpoint / _RECORD}: {error}") from None
+    config = from_dict(record.config)
     model = SlotCon(config.model)
+    _check_content(checkpoint / _MODEL, record)
     with _reading(checkpoint / _MODEL):
         model.load_state_dict(load_file(checkpoint / _MODEL))
     return model.eval(), config
@@ -273,6 +282,32 @@ def _reading(path: Path) -> Iterator[None]:
             raise Damaged(f"{path}: no such file") from None
         reason = " ".join(str(error).split())[:200]
         raise Damaged(f"{path}: damaged, or of another model ({reason})") from None
+
+
+def _check_record(record: Record, checkpoint: Path) -> None:
+    """Raises ValueError, or what values of another kind raise."""
+    step = checkpoint.name.removeprefix("step_")
+    if record.step < 0 or (step.isdecimal() and int(step) != record.step):
+        raise ValueError(f"it says that it is of step {record.step}")
+    if not record.data.keys() >= {"images", "fingerprint"}:
+        raise ValueError("it does not say which data it is of")
+    torch.tensor([record.seconds, *(value for row in record.meter for value in row)])
+    try:
+        from_dict(record.config)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_content(file: Path, record: Record) -> None:
+    """Raises Damaged unless `file` is what was written with `record`."""
+    with _reading(file):
+        if file.name in record.sha256 and _sha256(file) != record.sha256[file.name]:
+            raise ValueError("its content has changed since it was written")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _check_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

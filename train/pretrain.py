@@ -3,10 +3,14 @@
 
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.errors import UserError
 from train.config import load_config
+from train.signals import Stopped, StopSignals
+
+if TYPE_CHECKING:
+    from train.trainer import Trainer
 
 REQUEUE = os.EX_TEMPFAIL  # 75: start the same command again, with --resume auto
 _FIRST = os.environ.get("LOCAL_RANK", "0") == "0"  # what all processes find, one says
@@ -14,18 +18,29 @@ _FIRST = os.environ.get("LOCAL_RANK", "0") == "0"  # what all processes find, on
 
 def main() -> None:
     """Read the command line, build the run, train. For the exit codes see --help."""
-    try:
-        config, resume = load_config()
-        from train.trainer import Trainer  # takes seconds, which --help need not wait for
+    with StopSignals() as signals:
+        try:
+            config, resume = load_config()
+            from train.trainer import Trainer  # takes seconds, which --help need not wait for
 
-        trainer = Trainer(config, resume)
-    except UserError as error:
-        if _FIRST:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            trainer = Trainer(config, resume, signals)
+        except UserError as error:
+            if _FIRST:
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            _interrupted()
+        except RuntimeError as error:
+            from train.watchdog import LostProcess, lost
 
+            if not lost(error):
+                raise
+            _end(f"error: {config.name}: {LostProcess.REASON} ({lost(error)})", 1)
+        _train(trainer)
+
+
+def _train(trainer: "Trainer") -> None:
     from train.metrics import Diverged
-    from train.signals import Stopped
     from train.watchdog import LostProcess
 
     try:
@@ -39,7 +54,11 @@ def main() -> None:
     except Stopped as error:
         _end(str(error) if _FIRST else "", REQUEUE)
     except KeyboardInterrupt:
-        _end("error: interrupted" if _FIRST else "", 130)
+        _interrupted()
+
+
+def _interrupted() -> NoReturn:
+    _end("error: interrupted" if _FIRST else "", 130)
 
 
 def _end(message: str, code: int) -> NoReturn:

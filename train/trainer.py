@@ -25,7 +25,7 @@ from train.resume import origins
 from train.schedule import learning_rate, teacher_momentum
 from train.signals import Stopped, StopSignals
 from train.trackers import Trackers
-from train.watchdog import LostProcess, Watchdog, is_lost
+from train.watchdog import LostProcess, Watchdog, lost
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ROLL_BACKS = 3  # without passing the place, before giving up
@@ -39,10 +39,12 @@ class Trainer:
 
     `resume` is None (a new run), "auto" or the path of a checkpoint or run. Everything in a step
     follows from the step's number, so an interrupted run goes on exactly where its checkpoint was
-    made, also in mid-epoch.
+    made, also in mid-epoch. What `signals` receives ends it with a checkpoint.
     """
 
-    def __init__(self, config: RunConfig, resume: str | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, resume: str | None = None, signals: StopSignals | None = None
+    ) -> None:
         self.config = config
         self.run_dir = Path(config.log.dir) / config.name
         candidates = origins(config, self.run_dir, resume)
@@ -100,7 +102,7 @@ class Trainer:
             self._resume(candidates)
 
         patience = 60 * config.log.timeout_minutes
-        self.signals = StopSignals()
+        self.signals = signals or StopSignals()
         self.watchdog = Watchdog(1.1 * patience, self._who())  # after those that know more
         self.writer = checkpoint.Writer(self.run_dir, config.log.keep, patience)
         self.journal = self._open_journal()
@@ -114,7 +116,7 @@ class Trainer:
         disk, a tracker or an image fails. The watchdog ends the process itself.
         """
         try:
-            with self.signals, self.watchdog:
+            with self.watchdog:
                 while self.step < self.last_step:
                     try:
                         self._train_epoch()
@@ -126,9 +128,12 @@ class Trainer:
         except (Diverged, Stopped):
             raise
         except RuntimeError as error:
-            if not is_lost(error):
+            if not lost(error):
                 raise
-            raise LostProcess(self._lost(error)) from error
+            raise LostProcess(
+                f"{self._who()}: {LostProcess.REASON} ({lost(error)});"
+                f" last good checkpoint: {checkpoint.latest(self.run_dir) or 'none'}"
+            ) from error
         else:
             self.accelerator.end_training()
         finally:
@@ -331,13 +336,6 @@ class Trainer:
         with suppress(Exception):
             self.trackers.finish()
         self.writer.close()
-
-    def _lost(self, error: RuntimeError) -> str:
-        reason = " ".join(str(error).split())[:200]
-        return (
-            f"{self._who()}: another process has ended or does not answer ({reason}); "
-            f"last good checkpoint: {checkpoint.latest(self.run_dir) or 'none'}"
-        )
 
     def _who(self) -> str:
         index, count = self.accelerator.process_index, self.accelerator.num_processes

@@ -14,6 +14,8 @@ from train.metrics import duration
 class LostProcess(RuntimeError):
     """Another process of the run has ended, or does not answer."""
 
+    REASON = "another process has ended or does not answer"
+
 
 class Watchdog:
     """Inside its `with`, ends the process with one line and exit code 1 where nobody has called
@@ -63,6 +65,9 @@ class Watchdog:
                 os._exit(1)
 
 
-def is_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because of another process. gloo raises no type of its own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+def lost(error: RuntimeError) -> str:
+    """What a collective says, in one line, if it failed because of another process; or nothing.
+    gloo raises no type of its own.
+    """
+    known = isinstance(error, dist.DistError) or "gloo" in str(error)
+    return " ".join(str(error).split())[:200] if known else ""
