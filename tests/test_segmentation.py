@@ -168,7 +168,8 @@ def write_checkpoint(folder: Path, model: SlotCon, config: ModelConfig) -> Path:
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
     run = to_dict(RunConfig(name="x", data=DataConfig("x"), model=config))
-    record = Record(step=1, config=run, data={}, seconds=0, meter=[], provenance={})
+    data = {"images": 1, "fingerprint": ""}
+    record = Record(step=1, config=run, data=data, seconds=0, meter=[], provenance={})
     (folder / "run.json").write_text(json.dumps(asdict(record)))
     return folder
 
