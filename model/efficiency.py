@@ -1,6 +1,7 @@
-"""What makes a step of the same model cheaper: recomputed activations, compiled convolutions.
+"""What makes a step of the same model cheaper: a layout, recomputed activations, compiled
+convolutions.
 
-Neither changes parameters, buffers or their names.
+None of them changes parameters, buffers or their names.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,21 +24,26 @@ _GRAPHS = 64
 def prepare(
     model: SlotCon,
     *,
+    channels_last: bool = False,
     checkpointing: bool = False,
     compile: bool = False,
     warn: Callable[[str], None] = print,
 ) -> None:
-    """Change how `model` computes, in place, on the device and in the layout that it will have.
+    """Change how `model` computes, in place, on the device that it will have.
 
+    channels_last: weights, and so activations, lie in that layout; results differ by rounding.
     checkpointing: the student's residual blocks keep nothing for the backward but their input and
     compute the rest again; bit-equal on a CPU. compile: encoders and projectors go through
     torch.compile, at their first call; if that fails, `warn` is told in one line and they run as
     they are; results differ by rounding. A copy of a compiled model would run the original. Not
-    both: what is compiled chooses by itself what to keep, whatever a block asks for.
+    the last two together: what is compiled chooses by itself what to keep, whatever a block asks
+    for.
 
     On a GPU cuDNN is told to try its algorithms out: shapes stay the same from step to step.
     """
     torch.backends.cudnn.benchmark = True
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
     if checkpointing:
         _checkpoint_blocks(model.student.encoder)
     if compile:

@@ -1,5 +1,6 @@
 """The encoder: a torchvision ResNet up to its last feature map."""
 
+import math
 from collections import OrderedDict
 
 import torchvision
@@ -19,3 +20,8 @@ def build_encoder(arch: str) -> tuple[nn.Sequential, int]:
         (name, stage) for name, stage in resnet.named_children() if name not in ("avgpool", "fc")
     ]
     return nn.Sequential(OrderedDict(stages)), channels
+
+
+def cells_of(side: int) -> int:
+    """How many cells the encoder makes of a view of `side` pixels."""
+    return math.ceil(side / 32) ** 2

@@ -29,7 +29,7 @@ from pipeline.beton import Beton, CorruptRecord
 from pipeline.choices import OnCorrupt
 from pipeline.errors import UserError
 from pipeline.ffcv_format import RAW
-from pipeline.loader import Batch, BatchSource, Replacements, draw
+from pipeline.loader import EPOCH_HAS_ENDED, Batch, BatchSource, Replacements, draw
 from pipeline.manifest import Manifest
 from pipeline.turbojpeg import REASONS, SHORT_READ, Decoder
 from pipeline.views import ViewConfig, ViewParams
@@ -166,7 +166,7 @@ class DaliLoader(BatchSource):
                 geometry = (job.params.overlap, job.params.flipped, self.beton.index[job.which])
                 yield Batch(views, *map(self._to_device, geometry))
                 if self._feed.jobs is not jobs:
-                    raise RuntimeError("this epoch has ended: another one of its loader has begun")
+                    raise RuntimeError(EPOCH_HAS_ENDED)
             if self._feed.error is not None:
                 raise self._feed.error
         finally:

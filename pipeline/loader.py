@@ -35,6 +35,7 @@ from pipeline.views import ViewConfig, ViewParams, sample_views
 _AHEAD = 2  # batches being decoded while one is consumed
 _SLICES_PER_THREAD = 4  # small enough that threads finish together, large enough to amortise a call
 
+EPOCH_HAS_ENDED = "this epoch has ended: another one of its loader has begun"
 _Bad = dict[int, str]  # why the images at these places could not be decoded
 _Part = tuple[int, Future[_Bad]]  # where a slice of a batch begins, and its decoding
 _Pending = deque[tuple[np.ndarray, Tensor, list[_Part]]]  # records, pixels, slices of each batch
@@ -275,9 +276,7 @@ class RecordLoader(ABC):
                     }
                     yield self._replace(epoch, which, pixels, bad) if bad else (which, pixels)
                     if self._pending is not pending:
-                        raise RuntimeError(
-                            "this epoch has ended: another one of its loader has begun"
-                        )
+                        raise RuntimeError(EPOCH_HAS_ENDED)
                     pending.popleft()
         finally:
             _settle(pending)

@@ -72,9 +72,12 @@ class Mode:
 
     def build(self) -> SlotCon:
         model = build_model(self.dtype).train()
-        if self.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        prepare(model, checkpointing=self.checkpointing, compile=self.compile)
+        prepare(
+            model,
+            channels_last=self.channels_last,
+            checkpointing=self.checkpointing,
+            compile=self.compile,
+        )
         model.capacity = self.capacity
         return model
 

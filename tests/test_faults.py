@@ -104,6 +104,13 @@ def newest(config: RunConfig) -> Path:
     return found
 
 
+def run_code(code: str) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own, to its end."""
+    return subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT
+    )
+
+
 def assert_same_end(one: RunConfig, other: RunConfig) -> None:
     assert curve(one) == curve(other)
     assert newest(one).name == newest(other).name
@@ -154,9 +161,7 @@ def test_a_second_signal_ends_a_process_that_hangs() -> None:
         "        print(pause, flush=True)\n"
         "    time.sleep(60)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT
-    )
+    ended = run_code(code)
     assert ended.returncode == 128 + signal.SIGTERM and ended.stdout.startswith("0\n0.1\n")
 
 
@@ -467,8 +472,6 @@ def test_the_watchdog_ends_what_nothing_else_ends() -> None:
         "    print('alive', flush=True)\n"
         "    time.sleep(60)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT
-    )
+    ended = run_code(code)
     assert ended.returncode == 1 and ended.stdout == "alive\n"
     assert ended.stderr.startswith("error: runs/a: no step for ") and ended.stderr.count("\n") == 1

@@ -4,7 +4,6 @@ turns; where the time goes, how many operators and launches it takes, how much m
 
 import copy
 import gc
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from model import ModelOutput, SlotCon, prepare
+from model.encoder import cells_of
 from pipeline.errors import UserError
 from pipeline.views import ViewConfig, sample_views
 from tools.benchmark_profile import beside_networks, profile_step
@@ -65,10 +65,12 @@ class FastStep:
         eta: float = 0.001,
     ) -> None:
         device = model.center.device
-        if efficiency.channels_last:
-            model = model.to(memory_format=torch.channels_last)
         prepare(
-            model, checkpointing=efficiency.checkpointing, compile=efficiency.compile, warn=_warn
+            model,
+            channels_last=efficiency.channels_last,
+            checkpointing=efficiency.checkpointing,
+            compile=efficiency.compile,
+            warn=_warn,
         )
         self.model, self.device, self.dtype = model, device, dtype
         weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -223,7 +225,7 @@ def _work(bench: Bench, backend: str, variant: str | None, call: Callable[[], ob
 
 def step_data(bench: Bench, side: int, batch: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """A batch in the layout that a backend is given in training. Raises UserError."""
-    if batch * math.ceil(side / 32) ** 2 < 2:
+    if batch * cells_of(side) < 2:
         raise UserError(f"--batch {batch}: one cell of {side} pixels has no variance")
     views, overlap, flipped = step_views(batch, side, device=bench.device, dtype=bench.dtype)
     if backend == "fast":

@@ -207,13 +207,17 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], keep: int) ->
 
 
 def restore(
-    checkpoint: Path, model: SlotCon, optimizer: Optimizer, scaler: GradScaler | None
+    checkpoint: Path,
+    record: Record,
+    model: SlotCon,
+    optimizer: Optimizer,
+    scaler: GradScaler | None,
 ) -> None:
-    """Load weights, optimiser and loss scale; nothing is changed if any of them cannot be loaded.
+    """Load weights, optimiser and loss scale of a checkpoint with that record; nothing is changed
+    if any of them cannot be loaded.
 
     Raises Damaged.
     """
-    record = read_record(checkpoint)
     for name in [_MODEL, _OPTIMIZER] + ([_SCALER] if scaler else []):
         if not (checkpoint / name).is_file():
             raise Damaged(f"{checkpoint}: {name} is missing, so the run cannot go on from it")

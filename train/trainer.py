@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from model import SlotCon, prepare
+from model.encoder import cells_of
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.loader import Batch, make_loader
@@ -94,9 +95,7 @@ class Trainer:
         self.skipped = 0  # steps that overflowed, up to the last log line
         self.overflows: list[int] = []  # steps of the last log lines, if none of them was taken
         self.roll_backs, self.place = 0, 0  # how many, since the run has come past this step
-        self.meter = Meter(
-            self.accelerator, self.slotcon.term_names, getattr(self.lars, "skipped", None)
-        )
+        self.meter = Meter(self.accelerator, self.slotcon.term_names, self.lars.skipped)
         self.stopwatch = Stopwatch(self.accelerator.device)
         if candidates:
             self._resume(candidates)
@@ -250,7 +249,7 @@ class Trainer:
                 provenance=provenance(),
             )
             if self.accelerator.is_main_process:
-                self._wait_for_disk()
+                self.watchdog.beat()
                 scaler = self.accelerator.scaler
                 self.writer.save(record, self.slotcon, self.lars, scaler)
 
@@ -285,8 +284,10 @@ class Trainer:
             self.trackers.finish()
         # A launcher that sees one process end ends the others, which may still be writing.
         self.accelerator.wait_for_everyone()
+        if problem:
+            raise problem
         if reason == _TRACKER:
-            raise problem or UserError("")
+            raise UserError("")  # as above
         name = self.signals.received.name if self.signals.received else "a signal"
         raise Stopped(
             f"{self.run_dir}: stopped by {name} at step {self.step}, which has a checkpoint; go on "
@@ -360,11 +361,10 @@ class Trainer:
         elif processes > 1:
             self.accelerator.print("note: on CPUs each process has batch statistics of its own")
         model = model.to(device)
-        if self.config.efficiency.channels_last:
-            model = model.to(memory_format=torch.channels_last)
         efficiency = self.config.efficiency
         prepare(
             model,
+            channels_last=efficiency.channels_last,
             checkpointing=efficiency.checkpointing,
             compile=efficiency.compile,
             warn=self._say,
@@ -375,7 +375,7 @@ class Trainer:
         """BatchNorm needs two cells at least, of all images that are normalised together; that of
         the image-level predictor, two images.
         """
-        train, cells = self.config.train, math.ceil(self.config.view_size(0) / 32) ** 2
+        train, cells = self.config.train, cells_of(self.config.view_size(0))
         rows, unit = (1, "image") if self.config.model.image_loss_weight else (cells, "cell")
         parts = self.accelerator.num_processes * self.config.efficiency.accumulation
         if train.batch_size // parts * rows < 2:
@@ -418,7 +418,7 @@ class Trainer:
                 f"data.path: {self.beton.path} is not what {origin} was trained on "
                 f"({_describe(self._data())}; it was {_describe(record.data)})"
             )
-        checkpoint.restore(origin, self.slotcon, self.lars, self.accelerator.scaler)
+        checkpoint.restore(origin, record, self.slotcon, self.lars, self.accelerator.scaler)
         self.step, self.seconds = record.step, record.seconds
         self.meter.load(record.meter)
         self.overflows = []

@@ -4,7 +4,6 @@ import os
 import sys
 import threading
 import time
-from types import TracebackType
 
 import torch.distributed as dist
 
@@ -39,12 +38,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._off.set()
         self._thread.join()
 
