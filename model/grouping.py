@@ -47,8 +47,13 @@ def pool_slots(features: Tensor, scores: Tensor, temperature: float) -> Tensor:
     return torch.einsum("bdhw,bkhw->bkd", features, share)
 
 
+def won_cells(scores: Tensor) -> Tensor:
+    """How many cells each slot is the arg-max of: [B, K, H, W] -> int64 [B, K]."""
+    winner = scores.argmax(dim=1).flatten(1)
+    won = torch.zeros(scores.shape[:2], dtype=torch.long, device=scores.device)
+    return won.scatter_add_(1, winner, torch.ones_like(winner))
+
+
 def winning_slots(scores: Tensor) -> Tensor:
     """Which slots are the arg-max of at least one cell: [B, K, H, W] -> bool [B, K]."""
-    winner = scores.argmax(dim=1).flatten(1)
-    won = torch.zeros(scores.shape[:2], dtype=torch.bool, device=scores.device)
-    return won.scatter_(1, winner, True)
+    return won_cells(scores) > 0

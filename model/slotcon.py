@@ -19,7 +19,7 @@ from model.alignment import align_to_overlap, has_area
 from model.config import ModelConfig
 from model.distributed import all_reduce_mean
 from model.encoder import build_encoder
-from model.grouping import SemanticGrouping, cosine_scores, winning_slots
+from model.grouping import SemanticGrouping, cosine_scores, winning_slots, won_cells
 from model.heads import build_predictor, build_projector
 from model.image_level import image_loss
 from model.losses import grouping_loss, slot_loss, slot_regression
@@ -43,6 +43,8 @@ class ModelOutput:
     """Detached scalars, means per image and view: active_slots (teacher slots that win a cell),
     active_pairs (slots that win in the student's view and in the teacher's other view),
     dropped_pairs (active pairs that found no room in `SlotCon.capacity`)."""
+    usage: Tensor
+    """int64 [K], cells that each of the teacher's prototypes wins, in both views together."""
 
 
 class Grouped(NamedTuple):
@@ -116,7 +118,8 @@ class SlotCon(nn.Module):
         if self.training and torch.is_grad_enabled():
             self._update_center(teacher, micro_batches)
 
-        slot_terms, stats = self._slot_terms(student, teacher)
+        won = torch.stack([won_cells(view.scores) for view in teacher])
+        slot_terms, stats = self._slot_terms(student, teacher, won > 0)
         terms |= slot_terms
         weight = self.config.group_loss_weight
         loss = weight * (terms["grouping_12"] + terms["grouping_21"]) + (1 - weight) * (
@@ -125,7 +128,8 @@ class SlotCon(nn.Module):
         if self.image_predictor is not None:
             terms["image"] = self._image_term(student, teacher, self.image_predictor)
             loss = loss + self.config.image_loss_weight * terms["image"]
-        return ModelOutput(loss, {name: term.detach() for name, term in terms.items()}, stats)
+        terms = {name: term.detach() for name, term in terms.items()}
+        return ModelOutput(loss, terms, stats, won.sum(dim=(0, 1)))
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -223,11 +227,11 @@ class SlotCon(nn.Module):
         self.center.mul_(momentum).add_(all_reduce_mean(mean), alpha=1 - momentum)
 
     def _slot_terms(
-        self, student: list[Grouped], teacher: list[Grouped]
+        self, student: list[Grouped], teacher: list[Grouped], teacher_active: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Slot losses by name, and the counts of slots for `ModelOutput.stats`."""
+        """Slot losses by name, and the counts of slots for `ModelOutput.stats`; which of the
+        teacher's slots are active: bool [2, B, K]."""
         student_active = [winning_slots(view.scores) for view in student]
-        teacher_active = [winning_slots(view.scores) for view in teacher]
         keys = torch.stack([teacher_active[other] for _, _, other in DIRECTIONS])
         pairs = keys & torch.stack([student_active[own] for _, own, _ in DIRECTIONS])
 

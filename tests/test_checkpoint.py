@@ -43,6 +43,21 @@ def test_model_loads_from_every_name_it_has(run: RunConfig) -> None:
             assert torch.equal(value, models[0][0].state_dict()[name])
 
 
+def test_what_stays_tells_the_whole_run() -> None:
+    """The newest, to go on from; the last of each quarter, to look back at; nothing else, which
+    would fill the disk. A run deletes as it goes on, and keeps what it would at the end."""
+    retention = checkpoint.Retention(newest=2, parts=4, total_steps=100)
+    there: list[Path] = []
+    for step in range(10, 101, 10):
+        there.append(Path(f"step_{step}"))
+        outdated = retention.outdated(there)
+        there = [path for path in there if path not in outdated]
+        assert len(there) <= 2 + 4 and there[-1].name == f"step_{step}"
+    assert [checkpoint.step_of(path) for path in there] == [20, 50, 70, 90, 100]
+    newest = replace(retention, parts=0)
+    assert newest.outdated(there) == there[:-2]
+
+
 def test_partial_checkpoints_do_not_count(run: RunConfig, copy: Path) -> None:
     """A run killed while it saved leaves step_N.partial: reading it would be reading half a model,
     and leaving it would fill the disk."""

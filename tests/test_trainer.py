@@ -38,6 +38,9 @@ METERED = (
     "slot_21",
     "active_slots",
     "active_pairs",
+    "usage_entropy",
+    "dead_prototypes",
+    "near_duplicates",
 )
 
 

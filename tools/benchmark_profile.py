@@ -40,6 +40,7 @@ _BY_MODULE = {
 }
 _BY_NAME = {
     "winning_slots": "slots",
+    "won_cells": "slots",
     "slot_loss": "slots",
     "align": "geometry",
     "group": "grouping",

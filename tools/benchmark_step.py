@@ -78,7 +78,8 @@ class FastStep:
             weights, lr=0.0, momentum=momentum, weight_decay=weight_decay, eta=eta
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.meter = Meter(cast(Accelerator, _OneProcess(device)), model.term_names)
+        accelerator = cast(Accelerator, _OneProcess(device))
+        self.meter = Meter(accelerator, model.term_names, model.config.num_prototypes)
         self.adapts = efficiency.selects_statically(device.type)
         self.steps = 0
 

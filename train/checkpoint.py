@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -60,12 +60,33 @@ class Record:
     seconds: float
     """Training time so far, over all resumes."""
     meter: list[list[float]]
-    """For each process, the sums of the log line that is being averaged, see train.metrics.Meter.
+    """For each process, what has come together for the next log line, see train.metrics.Meter.
     """
     provenance: dict[str, Any]
     """What wrote it: hardware, versions, command."""
     sha256: dict[str, str] = field(default_factory=dict)
     """Of each of the other files, known once they are written."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a run stay: the `newest`, and the last of each of `parts` equal parts of
+    its `total_steps`.
+    """
+
+    newest: int
+    parts: int
+    total_steps: int
+
+    def outdated(self, checkpoints: Sequence[Path]) -> list[Path]:
+        """Those of all `checkpoints`, oldest first, that may go."""
+        last_of = {self._part(step_of(one)): one for one in checkpoints} if self.parts else {}
+        stay = {*checkpoints[-self.newest :], *last_of.values()}
+        return [one for one in checkpoints if one not in stay]
+
+    def _part(self, step: int) -> int:
+        """A part's last step belongs to it."""
+        return -(-step * self.parts // self.total_steps)
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -122,8 +143,8 @@ class Writer:
     `wait`.
     """
 
-    def __init__(self, run_dir: Path, keep: int, timeout_s: float) -> None:
-        self._run_dir, self._keep = run_dir, keep
+    def __init__(self, run_dir: Path, retention: Retention, timeout_s: float) -> None:
+        self._run_dir, self._retention = run_dir, retention
         self._thread = Background(f"{run_dir / 'checkpoints'}: writing", timeout_s)
         self._copies: list[Tensor] = []
 
@@ -141,7 +162,7 @@ class Writer:
             _SCALER: scaler and scaler.state_dict(),
         }
         copy = self._copy(state)
-        self._thread.submit(lambda: write(self._run_dir, record, copy, self._keep))
+        self._thread.submit(lambda: write(self._run_dir, record, copy, self._retention))
 
     def problem(self) -> Exception | None:
         """What went wrong, if anything."""
@@ -172,8 +193,8 @@ class Writer:
         return dict(_pytree.tree_unflatten(leaves, structure))
 
 
-def write(run_dir: Path, record: Record, state: Mapping[str, Any], keep: int) -> None:
-    """Write checkpoints/step_N, point `latest` to it and delete all but the newest `keep`.
+def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Retention) -> None:
+    """Write checkpoints/step_N, point `latest` to it and delete those that are outdated then.
 
     `state` holds what goes into each file. Killed at any moment, it leaves the checkpoints from
     before, and at most a step_N.partial that nobody reads. Raises UserError if it cannot write.
@@ -202,7 +223,7 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], keep: int) ->
         partial.replace(whole)
         _link(folder / "latest", whole.name)
         _flush(folder)
-        for old in whole_ones(run_dir)[:-keep]:
+        for old in retention.outdated(whole_ones(run_dir)):
             _discard(old)
 
 
@@ -224,7 +245,7 @@ def restore(
         _check_content(checkpoint / name, record)
     with _reading(checkpoint / _MODEL):
         weights = load_file(checkpoint / _MODEL)
-        _check_shapes(weights, model.state_dict())
+        check_weights(weights, model.state_dict())
     with _reading(checkpoint / _OPTIMIZER):
         momenta = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
         _check_optimizer(momenta, optimizer)
@@ -256,8 +277,23 @@ def load_model(path: Path | str) -> tuple[SlotCon, RunConfig]:
     model = SlotCon(config.model)
     _check_content(checkpoint / _MODEL, record)
     with _reading(checkpoint / _MODEL):
-        model.load_state_dict(load_file(checkpoint / _MODEL))
+        weights = load_file(checkpoint / _MODEL)
+        check_weights(weights, model.state_dict())
+    model.load_state_dict(weights)
     return model.eval(), config
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal names and shapes, no NaN. Raises ValueError."""
+    if different := sorted(weights.keys() ^ expected.keys()):
+        raise ValueError(f"{different[0]} is missing or unknown")
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise ValueError(
+                f"{name} has shape {list(weights[name].shape)}, not {list(value.shape)}"
+            )
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{name} is not finite")
 
 
 @contextmanager
@@ -312,17 +348,6 @@ def _check_content(file: Path, record: Record) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _check_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Equal names and shapes. Raises ValueError."""
-    if different := sorted(weights.keys() ^ expected.keys()):
-        raise ValueError(f"{different[0]} is missing or unknown")
-    for name, value in expected.items():
-        if weights[name].shape != value.shape:
-            raise ValueError(
-                f"{name} has shape {list(weights[name].shape)}, not {list(value.shape)}"
-            )
 
 
 def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:

@@ -43,7 +43,7 @@ A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the tra
 
 exit codes:
   0    done
-  1    the training diverged, or another of its processes is lost
+  1    the training diverged or collapsed, or another of its processes is lost
   2    bad input; a disk, a tracker or an image that fails
   75   told to stop by SIGTERM or SIGUSR1: a checkpoint is written, start the same command again
        with --resume auto (a second signal ends the run at once, without one)
@@ -211,11 +211,18 @@ class LogConfig:
     """Steps between two checkpoints; 0 = only the last step, which always gets one."""
     keep: int = 3
     """How many of the newest checkpoints to keep."""
+    history: int = 4
+    """Of older checkpoints, the last of each of so many equal parts of the run is kept as well, to
+    look back at (evaluation.pictures attention); 0: none."""
     dir: str = "runs"
     """Folder of all runs; this one writes to DIR/NAME."""
     on_divergence: Literal["stop", "roll_back"] = "stop"
     """A loss or weight that is not finite, or fp16 steps that all overflow: "stop" ends the run;
     "roll_back" goes on from the last good checkpoint, at most three times at the same place."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """After the warm-up, two log lines in a row with fewer than two active slots an image or with a
+    usage of the prototypes whose entropy is under a quarter of its maximum, or ten with a grouping
+    loss at chance: "warn" says so once; "stop" ends the run."""
     timeout_minutes: float = 10
     """How long a process waits for the others, for the disk and for a tracker before it ends with
     an error."""
@@ -228,6 +235,7 @@ class LogConfig:
             require(tracker in LOGGER_TYPE_TO_CLASS, "trackers", tracker, f"some of {known}")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(self.keep >= 1, "keep", self.keep, "at least 1")
+        require(self.history >= 0, "history", self.history, "0 or more")
         require(bool(self.dir), "dir", self.dir, "the name of a folder")
         require(
             0 < self.timeout_minutes < math.inf,

@@ -32,24 +32,32 @@ class Reading(NamedTuple):
     """Steps that the optimiser has left out so far."""
     end: int
     """The largest reason for ending the run that a process has brought."""
+    usage: Tensor
+    """float64 [K] on the host: cells that each of the teacher's prototypes has won."""
+    duplicates: int
+    """Pairs of prototypes that are nearly the same, as brought."""
 
 
 class Meter:
-    """Averages since the last log line, over micro-batches and processes: the loss, its `terms` and
-    the model's statistics.
+    """What has come together since the last log line, over micro-batches and processes: averages
+    of the loss, its `terms` and the model's statistics, and the usage of the K prototypes.
 
     Adding stays on the device; reading is one collective and one synchronisation, which takes along
     how many steps the optimiser has left out (`skipped`, a scalar on the device).
     """
 
     def __init__(
-        self, accelerator: Accelerator, terms: Sequence[str], skipped: Tensor | None = None
+        self,
+        accelerator: Accelerator,
+        terms: Sequence[str],
+        num_prototypes: int,
+        skipped: Tensor | None = None,
     ) -> None:
         self._accelerator, self._terms, self._skipped = accelerator, terms, skipped
         self.names = ("loss", *terms, *STATS)
-        self._sums = torch.zeros(
-            len(self.names) + 1, dtype=torch.float64, device=accelerator.device
-        )
+        self._sizes = [len(self.names) + 1, num_prototypes]
+        self._values = torch.zeros(sum(self._sizes), dtype=torch.float64, device=accelerator.device)
+        self._sums, self._usage = self._values.split(self._sizes)  # views of one tensor
 
     def add(self, output: ModelOutput) -> None:
         """Take in one micro-batch."""
@@ -58,37 +66,49 @@ class Meter:
         values += [output.stats[name] for name in STATS]
         values.append(torch.ones_like(values[0]))
         self._sums += torch.stack(values)
+        self._usage += output.usage
 
-    def read(self, end: int = 0) -> Reading:
-        """The averages; `end` is this process's reason for ending the run, 0 for none."""
-        skipped = self._sums.new_zeros(()) if self._skipped is None else self._skipped
-        others = torch.stack([skipped.to(self._sums), torch.full_like(self._sums[0], end)])
-        rows = self._gathered(torch.cat([self._sums, others])).cpu()
-        *sums, count = rows[:, :-2].sum(dim=0).tolist()
-        averages = {n: value / count for n, value in zip(self.names, sums, strict=True) if count}
-        latest, largest = (int(value) for value in rows[:, -2:].amax(dim=0))
-        return Reading(averages, latest, largest)
+    def read(self, end: int = 0, duplicates: Tensor | None = None) -> Reading:
+        """All of it; `end` is this process's reason for ending the run, 0 for none, `duplicates` a
+        scalar on the device that is to come along.
+        """
+        others = torch.zeros_like(self._values[:3])
+        others[0] = end
+        for place, scalar in enumerate((self._skipped, duplicates), start=1):
+            if scalar is not None:
+                others[place] = scalar
+        rows = self._gathered(torch.cat([self._values, others])).cpu()
+        sums, usage, others = rows.split([*self._sizes, 3], dim=1)
+        *totals, count = sums.sum(dim=0).tolist()
+        averages = {n: total / count for n, total in zip(self.names, totals, strict=True) if count}
+        largest, latest, pairs = (int(value) for value in others.amax(dim=0))
+        return Reading(averages, latest, largest, usage.sum(dim=0), pairs)
 
     def clear(self) -> None:
         """Start the next log line."""
-        self._sums.zero_()
+        self._values.zero_()
 
     def state(self) -> list[list[float]]:
-        """For each process its sums and, last, how many micro-batches they hold."""
-        state: list[list[float]] = self._gathered(self._sums).tolist()
+        """For each process its sums, how many micro-batches they hold, and the usage."""
+        state: list[list[float]] = self._gathered(self._values).tolist()
         return state
 
     def load(self, state: list[list[float]]) -> None:
-        """Go on from `state`; with another number of processes, from its average over processes;
-        from nothing, if it is of other values.
+        """Go on from `state`; with another number of processes, from an equal part of it; from
+        nothing, if it is of other values. Older checkpoints hold no usage: it begins at zero.
         """
+        self.clear()
         saved = torch.tensor(state, dtype=torch.float64)
-        if saved.shape[1:] != self._sums.shape:
-            self.clear()
+        if saved.ndim != 2:
             return
-        same = len(state) == self._accelerator.num_processes
-        own = saved[self._accelerator.process_index] if same else saved.mean(dim=0)
-        self._sums.copy_(own)
+        processes = self._accelerator.num_processes
+        if len(state) == processes:
+            own = saved[self._accelerator.process_index]
+        else:  # averages stay what they are if sums and count change together
+            own = saved.mean(dim=0)
+            own[self._sizes[0] :] *= len(state) / processes
+        if len(own) in (len(self._sums), len(self._values)):
+            self._values[: len(own)] = own.to(self._values)
 
     def _gathered(self, values: Tensor) -> Tensor:
         """[processes, values]"""
@@ -189,8 +209,8 @@ def progress_line(values: Mapping[str, Any], epochs: int, total: int, seconds_le
         f"epoch {epoch}/{epochs}  step {values['step']}/{total}  "
         f"{values['images_per_s']:.1f} images/s  "
         f"loss {values['loss']:.4f} (grouping {grouping}, slots {slots})  "
-        f"{values['active_slots']:.1f} slots/image  data wait {values['wait_share']:.0%}  "
-        f"{duration(seconds_left)} left"
+        f"{values['active_slots']:.1f} slots/image  dead prototypes {values['dead_prototypes']}  "
+        f"data wait {values['wait_share']:.0%}  {duration(seconds_left)} left"
     )
 
 

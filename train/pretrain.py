@@ -40,6 +40,7 @@ def main() -> None:
 
 
 def _train(trainer: "Trainer") -> None:
+    from train.health import Collapsed
     from train.metrics import Diverged
     from train.watchdog import LostProcess
 
@@ -49,7 +50,7 @@ def _train(trainer: "Trainer") -> None:
         _end(f"error: {error}" if str(error) else "", 2)
     except LostProcess as error:
         _end(f"error: {error}", 1)
-    except Diverged as error:
+    except (Diverged, Collapsed) as error:
         _end(f"error: {error}" if _FIRST else "", 1)
     except Stopped as error:
         _end(str(error) if _FIRST else "", REQUEUE)

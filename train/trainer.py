@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Batch, make_loader
 from train import checkpoint
 from train.config import RunConfig, flatten, to_dict, to_yaml
+from train.health import CollapseAlarm, Collapsed, near_duplicates, usage_entropy
 from train.lars import LARS
 from train.launch import launch, lock, share_of_cores
 from train.metrics import Diverged, Journal, Meter, Stopwatch, finite, progress_line
@@ -75,6 +76,7 @@ class Trainer:
         self._check_batch_statistics()
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+        self.warmup_steps = round(config.train.warmup_epochs * self.loader.steps_per_epoch)
 
         torch.manual_seed(config.train.seed)
         self.slotcon = self._place(SlotCon(config.model))
@@ -95,7 +97,9 @@ class Trainer:
         self.skipped = 0  # steps that overflowed, up to the last log line
         self.overflows: list[int] = []  # steps of the last log lines, if none of them was taken
         self.roll_backs, self.place = 0, 0  # how many, since the run has come past this step
-        self.meter = Meter(self.accelerator, self.slotcon.term_names, self.lars.skipped)
+        prototypes = config.model.num_prototypes
+        self.meter = Meter(self.accelerator, self.slotcon.term_names, prototypes, self.lars.skipped)
+        self.alarm = CollapseAlarm(prototypes, self.warmup_steps)
         self.stopwatch = Stopwatch(self.accelerator.device)
         if candidates:
             self._resume(candidates)
@@ -103,7 +107,9 @@ class Trainer:
         patience = 60 * config.log.timeout_minutes
         self.signals = signals or StopSignals()
         self.watchdog = Watchdog(1.1 * patience, self._who())  # after those that know more
-        self.writer = checkpoint.Writer(self.run_dir, config.log.keep, patience)
+        log = config.log
+        retention = checkpoint.Retention(log.keep, log.history, self.total_steps)
+        self.writer = checkpoint.Writer(self.run_dir, retention, patience)
         self.journal = self._open_journal()
         settings = {key: _scalar(value) for key, value in flatten(to_dict(config)).items()}
         self.trackers = Trackers(self.accelerator, settings, self.step, patience)
@@ -111,8 +117,8 @@ class Trainer:
     def train(self) -> None:
         """Train on to the last step, which gets a checkpoint.
 
-        Raises Diverged; Stopped, after a signal and its checkpoint; LostProcess; UserError where a
-        disk, a tracker or an image fails. The watchdog ends the process itself.
+        Raises Diverged; Collapsed; Stopped, after a signal and its checkpoint; LostProcess;
+        UserError where a disk, a tracker or an image fails. The watchdog ends the process itself.
         """
         try:
             with self.watchdog:
@@ -124,7 +130,7 @@ class Trainer:
                 self._wait_for_disk()
                 self.watchdog.beat()
                 self.trackers.finish()
-        except (Diverged, Stopped):
+        except (Diverged, Collapsed, Stopped):
             raise
         except RuntimeError as error:
             if not lost(error):
@@ -183,7 +189,7 @@ class Trainer:
         lr = learning_rate(
             step,
             peak=train.base_lr * train.batch_size / 256,
-            warmup_steps=round(train.warmup_epochs * self.loader.steps_per_epoch),
+            warmup_steps=self.warmup_steps,
             warmup_multiplier=train.warmup_multiplier,
             total_steps=self.total_steps,
         )
@@ -195,7 +201,10 @@ class Trainer:
 
         Returns why the run is to end, or _GO_ON.
         """
-        averages, skipped, end = self.meter.read(self._reason_to_end())
+        prototypes = self.slotcon.teacher.grouping.prototypes
+        averages, skipped, end, usage, duplicates = self.meter.read(
+            self._reason_to_end(), near_duplicates(prototypes)
+        )
         if not self.static_slots:
             averages.pop("dropped_pairs")  # there are none
         steps, seconds, wait_share = self.stopwatch.read()
@@ -207,6 +216,9 @@ class Trainer:
             "step": self.step,
             "epoch": round(self.step / self.loader.steps_per_epoch, 4),
             **averages,
+            "usage_entropy": usage_entropy(usage),
+            "dead_prototypes": int((usage == 0).sum()),
+            "near_duplicates": duplicates,
             "lr": lr,
             "teacher_momentum": momentum,
             "images_per_s": steps * self.config.train.batch_size / seconds,
@@ -223,6 +235,7 @@ class Trainer:
             self.journal.write(values, line)
             measured = {name: value for name, value in values.items() if name != "step"}
             self.trackers.log(measured, self.step)
+        self._check_collapse(self.step - steps, values)
         self.skipped = skipped
         self.meter.clear()
         self.stopwatch.restart()
@@ -305,6 +318,18 @@ class Trainer:
         total = sum(self.overflows)
         storm = len(self.overflows) >= 2 and total >= _STORM
         self._check(not storm, f"all of the last {total} steps overflow in fp16")
+
+    def _check_collapse(self, begin: int, values: dict[str, float]) -> None:
+        """Of the log line that begins with step `begin`. Raises Collapsed."""
+        symptom = self.alarm.check(begin, self.step, cells_of(self.view_size), values)
+        if not symptom:
+            return
+        message = f"{self.run_dir}: the grouping has collapsed at step {self.step}: {symptom}"
+        if self.config.log.on_collapse == "stop":
+            self._wait_for_disk()
+            last = checkpoint.latest(self.run_dir) or "none"
+            raise Collapsed(f"{message}; last checkpoint: {last}")
+        self._say(f"warning: {message}; going on (log.on_collapse)")
 
     def _roll_back(self, error: Diverged) -> None:
         """Go on from the last good checkpoint, if the run is to do that and it helps.
@@ -422,6 +447,7 @@ class Trainer:
         self.step, self.seconds = record.step, record.seconds
         self.meter.load(record.meter)
         self.overflows = []
+        self.alarm.reset()
 
     def _open_journal(self) -> Journal:
         journal = Journal(self.run_dir / "metrics.jsonl")
