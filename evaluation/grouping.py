@@ -60,10 +60,29 @@ def score_grouping(confusion: np.ndarray) -> GroupingScore:
     """
     pixels = confusion.sum(axis=0)
     shown = np.flatnonzero(pixels)
-    if not len(shown):
-        raise ValueError("no labelled pixel to score")
     cluster = np.full(len(pixels), -1, np.int64)
     cluster[shown] = match(confusion[:, shown])
+    return score_matched(confusion, cluster)
+
+
+def score_classes(confusion: np.ndarray) -> GroupingScore:
+    """Score predicted classes: an int64 [C, C] confusion matrix, prediction c being class c.
+
+    A class without labelled pixels takes no part, though a pixel predicted as one counts as wrong.
+    Raises ValueError if no pixel is labelled.
+    """
+    return score_matched(confusion, np.arange(len(confusion)))
+
+
+def score_matched(confusion: np.ndarray, cluster: np.ndarray) -> GroupingScore:
+    """Score an int64 [K, C] confusion matrix given the `cluster` int64 [C] of each class, -1 for
+    none. Raises ValueError if no pixel is labelled.
+    """
+    pixels = confusion.sum(axis=0)
+    shown = np.flatnonzero(pixels)
+    if not len(shown):
+        raise ValueError("no labelled pixel to score")
+    cluster = np.where(pixels > 0, cluster, -1)
     matched = shown[cluster[shown] >= 0]
     hit = confusion[cluster[matched], matched]
     iou = np.where(pixels > 0, 0.0, np.nan)

@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from evaluation.images import ImageSource, spread
+from evaluation.images import EVALUATION_SIDE, ImageSource, evaluation_size, spread
 from evaluation.segment import square_batches
 from model import ModelConfig, SlotCon
-from train.checkpoint import load_model
-from train.config import RunConfig
+from model.encoder import cells_of
+from pipeline.errors import UserError
+from train.checkpoint import find, load_model, read_record
+from train.config import RunConfig, from_dict
 
-CALIBRATION_IMAGES = 256
+CALIBRATION_IMAGES, CALIBRATION_BATCH = 256, 8
 
 
 def default_device() -> torch.device:
@@ -27,6 +29,20 @@ def load_network(checkpoint: Path, device: torch.device) -> tuple[SlotCon, RunCo
     return model.to(device).eval(), config
 
 
+def run_config(checkpoint: Path) -> RunConfig:
+    """The configuration of a checkpoint's run, or of a run. Raises UserError."""
+    return from_dict(read_record(find(checkpoint)).config)
+
+
+def evaluated_side(size: int | None, checkpoint: Path | None) -> int:
+    """R in pixels: `size` if given, else what the checkpoint's views ask for, else 320. Raises
+    UserError.
+    """
+    if size is not None:
+        return size
+    return evaluation_size(run_config(checkpoint).views.size) if checkpoint else EVALUATION_SIDE
+
+
 def untrained_network(
     config: ModelConfig, seed: int, images: ImageSource, size: int, device: torch.device
 ) -> SlotCon:
@@ -35,7 +51,7 @@ def untrained_network(
 
     A new layer's running statistics, 0 and 1, are those of no input. Measured ones give the
     baseline the scale that training would have given it on the way, so that only the weights
-    differ.
+    differ. Raises UserError for a single image of a single cell.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -44,7 +60,11 @@ def untrained_network(
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = None  # the plain average over the batches
     sample = spread(len(images), CALIBRATION_IMAGES)
+    if len(sample) > CALIBRATION_BATCH:  # whole batches only: all of them weigh the same
+        sample = sample[: len(sample) // CALIBRATION_BATCH * CALIBRATION_BATCH]
+    elif len(sample) * cells_of(size) < 2:
+        raise UserError(f"one image of {size} pixels has no variance to calibrate BatchNorm with")
     with torch.inference_mode():
-        for squares in square_batches(images, size, indices=sample):
+        for squares in square_batches(images, size, indices=sample, batch_size=CALIBRATION_BATCH):
             model.teacher.train()(squares.normalised(device))
     return model.eval()

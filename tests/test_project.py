@@ -40,7 +40,7 @@ LOADED_INDIRECTLY = {
     "ffcv",  # its native library
 }
 
-OPTIONAL = {"nvidia"}  # DALI: an extra, loaded only where it is asked for
+OPTIONAL = {"nvidia", "timm"}  # extras (nvidia: DALI), loaded only where they are asked for
 
 # Places on somebody's machine or network. The brackets keep this file from matching itself.
 PLACES = re.compile(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from evaluation.datasets import open_labelled
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from tests.manifests import names_of
@@ -58,7 +59,7 @@ def test_colour_alone_does_not_tell_the_classes_apart() -> None:
 
 
 def test_the_sample_set_on_disk(tmp_path: Path) -> None:
-    """Evaluation finds a label map by the image's name; photographs have none."""
+    """Evaluation finds a label map by the image's name; that of a photograph is all void."""
     out = tmp_path / "s.beton"
     arguments = ["sample", "--out", str(out), "--count", "6", "--val-count", "2", "--workers", "2"]
     build_dataset.main(arguments)
@@ -69,7 +70,7 @@ def test_the_sample_set_on_disk(tmp_path: Path) -> None:
     assert len(photographs) == len(scenes.PHOTOGRAPHS) == len(names) - 6
     assert json.loads((root / "classes.json").read_text()) == list(scenes.CLASSES)
     for split, count, start in (("train", 6, 0), ("val", 2, scenes.VAL_START)):
-        files = sorted((root / split / "labels").iterdir())
+        files = sorted((root / split / "labels").glob("0*.png"))
         assert len(files) == count
         for index, file in enumerate(files):
             image, labels = scenes.scene(0, start + index)
@@ -77,6 +78,10 @@ def test_the_sample_set_on_disk(tmp_path: Path) -> None:
             drawn = np.asarray(Image.open(root / split / "images" / f"{file.stem}.jpg"))
             assert drawn.shape == image.shape
             assert np.abs(drawn.astype(int) - image).mean() < 8
+    train = open_labelled(images=root / "train/images", labels=root / "train/labels")
+    assert len(train) == len(names)
+    last = len(train) - 1
+    assert (train.labels(last, *train.load(last).shape[:2]) == 255).all()
     with pytest.raises(UserError, match=r"--out .* exists"):
         build_dataset.main(arguments)
     build_dataset.main([*arguments, "--force"])

@@ -1,40 +1,41 @@
 """From images and label maps to a score: geometry, streaming, the command, what it refuses."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torchvision import transforms
 
 from evaluation import segment, unsupervised_segmentation
+from evaluation.crf import refine
+from evaluation.datasets import LabelledImages, open_labelled, read_classes
 from evaluation.images import (
     FolderImages,
-    LabelMaps,
     centre_square,
     evaluation_size,
     open_images,
-    read_classes,
     spread,
 )
 from evaluation.networks import load_network, untrained_network
-from evaluation.segment import assign, segment_images
+from evaluation.segment import assign, segment_images, square_batches
+from evaluation.segmentation_picture import paint, palette
 from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
 from tests.betons import varied, write_beton
+from tests.checkpoints import write_checkpoint
 from tests.coloured import CELL, ColourNetwork, write_scenes
-from train.checkpoint import Record
-from train.config import DataConfig, RunConfig, to_dict
+from train.config import DataConfig, RunConfig
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(arch="resnet18", dim_hidden=8, dim_out=8, num_prototypes=4)
 
 
-@pytest.mark.parametrize(("height", "width"), [(50, 83), (83, 50), (64, 64), (401, 640), (20, 300)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(50, 83), (83, 50), (64, 64), (401, 640), (20, 300), (64, 67)]
+)
 def test_square_is_the_protocols(height: int, width: int) -> None:
     """Another crop would score other pixels than published numbers do."""
     generator = np.random.default_rng(0)
@@ -131,21 +132,24 @@ def test_void_class_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these would otherwise end in a traceback, or in a score of the wrong thing."""
     images_folder, labels_folder = write_scenes(tmp_path, MAPS)
-    images = FolderImages(images_folder)
 
+    def opened(**more: Path) -> LabelledImages:
+        return open_labelled("folder", images=images_folder, labels=labels_folder, **more)
+
+    (tmp_path / "one.json").write_text('["a"]')
     with pytest.raises(UserError, match="class id 1 is not in the table of 1 classes"):
-        LabelMaps(images, labels_folder, ["a"]).load(0, 64, 64)
+        opened(classes=tmp_path / "one.json").labels(0, 64, 64)
     with pytest.raises(UserError, match=r"000\.png: label map of 64×64 pixels for an image of 9×8"):
-        LabelMaps(images, labels_folder).load(0, 8, 9)
+        opened().labels(0, 8, 9)
     Image.new("RGB", (64, 64)).save(labels_folder / "000.png")
     with pytest.raises(UserError, match="not a label map: its pixels are RGB"):
-        LabelMaps(images, labels_folder).load(0, 64, 64)
+        opened().labels(0, 64, 64)
     (labels_folder / "000.png").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"000\.png: not an image"):
-        LabelMaps(images, labels_folder).load(0, 64, 64)
+        opened().labels(0, 64, 64)
     (labels_folder / "001.png").unlink()
     with pytest.raises(UserError, match=r"no label map for 1 of 2 images \(the first: 001\.png\)"):
-        LabelMaps(images, labels_folder)
+        opened()
     with pytest.raises(UserError, match="no such folder"):
         FolderImages(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no images in this folder"):
@@ -160,18 +164,99 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         score(monkeypatch, tmp_path / "void", [0, 1])
 
 
+def test_prototypes_on_flipped_images_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mirrored map that is not mirrored back would spoil every image without symmetry."""
+    write_scenes(tmp_path, MAPS)
+    values = score(monkeypatch, tmp_path, [2, 0, 1], "--flip")
+    assert values["trained miou"] == 1.0
+
+
+def test_crf_keeps_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored beside the plain grouping, under its own name."""
+    write_scenes(tmp_path, MAPS)
+    values = score(monkeypatch, tmp_path, [2, 0, 1], "--crf")
+    assert values["trained miou"] == values["trained, CRF miou"] == 1.0
+
+
+def test_crf_of_own_clusters_only_is_the_crf_of_all() -> None:
+    """Leaving out clusters that win no pixel must not renumber the others."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, 4, 4, generator=generator)
+    logits[:, [0, 3]] -= 100
+    pixels = torch.randint(0, 256, (2, 16, 16, 3), generator=generator).to(torch.uint8)
+    upsampled = torch.nn.functional.interpolate(logits, (16, 16), mode="bilinear")
+    expected = refine(upsampled.softmax(dim=1), pixels).argmax(dim=1)
+    found = unsupervised_segmentation.refined(logits, assign(logits, 16), pixels.numpy())
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, assign(logits, 16))
+
+
+def test_kmeans_on_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colours are found again from pixels alone, each seed is a row, and the mean is theirs."""
+    write_scenes(tmp_path, MAPS)
+    (tmp_path / "classes.json").write_text('["red", "green", "blue"]')
+    out, picture = tmp_path / "eval.json", tmp_path / "eval.png"
+    folders = ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")]
+    more = ["--size", "64", "--json", str(out), "--picture", str(picture), "--seeds", "0", "1"]
+    monkeypatch.setattr("sys.argv", ["x", *folders, *more, "--features", "pixels"])
+    unsupervised_segmentation.main()
+    content = json.loads(out.read_text())
+    mious = [row for row in content["results"] if row["metric"] == "miou"]
+    assert [row["seed"] for row in mious] == [0, 1]
+    assert {row["num_clusters"] for row in mious} == {3}
+    values = [row["value"] for row in mious]
+    assert max(values) > 0.95  # mixed blocks on borders, none here
+    summary = content["summary"][0]
+    assert summary["network"] == "pixels, k-means"
+    assert summary["mean"] == pytest.approx(sum(values) / 2)
+    assert summary["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    with Image.open(picture) as image:
+        assert image.width > 3 * 240
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "needs --checkpoint or --features"),
+        (["--features", "pixels", "pixels"], "the same features twice"),
+        (["--features", "pixels", "--baseline", "untrained"], "needs --checkpoint"),
+        (
+            ["--features", "pixels", "--clusters", "3", "--weights", "w.pth"],
+            "--weights needs exactly one of",
+        ),
+        (["--features", "pixels", "--seeds", "1", "1"], "--seeds must be different"),
+        (["--features", "pixels", "--clusters", "0"], "--clusters must be at least 1"),
+        (["--features", "pixels", "--picture", "x.svg"], "must end in .png"),
+        (["--features", "pixels"], "k-means needs --clusters"),
+        (["--features", "pixels", "--clusters", "999"], "128 cells are fewer than 999 clusters"),
+        (["--features", "nonsense", "--clusters", "3"], "must be one of teacher"),
+    ],
+)
+def test_bad_options_are_one_line(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before the work where that is possible."""
+    write_scenes(tmp_path, MAPS)
+    folders = ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")]
+    monkeypatch.setattr("sys.argv", ["x", *folders, "--size", "64", *options])
+    with pytest.raises(UserError, match=message):
+        unsupervised_segmentation.main()
+
+
+def test_picture_paints_clusters_as_their_classes() -> None:
+    """A prediction in other colours than the truth would look wrong where it is right."""
+    colours = palette(3)
+    truth = np.array([[0, 1], [2, 255]], np.uint8)
+    painted = paint(np.array([[5, 0], [1, 3]]), np.array([5, 0, 1]), colours)
+    np.testing.assert_array_equal(painted[0], colours[truth[0]])
+    np.testing.assert_array_equal(painted[1, 0], colours[2])
+    assert len(set(painted[1, 1].tolist())) == 1  # grey: of no class
+    assert len({tuple(c) for c in palette(27)[:27].tolist()}) == 27
+
+
 # ---- networks -------------------------------------------------------------------------------
-
-
-def write_checkpoint(folder: Path, model: SlotCon, config: ModelConfig) -> Path:
-    """A checkpoint of `model` that says it is one of `config`."""
-    folder.mkdir()
-    save_file(model.state_dict(), folder / "model.safetensors")
-    run = to_dict(RunConfig(name="x", data=DataConfig("x"), model=config))
-    data = {"images": 1, "fingerprint": ""}
-    record = Record(step=1, config=run, data=data, seconds=0, meter=[], provenance={})
-    (folder / "run.json").write_text(json.dumps(asdict(record)))
-    return folder
 
 
 def test_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -201,6 +286,17 @@ def test_untrained_is_the_runs_own_start(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
     first = network.teacher.encoder.bn1
     assert isinstance(first, torch.nn.BatchNorm2d)
-    assert first.running_mean is not None
-    assert first.running_mean.abs().sum() > 0
+    (squares,) = square_batches(images, 2 * CELL)
+    with torch.inference_mode():
+        channels = network.teacher.encoder.conv1(squares.normalised(CPU))
+    torch.testing.assert_close(first.running_mean, channels.mean(dim=(0, 2, 3)))
     assert not network.training
+
+
+def test_one_image_of_one_cell_calibrates_nothing(tmp_path: Path) -> None:
+    """BatchNorm raises there; nine images are not eight and one that does."""
+    images = FolderImages(write_scenes(tmp_path / "nine", 9 * MAPS[:1])[0])
+    assert untrained_network(TINY, 3, images, CELL, CPU)
+    alone = FolderImages(write_scenes(tmp_path / "one", MAPS[:1])[0])
+    with pytest.raises(UserError, match="has no variance"):
+        untrained_network(TINY, 3, alone, CELL, CPU)

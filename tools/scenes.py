@@ -455,6 +455,8 @@ def write(root: Path, count: int, val_count: int, seed: int, workers: int, force
         _write_split(partial / "val", seed, range(VAL_START, VAL_START + val_count), workers)
         for name, image in photographs():
             _save_jpeg(image, partial / "train" / "images" / f"photo_{name}.jpg")
+            void = Image.new("L", image.size, _VOID)
+            void.save(partial / "train" / "labels" / f"photo_{name}.png")
         (partial / "classes.json").write_text(json.dumps(CLASSES, indent=1) + "\n")
         (partial / _RECIPE).write_text(recipe)
         if root.exists():
@@ -467,6 +469,7 @@ def write(root: Path, count: int, val_count: int, seed: int, workers: int, force
 
 
 _RECIPE = "recipe.json"
+_VOID = 255  # what evaluation leaves out
 
 
 def _has_recipe(root: Path, recipe: str) -> bool:

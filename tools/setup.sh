@@ -88,7 +88,7 @@ install_python_packages() {
     say "Python packages (PyTorch and its CUDA libraries: about 3 GB to download, 6 GB on disk)"
     "${pip[@]}" --upgrade pip setuptools wheel
     # Without isolation the build of ffcv uses the pinned setuptools, not whatever is newest that day.
-    "${pip[@]}" --no-build-isolation --editable '.[dali,dev,power]'
+    "${pip[@]}" --no-build-isolation --editable '.[dali,dev,power,timm]'
 }
 
 # ffcv and cv2 load system libraries: find out now whether they are there.

@@ -1,0 +1,78 @@
+"""COCO's things and stuff, gathered into the 27 classes of unsupervised segmentation.
+
+The 27 are COCO-Stuff's supercategories (arXiv 1612.03716), 12 of things and 15 of stuff, under
+COCO's own names. Their order is that of the published list of the benchmark (PiCIE, arXiv
+2103.17070): things first, each as it stands below.
+"""
+
+import numpy as np
+
+THINGS = {
+    "person": "person",
+    "vehicle": "bicycle, car, motorcycle, airplane, bus, train, truck, boat",
+    "outdoor": "traffic light, fire hydrant, (street sign), stop sign, parking meter, bench",
+    "animal": "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe",
+    "accessory": "(hat), backpack, umbrella, (shoe), (eye glasses), handbag, tie, suitcase",
+    "sports": "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove,"
+    " skateboard, surfboard, tennis racket",
+    "kitchen": "bottle, (plate), wine glass, cup, fork, knife, spoon, bowl",
+    "food": "banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake",
+    "furniture": "chair, couch, potted plant, bed, (mirror), dining table, (window), (desk),"
+    " toilet, (door)",
+    "electronic": "tv, laptop, mouse, remote, keyboard, cell phone",
+    "appliance": "microwave, oven, toaster, sink, refrigerator, (blender)",
+    "indoor": "book, clock, vase, scissors, teddy bear, hair drier, toothbrush, (hair brush)",
+}
+"""Ids 1 to 91, in order. The 11 in brackets have a number and no pixels: COCO gave them up."""
+
+STUFF = {
+    "ceiling": "ceiling-other, ceiling-tile",
+    "floor": "carpet, floor-marble, floor-other, floor-stone, floor-tile, floor-wood",
+    "food-stuff": "food-other, fruit, salad, vegetable",
+    "furniture-stuff": "cabinet, counter, cupboard, desk-stuff, door-stuff, furniture-other, light,"
+    " mirror-stuff, shelf, stairs, table",
+    "raw-material": "cardboard, metal, paper, plastic",
+    "textile": "banner, blanket, cloth, clothes, curtain, mat, napkin, pillow, rug, textile-other,"
+    " towel",
+    "wall": "wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood",
+    "window": "window-blind, window-other",
+    "building": "bridge, building-other, house, roof, skyscraper, tent",
+    "ground": "dirt, gravel, ground-other, mud, pavement, platform, playingfield, railroad, road,"
+    " sand, snow",
+    "plant": "branch, bush, flower, grass, leaves, moss, plant-other, straw, tree",
+    "sky": "clouds, sky-other",
+    "solid": "hill, mountain, rock, solid-other, stone, wood",
+    "structural": "cage, fence, net, railing, structural-other",
+    "water": "fog, river, sea, water-other, waterdrops",
+}
+"""Ids 92 to 182 are these names in alphabetical order."""
+
+THING_ORDER = (
+    "electronic", "appliance", "food", "furniture", "indoor", "kitchen", "accessory", "animal",
+    "outdoor", "person", "sports", "vehicle",
+)  # fmt: skip
+
+CLASSES = [*THING_ORDER, *STUFF]
+"""The 27 names by class id."""
+
+
+def coarse_classes() -> dict[int, int]:
+    """COCO id (80 things of 1 … 90, stuff 92 … 182) → class id 0 … 26."""
+    things = [(name, group) for group, names in THINGS.items() for name in names.split(", ")]
+    stuff = sorted((name, group) for group, names in STUFF.items() for name in names.split(", "))
+    return {
+        number: CLASSES.index(group)
+        for number, (name, group) in enumerate(things + stuff, start=1)
+        if not name.startswith("(")
+    }
+
+
+def stuff_map_table(unknown: int) -> np.ndarray:
+    """int64 [256]: class of each value of a stuffthingmaps PNG, which stores an id less one; 255
+    stays, and what COCO does not use becomes `unknown`.
+    """
+    table = np.full(256, unknown, np.int64)
+    table[255] = 255
+    for number, group in coarse_classes().items():
+        table[number - 1] = group
+    return table

@@ -1,0 +1,174 @@
+"""k-means on the cells of many images: a bounded sample of them, k-means++, Lloyd's iterations.
+
+Letters: N images, B those of a batch, h w cells of an image, M cells sampled, D features, K
+clusters.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.precision import full_precision
+
+SAMPLE_FLOATS = 2**27
+"""Floats of a sample: 512 MiB."""
+CHUNK_FLOATS = 2**22
+"""Floats of distances and of cells held at once beside it: 16 MiB each."""
+COSINE_TEMPERATURE = 0.07
+"""SlotCon's for cells and prototypes; taken for cells and centres as well."""
+
+
+def sample_cells(
+    batches: Iterable[Tensor], num_images: int, seed: int, floats: int = SAMPLE_FLOATS
+) -> Tensor:
+    """Features [B, D, h, w] of N = `num_images` images, batch by batch → [M, D]: a uniform sample
+    of their cells, M·D ≤ `floats`, in their order; all of them where that is enough.
+
+    The choice depends on `seed` and N, not on the batches. Raises ValueError if there are none.
+    """
+    sample: Tensor | None = None
+    first = 0
+    for features in batches:
+        cells = features.permute(0, 2, 3, 1).flatten(0, 2)  # [B·h·w, D]
+        if sample is None:
+            total = num_images * features.shape[2] * features.shape[3]
+            size = min(total, max(floats // features.shape[1], 1))
+            chosen = np.random.default_rng(seed).choice(total, size, replace=False)
+            chosen.sort()
+            sample = cells.new_empty(size, features.shape[1])
+        start, end = np.searchsorted(chosen, [first, first + len(cells)])
+        here = torch.from_numpy(chosen[start:end] - first).to(cells.device)
+        sample[start:end] = cells[here]
+        first += len(cells)
+    if sample is None:
+        raise ValueError("no cells to sample")
+    return sample
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """What k-means found."""
+
+    centres: Tensor
+    """[K, D], of length 1 with `cosine`."""
+    cosine: bool
+    """Only the direction of a cell counts (spherical k-means)."""
+    inertia: float
+    """Mean squared distance of a cell to its centre."""
+    iterations: int
+
+    @full_precision
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [B, D, h, w] → [B, K, h, w]: the logarithm of how likely each cluster is, up to
+        a constant for each cell.
+
+        The nearest centre has the largest. They are affine in the features (in their directions,
+        with `cosine`), so that upsampling them bilinearly finds what upsampling the features would.
+        """
+        if self.cosine:
+            features = F.normalize(features, dim=1)
+            return torch.einsum("kd,bdhw->bkhw", self.centres, features) / COSINE_TEMPERATURE
+        # A Gaussian round each centre, all of the same width.
+        closeness = torch.einsum("kd,bdhw->bkhw", 2 * self.centres, features)
+        closeness = closeness - self.centres.square().sum(dim=1)[:, None, None]
+        # Cells that all lie on their centres leave no width; some keeps the logarithms finite.
+        variance = max(self.inertia / features.shape[1], 1e-6 * float(self.centres.square().mean()))
+        return closeness / (2 * max(variance, 1e-12))
+
+
+@full_precision
+@torch.no_grad()
+def kmeans(
+    cells: Tensor,
+    num_clusters: int,
+    seed: int,
+    *,
+    cosine: bool = True,
+    tolerance: float = 1e-4,
+    max_iterations: int = 100,
+) -> Clusters:
+    """Cluster cells [M, D] on their device, from a k-means++ start drawn with `seed`.
+
+    Ends when the centres' mean squared step is below `tolerance` times the mean variance of a
+    feature. A cluster that loses its last cell starts again from the cell farthest from its centre.
+    Raises ValueError if there are fewer cells than clusters.
+    """
+    if len(cells) < num_clusters:
+        raise ValueError(f"{len(cells)} cells are fewer than {num_clusters} clusters")
+    if cosine:
+        cells = F.normalize(cells, dim=1)
+    stop = tolerance * float(cells.var(dim=0, correction=0).mean())
+    centres = plus_plus(cells, num_clusters, np.random.default_rng(seed))
+    step, iterations = math.inf, 0
+    while step > stop and iterations < max_iterations:
+        moved = mean_of_nearest(cells, centres, cosine)
+        step = float((moved - centres).square().sum(dim=1).mean())
+        centres, iterations = moved, iterations + 1
+    distances = torch.cat([distance for _, _, distance in nearest(cells, centres)])
+    return Clusters(centres, cosine, float(distances.mean()), iterations)
+
+
+def plus_plus(cells: Tensor, num_clusters: int, generator: np.random.Generator) -> Tensor:
+    """K of the cells [M, D]: each is the best of 2 + ln K that are drawn in proportion to their
+    squared distance from those before (greedy k-means++, Arthur and Vassilvitskii, 2007; from a
+    single draw each, k-means often ends far from its best).
+    """
+    lengths = torch.linalg.vector_norm(cells, dim=1).square()
+    distance = torch.full_like(lengths, math.inf)
+    tries = 2 + int(math.log(num_clusters))
+    drawn, chosen = [int(generator.integers(len(cells)))], []
+    while True:
+        # By way of a product: the differences would be copies of all the cells.
+        left = (
+            (c, torch.minimum(distance, lengths + lengths[c] - 2 * (cells @ cells[c])))
+            for c in drawn
+        )
+        best, distance = min(left, key=lambda pair: float(pair[1].sum(dtype=torch.float64)))
+        chosen.append(best)
+        if len(chosen) == num_clusters:
+            return cells[chosen]
+        distance = distance.clamp_min(0)
+        running = distance.cumsum(dim=0, dtype=torch.float64)
+        points = torch.from_numpy(generator.random(tries)).to(running) * running[-1]
+        # The last one where no distance is left: there are fewer different cells than clusters.
+        places = torch.searchsorted(running, points, right=True).clamp_max(len(cells) - 1)
+        drawn = places.tolist()
+
+
+def squared_distance(cells: Tensor, centres: Tensor) -> Tensor:
+    """[M, D], [K, D] → [M, K]."""
+    lengths = [torch.linalg.vector_norm(vectors, dim=1).square() for vectors in (cells, centres)]
+    return (lengths[0][:, None] + lengths[1] - 2 * (cells @ centres.T)).clamp_min(0)
+
+
+def nearest(cells: Tensor, centres: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Chunk by chunk: cells [m, D], the number of the nearest centre int64 [m], and its squared
+    distance [m].
+    """
+    step = max(CHUNK_FLOATS // max(len(centres), cells.shape[1]), 1)
+    for chunk in cells.split(step):
+        distance, number = squared_distance(chunk, centres).min(dim=1)
+        yield chunk, number, distance
+
+
+def mean_of_nearest(cells: Tensor, centres: Tensor, cosine: bool) -> Tensor:
+    """Lloyd's step: [K, D], the mean of the cells nearest to each centre (of length 1 with
+    `cosine`).
+    """
+    sums, counts = torch.zeros_like(centres), centres.new_zeros(len(centres))
+    distances = []
+    for chunk, number, distance in nearest(cells, centres):
+        # A product, not scatter_add: the same sums on every run of a GPU.
+        member = F.one_hot(number, len(centres)).to(chunk)
+        sums += member.T @ chunk
+        counts += member.sum(dim=0)
+        distances.append(distance)
+    means = sums / counts.clamp_min(1)[:, None]
+    empty = (counts == 0).nonzero()[:, 0]
+    means[empty] = cells[torch.cat(distances).topk(len(empty)).indices]
+    return F.normalize(means, dim=1) if cosine else means
