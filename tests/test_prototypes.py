@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
+from evaluation import pictures
+from evaluation.drawing import MARGIN
 from evaluation.images import FolderImages
+from evaluation.prototype_picture import LABEL, TILE, cut_tiles, draw_rows, draw_segment
 from evaluation.prototypes import NearestSegments, gather_nearest, segment_similarity
 from evaluation.segment import segment_images
 from tests.coloured import CELL, COLOURS, ColourNetwork, write_scenes
-from tools import show_prototypes
-from tools.show_prototypes import LABEL, MARGIN, TILE, cut_tiles, draw_picture, draw_segment
 
 CPU = torch.device("cpu")
 
@@ -89,7 +90,7 @@ def test_tiles_show_the_segment_and_dim_the_rest(tmp_path: Path) -> None:
     assert blue[centres[0], centres[1]].tolist() == COLOURS[2].tolist()
     assert blue[centres[0], centres[0]].max() < 120
 
-    picture = draw_picture(nearest, tiles)
+    picture = draw_rows("title", nearest, [("", tiles)])
     assert picture.width > 2 * MARGIN + LABEL + 2 * TILE
     assert len(picture.getcolors(2**24) or []) > 50
 
@@ -107,11 +108,13 @@ def test_command_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The command's own wiring: sizes, subset, file."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([0, 1, 2])
-    monkeypatch.setattr(show_prototypes, "load_network", lambda *_: (network, None))
+    monkeypatch.setattr(pictures, "load_network", lambda *_: (network, None))
     out = tmp_path / "new" / "prototypes.png"
-    command = f"x --checkpoint run --data {images.folder} --out {out} --size 64 --max-images 3"
+    command = (
+        f"x prototypes --checkpoint run --data {images.folder} --out {out} --size 64 --max-images 3"
+    )
     monkeypatch.setattr("sys.argv", command.split())
-    show_prototypes.main()
+    pictures.main()
     with Image.open(out) as picture:
         assert picture.size[0] > 5 * TILE
     assert [path.name for path in out.parent.iterdir()] == ["prototypes.png"]
