@@ -1,6 +1,7 @@
 """The report: self-contained, complete, and honest about what was not measured."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import UserError
-from tools import report
+from tools import compare, report
 from tools.charts import MAX_POINTS, line_chart, short, thin, ticks
-from tools.report import listed, wait_share
+from tools.report_parts import listed
+from tools.run_results import PICTURES, RESULTS, wait_share
 
-VOID_ELEMENTS = {"meta", "img", "line", "circle", "polyline"}
+VOID_ELEMENTS = {"meta", "img", "br", "line", "circle", "polyline"}
 MACHINE = {
     "hardware": {"cpu": "Fast & <Cheap>", "cores": 2, "memory_gib": 8.0, "gpus": []},
     "versions": {"python": "3.12.1"},
@@ -54,7 +56,8 @@ def log_line(step: int) -> str:
     names = ("loss", "grouping_12", "grouping_21", "slot_12", "slot_21", "active_slots")
     values = {"step": step, "epoch": step / 10, **dict.fromkeys(names, 50 / (10 + step))}
     timing = {"images_per_s": 80.0, "wait_share": 0.25, "seconds": 2.0 * step}
-    return json.dumps({**values, "active_pairs": 2.5, "lr": 0.1, **timing}) + "\n"
+    health = {"usage_entropy": 0.75, "dead_prototypes": 3, "near_duplicates": 1}
+    return json.dumps({**values, "active_pairs": 2.5, "lr": 0.1, **health, **timing}) + "\n"
 
 
 def write_run(folder: Path) -> Path:
@@ -83,8 +86,25 @@ def write_measurements(folder: Path) -> None:
         for metric, more in (("miou", {}), ("pixel_accuracy", {}), ("iou", {"class": "sky & sea"}))
     ]
     (folder / "eval.json").write_text(json.dumps({**MACHINE, "command": "e", "results": scores}))
+    for probe in ("knn", "linear", "clusters"):
+        rows = [
+            {"metric": "miou", "network": "teacher", "seed": seed, "value": value, "probe": probe}
+            for seed, value in enumerate((0.2, 0.3, 0.4))
+        ]
+        (folder / f"{probe}.json").write_text(json.dumps({**MACHINE, "results": rows}))
+    use: list[dict[str, object]] = [
+        {"metric": "active_slots", "value": 4.25},
+        {"metric": "active_slots_sd", "value": 1.5},
+        {"metric": "dead_prototypes", "value": 7},
+    ]
+    use += [{"metric": "image_share", "prototype": k, "value": 1 / (1 + k)} for k in range(32)]
+    (folder / "slots.json").write_text(json.dumps({**MACHINE, "results": use}))
+    cost = {"backend": "fast", "gpus": 8, "measured": False, "images_per_s": 99.0, "hours": 12.5}
+    (folder / "cost.json").write_text(json.dumps({**MACHINE, "results": [], "cost": [cost]}))
     noise = np.random.default_rng(0).integers(0, 256, (2100, 2200, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((2200, 2100)).save(folder / "prototypes.png")
+    Image.fromarray(noise).save(folder / "prototypes.png")
+    for part in PICTURES[1:]:
+        Image.new("RGB", (400, 300), "green").save(folder / part.file)
 
 
 def make(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -102,11 +122,13 @@ def test_page_is_complete_and_self_contained(
     text = (run / "report.html").read_text()
     page = Page(text)
     assert len(text) < 3e6
-    assert page.sources
     assert all(source.startswith("data:image/webp;base64,") for source in page.sources)
     assert not re.search(r"https?:|@import|url\(|<script|<link", text)
     for part in ("a<b>c", "40.0%", "10.0%", "sky & sea", "decode · loader", "Fast & <Cheap>"):
         assert part in page.text, part
+    for part in ("30.0% ± 10.0", "4.25 ± 1.50", "7 of 32", "12.5", "scaled", "Usage entropy"):
+        assert part in page.text, part
+    assert len(page.sources) == len(PICTURES)
     assert "Not here yet" not in text
     assert "prefers-color-scheme: dark" in text
 
@@ -118,13 +140,13 @@ def test_missing_parts_name_the_command_that_adds_them(
     run = write_run(tmp_path / "run")
     make(monkeypatch, run, "--out", tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
-    assert page.text.count("Not here yet") == 3
     for command in (
-        "tools.benchmark all --data 'my data.beton'",
+        f"tools.benchmark all --data 'my data.beton' --json {run}/bench.json",
         f"evaluation.unsupervised_segmentation --checkpoint {run}",
-        f"tools.show_prototypes --checkpoint {run}",
+        f"evaluation.pictures prototypes --checkpoint {run}",
     ):
         assert command in page.text
+    assert all(f"{run}/{part.file}" in page.text for part in (*RESULTS, *PICTURES))
 
 
 def test_image_level_loss_is_shown_where_there_is_one(
@@ -150,9 +172,13 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         make(monkeypatch, tmp_path)
     with pytest.raises(UserError, match="no measurements"):
         make(monkeypatch, run, "--benchmark", tmp_path / "bad.json")
+    (tmp_path / "other.json").write_text('{"results": [{"stage": "read"}]}')
+    for option in ("--evaluation", "--knn", "--slots", "--cost"):
+        with pytest.raises(UserError, match="not the --json file of"):
+            make(monkeypatch, run, option, tmp_path / "other.json")
     with pytest.raises(UserError, match="No such file"):
         make(monkeypatch, run, "--evaluation", tmp_path / "none.json")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="No such file"):
         make(monkeypatch, run, "--prototypes", tmp_path / "none.png")
     (run / "metrics.jsonl").write_text("nonsense\n" + log_line(1))
     with pytest.raises(UserError, match="line 1 is damaged"):
@@ -161,6 +187,66 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="nothing logged yet"):
         make(monkeypatch, run)
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b'{"loss": 1.0}',
+        b'{"step": NaN}',
+        b'{"step": 1, "seconds": NaN}',
+        b"[1, 2]",
+        b'{"step": "one"}',
+    ],
+)
+def test_damaged_log_is_one_line(
+    line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disks and editors do that; a page made of the rest would hide it."""
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_bytes(line + b"\n" + log_line(2).encode())
+    with pytest.raises(UserError, match=r"metrics\.jsonl: (line 1 is damaged|not a text file)"):
+        make(monkeypatch, run)
+
+
+def test_a_diverged_run_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one that somebody wants to look at."""
+    run = write_run(tmp_path / "run")
+    line = json.loads(log_line(90)) | {"usage_entropy": math.nan}
+    lines = [json.dumps(line | {"loss": loss}) for loss in (1e308, -1e308, math.inf, math.nan)]
+    (run / "metrics.jsonl").write_text(log_line(1) + "\n".join(lines) + "\n")
+    make(monkeypatch, run)
+    assert "nan" in Page((run / "report.html").read_text()).text
+    both = [str(run), str(write_run(tmp_path / "b")), "--out", str(tmp_path / "c.html")]
+    monkeypatch.setattr("sys.argv", ["x", *both])
+    compare.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("knn.json", {"results": [{"metric": "miou", "value": 0.5, "network": "trained"}]}),
+        ("eval.json", {"results": [{"metric": "miou", "value": 0.5, "probe": "knn"}]}),
+        (
+            "eval.json",
+            {"results": [{"metric": "miou", "value": 0.5}, {"metric": "iou", "value": 0.5}]},
+        ),
+        ("eval.json", {"results": [{"metric": "miou", "value": 0.5, "images": "many"}]}),
+        ("bench.json", {"results": [{"metric": "miou", "value": 0.5}]}),
+        ("bench.json", {"results": [{"stage": "read", "images_per_s": None}]}),
+        ("cost.json", {"results": [], "cost": [3]}),
+        ("slots.json", {"results": [{"metric": "active_slots", "value": 2}], "hardware": "fast"}),
+    ],
+)
+def test_results_of_another_command_are_refused(
+    name: str, content: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores under another measure's title would be taken for that measure."""
+    run = write_run(tmp_path / "run")
+    (run / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=name):
+        make(monkeypatch, run)
 
 
 def test_wait_share_weighs_lines_by_their_time() -> None:

@@ -283,7 +283,7 @@ def main() -> None:
     if args.compare:
         if args.stages or args.data or args.synthetic:
             raise UserError("--compare measures nothing: leave out stages and --data")
-        from tools.report import read_results
+        from tools.run_results import read_results
 
         first, second = (read_results(path) for path in args.compare)
         print(compare(first, second, args.compare))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 WIDTH, HEIGHT = 560, 256
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 30, 40
 MAX_POINTS = 240
+LARGEST = 1e30
 
 Points = Sequence[tuple[float, float]]
 
@@ -26,7 +27,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number for an axis or a table: 0.25, 12, 1,200, 35 k, 1.2 M."""
+    """A number for an axis or a table: 0.25, 12, 1,200, 35 k, 1.2 M; nan and inf as they are."""
+    if not math.isfinite(value):
+        return str(value)
     if abs(value) >= 999_500:
         return f"{value / 1e6:.3g} M"
     if abs(value) >= 10_000:
@@ -52,11 +55,11 @@ def line_chart(
     from_zero: bool = False,
     percent: bool = False,
 ) -> str:
-    """Lines over a common axis. `reference` is a named horizontal line; non-finite points are left
-    out.
+    """Lines over a common axis. `reference` is a named horizontal line; points that are not finite,
+    or hardly, are left out.
     """
     lines = {
-        name: thin([p for p in points if math.isfinite(p[1])]) for name, points in series.items()
+        name: thin([p for p in points if abs(p[1]) < LARGEST]) for name, points in series.items()
     }
     xs = [x for points in lines.values() for x, _ in points] or [0.0]
     ys = [y for points in lines.values() for _, y in points] or [0.0]
@@ -79,7 +82,7 @@ def line_chart(
     for x in ticks(left, right, 5):
         u, _ = at(x, low)
         parts.append(_text(u, HEIGHT - BOTTOM + 18, short(x), "tick", "middle"))
-    parts.append(_text(WIDTH - RIGHT, HEIGHT - 2, x_name, "tick", "end"))
+    parts.append(_text(WIDTH - RIGHT, HEIGHT - 5, x_name, "tick", "end"))
     parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
     if reference:
         _, v = at(left, reference[1])

@@ -23,9 +23,15 @@ STEPS = {
     f" --batch 32 --repeats 3 --seconds 0.1 --backends kornia --json {RUN}/bench.json",
     "Score the grouping on held-out scenes": f"evaluation.unsupervised_segmentation"
     f" --checkpoint {RUN} --images {SCENES}/images --labels {SCENES}/labels"
-    f" --size 192 --baseline untrained --json {RUN}/eval.json",
-    "Draw the prototypes": f"tools.show_prototypes --checkpoint {RUN} --data {BETON}"
+    f" --size 192 --baseline untrained --json {RUN}/eval.json --picture {RUN}/eval.png",
+    "Count its slots": f"evaluation.slots --checkpoint {RUN} --data {BETON} --size 192"
+    f" --max-images 300 --json {RUN}/slots.json --picture {RUN}/slots.png",
+    "Draw the prototypes": f"evaluation.pictures prototypes --checkpoint {RUN} --data {BETON}"
     f" --size 192 --max-images 300 --out {RUN}/prototypes.png",
+    "Draw the grouping of whole images": f"evaluation.pictures grouping --checkpoint {RUN}"
+    f" --data {BETON} --size 192 --out {RUN}/grouping.png",
+    "Draw the views that it trained on": f"evaluation.pictures views --checkpoint {RUN}"
+    f" --data {BETON} --out {RUN}/views.png",
     "Write the report": f"tools.report {RUN}",
 }
 

@@ -1,33 +1,47 @@
-"""One self-contained HTML page of a run: what ran, how the losses fell, how fast, what was learnt.
+"""One self-contained HTML page of a run: how it learnt, what it learnt, how fast, at what cost.
 
-The page opens offline and asks nothing of any server. Parts that were not measured are left out,
-with the command that adds them.
+The page opens offline and asks nothing of any server. What was measured of the run is found in its
+folder under its usual name, or given by an option; the page ends with the commands that would add
+the rest.
 """
 
 import argparse
-import base64
 import html
-import io
-import json
 import math
-import shlex
 import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
-from evaluation.images import open_image
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import CommandParser, check_writable, run
 from tools.charts import dot_chart, line_chart, short
 from tools.report_page import PAGE
-from train.checkpoint import Record, find, read_record
-from train.config import flatten
+from tools.report_parts import (
+    listed,
+    picture,
+    quoted,
+    score_tables,
+    section,
+    text_table,
+    tiles,
+)
+from tools.run_results import (
+    BENCHMARK,
+    COST,
+    PICTURES,
+    RESULTS,
+    SCORES,
+    SLOTS,
+    Part,
+    Run,
+    network_values,
+    read_run,
+    slot_values,
+    wait_share,
+)
 from train.metrics import duration
 from train.provenance import write_bytes
 
@@ -35,119 +49,43 @@ EXAMPLES = """examples:
   python -m tools.report runs/demo
   python -m tools.report runs/coco --benchmark bench.json --evaluation eval.json \\
       --prototypes prototypes.png --out coco.html
+  python -m tools.compare runs/demo runs/coco --out compare.html
 """
-
-PICTURE_WIDTH = 1800
-"""Pixels; wider pictures are scaled down."""
 STAGES = ("read", "decode", "params", "augment", "transfer", "step", "pipeline")
-NETWORKS = ("trained", "untrained")
-METRICS = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
-
-Line = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that is known of a run; None for what was not measured."""
-
-    folder: Path
-    config: dict[str, Any]
-    lines: list[Line]
-    record: Record | None
-    benchmark: dict[str, Any] | None
-    evaluation: dict[str, Any] | None
-    prototypes: Path | None
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The lines of metrics.jsonl; a torn last one, of a run that was killed, is left out."""
-    try:
-        texts = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: not the folder of a run") from None
-    lines: list[Line] = []
-    for number, text in enumerate(texts, 1):
-        try:
-            lines.append({name: float(value) for name, value in json.loads(text).items()})
-        except (ValueError, TypeError, AttributeError):
-            if number < len(texts):
-                raise UserError(f"{path}: line {number} is damaged") from None
-    if not lines:
-        raise UserError(f"{path}: nothing logged yet")
-    return lines
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A measuring command's --json file. Raises UserError unless it holds a list of results."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    rows = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f'{path}: no measurements ("results") in this file')
-    return dict(content)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.yaml of a run as nested values. Raises UserError."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: not the folder of a run") from None
-    except yaml.YAMLError:
-        raise UserError(f"{path}: not YAML") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no configuration")
-    return content
-
-
-def read_run(args: argparse.Namespace) -> Run:
-    """Read what the command line names, and what lies in the run's folder under the usual names."""
-    if not args.run.is_dir():
-        raise UserError(f"{args.run}: no such run folder")
-
-    def given(path: Path | None, usual: str) -> Path | None:
-        beside = args.run / usual
-        return path or (beside if beside.is_file() else None)
-
-    benchmark = given(args.benchmark, "bench.json")
-    evaluation = given(args.evaluation, "eval.json")
-    try:
-        record = read_record(find(args.run))
-    except UserError:
-        record = None
-    return Run(
-        folder=args.run,
-        config=read_config(args.run / "config.yaml"),
-        lines=read_lines(args.run / "metrics.jsonl"),
-        record=record,
-        benchmark=read_results(benchmark) if benchmark else None,
-        evaluation=read_results(evaluation) if evaluation else None,
-        prototypes=given(args.prototypes, "prototypes.png"),
-    )
 
 
 def build(report: Run) -> str:
     """The whole page."""
-    config = flatten(report.config)
+    pictures = (
+        f"<h3>{html.escape(part.title)}</h3>{picture(report.pictures[part.name], part.title)}"
+        for part in PICTURES
+        if part.name in report.pictures
+    )
     return PAGE.substitute(
-        name=html.escape(str(config.get("name", report.folder.name))),
+        name=html.escape(str(report.settings.get("name", report.folder.name))),
         summary=html.escape(summary(report)),
-        tiles=tiles(report),
-        losses=loss_charts(report),
-        grouping=grouping_section(report),
-        prototypes=prototypes_section(report),
-        speed=speed_section(report),
-        setting=setting_section(report),
+        body="\n".join(
+            (
+                f'<div class="tiles">{tiles(figures(report))}</div>',
+                section("Training", training_charts(report)),
+                section(
+                    "Against label maps",
+                    *(score_tables(part.title, report.rows(part)) for part in SCORES),
+                ),
+                section(SLOTS.title, slots_part(report)),
+                section("Pictures", *pictures),
+                section("Speed", speed_charts(report), stages(report)),
+                section("Cost", cost_part(report)),
+                section("How it was run", setting_part(report)),
+                section("Not here yet", missing(report)),
+            )
+        ),
     )
 
 
 def summary(report: Run) -> str:
     """One line: network, data, length."""
-    config, last = flatten(report.config), report.lines[-1]
+    config, last = report.settings, report.lines[-1]
     arch, prototypes = config.get("model.arch", "?"), config.get("model.num_prototypes", "?")
     side, data = config.get("views.size", "?"), Path(str(config.get("data.path", "?"))).name
     parts = [f"{arch}, {prototypes} prototypes", f"{side}-pixel views of {data}"]
@@ -159,202 +97,156 @@ def summary(report: Run) -> str:
     return " · ".join(parts)
 
 
-def tiles(report: Run) -> str:
-    """The figures to take away."""
+def figures(report: Run) -> list[tuple[str, str, str]]:
+    """The figures to take away: (figure, name, note)."""
     last = report.lines[-1]
     found: list[tuple[str, str, str]] = []
-    values = network_values(report)
+    values = network_values(report.rows(SCORES[0]))
     if ("trained", "miou") in values:
         before = values.get(("untrained", "miou"))
         note = f"untrained: {statistics.mean(before):.1%}" if before else "no baseline"
         found.append((f"{statistics.mean(values['trained', 'miou']):.1%}", "grouping mIoU", note))
     if "loss" in last:
-        first = report.lines[0]["loss"]
+        first = next(line["loss"] for line in report.lines if "loss" in line)
         found.append((f"{last['loss']:.3f}", "loss", f"at the first log line: {first:.3f}"))
     if "active_slots" in last:
-        total = flatten(report.config).get("model.num_prototypes", "?")
+        total = report.settings.get("model.num_prototypes", "?")
         found.append((f"{last['active_slots']:.1f}", "active slots an image", f"of {total}"))
+    if "usage_entropy" in last:
+        dead = f"{last.get('dead_prototypes', math.nan):.0f} dead prototypes"
+        found.append((f"{last['usage_entropy']:.2f}", "usage entropy", f"of 1; {dead}"))
     if "images_per_s" in last:
-        rate = statistics.median(line["images_per_s"] for line in report.lines)
-        found.append((short(round(rate, 1)), "images a second", "median of training"))
+        note = "median of training"
+        found.append((short(round(median_rate(report), 1)), "images a second", note))
     if "wait_share" in last:
         found.append((f"{wait_share(report.lines):.1%}", "data wait", "share of training time"))
-    return "".join(
-        f'<div class="tile"><b>{html.escape(value)}</b><span>{html.escape(name)}</span>'
-        f"<small>{html.escape(note)}</small></div>"
-        for value, name, note in found
-    )
+    return found
 
 
-def wait_share(lines: list[Line]) -> float:
-    """Share of the whole training time that was spent waiting for data, in 0..1.
-
-    `seconds` counts from the start of the run, so a line's share weighs as long as its own stretch.
-    """
-    ends = [line.get("seconds", float(number)) for number, line in enumerate(lines, 1)]
-    spans = [max(end - begin, 0.0) for begin, end in zip([0.0, *ends], ends, strict=False)]
-    waited = sum(line["wait_share"] * span for line, span in zip(lines, spans, strict=True))
-    return waited / (sum(spans) or 1.0)
+def median_rate(report: Run) -> float:
+    """images/s of training."""
+    return statistics.median(line.get("images_per_s", math.nan) for line in report.lines)
 
 
-def loss_charts(report: Run) -> str:
-    """Loss terms and active slots over the steps."""
-    prototypes = flatten(report.config).get("model.num_prototypes")
+def training_charts(report: Run) -> str:
+    """Loss terms, slots and the health of the prototypes over the steps; those that are logged."""
+    prototypes = report.settings.get("model.num_prototypes")
     uniform = (
         (f"ln {prototypes}: uniform student", math.log(prototypes))
-        if isinstance(prototypes, int)
+        if isinstance(prototypes, int) and prototypes > 0
         else None
     )
-    return "".join(
-        (
-            line_chart(
-                "Grouping loss",
-                curves(
-                    report,
-                    grouping_12="view 1 → 2",
-                    grouping_21="view 2 → 1",
-                ),
-                reference=uniform,
-            ),
-            line_chart("Slot loss", curves(report, slot_12="view 1 → 2", slot_21="view 2 → 1")),
-            line_chart("Image-level loss", curves(report, image="both directions"))
-            if any("image" in line for line in report.lines)
-            else "",
-            line_chart("Total loss", curves(report, loss="loss")),
-            line_chart(
-                "Slots per image",
-                curves(report, active_slots="active", active_pairs="in both views"),
-                from_zero=True,
-            ),
-        )
+    both = ("view 1 → 2", "view 2 → 1")
+    charts = (
+        chart(report, "Grouping loss", grouping_12=both[0], grouping_21=both[1], reference=uniform),
+        chart(report, "Slot loss", slot_12=both[0], slot_21=both[1]),
+        chart(report, "Image-level loss", image="both directions"),
+        chart(report, "Total loss", loss="loss"),
+        chart(
+            report,
+            "Slots per image",
+            active_slots="active",
+            active_pairs="in both views",
+            from_zero=True,
+        ),
+        chart(
+            report,
+            "Usage entropy of the prototypes (1: all win equally often)",
+            usage_entropy="usage entropy",
+            from_zero=True,
+        ),
+        chart(
+            report,
+            "Dead prototypes and near-duplicates",
+            dead_prototypes="dead",
+            near_duplicates="near-duplicates",
+            from_zero=True,
+        ),
     )
+    return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def curves(report: Run, **names: str) -> dict[str, list[tuple[float, float]]]:
-    """The logged values of `names`, each under its label, as (step, value)."""
-    return {
+def chart(
+    report: Run,
+    title: str,
+    *,
+    reference: tuple[str, float] | None = None,
+    from_zero: bool = False,
+    percent: bool = False,
+    **names: str,
+) -> str:
+    """The logged values of `names`, each under its label, over the steps; nothing if none is
+    logged.
+    """
+    lines = {
         label: [(line["step"], line[name]) for line in report.lines if name in line]
         for name, label in names.items()
     }
+    if not any(lines.values()):
+        return ""
+    return line_chart(title, lines, reference=reference, from_zero=from_zero, percent=percent)
 
 
-def network_values(report: Run) -> dict[tuple[str, str], list[float]]:
-    """Values of each (network, metric) over the seeds; a class's IoU is the metric "iou CLASS"."""
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in (report.evaluation or {"results": []})["results"]:
-        metric = f"iou {row['class']}" if row.get("metric") == "iou" else str(row.get("metric"))
-        values[str(row.get("network", "trained")), metric].append(float(row["value"]))
-    return values
-
-
-def grouping_section(report: Run) -> str:
-    """mIoU and accuracy beside the untrained network's, then the classes."""
-    values = network_values(report)
+def slots_part(report: Run) -> str:
+    """How the prototypes are used over whole images: figures, and each one's share."""
+    values, rows = slot_values(report), report.rows(SLOTS)
     if not values:
-        return missing(
-            "how well the grouping agrees with label maps",
-            f"python -m evaluation.unsupervised_segmentation --checkpoint {quoted(report.folder)}"
-            " --images DIR --labels DIR --baseline untrained --json eval.json",
-            "--evaluation eval.json",
-        )
-    networks = [n for n in NETWORKS if any(network == n for network, _ in values)]
-    networks += sorted({network for network, _ in values} - set(networks))
-    classes = sorted(
-        {metric for _, metric in values if metric.startswith("iou ")},
-        key=lambda metric: -statistics.mean(values.get((networks[0], metric), [0.0])),
+        return ""
+    total = report.settings.get("model.num_prototypes", "?")
+    spread = f" ± {values['active_slots_sd']:.2f}" if "active_slots_sd" in values else ""
+    shown = {
+        "active_slots": ("active slots an image", f"{{:.2f}}{spread}"),
+        "usage_entropy": ("usage entropy (1: all win equally often)", "{:.3f}"),
+        "dead_prototypes": ("dead prototypes", f"{{:.0f}} of {total}"),
+        "near_duplicates": ("pairs of near-duplicates", "{:.0f}"),
+    }
+    table = text_table(
+        "",
+        ("", f"{rows[0].get('images', 0):,} whole images"),
+        [(name, form.format(values[key])) for key, (name, form) in shown.items() if key in values],
     )
-    table = share_table(
-        values, networks, {m: n for m, n in METRICS.items() if m in {k[1] for k in values}}
+    shares = {
+        name: list(enumerate(sorted(row["value"] for row in rows if row["metric"] == key)[::-1]))
+        for key, name in (("image_share", "of images"), ("cell_share", "of cells"))
+    }
+    curve = line_chart(
+        "Share in which each prototype is active",
+        shares,
+        x_name="prototypes, each curve from often to seldom",
+        from_zero=True,
+        percent=True,
     )
-    if classes:
-        names = {metric: metric.removeprefix("iou ") for metric in classes}
-        table += f"<h3>IoU by class</h3>{share_table(values, networks, names)}"
-    return table
+    return f'<div class="charts">{curve}{table}</div>'
 
 
-def share_table(
-    values: Mapping[tuple[str, str], list[float]], networks: list[str], metrics: Mapping[str, str]
-) -> str:
-    """One row a metric, one column a network: the mean over seeds (± deviation) and a bar."""
-    head = "".join(f"<th>{html.escape(network)}</th>" for network in networks)
-    rows = []
-    for metric, name in metrics.items():
-        cells = []
-        for number, network in enumerate(networks):
-            found = values.get((network, metric))
-            if not found:
-                cells.append("<td>–</td>")
-                continue
-            mean = statistics.mean(found)
-            text = f"{mean:.1%}"
-            if len(found) > 1:
-                text += f" ± {100 * statistics.stdev(found):.1f}"
-            cells.append(
-                f'<td><span class="bar s{min(number, 3)}" style="width:{80 * mean:.1f}%"></span>'
-                f"<span>{text}</span></td>"
-            )
-        rows.append(f"<tr><th>{html.escape(name)}</th>{''.join(cells)}</tr>")
-    return f'<table class="shares"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
-
-
-def prototypes_section(report: Run) -> str:
-    """The picture, as WebP inside the page."""
-    if report.prototypes is None:
-        return missing(
-            "what the prototypes stand for",
-            f"python -m tools.show_prototypes --checkpoint {quoted(report.folder)}"
-            " --data FILE.beton --out prototypes.png",
-            "--prototypes prototypes.png",
-        )
-    image = open_image(report.prototypes).convert("RGB")
-    image.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, "WEBP", quality=82)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return (
-        f'<img class="picture" width="{image.width}" height="{image.height}"'
-        f' alt="Nearest segments of each prototype" src="data:image/webp;base64,{data}">'
+def speed_charts(report: Run) -> str:
+    """Speed and data wait over training."""
+    charts = (
+        chart(report, "Images a second, in training", images_per_s="images/s", from_zero=True),
+        chart(
+            report,
+            "Share of time waiting for data",
+            wait_share="data wait",
+            from_zero=True,
+            percent=True,
+        ),
     )
-
-
-def speed_section(report: Run) -> str:
-    """Speed and data wait over training, and throughput by stage."""
-    charts = "".join(
-        (
-            line_chart(
-                "Images a second, in training",
-                curves(report, images_per_s="images/s"),
-                from_zero=True,
-            ),
-            line_chart(
-                "Share of time waiting for data",
-                curves(report, wait_share="data wait"),
-                from_zero=True,
-                percent=True,
-            ),
-        )
-    )
-    return f'<div class="charts">{charts}</div>{stages(report)}'
+    return f'<div class="charts">{"".join(charts)}</div>'
 
 
 def stages(report: Run) -> str:
     """Throughput of each stage alone, as a chart and a table."""
     measured = [
         row
-        for row in (report.benchmark or {"results": []})["results"]
+        for row in report.rows(BENCHMARK)
         if row.get("images_per_s", 0) > 0 and not row.get("operation")
     ]
     if not measured:
-        data = quoted(flatten(report.config).get("data.path", "FILE.beton"))
-        return missing(
-            "the throughput of each stage",
-            f"python -m tools.benchmark all --data {data} --json bench.json",
-            "--benchmark bench.json",
-        )
+        return ""
     order = {stage: number for number, stage in enumerate(STAGES)}
-    measured.sort(key=lambda row: order.get(row.get("stage"), len(order)))
-    chart = dot_chart(
-        "Throughput of each stage alone",
+    measured.sort(key=lambda row: order.get(str(row.get("stage")), len(order)))
+    dots = dot_chart(
+        BENCHMARK.title,
         (
             (
                 stage_name(row),
@@ -377,7 +269,7 @@ def stages(report: Run) -> str:
         )
         for row in measured
     ]
-    return f'<div class="charts">{chart}{text_table("numbers", head, rows)}</div>'
+    return f'<div class="charts">{dots}{text_table("numbers", head, rows)}</div>'
 
 
 def stage_name(row: Mapping[str, Any]) -> str:
@@ -386,89 +278,99 @@ def stage_name(row: Mapping[str, Any]) -> str:
     return " · ".join(str(part) for part in (row.get("stage"), row.get("backend"), crops) if part)
 
 
-def setting_section(report: Run) -> str:
+def cost_part(report: Run) -> str:
+    """Time so far and to come, and what the benchmark says of the whole recipe."""
+    last, epochs = report.lines[-1], report.settings.get("train.epochs")
+    rows = []
+    if "seconds" in last:
+        rows.append(("training so far", duration(last["seconds"])))
+        if epochs and 0 < last.get("epoch", 0) < epochs:
+            rest = last["seconds"] * (epochs / last["epoch"] - 1)
+            rows.append(("left at this pace", f"{duration(rest)} to epoch {epochs}"))
+    if "images_per_s" in last:
+        rows.append(("images a second (median)", short(round(median_rate(report), 1))))
+    table = text_table("", ("", "this run"), rows) if rows else ""
+    return table + recipe_table(report)
+
+
+def recipe_table(report: Run) -> str:
+    """Hours, energy and CO2e of the whole recipe on some numbers of GPUs."""
+    found = report.results.get(COST.name, {}).get("cost") or []
+    head = ("", "GPUs", "images/s", "hours", "kWh", "kg CO2e", "measured")
+    rows = [
+        (
+            str(cost.get("backend", "")),
+            str(cost.get("gpus", "?")),
+            *(
+                "unknown" if cost.get(name) is None else short(cost[name])
+                for name in ("images_per_s", "hours", "kwh", "co2_kg")
+            ),
+            "yes" if cost.get("measured") else "scaled",
+        )
+        for cost in found
+    ]
+    return f"<h3>{COST.title}</h3>{text_table('numbers', head, rows)}" if rows else ""
+
+
+def setting_part(report: Run) -> str:
     """Where every number comes from: machines, versions, commands, the whole configuration."""
-    rows: list[tuple[str, ...]] = []
-    training = report.record.provenance if report.record else None
-    measured = {
-        "training": training,
-        "benchmark": report.benchmark,
-        "evaluation": report.evaluation,
-    }
+    measured = {"training": report.record.provenance} if report.record else {}
+    measured |= report.results
+    machines: dict[tuple[str, ...], list[str]] = {}
     for name, content in measured.items():
-        if content:
-            measured_on = (listed(content.get(key) or {}) for key in ("hardware", "versions"))
-            rows.append((name, *measured_on, str(content.get("command", ""))))
-    machines = text_table("machines", ("", "hardware", "versions", "command"), rows) if rows else ""
-    text = html.escape(yaml.safe_dump(report.config, sort_keys=False))
-    return f"{machines}<details><summary>Configuration</summary><pre>{text}</pre></details>"
-
-
-def text_table(style: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table of plain text; each row's first cell is its heading."""
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
-    body = "".join(
-        f"<tr><th>{html.escape(row[0])}</th>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
+        machine = tuple(listed(content.get(key) or {}) for key in ("hardware", "versions"))
+        machines.setdefault(machine, []).append(name)
+    rows = [(", ".join(names), *machine) for machine, names in machines.items()]
+    commands = [(name, str(content.get("command", ""))) for name, content in measured.items()]
+    tables = (
+        text_table("", ("", "hardware", "versions"), rows)
+        + text_table("commands", ("", "command"), commands)
+        if measured
+        else ""
     )
-    return f'<table class="{style}"><tr>{titles}</tr>{body}</table>'
+    text = html.escape(yaml.safe_dump(report.config, sort_keys=False))
+    return f"{tables}<details><summary>Configuration</summary><pre>{text}</pre></details>"
 
 
-def listed(values: Mapping[str, Any]) -> str:
-    """{"cores": 2, "gpus": []} as "cores 2"."""
-    parts = []
-    for name, value in values.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if text:
-            parts.append(f"{name.replace('_gib', ' in GiB').replace('_', ' ')} {text}")
-    return ", ".join(parts)
-
-
-def quoted(path: object) -> str:
-    """A path as a shell takes it."""
-    return shlex.quote(str(path))
-
-
-def missing(what: str, command: str, option: str) -> str:
-    """A line for a part that was not measured."""
-    return (
-        f'<p class="missing">Not here yet: {html.escape(what)}. To add it, run'
-        f" <code>{html.escape(command)}</code> and give this report"
-        f" <code>{html.escape(option)}</code>.</p>"
+def missing(report: Run) -> str:
+    """The commands that make what is not in the page, each in the place where it is found."""
+    names = {
+        "run": quoted(report.folder),
+        "data": quoted(report.settings.get("data.path", "FILE.beton")),
+        "config": quoted(report.folder / "config.yaml"),
+    }
+    there = report.results.keys() | report.pictures.keys()
+    return "".join(
+        f"<p>{html.escape(part.title)}<br><code>"
+        f"{html.escape(part.command.format(**names, out=quoted(report.folder / part.file)))}"
+        "</code></p>"
+        for part in (*RESULTS, *PICTURES)
+        if part.name not in there
     )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = CommandParser(
-        prog="python -m tools.report",
-        description=__doc__,
-        epilog=EXAMPLES,
-    )
+    parser = CommandParser(prog="python -m tools.report", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run")
-    parser.add_argument(
-        "--benchmark", type=Path, help="JSON of tools.benchmark (RUN_DIR/bench.json if there)"
-    )
-    parser.add_argument(
-        "--evaluation",
-        type=Path,
-        help="JSON of evaluation.unsupervised_segmentation (RUN_DIR/eval.json if there)",
-    )
-    parser.add_argument(
-        "--prototypes",
-        type=Path,
-        help="picture of tools.show_prototypes (RUN_DIR/prototypes.png if there)",
-    )
+    for kind, parts in (("JSON", RESULTS), ("picture", PICTURES)):
+        for part in parts:
+            text = option_help(kind, part)
+            parser.add_argument(f"--{part.name}", type=Path, metavar="FILE", help=text)
     parser.add_argument("--out", type=Path, help="the page to write (RUN_DIR/report.html)")
     return parser.parse_args(argv)
+
+
+def option_help(kind: str, part: Part) -> str:
+    """JSON of evaluation.slots: Use of the prototypes (RUN_DIR/slots.json if there)"""
+    return f"{kind} of {part.made_by}: {part.title} (RUN_DIR/{part.file} if there)"
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
     out = args.out or args.run / "report.html"
     check_writable("--out", out)
-    page = build(read_run(args)).encode()
+    given = {part.name: getattr(args, part.name) for part in (*RESULTS, *PICTURES)}
+    page = build(read_run(args.run, given)).encode()
     write_bytes(out, page)
     print(f"wrote {out} ({len(page) / 1e3:,.0f} kB)")
 

@@ -1,4 +1,4 @@
-"""The page that tools.report fills: typography and colours for light and dark, no scripts."""
+"""The page that tools.report and tools.compare fill: light and dark colours, no scripts."""
 
 from string import Template
 
@@ -8,16 +8,20 @@ PAGE = Template("""<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>$name · slotstream</title>
 <style>
 :root {
   --paper: #ffffff; --card: #f6f7f9; --ink: #1b1f24; --soft: #5b6470; --rule: #e1e5ea;
   --s0: #2463c9; --s1: #d1570b; --s2: #1d8a5a; --s3: #8a4fc0;
+  --s4: #c2326e; --s5: #0f8f9e; --s6: #8f7410; --s7: #6b7480;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --card: #1c2026; --ink: #e7eaee; --soft: #9aa4b1; --rule: #2c323a;
     --s0: #79a9ff; --s1: #ff9e5c; --s2: #5fcf9c; --s3: #c79bf2;
+    --s4: #ff85b0; --s5: #5cd3e0; --s6: #dcc25a; --s7: #a9b2bd;
   }
 }
 * { box-sizing: border-box; }
@@ -39,17 +43,19 @@ h3 { margin: 28px 0 8px; font-size: 16px; }
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
   gap: 36px 28px; align-items: start;
 }
-.charts + .charts, .charts + .missing { margin-top: 36px; }
+.charts + .charts { margin-top: 36px; }
 figure { margin: 0; }
-figcaption { font-weight: 600; }
-.legend { float: right; font-weight: 400; color: var(--soft); }
-.key { margin-left: 16px; }
+figcaption, .legend { display: flex; flex-wrap: wrap; gap: 0 16px; }
+figcaption { justify-content: space-between; font-weight: 600; }
+.legend { font-weight: 400; font-size: 14px; color: var(--soft); }
 .key::before {
   content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
   vertical-align: middle; border-radius: 2px; background: var(--series);
 }
 .s0 { --series: var(--s0); } .s1 { --series: var(--s1); }
 .s2 { --series: var(--s2); } .s3 { --series: var(--s3); }
+.s4 { --series: var(--s4); } .s5 { --series: var(--s5); }
+.s6 { --series: var(--s6); } .s7 { --series: var(--s7); }
 svg { display: block; width: 100%; height: auto; font: 13px system-ui, sans-serif; }
 .grid { stroke: var(--rule); }
 .axis { stroke: var(--soft); }
@@ -66,18 +72,23 @@ th, td {
 th { font-weight: 500; }
 tr:first-child th { color: var(--soft); font-size: 13px; }
 .numbers td, .numbers tr:first-child th + th { text-align: right; }
+.wide { overflow-x: auto; }
+.wide + .wide { margin-top: 20px; }
+.commands td { overflow-wrap: anywhere; }
+.wide .bar { display: block; margin: 0 0 4px; }
 .shares { table-layout: fixed; }
-.shares th:first-child { width: 22%; }
+.shares th { overflow-wrap: anywhere; }
+.shares th:first-child { width: 190px; }
 .shares td { white-space: nowrap; }
+.note { margin: 0 0 8px; color: var(--soft); font-size: 14px; }
 .bar {
   display: inline-block; height: 10px; min-width: 2px; margin-right: 8px; border-radius: 3px;
   background: var(--series);
 }
 .picture {
-  display: block; width: 100%; height: auto; border-radius: 10px;
+  display: block; max-width: 100%; height: auto; border-radius: 10px;
   border: 1px solid var(--rule);
 }
-.missing { padding: 14px 18px; border-radius: 10px; background: var(--card); color: var(--soft); }
 code, pre {
   font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
   overflow-wrap: anywhere;
@@ -89,17 +100,7 @@ summary { margin-top: 20px; cursor: pointer; font-weight: 600; }
 <body>
 <h1>$name</h1>
 <p class="summary">$summary</p>
-<div class="tiles">$tiles</div>
-<h2>Training</h2>
-<div class="charts">$losses</div>
-<h2>Grouping against label maps</h2>
-$grouping
-<h2>Prototypes and their nearest segments</h2>
-$prototypes
-<h2>Speed</h2>
-$speed
-<h2>How it was run</h2>
-$setting
+$body
 </body>
 </html>
 """)
