@@ -70,7 +70,7 @@ def setting(data: str, work: Path, root: Path | None) -> Setting:
         )
         listed = work / "learnt.txt"
         listed.write_text("".join(f"{number}\n" for number in range(LEARNT)))
-        learnt = f"--train-{train} --train-list {listed}"
+        learnt = f"--train-{train} --train-list {listed} --memory 20000"
         return Setting("configs/demo_cpu.yaml", "sample", f"--{val}", learnt, 192)
     if root is None:
         raise UserError("camvid needs --root, the folder with train, trainannot, val and valannot")
