@@ -17,10 +17,11 @@ from PIL import Image
 
 from evaluation.coco_classes import CLASSES as COCO_CLASSES
 from evaluation.coco_classes import stuff_map_table
-from evaluation.images import centre_square, open_image
+from evaluation.images import FolderImages, centre_square, open_image
 from evaluation.segment import Squares
 from pipeline.errors import CommandParser, UserError
 from pipeline.formats import IMAGE_SUFFIXES
+from train.provenance import read_json
 
 VOID = 255
 UNKNOWN = -1
@@ -301,12 +302,9 @@ def under(root: Path, places: Sequence[str], split: str, what: str) -> Path:
 
 def pair(images: Path, labels: Path, layout: Layout) -> list[tuple[Path, Path]]:
     """All images under a folder in the order of their names, each with its label map's place."""
-    for folder in (images, labels):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
-    found = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise UserError(f"{images}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    found = FolderImages(images).paths
+    if not labels.is_dir():
+        raise UserError(f"{labels}: no such folder")
     ending = layout.image_ending
     pairs = []
     for path in found:
@@ -440,12 +438,7 @@ def find_classes(given: Path | None, labels: Path) -> list[str] | None:
 
 def read_classes(path: Path) -> list[str]:
     """Class names, a JSON list in the order of their ids. Raises UserError if it is not that."""
-    try:
-        names = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: not a list of class names")
     if not 0 < len(names) <= VOID or len(set(names)) != len(names):
@@ -474,15 +467,23 @@ def add_dataset_options(parser: CommandParser) -> None:
     )
 
 
-def labelled_from(args: argparse.Namespace) -> LabelledImages:
-    """The data set that the options of `add_dataset_options` name. Raises UserError."""
+def labelled_from(args: argparse.Namespace, prefix: str = "") -> LabelledImages:
+    """The data set that the options of `add_dataset_options` name; with a `prefix` as in "train-",
+    the one that --train-images, --train-labels, --train-split and --train-list name. Raises
+    UserError.
+    """
+    own = {
+        name: getattr(args, f"{prefix}{name}".replace("-", "_"))
+        for name in ("images", "labels", "split", "list")
+    }
     return open_labelled(
         args.dataset,
         root=args.root,
-        split=args.split,
-        images=args.images,
-        labels=args.labels,
+        split=own["split"],
+        images=own["images"],
+        labels=own["labels"],
         classes=args.classes,
         void=args.void,
-        listed=args.list,
+        listed=own["list"],
+        option_prefix=prefix,
     )

@@ -19,7 +19,6 @@ from evaluation.datasets import (
     LabelledImages,
     add_dataset_options,
     labelled_from,
-    open_labelled,
 )
 from evaluation.drawing import check_picture, write_picture
 from evaluation.features import FEATURES_HELP, Features, open_all
@@ -277,18 +276,7 @@ def check(args: argparse.Namespace) -> None:
 
 def open_both(args: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:
     """The training set and the one to score. Raises UserError unless they have the same classes."""
-    val = labelled_from(args)
-    train = open_labelled(
-        args.dataset,
-        root=args.root,
-        split=args.train_split,
-        images=args.train_images,
-        labels=args.train_labels,
-        classes=args.classes,
-        void=args.void,
-        listed=args.train_list,
-        option_prefix="train-",
-    )
+    val, train = labelled_from(args), labelled_from(args, "train-")
     if train.names != val.names:
         raise UserError(f"{train.source}: other classes than those of {val.source}")
     common = {path.resolve() for path in train.paths} & {path.resolve() for path in val.paths}

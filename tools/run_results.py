@@ -14,6 +14,7 @@ import yaml
 from pipeline.errors import UserError
 from train.checkpoint import Record, find, read_record
 from train.config import flatten
+from train.provenance import read_json
 
 Line = Mapping[str, float]
 
@@ -217,12 +218,7 @@ def read_lines(path: Path) -> list[Line]:
 
 def read_results(path: Path) -> dict[str, Any]:
     """A measuring command's --json file. Raises UserError unless it holds a list of results."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    content = read_json(path)
     rows = content.get("results") if isinstance(content, dict) else None
     about = [content.get(key) or {} for key in ("hardware", "versions")] if rows else []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in [*rows, *about]):
