@@ -3,6 +3,7 @@ of the method's parts, over seeds. What docs/results.md shows is made with
 
     python -m tests.evidence scenes WORK --jobs 2
     python -m tests.evidence camvid WORK --root CamVid --jobs 2
+    python -m tests.evidence scenes LONGER --variants full --train "--train.epochs 12" --jobs 2
 
 Packs, trains and scores in the folder WORK, with the commands that a user would; what is there
 already is not made again, so that a stopped one goes on.
@@ -95,16 +96,16 @@ def call(command: str, log: Path, threads: int) -> None:
 
 
 def train_and_score(
-    found: Setting, work: Path, variant: str, seed: int, threads: int
+    found: Setting, work: Path, variant: str, seed: int, more: str, threads: int
 ) -> list[Path]:
-    """One run and its scores: a file for each measure."""
+    """One run, with `more` of its own options, and its scores: a file for each measure."""
     folder = work / f"{variant.replace(' ', '_')}_{seed}"
     log, files = folder.with_suffix(".log"), [folder / file for file in MEASURES]
     if all(file.is_file() for file in files):
         return files
     call(
         f"train.pretrain --config {found.config} --data.path {work}/images.beton --log.dir {work}"
-        f" --name {folder.name} --train.seed {seed} --resume auto {VARIANTS[variant]}",
+        f" --name {folder.name} --train.seed {seed} --resume auto {VARIANTS[variant]} {more}",
         log,
         threads,
     )
@@ -137,7 +138,7 @@ def table(made: dict[tuple[str, int], list[Path]], metric: str) -> str:
             if row["metric"] == metric:
                 values[name, column][seed].append(100 * row["value"])
     lines = [f"| {metric}, % | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    for name in [*VARIANTS, "untrained", "pixels"]:
+    for name in [*dict.fromkeys(variant for variant, _ in made), "untrained", "pixels"]:
         cells = [cell([statistics.mean(v) for v in values[name, c].values()]) for c in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -156,6 +157,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("work", type=Path, help="folder for everything that is made")
     parser.add_argument("--root", type=Path, help="CamVid's folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--train", default="", help="further options of train.pretrain, one string")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores (1)")
     return parser.parse_args(argv)
 
@@ -168,10 +171,10 @@ def main() -> None:
     if not (args.work / "images.beton").is_file():
         command = f"tools.build_dataset {found.pack} --out {args.work}/images.beton"
         call(command, args.work / "pack.log", threads)
-    tasks = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
+    tasks = [(variant, seed) for seed in args.seeds for variant in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(
-            lambda task: train_and_score(found, args.work, task[0], task[1], threads), tasks
+            lambda task: train_and_score(found, args.work, *task, args.train, threads), tasks
         )
         made = dict(zip(tasks, done, strict=True))
     for metric in ("miou", "pixel_accuracy"):
