@@ -3,7 +3,8 @@ of the method's parts, over seeds. What docs/results.md shows is made with
 
     python -m tests.evidence scenes WORK --jobs 2
     python -m tests.evidence camvid WORK --root CamVid --jobs 2
-    python -m tests.evidence scenes LONGER --variants full --train "--train.epochs 12" --jobs 2
+    python -m tests.evidence scenes LONGER --variants full --no-baselines \\
+        --train "--train.epochs 12" --jobs 2
 
 Packs, trains and scores in the folder WORK, with the commands that a user would; what is there
 already is not made again, so that a stopped one goes on.
@@ -96,7 +97,7 @@ def call(command: str, log: Path, threads: int) -> None:
 
 
 def train_and_score(
-    found: Setting, work: Path, variant: str, seed: int, more: str, threads: int
+    found: Setting, work: Path, variant: str, seed: int, more: str, baselines: bool, threads: int
 ) -> list[Path]:
     """One run, with `more` of its own options, and its scores: a file for each measure."""
     folder = work / f"{variant.replace(' ', '_')}_{seed}"
@@ -114,7 +115,7 @@ def train_and_score(
         options = (
             f"--checkpoint {folder} {found.labelled} --size {found.size} --seeds {starts}"
             f" --json {folder / file} --features teacher"
-            + (BASELINES[file] if variant == "full" else "")
+            + (BASELINES[file] if baselines and variant == "full" else "")
         )
         if command.startswith("probe"):
             options += f" {found.learnt}"
@@ -159,6 +160,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--train", default="", help="further options of train.pretrain, one string")
+    parser.add_argument("--no-baselines", action="store_true", help="score the runs only")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores (1)")
     return parser.parse_args(argv)
 
@@ -174,7 +176,10 @@ def main() -> None:
     tasks = [(variant, seed) for seed in args.seeds for variant in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(
-            lambda task: train_and_score(found, args.work, *task, args.train, threads), tasks
+            lambda task: train_and_score(
+                found, args.work, *task, args.train, not args.no_baselines, threads
+            ),
+            tasks,
         )
         made = dict(zip(tasks, done, strict=True))
     for metric in ("miou", "pixel_accuracy"):
