@@ -141,7 +141,8 @@ def table(made: dict[tuple[str, int], list[Path]], metric: str) -> str:
     lines = [f"| {metric}, % | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for name in [*dict.fromkeys(variant for variant, _ in made), "untrained", "pixels"]:
         cells = [cell([statistics.mean(v) for v in values[name, c].values()]) for c in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
