@@ -66,6 +66,11 @@ def block_order(
     return own.permutation(blocks), -(-len(blocks) // max(1, window_bytes // BLOCK))
 
 
+def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The numbers from 0 to `count` - 1 as `epoch` goes through them."""
+    return np.random.Generator(_philox(seed, epoch)).permutation(count)
+
+
 def _ordered(
     beton: Beton, seed: int, epoch: int, order: Order, window_bytes: int, count: int
 ) -> NDArray[np.int64]:
@@ -73,7 +78,7 @@ def _ordered(
     if order == "sequential":  # goes on where the last epoch ended
         places = (epoch * count % len(beton) + np.arange(count)) % len(beton)
         return np.argsort(beton.records[:, 0], kind="stable")[places]
-    images = np.random.Generator(_philox(seed, epoch)).permutation(len(beton))
+    images = permutation(len(beton), seed, epoch)
     if order == "quasi-random":
         blocks, windows = block_order(beton, seed, epoch, window_bytes)
         by_number = np.argsort(blocks)

@@ -7,6 +7,7 @@ step_N.partial, flushed to the disk, then renamed; `latest` is a symbolic link t
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils import _pytree
@@ -27,7 +29,8 @@ from torch.utils import _pytree
 from model import SlotCon
 from pipeline.errors import UserError
 from train.background import Background
-from train.config import RunConfig, from_dict
+from train.config import SETTINGS, RunConfig
+from train.settings import Settings
 
 _MODEL, _OPTIMIZER, _SCALER, _RECORD = "model.safetensors", "optimizer.bin", "scaler.pt", "run.json"
 _UNREADABLE = (
@@ -54,9 +57,9 @@ class Record:
     step: int
     """Optimiser steps done; the position in the data and in the schedules follows from it."""
     config: dict[str, Any]
-    """The run's configuration, see train.config.from_dict."""
+    """The run's configuration, see train.settings."""
     data: dict[str, Any]
-    """The beton's identity: how many `images`, and its `fingerprint`."""
+    """The data's identity: how many `images`, and its `fingerprint`."""
     seconds: float
     """Training time so far, over all resumes."""
     meter: list[list[float]]
@@ -149,7 +152,7 @@ class Writer:
         self._copies: list[Tensor] = []
 
     def save(
-        self, record: Record, model: SlotCon, optimizer: Optimizer, scaler: GradScaler | None
+        self, record: Record, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None
     ) -> None:
         """Begin to write checkpoints/step_N; the tensors may change as soon as this returns.
 
@@ -227,10 +230,18 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Re
             _discard(old)
 
 
+def write_model(run_dir: Path, record: Record, model: nn.Module) -> None:
+    """Write checkpoints/step_N of a trained model, from which no training goes on. Raises
+    UserError if it cannot.
+    """
+    state = {_MODEL: model.state_dict(), _OPTIMIZER: None, _SCALER: None}
+    write(run_dir, record, state, Retention(newest=1, parts=0, total_steps=1))
+
+
 def restore(
     checkpoint: Path,
     record: Record,
-    model: SlotCon,
+    model: nn.Module,
     optimizer: Optimizer,
     scaler: GradScaler | None,
 ) -> None:
@@ -257,11 +268,11 @@ def restore(
     optimizer.load_state_dict(momenta)
 
 
-def read_record(checkpoint: Path) -> Record:
-    """run.json of a checkpoint. Raises Damaged."""
+def read_record(checkpoint: Path, settings: Settings[Any] = SETTINGS) -> Record:
+    """run.json of a checkpoint whose configuration `settings` read. Raises Damaged."""
     with _reading(checkpoint / _RECORD):
         record = Record(**json.loads((checkpoint / _RECORD).read_text()))
-        _check_record(record, checkpoint)
+        _check_record(record, checkpoint, settings)
         return record
 
 
@@ -273,14 +284,19 @@ def load_model(path: Path | str) -> tuple[SlotCon, RunConfig]:
     """
     checkpoint = find(Path(path))
     record = read_record(checkpoint)
-    config = from_dict(record.config)
+    config = SETTINGS.from_dict(record.config)
     model = SlotCon(config.model)
+    load_weights(checkpoint, record, model)
+    return model.eval(), config
+
+
+def load_weights(checkpoint: Path, record: Record, model: nn.Module) -> None:
+    """Load the weights of a checkpoint with that record, all of them. Raises Damaged."""
     _check_content(checkpoint / _MODEL, record)
     with _reading(checkpoint / _MODEL):
         weights = load_file(checkpoint / _MODEL)
         check_weights(weights, model.state_dict())
     model.load_state_dict(weights)
-    return model.eval(), config
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -294,6 +310,14 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
             )
         if not weights[name].isfinite().all():
             raise ValueError(f"{name} is not finite")
+
+
+def all_finite(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether all parameters and buffers are finite, on every process."""
+    tensors = [*model.parameters(), *model.buffers()]
+    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    largest = torch.stack(torch._foreach_norm(floats, ord=math.inf))
+    return bool(accelerator.gather(largest).isfinite().all())
 
 
 @contextmanager
@@ -324,7 +348,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise Damaged(f"{path}: damaged, or of another model ({reason})") from None
 
 
-def _check_record(record: Record, checkpoint: Path) -> None:
+def _check_record(record: Record, checkpoint: Path, settings: Settings[Any]) -> None:
     """Raises ValueError, or what values of another kind raise."""
     step = checkpoint.name.removeprefix("step_")
     if record.step < 0 or (step.isdecimal() and int(step) != record.step):
@@ -333,7 +357,7 @@ def _check_record(record: Record, checkpoint: Path) -> None:
         raise ValueError("it does not say which data it is of")
     torch.tensor([record.seconds, *(value for row in record.meter for value in row)])
     try:
-        from_dict(record.config)
+        settings.from_dict(record.config)
     except UserError as error:
         raise ValueError(str(error)) from None
 

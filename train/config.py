@@ -4,31 +4,34 @@ line, stored with every checkpoint, and refused before anything is loaded if it 
 Sections: `data`, `views`, `model` and `train` define the science; `efficiency` and `log` do not.
 """
 
-import argparse
-import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from jsonargparse import (
-    ArgumentError,
-    ArgumentParser,
-    DefaultHelpFormatter,
-    set_parsing_settings,
-)
 
 from model import ModelConfig
 from pipeline.augment import BACKENDS
 from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
-from pipeline.errors import UserError, require
+from pipeline.errors import require
 from pipeline.views import ViewConfig
+from train.command import EXIT_CODES
+from train.settings import RESUME, Settings, flatten, to_dict, to_yaml
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the texts below
+__all__ = [
+    "DataConfig",
+    "EfficiencyConfig",
+    "LogConfig",
+    "RunConfig",
+    "TrainConfig",
+    "flatten",
+    "from_dict",
+    "load_config",
+    "to_dict",
+    "to_yaml",
+]
 
 _EXAMPLES = """examples:
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --data.path coco.beton
@@ -41,14 +44,7 @@ _EXAMPLES = """examples:
 
 A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the trackers' files.
 
-exit codes:
-  0    done
-  1    the training diverged or collapsed, or another of its processes is lost
-  2    bad input; a disk, a tracker or an image that fails
-  75   told to stop by SIGTERM or SIGUSR1: a checkpoint is written, start the same command again
-       with --resume auto (a second signal ends the run at once, without one)
-  130  interrupted from the keyboard, without a checkpoint
-torchrun and accelerate launch make 1 of all but 0."""
+"""
 
 
 @dataclass(frozen=True)
@@ -282,127 +278,26 @@ class RunConfig:
         return begun[-1] if begun else self.views.size
 
 
+SETTINGS = Settings(
+    RunConfig,
+    prog="python -m train.pretrain",
+    description="Pre-train SlotCon on the images of a beton.",
+    epilog=_EXAMPLES + EXIT_CODES,
+    options={"resume": RESUME},
+    fixed=("data.order", "data.window_gb", "views.", "model.", "train."),
+    free=("train.max_steps",),
+)
+
+
 def load_config(argv: list[str] | None = None) -> tuple[RunConfig, str | None]:
     """The run that a command line describes, and its --resume ("auto", a path, or None).
 
     Raises UserError, naming the key, for anything that is unknown, missing or impossible.
     """
-    parser = _parser()
-    try:
-        arguments = parser.parse_args(argv)
-    except ArgumentError as error:
-        raise UserError(_explain(str(error))) from None
-    values = arguments.as_dict()
-    return _build(values), values["resume"]
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Nested plain values, as YAML and JSON hold them; `from_dict` reads them back."""
-    return {key: _plain(value) for key, value in asdict(config).items()}
+    config, options = SETTINGS.load(argv)
+    return config, options["resume"]
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """A configuration from nested plain values. Raises UserError, naming the key."""
-    try:
-        return _build(_parser().parse_object(dict(values)).as_dict())
-    except ArgumentError as error:
-        raise UserError(_explain(str(error))) from None
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The text of a --config file that describes this run."""
-    return str(yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"epochs": 2}} as {"train.epochs": 2}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping)
-        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
-    return flat
-
-
-class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the examples."""
-
-
-@cache
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m train.pretrain",
-        usage="%(prog)s --config FILE [--resume auto|PATH] [--section.field VALUE ...]",
-        formatter_class=_Help,
-        description="Pre-train SlotCon on the images of a beton.",
-        epilog=_EXAMPLES,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
-    parser.add_argument(
-        "--resume",
-        type=str | None,
-        metavar="auto|PATH",
-        help="auto: go on from this run's newest checkpoint, if there is one; "
-        "PATH: from this checkpoint or run.",
-    )
-    parser.add_class_arguments(RunConfig, None)
-    return parser
-
-
-def _build(values: Mapping[str, Any]) -> RunConfig:
-    """RunConfig from parsed values; names the section that refuses one."""
-    parts: dict[str, Any] = {"name": values["name"]}
-    for section in fields(RunConfig):
-        if is_dataclass(section.type) and isinstance(section.type, type):
-            try:
-                parts[section.name] = section.type(**values[section.name])
-            except ValueError as error:
-                raise UserError(f"{section.name}.{error}") from None
-    try:
-        return RunConfig(**parts)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
-
-
-def _explain(message: str) -> str:
-    """jsonargparse's account of what is wrong, in one line that names the key."""
-    message = " ".join(message.split())
-    if found := re.match(r'Parser key "([^"]+)": (.*)', message):
-        return _explain_value(*found.groups())
-    if found := re.match(r"(?:Group '(.+)' does not accept option|Option) '([^']+)'", message):
-        return _unknown(".".join(filter(None, found.groups())))
-    if found := re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
-        return _unknown(found[1])
-    if found := re.match(r"the following arguments are required: (.+)", message):
-        return f"{found[1]} is missing: give it in the --config file or as --{found[1]} VALUE"
-    if message.startswith("Unexpected config"):
-        return "--config: the file holds no keys and values"
-    return message.replace("Problems parsing config:", "--config:")
-
-
-def _explain_value(key: str, problem: str) -> str:
-    value = re.search(r"(?:Got|Given) value: (.*)$", problem)
-    kinds = re.findall(r"Expected an? (.+?)(?= - |\. Got| Given value|$)", problem)
-    if value and kinds:
-        return f"{key} must be {_kinds(kinds)}, not {value[1]}"
-    return f"{'--config' if key == 'config' else key}: {problem}"
-
-
-def _kinds(kinds: list[str]) -> str:
-    """["<class 'int'>", "<class 'NoneType'>"] as "int or null"."""
-    text = " or ".join(kinds).replace("typing.Literal", "one of ").replace("NoneType", "null")
-    hint = ' (in YAML, "no" needs its quotes)' if "'no'" in text else ""
-    return re.sub(r"<class '(\w+)'>", r"\1", text) + hint
-
-
-def _unknown(key: str) -> str:
-    known = [action.dest for action in _parser()._actions]
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
+    return SETTINGS.from_dict(values)

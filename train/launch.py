@@ -3,6 +3,7 @@
 import fcntl
 import os
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
@@ -18,31 +19,35 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 from pipeline.errors import UserError
-from train.config import RunConfig
 
 
-def launch(config: RunConfig, run_dir: Path) -> Accelerator:
-    """This process's place among the others, its device and precision. Raises UserError."""
+def launch(
+    run_dir: Path, precision: str, trackers: Sequence[str], timeout_minutes: float
+) -> Accelerator:
+    """This process's place among the others, its device and `precision`, efficiency.precision; the
+    `trackers` write to `run_dir`; others are waited for `timeout_minutes`.
+
+    Raises UserError.
+    """
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    precision = config.efficiency.precision
     if precision == "fp16" and not on_gpu:
         raise UserError("efficiency.precision: fp16 needs a CUDA GPU; use bf16 or no")
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not has_bf16:
         raise UserError("efficiency.precision: this GPU has no bf16; use fp16 or no")
     installed = {str(tracker) for tracker in get_available_trackers()}
-    for tracker in config.log.trackers:
+    for tracker in trackers:
         if tracker not in installed:
             raise UserError(f"log.trackers: the package of {tracker} is not installed")
     # torch 2.15 has another word for it, which Accelerate does not pass on yet.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
     # On GPUs the watchdog speaks first: NCCL would end the process with pages of traces.
-    patience = timedelta(minutes=config.log.timeout_minutes * (2 if on_gpu else 1))
+    patience = timedelta(minutes=timeout_minutes * (2 if on_gpu else 1))
     accelerator = Accelerator(
         cpu=not on_gpu,  # or processes that torchrun starts on a CPU would not know each other
         mixed_precision=precision,
-        log_with=list(config.log.trackers) or None,
+        log_with=list(trackers) or None,
         project_dir=run_dir,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=patience),

@@ -1,17 +1,20 @@
 """Which checkpoints a run may go on from."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from pipeline.errors import UserError
 from train import checkpoint
-from train.config import RunConfig, flatten, from_dict, to_dict
-
-# What a resumed run may not change, for it would be another run; nor may its data.
-_FIXED = ("data.order", "data.window_gb", "views.", "model.", "train.")
-_FREE = ("train.max_steps",)
+from train.settings import Config, Settings
 
 
-def origins(config: RunConfig, run_dir: Path, resume: str | None) -> list[Path]:
+def origins(
+    config: Config, settings: Settings[Config], run_dir: Path, resume: str | None
+) -> list[Path]:
     """The checkpoints to go on from: the first, or the next one if that is damaged, and so on.
     Empty for a new run.
 
@@ -36,21 +39,47 @@ def origins(config: RunConfig, run_dir: Path, resume: str | None) -> list[Path]:
             )
     for origin in found:
         try:
-            record = checkpoint.read_record(origin)
+            record = checkpoint.read_record(origin, settings)
         except checkpoint.Damaged:
             continue
-        _check_same_science(config, origin, record)
+        _check_same_science(config, settings, origin, record)
         break
     return found
 
 
-def _check_same_science(config: RunConfig, origin: Path, record: checkpoint.Record) -> None:
+def go_on(
+    candidates: list[Path], restore: Callable[[Path], None], accelerator: Accelerator
+) -> None:
+    """Go on from the first of `candidates` that is whole on all processes; those before it are set
+    aside. `restore` loads one; it raises Damaged and then has changed nothing, or UserError.
+
+    Raises UserError.
+    """
+    damaged: dict[Path, str] = {}
+    for origin in candidates:
+        problem = ""
+        try:
+            restore(origin)
+        except checkpoint.Damaged as error:
+            problem = str(error)
+        if not (problems := list(filter(None, gather_object([problem])))):
+            break
+        damaged[origin] = problems[0]
+    else:
+        raise UserError(next(iter(damaged.values())))
+    for path, problem in damaged.items():
+        if accelerator.is_main_process:
+            aside = checkpoint.set_aside(path)
+            message = f"warning: {problem}; it is now {aside.name}, going on from {origin}"
+            print(message, file=sys.stderr, flush=True)
+
+
+def _check_same_science(
+    config: Config, settings: Settings[Config], origin: Path, record: checkpoint.Record
+) -> None:
     """Refuse settings that would make a curve of two recipes."""
-    before = flatten(to_dict(from_dict(record.config)))
-    for key, value in flatten(to_dict(config)).items():
-        fixed = key.startswith(_FIXED) and key not in _FREE
-        if fixed and value != before[key]:
-            raise UserError(
-                f"{key} was {before[key]} in {origin} and is now {value}: a resumed run keeps its "
-                "views, model and train settings; give the new run another --name"
-            )
+    for key, before, now in settings.changed(settings.from_dict(record.config), config):
+        raise UserError(
+            f"{key} was {before} in {origin} and is now {now}: a resumed run keeps what decides its"
+            " result; give the new run another --name"
+        )

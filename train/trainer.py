@@ -1,6 +1,5 @@
 """The run: what it is made of, in the order in which it is made, and the step."""
 
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -17,13 +16,13 @@ from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.loader import Batch, make_loader
 from train import checkpoint
-from train.config import RunConfig, flatten, to_dict, to_yaml
+from train.config import SETTINGS, RunConfig, flatten, to_dict, to_yaml
 from train.health import CollapseAlarm, Collapsed, near_duplicates, usage_entropy
 from train.lars import LARS
 from train.launch import launch, lock, share_of_cores
 from train.metrics import Diverged, Journal, Meter, Stopwatch, finite, progress_line
 from train.provenance import provenance, write_bytes
-from train.resume import origins
+from train.resume import go_on, origins
 from train.schedule import learning_rate, teacher_momentum
 from train.signals import Stopped, StopSignals
 from train.trackers import Trackers
@@ -49,9 +48,14 @@ class Trainer:
     ) -> None:
         self.config = config
         self.run_dir = Path(config.log.dir) / config.name
-        candidates = origins(config, self.run_dir, resume)
+        candidates = origins(config, SETTINGS, self.run_dir, resume)
 
-        self.accelerator = launch(config, self.run_dir)
+        self.accelerator = launch(
+            self.run_dir,
+            config.efficiency.precision,
+            config.log.trackers,
+            config.log.timeout_minutes,
+        )
         if self.accelerator.is_main_process:
             self._lock = lock(self.run_dir)  # held as long as the process lives
         self.beton = Beton(config.data.path)
@@ -102,7 +106,7 @@ class Trainer:
         self.alarm = CollapseAlarm(prototypes, self.warmup_steps)
         self.stopwatch = Stopwatch(self.accelerator.device)
         if candidates:
-            self._resume(candidates)
+            go_on(candidates, self._restore, self.accelerator)
 
         patience = 60 * config.log.timeout_minutes
         self.signals = signals or StopSignals()
@@ -251,7 +255,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         """Begin to save, unless there is something in it that nobody should go on from."""
         self._check(finite(self.meter.read().averages), "the loss is not finite")
-        self._check(self._weights_are_finite(), "a weight is not finite")
+        self._check(checkpoint.all_finite(self.slotcon, self.accelerator), "a weight is not finite")
         with self.stopwatch.paused():
             record = checkpoint.Record(
                 step=self.step,
@@ -371,13 +375,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             print(message, file=sys.stderr, flush=True)
 
-    def _weights_are_finite(self) -> bool:
-        """On every process, all parameters and buffers."""
-        tensors = [*self.slotcon.parameters(), *self.slotcon.buffers()]
-        floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
-        largest = torch.stack(torch._foreach_norm(floats, ord=math.inf))
-        return bool(self.accelerator.gather(largest).isfinite().all())
-
     def _place(self, model: SlotCon) -> SlotCon:
         """`model` on this process's device; on GPUs, with batch statistics over all of them."""
         device, processes = self.accelerator.device, self.accelerator.num_processes
@@ -413,27 +410,6 @@ class Trainer:
     def _data(self) -> dict[str, int | str]:
         """What tells this beton from another, wherever it lies."""
         return {"images": len(self.beton), "fingerprint": self.beton.fingerprint()}
-
-    def _resume(self, candidates: list[Path]) -> None:
-        """Go on from the first of `candidates` that is whole on all processes; those before it are
-        set aside. Raises UserError.
-        """
-        damaged: dict[Path, str] = {}
-        for origin in candidates:
-            problem = ""
-            try:
-                self._restore(origin)
-            except checkpoint.Damaged as error:
-                problem = str(error)
-            if not (problems := list(filter(None, gather_object([problem])))):
-                break
-            damaged[origin] = problems[0]
-        else:
-            raise UserError(next(iter(damaged.values())))
-        for path, problem in damaged.items():
-            if self.accelerator.is_main_process:
-                aside = checkpoint.set_aside(path)
-                self._say(f"warning: {problem}; it is now {aside.name}, going on from {origin}")
 
     def _restore(self, origin: Path) -> None:
         """Raises Damaged, and then has changed nothing, or UserError."""
