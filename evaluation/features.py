@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +21,7 @@ from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from train.checkpoint import check_weights
 from train.config import RunConfig
+from train.weights import published_weights, read_backbone, read_weights
 
 SPECS = ("teacher", "student", "projector", "untrained", "supervised", "timm:NAME", "pixels")
 FEATURES_HELP = (
@@ -185,22 +184,10 @@ def supervised_features(
         encoder, dim = build_encoder(arch)
     except (ValueError, TypeError, AttributeError):  # unknown to torchvision, or not a ResNet
         raise UserError(f"--features supervised:{arch}: not a ResNet of torchvision's") from None
-    state = read_weights(weights) if weights else published_weights(arch)
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    load(encoder, state, weights or Path(arch))
+    encoder.load_state_dict(
+        read_backbone(weights, arch).weights if weights else published_weights(arch)
+    )
     return NetworkFeatures(name, dim, encoder.to(device).eval())
-
-
-def published_weights(arch: str) -> dict[str, Tensor]:
-    """torchvision's, from its cache or downloaded into it. Raises UserError."""
-    chosen = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
-    try:
-        return dict(chosen.get_state_dict(progress=True, check_hash=True))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--features supervised: {chosen.url} cannot be had ({error}): download it and give it"
-            " as --weights FILE"
-        ) from None
 
 
 def timm_features(name: str, weights: Path | None, device: torch.device) -> Features:
@@ -263,28 +250,3 @@ def load(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     except ValueError as error:
         raise UserError(f"{source}: damaged, or of another model ({error})") from None
     module.load_state_dict(state)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file or one of torch's, by itself or under the usual names.
-
-    Raises UserError.
-    """
-    try:
-        content: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except Exception:  # what the unpickler or safetensors make of another file
-        raise UserError(f"{path}: not a file of weights") from None
-    for wrapper in ("state_dict", "model", "teacher"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path}: no weights in it")
-    return {
-        name.removeprefix("module.").removeprefix("backbone."): v for name, v in content.items()
-    }

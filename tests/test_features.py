@@ -10,13 +10,14 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from evaluation.features import load, open_features, read_weights
+from evaluation.features import load, open_features
 from evaluation.images import FolderImages
 from model import ModelConfig, SlotCon
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from tests.checkpoints import write_checkpoint
 from tests.coloured import write_scenes
+from train.weights import read_weights
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(arch="resnet18", dim_hidden=8, dim_out=6, num_prototypes=4)
@@ -83,7 +84,7 @@ def test_supervised_takes_torchvisions_weights(tmp_path: Path) -> None:
         assert torch.equal(features(images()), stages(images()))
     with pytest.raises(UserError) as caught:
         open_features("supervised:resnet34", None, CPU, weights=tmp_path / "resnet18.pth")
-    assert "damaged, or of another model" in str(caught.value)
+    assert "weights of a resnet18, not of the resnet34" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -95,7 +96,7 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    with pytest.raises(UserError, match=r"resnet18.*cannot be had \(no route\).*--weights FILE"):
+    with pytest.raises(UserError, match=r"resnet18.*cannot be had \(no route\).*give its file"):
         open_features("supervised:resnet18", None, CPU)
 
 

@@ -6,7 +6,9 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,22 @@ def write_bytes(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` at the end of the block, or not at all.
+
+    Raises UserError where `path` is there already and not an empty folder, or cannot be written.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: is there already: give the name of a new folder")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,92 @@
+"""Pickles that others wrote, read without running what is in them; and arrays pickled for others.
+
+A pickle may name any function of Python's and have it called. Here it may name what tensors and
+arrays are made of, and argparse's Namespace, in which the authors' code keeps its settings.
+"""
+
+import argparse
+import io
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.errors import UserError
+
+_ALLOWED = {
+    **{
+        f"numpy.{core}.{name}": getattr(getattr(np._core, module), attribute)  # type: ignore[attr-defined]
+        for core in ("core", "_core")  # NumPy 1 and 2
+        for name, module, attribute in (
+            ("multiarray._reconstruct", "multiarray", "_reconstruct"),
+            ("numeric._frombuffer", "numeric", "_frombuffer"),
+        )
+    },
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "collections.OrderedDict": OrderedDict,
+    "builtins.bytearray": bytearray,
+    "__builtin__.bytearray": bytearray,
+    "_codecs.encode": lambda text, encoding: str(text).encode("latin1"),  # bytes in protocol 2
+}
+
+
+class Foreign(pickle.UnpicklingError):
+    """A pickle names something that is not allowed."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[f"{module}.{name}"]
+        except KeyError:
+            raise Foreign(f"{module}.{name}") from None
+
+
+class _ArrayPickler(pickle.Pickler):
+    """Arrays by what NumPy 1 and 2 have in common: its own way names NumPy 2's modules."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return NotImplemented
+        return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
+
+
+def read_pickle(path: Path) -> Any:
+    """What a .pkl file of arrays, or a file of torch's (any other suffix), holds.
+
+    Raises UserError where it names a foreign class or function, with that name; OSError; and
+    whatever damage makes of it.
+    """
+    try:
+        if path.suffix == ".pkl":
+            with path.open("rb") as file:
+                return _ArrayUnpickler(file, encoding="latin1").load()
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+        name = str(error) if isinstance(error, Foreign) else foreign and foreign[1]
+        if name is None:
+            raise
+        raise UserError(
+            f"{path}: refused, for it is not weights alone: loading it would run {name}"
+        ) from None
+
+
+def pickle_arrays(content: dict[str, Any]) -> bytes:
+    """`content` (dicts, lists, plain values and arrays) as `read_pickle` and any NumPy reads it."""
+    buffer = io.BytesIO()
+    _ArrayPickler(buffer, protocol=4).dump(content)
+    return buffer.getvalue()
+
+
+def torch_bytes(content: Any) -> bytes:
+    """`content` as a file of torch's."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

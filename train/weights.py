@@ -1,0 +1,195 @@
+"""Backbones: read from whatever holds one, under one set of names, torchvision's for a ResNet
+without its classifier.
+
+What others wrote is opened without running anything that is in it: pickles of tensors, arrays and
+plain values only.
+"""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from safetensors import safe_open
+from torch import Tensor
+
+from model.encoder import build_encoder
+from model.names import Branch, arch_of, backbone_of, with_counts
+from pipeline.errors import UserError
+from train.checkpoint import Record, check_weights, find, load_model, read_record
+from train.config import RunConfig, from_dict
+from train.pickles import read_pickle
+
+META = "meta"
+"""Where the dictionaries that we write keep their metadata, as mmengine's do."""
+FOLDER_WEIGHTS, FOLDER_CONFIG = "model.safetensors", "config.json"
+"""The files of a folder as Hugging Face's hub keeps it."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A ResNet's weights up to its last map, and what is known of them."""
+
+    arch: str
+    """torchvision's name of it."""
+    weights: dict[str, Tensor]
+    """By torchvision's names, without fc."""
+    metadata: dict[str, str]
+    """How they were made, see `describe`; empty where the file does not say."""
+
+
+def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teacher") -> Backbone:
+    """The encoder of architecture `arch` (None: whichever it is) in `source`.
+
+    Args:
+        source: a run or a checkpoint; a file or folder that tools.export writes; any state dict of
+            a ResNet under the names of torchvision, timm, detectron2, MoCo or the authors' code.
+        arch: torchvision's name.
+        branch: which encoder, where `source` holds two.
+
+    Raises:
+        UserError: in one line, where there is none, or it is another, or damaged.
+    """
+    if (source / FOLDER_CONFIG).is_file():
+        source = source / FOLDER_WEIGHTS
+    if source.is_dir():
+        record = read_record(find(source))
+        state, metadata = load_model(source)[0].state_dict(), describe(record, branch)
+    else:
+        state, metadata = read_state(source, branch)
+    weights = backbone_of(state, branch)
+    if not weights:
+        raise UserError(f"{source}: no weights of a ResNet in it")
+    looks = arch_of(weights)
+    if arch is None and looks is None:
+        raise UserError(f"{source}: damaged, or not a ResNet of torchvision's")
+    if arch is not None and looks not in (None, arch):
+        raise UserError(f"{source}: weights of a {looks}, not of the {arch} that was asked for")
+    arch = arch or str(looks)
+    return Backbone(arch, fitting(weights, arch, source), metadata)
+
+
+def fitting(weights: Mapping[str, Tensor], arch: str, source: object) -> dict[str, Tensor]:
+    """All weights of an `arch`, in its order. Raises UserError, naming `source`, unless they are
+    there, of its shapes and finite.
+    """
+    with torch.device("meta"):
+        expected = build_encoder(arch)[0].state_dict()
+    found = with_counts(weights, expected)
+    try:
+        check_weights(found, expected)
+    except ValueError as error:
+        raise UserError(f"{source}: damaged, or not a {arch} ({error})") from None
+    return {name: found[name] for name in expected}
+
+
+def published_weights(arch: str) -> dict[str, Tensor]:
+    """The backbone that torchvision publishes, trained on ImageNet's labels (IMAGENET1K_V1), from
+    its cache or downloaded into it. Raises UserError.
+    """
+    chosen = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
+    try:
+        state = chosen.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{chosen.url} cannot be had ({error}): download it and give its file instead"
+        ) from None
+    return fitting(backbone_of(state, "teacher"), arch, chosen.url)
+
+
+def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
+    """What a checkpoint's record says of how its weights were made: method, recipe, data, step.
+
+    `branch` is the encoder that they are of; None: all of the model.
+    """
+    config = from_dict(record.config)
+    facts: dict[str, Any] = {
+        "method": "SlotCon (arXiv 2205.15288)",
+        "arch": config.model.arch,
+        "branch": branch,
+        "run": config.name,
+        "step": record.step,
+        "prototypes": config.model.num_prototypes,
+        **(_recipe(config) if "assumed" not in record.provenance else {}),
+        "data": Path(config.data.path).name,
+        "data_images": record.data["images"],
+        "data_fingerprint": record.data["fingerprint"],
+        "slotstream": _version(),
+    }
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def read_state(path: Path, branch: Branch = "teacher") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict in a file, see `state_in`, and its metadata. Raises UserError."""
+    content, metadata = read_file(path)
+    return state_in(content, path, branch), metadata
+
+
+def state_in(content: Any, source: Path, branch: Branch = "teacher") -> dict[str, Tensor]:
+    """The state dict that a file's content is, or holds under one of the usual names.
+
+    A file of DINO's kind holds two, of which `branch` says which. Raises UserError, naming
+    `source`.
+    """
+    for wrapper in ("state_dict", "model", branch, "teacher", "student"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{source}: no weights in it")
+    state = {str(name): _tensor(value) for name, value in content.items()}
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{source}: no weights in it")
+    return state
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of any model in a file, less what wraps its names. Raises UserError."""
+    state, _ = read_state(path)
+    return {name.removeprefix("module.").removeprefix("backbone."): v for name, v in state.items()}
+
+
+def read_file(path: Path) -> tuple[Any, dict[str, str]]:
+    """What a .safetensors file, a .pkl of arrays or one of torch's holds, and its metadata.
+
+    Raises UserError; a pickle of anything but tensors, arrays and plain values is refused.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        content = read_pickle(path)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception:  # what the unpicklers or safetensors make of another file, or of half of one
+        raise UserError(f"{path}: damaged, or not a file of weights") from None
+    metadata = content.get(META) if isinstance(content, dict) else None
+    if not isinstance(metadata, dict):
+        return content, {}
+    return content, {str(name): str(value) for name, value in metadata.items()}
+
+
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    return {
+        "epochs": config.train.epochs,
+        "batch_size": config.train.batch_size,
+        "view_size": config.views.size,
+    }
+
+
+def _version() -> str | None:
+    """slotstream's, where it is installed."""
+    try:
+        return importlib.metadata.version("slotstream")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
