@@ -1,0 +1,199 @@
+"""Checkpoints of the authors' code become runs, or files of a backbone."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evaluation.slots import main as slots
+from model import ModelConfig, SlotCon
+from pipeline.errors import UserError
+from tests.betons import varied, write_beton
+from tests.exported import call, trained_model
+from tests.training import small_run, trainer
+from tools.export import main as export
+from tools.import_official import main
+from tools.report import main as report
+from train.checkpoint import find, load_model, read_record
+from train.weights import read_backbone
+
+IMAGES, STEPS, EPOCHS = 118_287, 184_800, 800
+
+
+@pytest.fixture(scope="module")
+def model() -> SlotCon:
+    return trained_model()
+
+
+def full_checkpoint(trained: SlotCon, **changes: Any) -> dict[str, Any]:
+    """What main_pretrain.py's save_checkpoint writes."""
+    args = argparse.Namespace(
+        dataset="COCO", data_dir="./datasets/coco/", image_size=224, min_scale=0.08,
+        arch="resnet18", dim_hidden=8, dim_out=6, num_prototypes=4, teacher_momentum=0.99,
+        teacher_temp=0.05, student_temp=0.1, center_momentum=0.9, group_loss_weight=0.5,
+        batch_size=64, world_size=8, base_lr=1.0, optimizer="lars", warmup_epoch=5,
+        warmup_multiplier=100, weight_decay=1e-5, momentum=0.9, fp16=True, start_epoch=1,
+        epochs=EPOCHS, output_dir="./output", auto_resume=True, resume="", seed=None, local_rank=0,
+        num_instances=IMAGES,
+    )  # fmt: skip
+    weights = {f"module.{name}": value for name, value in trained.official_state_dict().items()}
+    content = {
+        "args": args,
+        "model": weights,
+        "optimizer": {
+            "state": {0: {"momentum_buffer": torch.ones(3)}},
+            "param_groups": [{"lr": 0.1, "momentum": 0.9, "params": [0]}],
+        },
+        "scheduler": {
+            "multiplier": 100.0,
+            "warmup_epoch": 1155,
+            "finished": False,
+            "base_lrs": [2.0],
+            "last_epoch": STEPS,
+            "_step_count": STEPS + 1,
+            "after_scheduler": {"T_max": 183_645, "eta_min": 1e-6, "last_epoch": 183_645},
+        },
+        "epoch": EPOCHS,
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 3},
+    }
+    return content | changes
+
+
+@pytest.fixture(scope="module")
+def imported(model: SlotCon, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that a full checkpoint becomes."""
+    folder = tmp_path_factory.mktemp("official")
+    torch.save(full_checkpoint(model), folder / "ckpt_epoch_800.pth")
+    call(main, folder / "ckpt_epoch_800.pth", "--out", folder / "run")
+    return folder / "run"
+
+
+def test_a_full_checkpoint_becomes_a_run(model: SlotCon, imported: Path) -> None:
+    """Every weight, and every setting that both codes have."""
+    loaded, config = load_model(imported)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert config.model == ModelConfig("resnet18", 8, 6, 4, teacher_temp=0.05)
+    assert (config.train.batch_size, config.train.epochs, config.train.seed) == (512, EPOCHS, 0)
+    assert (config.views.size, config.data.path, config.name) == (224, "COCO", "run")
+
+
+def test_it_says_what_is_known_and_no_more(imported: Path) -> None:
+    """A digest that nobody took would be believed."""
+    record = read_record(find(imported))
+    assert record.data == {"images": IMAGES, "fingerprint": "unknown"}
+    assert record.step == STEPS
+    assert record.provenance["imported"] == "ckpt_epoch_800.pth"
+    assert record.provenance["args"]["optimizer"] == "lars"
+    line = {"step": STEPS, "epoch": EPOCHS}
+    assert json.loads((imported / "metrics.jsonl").read_text()) == line
+    metadata = read_backbone(imported).metadata
+    assert (metadata["data"], metadata["epochs"], metadata["step"]) == ("COCO", "800", str(STEPS))
+
+
+def test_commands_run_on_it(imported: Path, tmp_path: Path) -> None:
+    """Evaluation, report and export take it for a run."""
+    beton = write_beton(tmp_path / "small.beton", varied(4))
+    slots_json = tmp_path / "slots.json"
+    call(slots, "--checkpoint", imported, "--data", beton, "--size", 64, "--json", slots_json)
+    assert json.loads(slots_json.read_text())["results"]
+    call(report, imported, "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "COCO (118,287 images)" in page
+    assert "184,800 steps, 800 epochs" in page
+    call(export, imported, "--to", "huggingface", "--out", tmp_path / "hub")
+    assert "| Epochs of the schedule | 800 |" in (tmp_path / "hub" / "README.md").read_text()
+
+
+def test_training_does_not_go_on_from_it(imported: Path, tmp_path: Path) -> None:
+    """Without the optimiser's momenta it would be another training."""
+    beton = write_beton(tmp_path / "small.beton", varied(4))
+    config = small_run(beton, tmp_path)
+    with pytest.raises(UserError, match=r"was .* in .*step_184800 and is now|is missing"):
+        trainer(config, str(imported))
+
+
+def test_there_and_back(model: SlotCon, imported: Path, tmp_path: Path) -> None:
+    """An official file of ours keeps what the authors' would: steps, images, settings."""
+    call(export, imported, "--to", "official", "--out", tmp_path / "full.pth")
+    call(main, tmp_path / "full.pth", "--out", tmp_path / "again")
+    (one, a), (other, b) = load_model(imported), load_model(tmp_path / "again")
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+    assert (a.model, a.train, a.views, a.data) == (b.model, b.train, b.views, b.data)
+    records = [read_record(find(run)) for run in (imported, tmp_path / "again")]
+    assert (records[0].step, records[0].data) == (records[1].step, records[1].data)
+
+
+def test_without_settings_the_recipe_is_not_claimed(model: SlotCon, tmp_path: Path) -> None:
+    """Defaults in the place of what the file does not say are no recipe."""
+    torch.save({"model": model.official_state_dict()}, tmp_path / "w.pth")
+    call(main, tmp_path / "w.pth", "--out", tmp_path / "run")
+    _, config = load_model(tmp_path / "run")
+    assert config.model.num_prototypes == 4
+    metadata = read_backbone(tmp_path / "run").metadata
+    assert not {"epochs", "batch_size", "view_size"} & metadata.keys()
+    assert metadata["data"] == "unknown"
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("prefix", ["", "encoder_k.", "module.encoder_k."])
+def test_backbones(prefix: str, wrapped: bool, model: SlotCon, tmp_path: Path) -> None:
+    """A file under torchvision's names, whatever the names were."""
+    encoder = model.teacher.encoder.state_dict()
+    state = {prefix + name: value for name, value in encoder.items()}
+    torch.save({"state_dict": state} if wrapped else state, tmp_path / "w.pth")
+    call(main, tmp_path / "w.pth", "--out", tmp_path / "w.safetensors")
+    found = load_file(tmp_path / "w.safetensors")
+    assert found.keys() == encoder.keys()
+    assert all(torch.equal(found[name], value) for name, value in encoder.items())
+    assert read_backbone(tmp_path / "w.safetensors").metadata["imported"] == "w.pth"
+
+
+class Foreign:
+    """What a checkpoint has no need of."""
+
+
+def test_bad_input(model: SlotCon, imported: Path, tmp_path: Path) -> None:
+    """One line each, and no folder or file is left."""
+    file = tmp_path / "w.pth"
+
+    def refused(message: str, out: Path = tmp_path / "run") -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            call(main, file, "--out", out)
+        assert "\n" not in str(caught.value)
+        assert {path.name for path in tmp_path.iterdir()} <= {"w.pth"}
+
+    def changed(**entries: Any) -> None:
+        weights = full_checkpoint(model)["model"]
+        weights |= {f"module.{name.replace('__', '.')}": v for name, v in entries.items()}
+        weights = {name: value for name, value in weights.items() if value is not None}
+        torch.save(full_checkpoint(model, model=weights), file)
+
+    refused("No such file")
+    torch.save(full_checkpoint(model, args=Foreign()), file)
+    refused(r"refused.*would run tests.test_import_official.Foreign")
+    torch.save(full_checkpoint(model), file)
+    refused("is there already", imported)
+    file.write_bytes(file.read_bytes()[:-10_000])
+    refused("damaged, or not a file of weights")
+    file.write_bytes(b"text")
+    refused("damaged, or not a file of weights")
+    changed(center=None)
+    refused("missing: center")
+    changed(center=torch.full((1, 4), torch.nan))
+    refused("center is not finite")
+    changed(encoder_k__bn1__bias=torch.ones(3))
+    refused("of another shape: encoder_k.bn1.bias")
+    changed(projector_k__mlp__0__weight=None)
+    refused("projector_k.mlp.0.weight")
+    changed(**{f"encoder_k__layer4__1__conv{n}__weight": None for n in (1, 2)})
+    refused("its encoder is none of resnet18")
+    args = argparse.Namespace(epochs=0)
+    torch.save(full_checkpoint(model, args=args), file)
+    refused("its settings make no run: .*epochs")
+    torch.save(dict(model.teacher.encoder.state_dict()), file)
+    refused("give a .safetensors file", tmp_path / "w.pkl")

@@ -1,0 +1,66 @@
+"""The model card that goes with exported weights."""
+
+from train.weights import Backbone
+
+CARD = """---
+library_name: timm
+tags:
+- image-feature-extraction
+- timm
+- self-supervised
+- slotcon
+---
+# {title}
+
+The {branch} encoder of a SlotCon model: a {arch} without classifier, pre-trained on images without
+labels by slotstream. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
+groups (Wen et al., *Self-Supervised Visual Representation Learning with Semantic Grouping*, NeurIPS
+2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288)).
+
+## Use
+```python
+import timm
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)  # or hf-hub:OWNER/NAME
+features = model.forward_features(images)  # [B, C, H/32, W/32]
+```
+Images are RGB in 0..1, normalised by ImageNet's mean and deviation (`config.json`). The weights are
+meant to be fine-tuned, or probed, on dense tasks; nothing here classifies.
+
+## How it was made
+| | |
+|---|---|
+{facts}
+
+Licence of the images that it was trained on: {license}.
+"""
+TITLES = {
+    "method": "Method",
+    "arch": "Architecture",
+    "branch": "Encoder",
+    "run": "Run",
+    "imported": "Imported from",
+    "step": "Optimiser steps",
+    "epochs": "Epochs of the schedule",
+    "batch_size": "Images a step",
+    "prototypes": "Prototypes",
+    "view_size": "Side of a view, pixels",
+    "data": "Data",
+    "data_images": "Images",
+    "data_fingerprint": "Fingerprint of the data",
+    "slotstream": "slotstream",
+}
+
+
+def model_card(backbone: Backbone) -> str:
+    """README.md of a folder on Hugging Face's hub."""
+    known = backbone.metadata
+    facts = "\n".join(
+        f"| {title} | {known[name]} |" for name, title in TITLES.items() if name in known
+    )
+    return CARD.format(
+        title=f"SlotCon {backbone.arch}, {known.get('run', 'weights')}",
+        branch=known.get("branch", ""),
+        arch=backbone.arch,
+        facts=facts,
+        license=known.get("data_license", "not stated"),
+    )
