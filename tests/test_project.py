@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"pipeline", "model"},
     "tools": {"pipeline", "model", "train", "evaluation"},
     "evaluation": {"pipeline", "model", "train"},
+    "transfer": {"pipeline", "model", "train", "evaluation"},
 }
 
 # Dependencies that another one loads on our behalf.

@@ -1,0 +1,1 @@
+"""What a pre-trained backbone is worth: detection, instance and semantic segmentation."""

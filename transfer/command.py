@@ -1,0 +1,91 @@
+"""The body of both commands."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from pipeline.errors import CommandParser, UserError
+from train import checkpoint
+from train.command import EXIT_CODES, run_training
+from train.settings import RESUME, Settings
+from train.signals import StopSignals
+from transfer.config import Config
+from transfer.scoring import evaluate
+from transfer.task import Task
+from transfer.trainer import Trainer
+
+_OPTIONS = {
+    "resume": RESUME,
+    "evaluate": (
+        "PATH",
+        "Score this checkpoint, or this run's newest, instead of training; it brings its own "
+        "configuration, which --config and the values below change.",
+    ),
+    "json": ("FILE", "With --evaluate: write the scores there."),
+}
+_MOVABLE = (
+    "data.root",
+    "data.train_images",
+    "data.train_labels",
+    "data.val_images",
+    "data.val_labels",
+)
+"""Where data lies, which may change: it is known by its fingerprint."""
+
+
+def settings_of(
+    kind: type[Config], prog: str = "", description: str = "", examples: str = ""
+) -> Settings[Config]:
+    """How a task's configurations are read, and what of them a resumed run keeps."""
+    return Settings(
+        kind,
+        prog=f"python -m {prog}",
+        description=description,
+        epilog=f"{examples}\n\n{EXIT_CODES}",
+        options=_OPTIONS,
+        fixed=("data.", "init.", "model.", "augment.", "optim."),
+        free=("optim.max_steps", *_MOVABLE),
+    )
+
+
+def run_task(
+    config_class: type[Config],
+    build_task: Callable[[Config], Task],
+    prog: str,
+    description: str,
+    examples: str,
+    argv: list[str] | None = None,
+) -> None:
+    """Read the command line, build the task, train or evaluate; bad input, and whatever else ends a
+    run early, ends the process, see --help.
+
+    `build_task` is called once in each process, after torch's generators are seeded with
+    optim.seed.
+    """
+    settings = settings_of(config_class, prog, description, examples)
+
+    def prepare(signals: StopSignals) -> Callable[[], None]:
+        arguments = sys.argv[1:] if argv is None else argv
+        evaluated = _evaluated(arguments)
+        if evaluated:
+            own = checkpoint.read_record(evaluated, settings).config
+            arguments = ["--config", json.dumps(own), *arguments]
+        config, options = settings.load(arguments)
+        out = Path(options["json"]) if options["json"] else None
+        if evaluated:
+            return partial(evaluate, config, build_task, settings, evaluated, out)
+        if out:
+            raise UserError("--json is for --evaluate: a run writes result.json to its folder")
+        return Trainer(config, build_task, settings, options["resume"], signals).train
+
+    run_training(prepare)
+
+
+def _evaluated(argv: list[str]) -> Path | None:
+    """The checkpoint that --evaluate means. Raises UserError."""
+    parser = CommandParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--evaluate", type=Path)
+    path: Path | None = parser.parse_known_args(argv)[0].evaluate
+    return checkpoint.find(path) if path else None

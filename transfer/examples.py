@@ -1,0 +1,127 @@
+"""Which example comes when, and what draws its randomness: all of it follows from the seed, the
+epoch and the example's number, whatever the workers, the processes and the resumes.
+"""
+
+import signal
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.errors import UserError
+from pipeline.order import permutation
+from train.signals import SIGNALS
+from transfer.config import OptimConfig
+from transfer.task import Task
+
+
+def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Draws the randomness of example `index` in `epoch`."""
+    counter = np.array([0, 0, index, 1], np.uint64)  # the order of the epoch begins at 0, 0, 0, 0
+    key = np.array([seed, epoch], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+Place = tuple[int, int]
+"""An example's number, and the epoch that sees it."""
+
+
+class Order:
+    """Which examples each step takes. An epoch goes through all of them but those that are left
+    over after its last whole step.
+    """
+
+    def __init__(self, examples: int, optim: OptimConfig, rank: int, world: int) -> None:
+        """Raises UserError if an epoch has no step, or a step cannot be shared by the `world`."""
+        batch = optim.batch_size
+        if batch % world:
+            raise UserError(
+                f"optim.batch_size: {batch} images cannot be shared equally by {world} processes"
+            )
+        if batch > examples:
+            raise UserError(
+                f"optim.batch_size: {batch} images are more than the {examples} of the training set"
+            )
+        self.steps_per_epoch = examples // batch
+        self._examples, self._seed, self._batch = examples, optim.seed, batch
+        share = batch // world
+        self._share = slice(rank * share, (rank + 1) * share)
+
+    def steps(self, begin: int, end: int) -> Iterator[list[Place]]:
+        """This process's share of each of the steps from `begin` to before `end`."""
+        epoch, images = -1, np.empty(0, np.int64)
+        for step in range(begin, end):
+            now, place = divmod(step, self.steps_per_epoch)
+            if now != epoch:
+                epoch, images = now, permutation(self._examples, self._seed, now)
+            batch = images[place * self._batch : (place + 1) * self._batch]
+            yield [(int(index), epoch) for index in batch[self._share]]
+
+
+def batches(
+    task: Task, order: Order, begin: int, end: int, workers: int, accelerator: Accelerator
+) -> Iterator[Any]:
+    """This process's batches of the steps from `begin` to before `end`, on its device; `workers`
+    processes make them. To be called in the main thread. Raises UserError for an example that
+    cannot be read, and for a worker that has ended.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Examples(task),
+        batch_sampler=order.steps(begin, end),
+        collate_fn=partial(_collate, task),
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork" if workers else None,  # tasks hold models: not to be pickled
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # or it would draw from the model's
+    )
+    ahead = iter(loader)
+    if workers:  # torch's handler would raise at any place, even after this; `next` tells as well
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while (batch := _next(ahead)) is not None:
+        if isinstance(batch, UserError):
+            raise batch
+        yield send_to_device(batch, accelerator.device, non_blocking=True)
+
+
+def _next(ahead: Iterator[Any]) -> Any:
+    """The next batch, None after the last. Raises UserError for a worker that has ended."""
+    try:
+        return next(ahead, None)
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: of its last batch
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"efficiency.workers: a worker has ended ({error}): is there memory enough for so many?"
+        ) from error
+
+
+class _Examples(Dataset[Any]):
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __getitem__(self, place: Place) -> Any:
+        """The example; a mistake of the user's is handed on, since raised in a worker it would
+        come with the worker's traceback.
+        """
+        try:
+            return self._task.example(*place)
+        except UserError as error:
+            return error
+
+
+def _collate(task: Task, examples: list[Any]) -> Any:
+    errors = [each for each in examples if isinstance(each, UserError)]
+    return errors[0] if errors else task.collate(examples)
+
+
+def _ignore_signals(worker: int) -> None:
+    """A worker lives on until its process has heeded them."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,141 @@
+"""A model's scores, and the file that tells them."""
+
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from pipeline.errors import check_writable
+from train import checkpoint
+from train.launch import launch
+from train.provenance import provenance, write_json
+from train.settings import Settings, to_dict
+from transfer import statistics
+from transfer.config import Config, TransferConfig, without_weights
+from transfer.examples import Order, batches
+from transfer.task import Row, Task
+
+PATIENCE_MINUTES = 60.0
+"""How long a process waits for the others, which may evaluate, and for the disk."""
+
+
+def place(model: nn.Module, config: TransferConfig, accelerator: Accelerator) -> nn.Module:
+    """`model` on this process's device; on GPUs, with batch statistics over all of them."""
+    processes, device = accelerator.num_processes, accelerator.device
+    if processes > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif processes > 1:
+        accelerator.print("note: on CPUs each process has batch statistics of its own")
+    layout = torch.channels_last if config.efficiency.channels_last else torch.preserve_format
+    return model.to(device).to(memory_format=layout)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for what a model draws in `step`: it follows from these three."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def score(
+    task: Task, config: TransferConfig, accelerator: Accelerator, order: Order, step: int
+) -> list[Row]:
+    """Evaluate the task's model as it is after `step` steps, with BatchNorm's statistics of the
+    next batches if `optim.precise_bn` asks for that. Raises UserError.
+    """
+    model = task.model
+    statistics.share(model)
+    count, workers = config.optim.precise_bn, config.efficiency.workers
+
+    def forwards() -> Iterator[Any]:
+        ahead = batches(task, order, step, step + count, workers, accelerator)
+        for number, batch in enumerate(ahead, start=step):
+            seed_step(config.optim.seed, number, accelerator.process_index)
+            yield model(batch)
+
+    def evaluated() -> list[Row]:
+        model.eval()
+        try:
+            with torch.no_grad(), accelerator.autocast():
+                return task.evaluate(model, accelerator)
+        finally:
+            model.train()
+
+    if not count:
+        return evaluated()
+    with statistics.measured(model, forwards()):
+        statistics.share(model)
+        return evaluated()
+
+
+def evaluate(
+    config: Config,
+    build_task: Callable[[Config], Task],
+    settings: Settings[Config],
+    origin: Path,
+    out: Path | None = None,
+) -> None:
+    """Score the checkpoint `origin` and write nothing but `out`, a JSON file as result.json, less
+    the cost. Raises UserError.
+    """
+    if out:
+        check_writable("--json", out)
+    record = checkpoint.read_record(origin, settings)
+    accelerator = launch(origin, config.efficiency.precision, (), PATIENCE_MINUTES)
+    torch.manual_seed(config.optim.seed)
+    task = build_task(without_weights(config))
+    checkpoint.load_weights(origin, record, task.model)
+    accelerator.prepare(place(task.model, config, accelerator).train())
+    rank, world = accelerator.process_index, accelerator.num_processes
+    order = Order(len(task), config.optim, rank, world)
+    rows = score(task, config, accelerator, order, record.step)
+    content = result(task, config, record.provenance["init"], record.step, rows)
+    if accelerator.is_main_process:
+        print(f"{origin}: {summary(rows)}")
+        if out:
+            write_json(out, {**content, "checkpoint": str(origin)})
+
+
+def result(
+    task: Task, config: TransferConfig, init: dict[str, Any], step: int, rows: list[Row]
+) -> dict[str, Any]:
+    """What a JSON file says of a run after `step` steps."""
+    return {
+        **provenance(),
+        "name": config.name,
+        "task": task.name,
+        "dataset": task.data["dataset"],
+        "images": task.data["images"],
+        "schedule": {"steps": config.optim.steps, "batch_size": config.optim.batch_size},
+        "init": init,
+        "step": step,
+        "results": rows,
+        "config": to_dict(config),
+    }
+
+
+def cost(seconds: float, steps: int, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
+    """Of training alone; the memory is the largest that a process has held, of its GPU where it has
+    one.
+    """
+    on_gpu = accelerator.device.type == "cuda"
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(accelerator.device)
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+    return {
+        "seconds": seconds,
+        "steps_per_s": steps / seconds,
+        "images_per_s": steps * batch_size / seconds,
+        "peak_memory_bytes": max(gather_object([peak])),
+        "memory": "cuda" if on_gpu else "host",
+    }
+
+
+def summary(rows: list[Row]) -> str:
+    """The results over all classes, for people: "miou 0.312  pixel_accuracy 0.810"."""
+    return "  ".join(f"{row['metric']} {row['value']:.3f}" for row in rows if "class" not in row)
