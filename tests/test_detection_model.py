@@ -1,0 +1,154 @@
+"""Mask R-CNN on an encoder: its shape, what learns in it, and where its boxes and masks lie."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
+
+from transfer.backbone import build_backbone
+from transfer.config import InitConfig
+from transfer.detection.config import ModelConfig
+from transfer.detection.evaluate import paste
+from transfer.detection.model import HALF_PIXEL, Detector
+
+SMALL = ModelConfig(
+    channels=16,
+    anchor_sizes=(8, 16, 32, 64, 128),
+    rpn_samples=32,
+    candidates_train=50,
+    candidates_test=50,
+    proposals_train=20,
+    proposals_test=20,
+    roi_samples=16,
+    box_convs=1,
+    box_features=32,
+    mask_convs=1,
+    score_threshold=0.0,
+    detections=5,
+)
+
+
+def detector(config: ModelConfig = SMALL, **init: Any) -> Detector:
+    torch.manual_seed(0)
+    encoder, _ = build_backbone(InitConfig(arch="resnet18", **init))
+    return Detector(encoder, 3, config)
+
+
+def batch() -> dict[str, Any]:
+    """Two images of different sizes with one and two objects."""
+    torch.manual_seed(1)
+    boxes = [torch.tensor([[5.0, 8, 40, 44]]), torch.tensor([[0.0, 0, 30, 20], [20, 10, 70, 50]])]
+    sizes = [(64, 48), (56, 80)]
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    targets = []
+    for some, (height, width) in zip(boxes, sizes, strict=True):
+        masks = torch.zeros(len(some), height, width, dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, some.int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        targets.append({"boxes": some, "labels": torch.arange(len(some)) + 1, "masks": masks})
+    return {"images": images, "targets": targets}
+
+
+def test_every_weight_learns() -> None:
+    """DistributedDataParallel waits for ever for one that a step leaves out."""
+    model = detector().train()
+    losses = model(batch())
+    assert losses.keys() == {
+        "loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask",
+    }  # fmt: skip
+    assert all(loss.isfinite() and loss.ndim == 0 for loss in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_frozen_encoder_stays_as_it_is() -> None:
+    """A "frozen" backbone whose batch statistics move is another backbone."""
+    model = detector(frozen=5).train()
+    before = {name: value.clone() for name, value in model.backbone.body.state_dict().items()}
+    torch.stack(list(model(batch()).values())).sum().backward()
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("backbone.body") for name in learning)
+    assert any(name.startswith("backbone.fpn") for name in learning)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    after = model.backbone.body.state_dict()
+    assert all(value.equal(after[name]) for name, value in before.items())
+
+
+def test_the_default_is_the_authors_setting() -> None:
+    """The published figures are of norms in pyramid and heads, and of these sizes."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        encoder, _ = build_backbone(InitConfig())
+        model = Detector(encoder, 80, ModelConfig())
+
+    def norms(part: nn.Module) -> int:
+        return sum(isinstance(module, nn.BatchNorm2d) for module in part.modules())
+
+    heads = model.roi_heads
+    assert norms(model.backbone.fpn) == 8
+    assert (norms(heads.box_head), norms(heads.mask_head)) == (4, 4)
+    linear = [module for module in heads.box_head.modules() if isinstance(module, nn.Linear)]
+    assert [tuple(layer.weight.shape) for layer in linear] == [(1024, 256 * 7 * 7)]
+    assert heads.box_predictor.cls_score.out_features == 81
+    assert heads.mask_predictor.mask_fcn_logits.out_channels == 81
+    assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_detections_lie_in_their_image() -> None:
+    """The batch is padded to one size; a box in the padding is a box of nothing."""
+    model = detector().eval()
+    given = batch()
+    with torch.no_grad():
+        found = model({"images": given["images"]})
+    for one, image in zip(found, given["images"], strict=True):
+        count = len(one["boxes"])
+        assert one["masks"].shape == (count, 1, 28, 28) and 0 < count <= 5
+        limit = torch.tensor([image.shape[2], image.shape[1]] * 2)
+        assert (one["boxes"] >= 0).all() and (one["boxes"] <= limit).all()
+        assert one["labels"].min() >= 1 and one["labels"].max() <= 3
+
+
+def test_boxes_are_computed_in_float32_under_mixed_precision() -> None:
+    """bfloat16 knows a coordinate of 1,000 pixels to eight; torchvision would give anchors the type
+    of the maps."""
+    model = detector().train()
+    types: list[torch.dtype] = []
+
+    def note(module: nn.Module, inputs: Any, output: list[Tensor]) -> None:
+        types.extend(anchors.dtype for anchors in output)
+
+    model.rpn.anchor_generator.register_forward_hook(note)
+    model.roi_heads.box_head.register_forward_hook(lambda m, i, o: types.append(i[0].dtype))
+    inside: list[torch.dtype] = []
+    model.roi_heads.mask_head.register_forward_hook(lambda m, i, o: inside.append(o.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(batch())
+    assert set(types) == {torch.float32} and inside == [torch.bfloat16]
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        (found, _) = model({"images": batch()["images"]})
+    assert {value.dtype for value in found.values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("box", [(20.0, 12.0, 60.0, 52.0), (18.3, 10.7, 57.9, 49.2)])
+def test_masks_are_pasted_where_their_targets_were_read(
+    box: tuple[float, float, float, float],
+) -> None:
+    """torchvision reads the targets of the mask loss half a pixel further right and down than
+    their boxes say; pasting at the boxes would move every mask."""
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(80), indexing="ij")
+    disc = ((columns + 0.5 - 40) ** 2 + (rows + 0.5 - 32) ** 2 < 15**2).to(torch.uint8)
+    place = torch.tensor([box])
+    target = project_masks_on_boxes(disc[None], place, torch.tensor([0]), 28)[0]
+
+    def overlap(shift: float) -> float:
+        pasted = paste(target, (place[0] + shift).numpy(), 64, 80)
+        both, either = disc.numpy() & pasted, disc.numpy() | pasted
+        return float(both.sum() / either.sum())
+
+    assert overlap(HALF_PIXEL) > 0.98
+    assert overlap(HALF_PIXEL) > overlap(0) + 0.02 and overlap(HALF_PIXEL) > overlap(1) + 0.02

@@ -1,0 +1,274 @@
+"""COCO's instance annotations: images with boxes and masks, for training and for evaluation.
+
+Letters: N objects of an image, A annotations of a file, H W the stored image's height and width,
+h w those it is resized to, in pixels. Boxes are x1 y1 x2 y2 in pixels, masks uint8 0 or 1.
+"""
+
+import pickle
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as rle
+from numpy.typing import NDArray
+from PIL import Image
+
+from evaluation.images import open_image
+from pipeline.errors import UserError
+from train.provenance import read_json
+
+ANNOTATION_KEYS = ("image_id", "category_id", "bbox", "area", "segmentation")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what is annotated in it."""
+
+    id: int
+    name: str
+    """Of the file, under the folder of images."""
+    height: int
+    width: int
+    boxes: NDArray[np.float32]
+    """[N, 4]; in the image, of positive size."""
+    labels: NDArray[np.int64]
+    """[N], 1 … C."""
+    segmentations: bytes
+    """The list of the N segmentations, pickled: as Python's objects COCO's would take gigabytes, in
+    each of the processes that load images."""
+
+
+class CocoInstances:
+    """The images that an annotation file names, with their objects. Crowds are no objects here:
+    training leaves them out, and the evaluator reads them itself.
+
+    Raises UserError where the file or an image is missing, or where what it says is not of the
+    format. An object whose box has no area within the image is left out and counted in `dropped`.
+    """
+
+    def __init__(self, annotations: Path, images: Path) -> None:
+        self.annotations, self.images = annotations, images
+        content = read_annotations(annotations)
+        self.categories: dict[int, str] = {c["id"]: c["name"] for c in content["categories"]}
+        """Names by id, in the order of the ids: the n-th is label n, from 1 on."""
+        self.dropped = 0
+        self.records = self._records(content)
+        self._check_images()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the annotation file."""
+        with self.annotations.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+
+    def load(self, record: Record) -> Image.Image:
+        """The RGB image. Raises UserError unless it has the size that the annotations name."""
+        path = self.images / record.name
+        image = open_image(path)
+        if image.size != (record.width, record.height):
+            raise UserError(
+                f"{path}: {image.width}×{image.height} pixels, but {self.annotations.name} says"
+                f" {record.width}×{record.height}"
+            )
+        return image.convert("RGB")
+
+    def masks(self, record: Record) -> NDArray[np.uint8]:
+        """The objects' masks [N, H, W]. Raises UserError."""
+        size = record.height, record.width
+        try:
+            runs = [to_rle(some, *size) for some in pickle.loads(record.segmentations)]
+            return np.moveaxis(rle.decode(runs), -1, 0)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{self.annotations}: image {record.id}: not a segmentation ({error})"
+            ) from None
+
+    def _records(self, content: dict[str, Any]) -> list[Record]:
+        labels = {category: n for n, category in enumerate(self.categories, start=1)}
+        objects = defaultdict(list)
+        for annotation in content["annotations"]:
+            if not annotation.get("iscrowd", 0):
+                objects[annotation["image_id"]].append(annotation)
+        return [self._record(image, objects[image["id"]], labels) for image in content["images"]]
+
+    def _record(
+        self, image: dict[str, Any], objects: list[dict[str, Any]], labels: dict[int, int]
+    ) -> Record:
+        height, width = image["height"], image["width"]
+        boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
+        good = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
+        self.dropped += int((~good).sum())
+        kept = [o for o, keep in zip(objects, good.tolist(), strict=True) if keep]
+        return Record(
+            id=image["id"],
+            name=image["file_name"],
+            height=height,
+            width=width,
+            boxes=boxes[good],
+            labels=np.array([labels[o["category_id"]] for o in kept], np.int64),
+            segmentations=pickle.dumps([o["segmentation"] for o in kept]),
+        )
+
+    def _check_images(self) -> None:
+        if not self.images.is_dir():
+            raise UserError(f"{self.images}: no such folder of images")
+        listed = {path.name for path in self.images.iterdir()}  # one look-up instead of thousands
+        names = [record.name for record in self.records]
+        missing = [n for n in names if n not in listed and not (self.images / n).is_file()]
+        if missing:
+            raise UserError(
+                f"{self.annotations}: {len(missing)} of its {len(names)} images are not in"
+                f" {self.images} (the first: {missing[0]})"
+            )
+
+
+def open_instances(root: Path, annotations: str, images: str, split: str) -> CocoInstances:
+    """A split of a data set in COCO's layout; `annotations` and `images` are places under `root`
+    (or absolute) in which {split} stands for the split. Raises UserError.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    file, folder = (root / place.format(split=split) for place in (annotations, images))
+    if not file.is_file():
+        found = sorted(
+            path.name for path in (file.parent if file.parent.is_dir() else root).iterdir()
+        )
+        raise UserError(
+            f"{file}: no such file: expected COCO's layout, ROOT/{annotations} beside"
+            f" ROOT/{images}/; found {', '.join(found[:8]) or 'nothing'}"
+            f" in {file.parent if file.parent.is_dir() else root}"
+        )
+    return CocoInstances(file, folder)
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """An annotation file as it is, but for the categories, which come in the order of their ids.
+
+    Raises UserError unless all that we read of it is there and fits together.
+    """
+    content = read_json(path)
+    try:
+        images = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        names = {category["id"]: category["name"] for category in categories}
+        annotations = content["annotations"]
+        for annotation in annotations:
+            check_annotation(annotation, images, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not COCO instance annotations ({error!r})") from None
+    if not images or not names:
+        raise UserError(f"{path}: names no {'categories' if images else 'images'}")
+    unknown = [a["category_id"] for a in annotations if a["category_id"] not in names]
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} of {len(annotations)} annotations have a category_id that is"
+            f" none of its {len(names)} categories (the first: {unknown[0]})"
+        )
+    for what, given, count in (
+        ("images", images, len(content["images"])),
+        ("categories", names, len(categories)),
+    ):
+        if len(given) < count:
+            raise UserError(f"{path}: {count - len(given)} of {count} {what} have another's id")
+    return {"images": content["images"], "annotations": annotations, "categories": categories}
+
+
+def check_annotation(
+    annotation: dict[str, Any], images: dict[int, tuple[int, int]], path: Path
+) -> None:
+    """Raises UserError, or KeyError or TypeError for what is no annotation at all."""
+    where = f"{path}: annotation {annotation.get('id', '')}".rstrip()
+    missing = [key for key in ANNOTATION_KEYS if key not in annotation]
+    if missing:
+        raise UserError(f"{where} has no {missing[0]}")
+    if annotation["image_id"] not in images:
+        raise UserError(
+            f"{where} is of image {annotation['image_id']}, which the file does not name"
+        )
+    box = annotation["bbox"]
+    if len(box) != 4 or not np.isfinite(np.array(box, np.float64)).all():
+        raise UserError(f"{where}: bbox must be [x, y, width, height], not {box}")
+    segmentation = annotation["segmentation"]
+    if isinstance(segmentation, dict):
+        size = images[annotation["image_id"]]
+        if tuple(segmentation["size"]) != size:
+            raise UserError(
+                f"{where}: a mask of {segmentation['size'][1]}×{segmentation['size'][0]} pixels"
+                f" for an image of {size[1]}×{size[0]}"
+            )
+    elif not segmentation or any(len(part) < 6 or len(part) % 2 for part in segmentation):
+        raise UserError(f"{where}: segmentation must be RLE or polygons of 3 points or more")
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Polygons, or run lengths as a list or in COCO's compressed text, as the latter. Raises
+    ValueError.
+    """
+    return rle.segmToRle(segmentation, width, height)
+
+
+def resized(height: int, width: int, side: int, longest: int) -> tuple[int, int]:
+    """Height and width with the shorter one `side` pixels, or less where the longer one would
+    exceed `longest`.
+    """
+    scale = min(side / min(height, width), longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+class TrainingExamples:
+    """Images with objects, resized and mirrored at random."""
+
+    def __init__(
+        self, source: CocoInstances, sides: Sequence[int], longest: int, flip: float
+    ) -> None:
+        """Shorter sides to draw from, the limit of the longer one, and how often to mirror."""
+        self.source, self.sides, self.longest, self.flip = source, sides, longest, flip
+        self.records = [record for record in source.records if len(record.boxes)]
+        if not self.records:
+            raise UserError(f"{source.annotations}: no image with an object to learn from")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load(self, index: int, generator: np.random.Generator) -> dict[str, torch.Tensor]:
+        """image uint8 [3, h, w], boxes float32 [N, 4], labels int64 [N], masks uint8 [N, h, w].
+
+        Raises UserError.
+        """
+        record = self.records[index]
+        side = int(generator.choice(self.sides))
+        mirror = generator.random() < self.flip
+        height, width = resized(record.height, record.width, side, self.longest)
+        pixels = pixels_of(self.source.load(record), height, width)
+        masks = nearest(self.source.masks(record), height, width)
+        scale = np.array([width / record.width, height / record.height] * 2, np.float32)
+        boxes = record.boxes * scale
+        if mirror:
+            pixels, masks = pixels[:, :, ::-1], masks[:, :, ::-1]
+            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+        return {
+            "image": torch.from_numpy(np.ascontiguousarray(pixels)),
+            "boxes": torch.from_numpy(boxes),
+            "labels": torch.from_numpy(record.labels),
+            "masks": torch.from_numpy(np.ascontiguousarray(masks)),
+        }
+
+
+def pixels_of(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """The image resized, bilinear and antialiased as in detectron2: uint8 [3, h, w]."""
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
+def nearest(masks: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Masks [N, H, W] resized to [N, h, w]."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
+        for new, old in ((height, masks.shape[1]), (width, masks.shape[2]))
+    )
+    return masks[:, rows[:, None], columns]

@@ -1,0 +1,145 @@
+"""COCO's average precision of boxes and masks, by faster-coco-eval.
+
+Letters: D detections of an image, H W its stored height and width, M the side of a predicted mask.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as rle
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from transfer.detection.dataset import CocoInstances, Record, pixels_of, read_annotations, resized
+from transfer.detection.model import HALF_PIXEL
+from transfer.task import Row
+
+METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+"""In the evaluator's order."""
+AHEAD = 4
+"""Images that are read while the network looks at another."""
+CocoResult = dict[str, Any]
+"""A line of COCO's results: image_id, category_id, bbox [x, y, width, height] in pixels of the
+stored image, score, segmentation (RLE)."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def evaluate(
+    model: nn.Module, source: CocoInstances, side: int, longest: int, accelerator: Accelerator
+) -> list[Row]:
+    """Score a detector, in evaluation mode and without gradients, on all images of `source`,
+    resized to a shorter `side` unless the longer one would exceed `longest`. Each process does its
+    share, all return all rows.
+
+    Raises UserError.
+    """
+    share = source.records[accelerator.process_index :: accelerator.num_processes]
+    found: list[CocoResult] = []
+
+    def load(record: Record) -> Tensor:
+        size = resized(record.height, record.width, side, longest)
+        return torch.from_numpy(pixels_of(source.load(record), *size).copy())
+
+    images = in_advance(load, share)
+    hidden = not accelerator.is_main_process
+    categories = list(source.categories)
+    for record, image in tqdm(
+        zip(share, images, strict=True), "evaluate", len(share), unit="image", disable=hidden
+    ):
+        (detections,) = model({"images": [image.to(accelerator.device)]})
+        found += to_results(detections, record, image.shape[1:], categories)
+    found = gather_object(found)
+    rows = [score(source, found) if accelerator.is_main_process else []]
+    return broadcast_object_list(rows)[0]
+
+
+def in_advance(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map`, computed on other threads a few items ahead."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def to_results(
+    detections: dict[str, Tensor], record: Record, size: tuple[int, int], categories: list[int]
+) -> list[CocoResult]:
+    """What the network says of an image that it saw at `size` (height, width), in terms of the
+    stored one. Masks are encoded one at a time, so memory holds one at full size.
+    """
+    sides = torch.tensor([record.width / size[1], record.height / size[0]] * 2)
+    boxes = detections["boxes"].float().cpu()
+    places = ((boxes + HALF_PIXEL) * sides).numpy()
+    corners = (boxes * sides).numpy().astype(np.float64)
+    masks = detections["masks"].float().cpu()
+    labels, scores = detections["labels"].tolist(), detections["scores"].tolist()
+    return [
+        {
+            "image_id": record.id,
+            "category_id": categories[label - 1],
+            "bbox": [*corner[:2], *(corner[2:] - corner[:2])],
+            "score": confidence,
+            "segmentation": rle.encode(paste(mask[0], place, record.height, record.width)),
+        }
+        for corner, place, mask, label, confidence in zip(
+            corners, places, masks, labels, scores, strict=True
+        )
+    ]
+
+
+def paste(mask: Tensor, box: NDArray[np.float32], height: int, width: int) -> NDArray[np.uint8]:
+    """Where a mask [M, M] of values in 0..1 that fills `box` is at least 0.5: uint8 [H, W]."""
+    image = np.zeros((height, width), np.uint8, order="F")  # as the encoder reads it
+    x1, y1 = np.floor(box[:2]).astype(int).clip(0)
+    x2, y2 = np.ceil(box[2:]).astype(int).clip(0, (width, height))
+    if x2 <= x1 or y2 <= y1:
+        return image
+    x = (torch.arange(x1, x2) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1  # centres of pixels
+    y = (torch.arange(y1, y2) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    values = F.grid_sample(mask[None, None], grid[None].to(mask), align_corners=False)[0, 0]
+    image[y1:y2, x1:x2] = values >= 0.5
+    return image
+
+
+def score(source: CocoInstances, found: list[CocoResult]) -> list[Row]:
+    """Rows box_ap … mask_ap_large, values in 0..1, without those of sizes of which there is no
+    object. Raises UserError.
+    """
+    truth = ground_truth(source)
+    rows = []
+    for name, kind, field in (("box", "bbox", "bbox"), ("mask", "segm", "segmentation")):
+        # With a box beside it, the evaluator would take the box's area for the mask's.
+        keys = ("image_id", "category_id", "score", field)
+        results = truth.loadRes([{key: one[key] for key in keys} for one in found])
+        evaluator = COCOeval_faster(truth, results, kind)
+        evaluator.run()
+        for metric, value in zip(METRICS, evaluator.stats, strict=False):
+            if value >= 0:
+                rows.append({"metric": f"{name}_{metric}", "value": float(value)})
+    return rows
+
+
+def ground_truth(source: CocoInstances) -> COCO:
+    """What the annotation file says, crowds included. Objects are numbered anew from 1: the
+    evaluator takes a 0 for none.
+    """
+    content = read_annotations(source.annotations)
+    for number, annotation in enumerate(content["annotations"], start=1):
+        annotation["id"] = number
+        annotation.setdefault("iscrowd", 0)
+    return COCO(content)

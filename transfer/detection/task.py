@@ -1,0 +1,71 @@
+"""Detection and instance segmentation as a task for `transfer.trainer`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from transfer.backbone import build_backbone
+from transfer.detection.config import DetectionConfig
+from transfer.detection.dataset import CocoInstances, TrainingExamples, open_instances
+from transfer.detection.evaluate import evaluate
+from transfer.detection.model import Detector
+from transfer.examples import generator
+from transfer.task import Row
+
+_FIRST = os.environ.get("RANK", "0") == "0"  # what all processes find, one says
+
+
+class Detection:
+    """A `transfer.task.Task`. Raises UserError."""
+
+    name = "detection"
+
+    def __init__(self, config: DetectionConfig) -> None:
+        data = config.data
+        train, self.val = (_open(config, split) for split in (data.train, data.val))
+        if train.categories != self.val.categories:
+            raise UserError(
+                f"{self.val.annotations}: its categories are not those of {train.annotations}"
+            )
+        self.config = config
+        self.examples = TrainingExamples(train, data.train_sides, data.longest_side, data.flip)
+        encoder, self.init = build_backbone(config.init)
+        self.model: nn.Module = Detector(encoder, len(train.categories), config.model)
+        self.data: dict[str, Any] = {
+            "dataset": "coco",
+            "images": len(self.examples),
+            "fingerprint": train.fingerprint(),
+        }
+        if train.dropped and _FIRST:
+            print(
+                f"note: {train.annotations}: {train.dropped} objects left out of the training:"
+                " their boxes have no area within the image",
+                file=sys.stderr,
+            )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def example(self, index: int, epoch: int) -> dict[str, Tensor]:
+        """See `TrainingExamples.load`. Raises UserError."""
+        return self.examples.load(index, generator(self.config.optim.seed, epoch, index))
+
+    def collate(self, examples: list[dict[str, Tensor]]) -> dict[str, list[Any]]:
+        """What `Detector` takes; images differ in size, so nothing is stacked."""
+        targets = [{k: v for k, v in one.items() if k != "image"} for one in examples]
+        return {"images": [one["image"] for one in examples], "targets": targets}
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> list[Row]:
+        """COCO's average precisions on the validation split. Raises UserError."""
+        data = self.config.data
+        return evaluate(model, self.val, data.val_side, data.longest_side, accelerator)
+
+
+def _open(config: DetectionConfig, split: str) -> CocoInstances:
+    data = config.data
+    return open_instances(Path(data.root), data.annotations, data.images, split)
