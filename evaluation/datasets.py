@@ -8,7 +8,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -43,11 +43,13 @@ CITYSCAPES = {
     33: "bicycle",
 }  # fmt: skip
 """The 19 classes of the benchmark by the id in *_labelIds.png; others up to 33 are void."""
+ADE20K_CLASSES = 150
 
 
 class LabelMaps(Protocol):
     """The label maps of N images."""
 
+    paths: Sequence[Path]
     names: list[str] | None
     num_classes: int
 
@@ -126,6 +128,7 @@ class LabelledImages:
         self.paths, self.maps = paths, maps
         self.source = source
         """Where the label maps are, for messages."""
+        self.label_paths = maps.paths
         self.names, self.num_classes = maps.names, maps.num_classes
 
     def __len__(self) -> int:
@@ -166,8 +169,16 @@ class Layout:
     labelled_only: bool = False
     """Most images that no list names have no label map, and that is no mistake."""
     names: tuple[str, ...] | None = None
+    names_file: str = ""
+    """A file under the root that has the names instead, where it is there: ADE20K's table."""
     ids: Callable[[], np.ndarray] | None = None
     """The table of `IdMaps`."""
+    more_labels: str = ""
+    """A folder beside `labels` that has the label maps which are not in it."""
+    wider_lists: tuple[str, ...] = ()
+    """Files beside the one that lists the split "train" which are taken in its place, or …"""
+    more_listed: str = ""
+    """… one which lists more of it."""
 
 
 def table_of(ids: Collection[int], void: Collection[int], unknown: int = UNKNOWN) -> np.ndarray:
@@ -178,6 +189,15 @@ def table_of(ids: Collection[int], void: Collection[int], unknown: int = UNKNOWN
     return table
 
 
+VOC_FOLDERS = ("", "VOC2012/", "VOCdevkit/VOC2012/")
+VOC_LAYOUT = Layout(
+    images=tuple(f"{folder}JPEGImages" for folder in VOC_FOLDERS),
+    labels=tuple(f"{folder}SegmentationClass" for folder in VOC_FOLDERS),
+    listed=tuple(f"{folder}ImageSets/Segmentation/{{split}}.txt" for folder in VOC_FOLDERS),
+    labelled_only=True,
+    names=tuple(VOC),
+    ids=lambda: table_of(range(len(VOC)), void=(VOID,)),
+)
 LAYOUTS = {
     "folder": Layout(images=(), labels=()),
     "coco-stuff": Layout(
@@ -212,18 +232,20 @@ LAYOUTS = {
         names=tuple(CITYSCAPES.values()),
         ids=lambda: table_of(CITYSCAPES, void=[*(set(range(34)) - set(CITYSCAPES)), VOID]),
     ),
-    "voc": Layout(
-        images=("JPEGImages", "VOC2012/JPEGImages", "VOCdevkit/VOC2012/JPEGImages"),
-        labels=(
-            "SegmentationClass", "VOC2012/SegmentationClass", "VOCdevkit/VOC2012/SegmentationClass",
-        ),
-        listed=tuple(
-            f"{folder}ImageSets/Segmentation/{{split}}.txt"
-            for folder in ("", "VOC2012/", "VOCdevkit/VOC2012/")
-        ),
-        labelled_only=True,
-        names=tuple(VOC),
-        ids=lambda: table_of(range(len(VOC)), void=(VOID,)),
+    "voc": VOC_LAYOUT,
+    # The Semantic Boundaries Dataset has labels for images that VOC has not labelled.
+    "voc-aug": replace(
+        VOC_LAYOUT,
+        more_labels="SegmentationClassAug",
+        wider_lists=("train_aug.txt", "trainaug.txt"),
+        more_listed="aug.txt",
+    ),
+    "ade20k": Layout(
+        images=("images/{split}", "images/{split}ing", "images/{split}idation"),  # also train, val
+        labels=("annotations/{split}", "annotations/{split}ing", "annotations/{split}idation"),
+        names=tuple(f"class {n}" for n in range(1, ADE20K_CLASSES + 1)),
+        names_file="objectInfo150.txt",
+        ids=lambda: table_of(range(1, ADE20K_CLASSES + 1), void=(0, VOID)),
     ),
 }  # fmt: skip
 KINDS = tuple(LAYOUTS)
@@ -259,8 +281,9 @@ def open_labelled(
     layout = LAYOUTS[kind]
     if kind != "folder" and (classes is not None or void is not None):
         raise UserError(f"--classes and --void are for --dataset folder: {kind} has its own")
+    lists = [] if listed is None else [listed]
     if listed is None and root is not None and layout.listed:
-        listed = under(root, layout.listed, split, f"list of the split of {kind}")
+        lists = split_lists(kind, root, split)
     folders = []
     known = ("images", images, layout.images), ("labels", labels, layout.labels)
     for what, given, places in known:
@@ -272,15 +295,17 @@ def open_labelled(
         folders.append(given)
     images, labels = folders
     pairs = pair(images, labels, layout)
-    if listed is not None:
-        pairs = choose(pairs, listed, images)
-    check_labels(pairs, labels, some_have_none=layout.labelled_only and listed is None)
+    if lists:
+        pairs = choose(pairs, lists, images)
+    check_labels(pairs, labels, some_have_none=layout.labelled_only and not lists)
     paths = [image for image, _ in pairs]
     maps = [label for _, label in pairs]
     if kind == "coco-panoptic":
         return LabelledImages(paths, PanopticMaps(maps, panoptic_file(labels)), labels)
     if layout.ids is not None and layout.names is not None:
-        return LabelledImages(paths, IdMaps(maps, list(layout.names), layout.ids()), labels)
+        own = root / layout.names_file if root and layout.names_file else None
+        table = read_object_info(own) if own and own.is_file() else list(layout.names)
+        return LabelledImages(paths, IdMaps(maps, table, layout.ids()), labels)
     names = find_classes(classes, labels)
     ids = table_of(range(VOID if names is None else len(names)), (VOID,) if void is None else void)
     return LabelledImages(paths, IdMaps(maps, names, ids), labels)
@@ -300,8 +325,28 @@ def under(root: Path, places: Sequence[str], split: str, what: str) -> Path:
     return found[0]
 
 
+def split_lists(kind: str, root: Path, split: str) -> list[Path]:
+    """The files under `root` that list the split. Raises UserError."""
+    layout = LAYOUTS[kind]
+    first = under(root, layout.listed, split, f"list of the split of {kind}")
+    if not layout.more_listed or split != "train":
+        return [first]
+    for name in layout.wider_lists:
+        if first.with_name(name).is_file():
+            return [first.with_name(name)]
+    second = first.with_name(layout.more_listed)
+    if not second.is_file():
+        wider = ", ".join(layout.wider_lists)
+        raise UserError(
+            f"{first.parent}: {kind} learns from the images of {wider}, or {first.name} and"
+            f" {second.name}: found {first.name} alone"
+        )
+    return [first, second]
+
+
 def pair(images: Path, labels: Path, layout: Layout) -> list[tuple[Path, Path]]:
     """All images under a folder in the order of their names, each with its label map's place."""
+    more = labels.with_name(layout.more_labels) if layout.more_labels else None
     found = FolderImages(images).paths
     if not labels.is_dir():
         raise UserError(f"{labels}: no such folder")
@@ -310,7 +355,9 @@ def pair(images: Path, labels: Path, layout: Layout) -> list[tuple[Path, Path]]:
     for path in found:
         if path.stem.endswith(ending):
             name = path.stem[: len(path.stem) - len(ending)] + layout.label_ending
-            pairs.append((path, labels / path.relative_to(images).with_name(name)))
+            place = path.relative_to(images).with_name(name)
+            elsewhere = more and not (labels / place).is_file() and (more / place).is_file()
+            pairs.append((path, (more if more and elsewhere else labels) / place))
     if not pairs:
         raise UserError(f"{images}: expected images called *{ending}, found {found[0].name}")
     by_label = {label: image for image, label in pairs}
@@ -321,17 +368,14 @@ def pair(images: Path, labels: Path, layout: Layout) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def choose(pairs: list[tuple[Path, Path]], listed: Path, images: Path) -> list[tuple[Path, Path]]:
-    """The pairs that a file names, in its order: file names with or without folder and suffix, or
+def choose(
+    pairs: list[tuple[Path, Path]], lists: Sequence[Path], images: Path
+) -> list[tuple[Path, Path]]:
+    """The pairs that files name, in their order: file names with or without folder and suffix, or
     COCO's ids with or without leading zeros.
     """
-    try:
-        lines = [line.strip() for line in listed.read_text().splitlines()]
-    except OSError as error:
-        raise UserError(f"{listed}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{listed}: not a text file") from None
-    wanted = [line for line in lines if line]
+    listed = " and ".join(str(path) for path in lists)
+    wanted = [line for path in lists for line in read_lines(path)]
     if not wanted:
         raise UserError(f"{listed}: no image named in it")
     by_name: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
@@ -353,6 +397,16 @@ def choose(pairs: list[tuple[Path, Path]], listed: Path, images: Path) -> list[t
         twice = next(image for image, _ in chosen if [i for i, _ in chosen].count(image) > 1)
         raise UserError(f"{listed}: names {twice.name} twice")
     return chosen
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises UserError."""
+    try:
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: not a text file") from None
 
 
 def stem(name: str) -> str:
@@ -444,6 +498,16 @@ def read_classes(path: Path) -> list[str]:
     if not 0 < len(names) <= VOID or len(set(names)) != len(names):
         raise UserError(f"{path}: needs 1 to {VOID} class names, each once")
     return names
+
+
+def read_object_info(path: Path) -> list[str]:
+    """ADE20K's names in the order of their ids: columns parted by tabs, a head line, the id first,
+    the names last, of which we take the first. Raises UserError.
+    """
+    rows = [line.split("\t") for line in read_lines(path)[1:]]
+    if [row[0].strip() for row in rows] != [str(n) for n in range(1, ADE20K_CLASSES + 1)]:
+        raise UserError(f"{path}: expected ADE20K's table of {ADE20K_CLASSES} classes")
+    return [row[-1].split(",")[0].strip() for row in rows]
 
 
 def add_dataset_options(parser: CommandParser) -> None:

@@ -43,10 +43,16 @@ class Squares:
 
     def normalised(self, device: torch.device) -> Tensor:
         """float32 [B, 3, R, R] with ImageNet's mean and deviation, channels_last, on `device`."""
-        mean = torch.tensor(IMAGENET_MEAN, device=device)
-        std = torch.tensor(IMAGENET_STD, device=device)
-        pixels = torch.from_numpy(self.pixels).to(device)
-        return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+        return normalise(torch.from_numpy(self.pixels).to(device))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] → float32 [B, 3, H, W], channels_last, with ImageNet's mean and
+    deviation.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device)
+    std = torch.tensor(IMAGENET_STD, device=pixels.device)
+    return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -108,19 +114,25 @@ def segment_images(
         yield Segmented(squares, scores.float(), features.float())
 
 
-def assign(scores: Tensor, size: int) -> Tensor:
-    """Scores [B, K, H, W] → int64 [B, R, R]: the prototype that wins each pixel, scores upsampled
-    bilinearly.
+def assign(scores: Tensor, size: int | tuple[int, int], align_corners: bool = False) -> Tensor:
+    """Scores [B, K, h, w] → int64 [B, H, W]: the prototype that wins each pixel, scores upsampled
+    bilinearly; `size` is R = H = W, or (H, W).
 
     A few prototypes are upsampled at a time and compared with the best so far: all of them at once
     would need 840 MB an image for K = 2048 at R = 320.
     """
-    step = max(1, UPSAMPLED_FLOATS // (len(scores) * size * size))
-    best = scores.new_full((len(scores), size, size), -torch.inf)
+    height, width = (size, size) if isinstance(size, int) else size
+    step = max(1, UPSAMPLED_FLOATS // (len(scores) * height * width))
+    best = scores.new_full((len(scores), height, width), -torch.inf)
     winner = torch.zeros(best.shape, dtype=torch.int64, device=scores.device)
     for first in range(0, scores.shape[1], step):
-        some = scores[:, first : first + step]
-        value, index = F.interpolate(some, (size, size), mode="bilinear").max(dim=1)
+        some = F.interpolate(
+            scores[:, first : first + step],
+            (height, width),
+            mode="bilinear",
+            align_corners=align_corners,
+        )
+        value, index = some.max(dim=1)
         winner = torch.where(value > best, index + first, winner)
         best = torch.maximum(best, value)
     return winner

@@ -1,0 +1,180 @@
+"""A segmentation run from end to end: it learns, goes on where it stopped, says what is wrong."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from pipeline.errors import UserError
+from tests.labelled_sets import NAMES, VOID, save_png, write_folder_set
+from transfer.config import EfficiencyConfig, InitConfig, LogConfig, OptimConfig
+from transfer.segmentation.config import (
+    AugmentConfig,
+    DataConfig,
+    InferenceConfig,
+    ModelConfig,
+    SegmentationConfig,
+)
+from transfer.segmentation.task import Segmentation
+
+CONFIGS = Path(__file__).parents[1] / "configs/transfer"
+
+
+def small_config(root: Path, folder: Path, **optim: Any) -> SegmentationConfig:
+    """Six steps of four crops."""
+    parts = {
+        f"{part}_{what}": str(root / part / what)
+        for part in ("train", "val")
+        for what in ("images", "labels")
+    }
+    return SegmentationConfig(
+        name="run",
+        data=DataConfig(**parts),  # type: ignore[arg-type]
+        augment=AugmentConfig(crop=33, size=(64, 48), scale=(0.75, 1.25), distort=True),
+        model=ModelConfig(output_stride=16, channels=16, convs=1, dilation=1, dropout=0.1),
+        inference=InferenceConfig(window=48, stride=32),
+        init=InitConfig(arch="resnet18"),
+        optim=OptimConfig(**{"steps": 6, "batch_size": 4, "lr": 0.05, **optim}),
+        efficiency=EfficiencyConfig(workers=0),
+        log=LogConfig(every=2, checkpoint_every=0, dir=str(folder)),
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    write_folder_set(folder, 10, 3)
+    return folder
+
+
+def trainer(config: SegmentationConfig, resume: str | None = None) -> Any:
+    """A trainer in this process; Accelerate keeps state between runs that has to go first."""
+    from transfer.command import settings_of
+    from transfer.trainer import Trainer
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Trainer(config, Segmentation, settings_of(SegmentationConfig), resume)
+
+
+def test_a_run_learns_and_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> None:
+    """A run stopped in mid-epoch and resumed ends with the very same scores as one that never
+    stopped; its loss falls, for colours tell the classes apart.
+    """
+    whole = small_config(root, tmp_path / "whole")
+    trainer(whole).train()
+    result = json.loads((tmp_path / "whole/run/result.json").read_text())
+    assert result["task"] == "segmentation"
+    assert result["dataset"] == "folder"
+    values = {row.get("class", row["metric"]): row["value"] for row in result["results"]}
+    assert set(values) == {"miou", "mean_accuracy", "pixel_accuracy", *NAMES}
+    assert values["miou"] == pytest.approx(sum(values[name] for name in NAMES) / 3)
+    lines = (tmp_path / "whole/run/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
+    assert losses[-1] < losses[0] < 1.5 * math.log(3)
+
+    half = small_config(root, tmp_path / "half", max_steps=3)
+    trainer(half).train()
+    rest = small_config(root, tmp_path / "half")
+    trainer(rest, "auto").train()
+    other = json.loads((tmp_path / "half/run/result.json").read_text())
+    assert other["results"] == result["results"]
+
+
+def test_configs_are_complete_and_fit(tmp_path: Path) -> None:
+    """A key that no section knows, or a window without a stride, is found here, not by users."""
+    from transfer.command import settings_of
+
+    settings = settings_of(SegmentationConfig)
+    found = {}
+    for name in (
+        "voc", "cityscapes", "ade20k", "camvid", "camvid_cpu",
+        "voc_linear", "cityscapes_linear", "ade20k_linear",
+    ):  # fmt: skip
+        path = CONFIGS / f"{name}.yaml"
+        config, _ = settings.load(["--config", str(path)])
+        found[name] = config
+        assert config.name == name
+        assert set(yaml.safe_load(path.read_text())) <= set(vars(config))
+        assert config.model.head == ("linear" if "linear" in name else "fcn")
+        assert config.init.frozen == (5 if "linear" in name else 0)
+    assert [found[n].optim.steps for n in ("voc", "cityscapes", "ade20k")] == [30000, 90000, 80000]
+    assert [found[n].augment.crop for n in ("voc", "cityscapes", "ade20k")] == [513, 769, 512]
+    city = found["cityscapes"].inference
+    assert (city.window, city.stride) == (769, 513)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (DataConfig, {"dataset": "pascal"}, "dataset must be one of folder, coco-stuff"),
+        (AugmentConfig, {"size": (513, 2049)}, "size must be longer and shorter side"),
+        (AugmentConfig, {"scale": (2.0, 0.5)}, "scale must be two growing positive numbers"),
+        (AugmentConfig, {"max_class_share": 0}, "max_class_share must be above 0"),
+        (AugmentConfig, {"flip": 1.5}, r"flip must be in 0\.\.1"),
+        (ModelConfig, {"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
+        (ModelConfig, {"convs": 0}, "convs must be at least 1"),
+        (ModelConfig, {"auxiliary_weight": -1.0}, "auxiliary_weight must be 0 or positive"),
+        (InferenceConfig, {"window": 769}, r"stride must be in 1\.\.window \(769\)"),
+        (InferenceConfig, {"stride": 513}, r"stride must be in 1\.\.window \(0\), 0 without one"),
+    ],
+)
+def test_impossible_settings_are_named(kind: Any, values: dict[str, Any], message: str) -> None:
+    """Each would fail later, or not at all."""
+    with pytest.raises(ValueError, match=message):
+        kind(**values)
+
+
+def test_labels_that_are_all_void_are_the_users_mistake(root: Path, tmp_path: Path) -> None:
+    """A wrong class table gives nothing to score: mIoU of nothing is no figure."""
+    config = small_config(root, tmp_path)
+    void = replace(config, data=replace(config.data, void=[0, 1, 2, VOID]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    task = Segmentation(void)
+    with torch.no_grad(), pytest.raises(UserError, match="label maps are all void"):
+        task.evaluate(task.model.eval(), Accelerator(cpu=True))
+
+
+def test_a_bad_label_map_ends_the_run_with_its_name(root: Path, tmp_path: Path) -> None:
+    """Deep in an epoch, and in a process of its own: one line, no traceback."""
+    write_folder_set(tmp_path / "set", 4, 1)
+    save_png(tmp_path / "set/train/labels/train02.png", torch.full((48, 64), 9).numpy())
+    config = small_config(tmp_path / "set", tmp_path)
+    two = replace(config, efficiency=EfficiencyConfig(workers=1))
+    with pytest.raises(UserError, match=r"^\S+train02\.png: class id 9 is not in the table of 3"):
+        trainer(two).train()
+
+
+class Process:
+    """What the task needs of an Accelerator, for one of several processes in turn."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, world: int, others: list[torch.Tensor]) -> None:
+        self.process_index, self.num_processes, self.others = rank, world, others
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.others.append(tensor)
+        return torch.stack(self.others).sum(dim=0)
+
+
+def test_processes_share_the_images(root: Path, tmp_path: Path) -> None:
+    """One confusion matrix: an image counted twice or not at all, or a mean of means, differs."""
+    torch.manual_seed(0)
+    task = Segmentation(small_config(root, tmp_path))
+    rows = {}
+    with torch.no_grad():
+        for world in (1, 2):
+            shares: list[torch.Tensor] = []
+            for rank in range(world):  # the last of them sees the sum
+                process = Process(rank, world, shares)
+                rows[world] = task.evaluate(task.model.eval(), process)  # type: ignore[arg-type]
+    assert rows[1] == rows[2]

@@ -1,0 +1,126 @@
+"""Score a network on whole images: windows, the labels' own size, one confusion matrix.
+
+Letters: B images, C classes, H W an image's height and width.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.datasets import LabelledImages
+from evaluation.grouping import confusion_matrix
+from evaluation.segment import assign
+from transfer.segmentation.augment import fit, resize
+from transfer.segmentation.config import InferenceConfig
+from transfer.segmentation.model import FCN
+from transfer.task import Row
+
+Scores = Callable[[Tensor], Tensor]
+"""Pixels uint8 [B, H, W, 3] → logits float32 [B, C, H, W]."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image to score."""
+
+    pixels: Tensor
+    """uint8 [H, W, 3], resized."""
+    labels: np.ndarray
+    """uint8, of the stored size; void as 255."""
+
+
+def examples(
+    data: LabelledImages, indices: Sequence[int], size: tuple[int, int], threads: int
+) -> Iterator[Example]:
+    """The images `indices` in their order, each resized to fit into `size`; a few are read ahead.
+
+    Raises UserError.
+    """
+
+    def load(i: int) -> Example:
+        pixels = data.load(i)
+        resized = resize(pixels, fit(pixels.shape, size))
+        labels = data.labels(i, *pixels.shape[:2])
+        return Example(torch.from_numpy(resized.copy()), labels)
+
+    some = 4 * threads
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(indices), some):
+            yield from pool.map(load, indices[first : first + some])
+
+
+def slide(scores: Scores, pixels: Tensor, window: int, stride: int) -> Tensor:
+    """Pixels uint8 [B, H, W, 3] → logits float32 [B, C, H, W]: the mean over all windows that see a
+    pixel. The last window of a row or column ends with the image.
+    """
+    height, width = pixels.shape[1:3]
+    total: Tensor | None = None
+    count = torch.zeros(height, width, device=pixels.device)
+    for top in starts(height, window, stride):
+        for left in starts(width, window, stride):
+            place = slice(top, top + window), slice(left, left + window)
+            found = scores(pixels[:, *place])
+            if total is None:
+                total = found.new_zeros(*found.shape[:2], height, width)
+            total[:, :, *place] += found
+            count[place] += 1
+    assert total is not None
+    return total / count
+
+
+def starts(side: int, window: int, stride: int) -> list[int]:
+    """Where the windows begin that cover `side` pixels."""
+    last = max(side - window, 0)
+    return [min(start, last) for start in range(0, last + stride, stride)]
+
+
+def confusion_of(
+    model: FCN,
+    found: Iterable[Example],
+    num_classes: int,
+    inference: InferenceConfig,
+    device: torch.device,
+) -> np.ndarray:
+    """int64 [C, C] (predicted, true), C = `num_classes`: what `model`, in evaluation mode on
+    `device`, makes of the pixels of all examples.
+    """
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    for example in found:
+        pixels = example.pixels[None].to(device)
+        if inference.window:
+            logits = slide(model.scores, pixels, inference.window, inference.stride)
+        else:
+            logits = model.scores(pixels)
+        height, width = example.labels.shape
+        predicted = assign(logits, (height, width), model.align_corners)[0].cpu().numpy()
+        confusion += confusion_matrix(predicted, example.labels, num_classes, num_classes)
+    return confusion
+
+
+def score_rows(confusion: np.ndarray, names: Sequence[str]) -> list[Row]:
+    """Rows of an int64 [C, C] confusion matrix (predicted, true): miou, mean_accuracy,
+    pixel_accuracy and the iou of each class.
+
+    A class that neither labels nor predictions show has no IoU, and one without labelled pixels no
+    accuracy; the means leave them out. Raises ValueError if no pixel is labelled.
+    """
+    hit, predicted, true = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    if not true.any():
+        raise ValueError("no labelled pixel to score")
+    union = predicted + true - hit
+    iou = np.divide(hit, union, where=union > 0, out=np.full(len(hit), np.nan))
+    rows: list[Row] = [
+        {"metric": "miou", "value": float(np.nanmean(iou))},
+        {"metric": "mean_accuracy", "value": float(np.mean(hit[true > 0] / true[true > 0]))},
+        {"metric": "pixel_accuracy", "value": float(hit.sum() / true.sum())},
+    ]
+    rows += [
+        {"metric": "iou", "class": name, "value": float(value)}
+        for name, value in zip(names, iou, strict=True)
+        if not np.isnan(value)
+    ]
+    return rows

@@ -1,0 +1,157 @@
+"""FCN on a dilated ResNet (arXiv 1411.4038), or a linear classifier of its cells.
+
+Letters: B images, C classes, D channels, H W an image's height and width, h w cells.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evaluation.datasets import VOID
+from evaluation.segment import normalise
+from transfer.segmentation.config import ModelConfig
+
+AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = "layer3", 256, 0.1
+"""mmsegmentation's, one convolution."""
+
+
+class FCN(nn.Module):
+    """An encoder (of model.encoder, with its weights) and a head that scores each pixel."""
+
+    def __init__(self, encoder: nn.Sequential, num_classes: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.encoder = dilate(encoder, config.output_stride)
+        self.align_corners = config.align_corners
+        self.head = build_head(out_channels(encoder), num_classes, config)
+        self.auxiliary_weight = config.auxiliary_weight
+        self.auxiliary: nn.Module | None = None
+        if config.auxiliary_weight:
+            dim = out_channels(encoder.get_submodule(AUXILIARY_STAGE))
+            self.auxiliary = FCNHead(
+                dim, num_classes, AUXILIARY_CHANNELS, 1, dropout=AUXILIARY_DROPOUT
+            )
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"pixels": uint8 [B, H, W, 3], "labels": uint8 [B, H, W]} → the losses, scalars: "seg",
+        and "auxiliary" if there is such a head, with its weight.
+        """
+        images = normalise(batch["pixels"])
+        last, middle = self._maps(images)
+        losses = {"seg": self._loss(self.head(last), batch["labels"])}
+        if self.auxiliary is not None:
+            loss = self._loss(self.auxiliary(middle), batch["labels"])
+            losses["auxiliary"] = self.auxiliary_weight * loss
+        return losses
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] → logits float32 [B, C, H, W]."""
+        images = normalise(pixels)
+        return self._upsampled(self.head(self._maps(images)[0]), images.shape[2:])
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] → the last map [B, D, h, w], and that of the auxiliary head."""
+        middle = features = images
+        for name, stage in self.encoder.named_children():
+            features = stage(features)
+            if name == AUXILIARY_STAGE:
+                middle = features
+        return features, middle
+
+    def _upsampled(self, logits: Tensor, size: torch.Size) -> Tensor:
+        return F.interpolate(
+            logits.float(), tuple(size), mode="bilinear", align_corners=self.align_corners
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy over the pixels; void ones add 0 to the mean, but count in it."""
+        upsampled = self._upsampled(logits, labels.shape[1:])
+        total = F.cross_entropy(upsampled, labels.long(), ignore_index=VOID, reduction="sum")
+        return total / labels.numel()
+
+
+class FCNHead(nn.Module):
+    """[B, D, h, w] → logits [B, C, h, w]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        channels: int,
+        convs: int,
+        *,
+        dilation: int = 1,
+        concat: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths = [dim] + [channels] * convs
+        self.convs = nn.Sequential(*(conv_norm_relu(a, b, dilation) for a, b in pairwise(widths)))
+        self.concat = conv_norm_relu(dim + channels, channels) if concat else None
+        self.classify = nn.Sequential(nn.Dropout2d(dropout), classifier(channels, num_classes))
+
+    def forward(self, features: Tensor) -> Tensor:
+        found = self.convs(features)
+        if self.concat is not None:
+            found = self.concat(torch.cat([features, found], dim=1))
+        logits: Tensor = self.classify(found)
+        return logits
+
+
+def build_head(dim: int, num_classes: int, config: ModelConfig) -> nn.Module:
+    """[B, D, h, w] → logits [B, C, h, w], D = `dim`."""
+    if config.head == "linear":
+        norm = nn.BatchNorm2d(dim, affine=False)
+        return nn.Sequential(norm, nn.Dropout2d(config.dropout), classifier(dim, num_classes))
+    return FCNHead(
+        dim,
+        num_classes,
+        config.channels,
+        config.convs,
+        dilation=config.dilation,
+        concat=config.concat,
+        dropout=config.dropout,
+    )
+
+
+def conv_norm_relu(inputs: int, outputs: int, dilation: int = 1) -> nn.Sequential:
+    """A 3×3 convolution that keeps the size, drawn from N(0, √(2/(9·outputs)))."""
+    conv = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def classifier(dim: int, num_classes: int) -> nn.Conv2d:
+    """A 1×1 convolution, drawn from N(0, 0.01), with its biases at 0."""
+    conv = nn.Conv2d(dim, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
+
+
+def dilate(encoder: nn.Sequential, output_stride: int) -> nn.Sequential:
+    """Give a ResNet's map cells of `output_stride` (8, 16, 32) pixels, in place: where layer3 and
+    layer4 would halve it, their other 3×3 convolutions reach twice as far instead.
+
+    Each of the new map's cells at a multiple of the stride is then what it was before. torchvision
+    does the same at construction (replace_stride_with_dilation), but not for ResNet-18 and -34.
+    """
+    dilation = 1
+    for name, stride in (("layer3", 16), ("layer4", 32)):
+        convs = [m for m in encoder.get_submodule(name).modules() if isinstance(m, nn.Conv2d)]
+        first, *others = [conv for conv in convs if conv.kernel_size == (3, 3)]
+        first.dilation = first.padding = (dilation, dilation)  # it still sees the last stage's map
+        if stride > output_stride:
+            dilation *= 2
+            for conv in convs:
+                conv.stride = (1, 1)
+        for conv in others:
+            conv.dilation = conv.padding = (dilation, dilation)
+    return encoder
+
+
+def out_channels(stage: nn.Module) -> int:
+    """Channels of the map that a ResNet, or a stage of it, makes: those of its last convolution."""
+    convs = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
+    return convs[-1].out_channels

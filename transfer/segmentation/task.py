@@ -1,0 +1,84 @@
+"""Semantic segmentation, as `transfer.task.Task` has it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from transfer.backbone import build_backbone
+from transfer.examples import generator
+from transfer.segmentation.augment import augment
+from transfer.segmentation.config import SegmentationConfig
+from transfer.segmentation.dataset import fingerprint, open_sets
+from transfer.segmentation.evaluate import confusion_of, examples, score_rows
+from transfer.segmentation.model import FCN
+from transfer.task import Row
+
+Example = tuple[np.ndarray, np.ndarray]
+"""Pixels uint8 [S, S, 3], labels uint8 [S, S]."""
+
+
+class Segmentation:
+    """A run's data and model. Construction opens and checks them; raises UserError."""
+
+    name = "segmentation"
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        self.config = config
+        self.train, self.val = open_sets(config.data)
+        encoder, self.init = build_backbone(config.init)
+        self.model: nn.Module = FCN(encoder, self.train.num_classes, config.model)
+        self.data = {
+            "dataset": config.data.dataset,
+            "images": len(self.train),
+            "fingerprint": fingerprint(self.train),
+        }
+        torch.backends.cudnn.benchmark = True  # all crops have one size
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def example(self, index: int, epoch: int) -> Example:
+        pixels = self.train.load(index)
+        labels = self.train.labels(index, *pixels.shape[:2])
+        draws = generator(self.config.optim.seed, epoch, index)
+        return augment(pixels, labels, self.config.augment, draws)
+
+    def collate(self, examples: list[Example]) -> dict[str, Tensor]:
+        """{"pixels": uint8 [B, S, S, 3], "labels": uint8 [B, S, S]}"""
+        pixels, labels = zip(*examples, strict=True)
+        return {
+            "pixels": torch.from_numpy(np.stack(pixels)),
+            "labels": torch.from_numpy(np.stack(labels)),
+        }
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> list[Row]:
+        """Image by image, for they differ in size; the processes' confusion matrices are added."""
+        assert isinstance(model, FCN)
+        mine = range(accelerator.process_index, len(self.val), accelerator.num_processes)
+        threads = max(1, self.config.efficiency.workers)
+        found = examples(self.val, mine, self.config.augment.size, threads)
+        with _any_size():
+            share = confusion_of(
+                model, found, self.val.num_classes, self.config.inference, accelerator.device
+            )
+        on_device = torch.from_numpy(share).to(accelerator.device)
+        confusion = accelerator.reduce(on_device, reduction="sum")
+        try:
+            return score_rows(confusion.cpu().numpy(), self.val.names or [])
+        except ValueError as error:
+            raise UserError(f"{self.val.source}: {error}: the label maps are all void") from None
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """cuDNN does not try all algorithms, which takes long and pays off for images of one size."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
