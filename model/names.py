@@ -93,6 +93,16 @@ def backbone_of(state: Mapping[str, Tensor], branch: Branch) -> dict[str, Tensor
     return {}
 
 
+def branches_of(names: Iterable[str]) -> list[Branch]:
+    """Which of two encoders there are in a state dict of such names, as far as they tell."""
+    found = {name.removeprefix("module.") for name in names}
+    return [
+        branch
+        for branch, prefixes in ENCODERS.items()
+        if any(f"{prefix}conv1.weight" in found for prefix in prefixes)
+    ]
+
+
 def with_counts(weights: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
     """`weights` with 0 for each of BatchNorm's counts that is expected and missing."""
     missing = (name for name in expected if name.endswith(COUNT) and name not in weights)

@@ -27,13 +27,16 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def check_writable(option: str, path: Path) -> None:
+def check_writable(option: str, path: Path, source: Path | None = None) -> None:
     """Refuse an output before the work is done whose result could not be written there.
 
     Raises:
-        UserError: where `path` is a folder, or the one it would be in is none, or not writable.
+        UserError: where `path` is a folder, or the one it would be in is none, or not writable, or
+            it is the file `source` that the work reads.
     """
     try:
+        if source and path.exists() and source.exists() and path.samefile(source):
+            raise UserError(f"{option} {path}: is the file to read: give the name of another")
         if len(os.fsencode(path.name)) > _LONGEST_NAME:
             raise UserError(f"{option} {path}: the name is too long")
         if not path.name or path.is_dir():

@@ -2,19 +2,22 @@
 
 import sys
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import ModelConfig, SlotCon
+from model.encoder import build_encoder
 
 CONFIG = ModelConfig(arch="resnet18", dim_hidden=8, dim_out=6, num_prototypes=4)
 
 
+@cache
 def trained_model() -> SlotCon:
     """A SlotCon whose student and teacher differ, with statistics and counts that are not those of
-    a new one.
+    a new one. All tests share it: leave it as it is.
     """
     torch.manual_seed(0)
     model = SlotCon(CONFIG)
@@ -27,6 +30,12 @@ def trained_model() -> SlotCon:
     nn.init.normal_(model.student.encoder.conv1.weight)
     nn.init.normal_(model.center)
     return model.eval()
+
+
+def meta_state(arch: str) -> dict[str, Tensor]:
+    """Names and shapes of a backbone's weights."""
+    with torch.device("meta"):
+        return dict(build_encoder(arch)[0].state_dict())
 
 
 def call(main: Callable[[], None], *argv: object) -> None:

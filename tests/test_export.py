@@ -14,11 +14,18 @@ from torch import Tensor
 from model import SlotCon
 from pipeline.errors import UserError
 from tests.checkpoints import write_checkpoint
-from tests.exported import CONFIG, call, images, trained_model
+from tests.exported import CONFIG, call, images, meta_state, trained_model
 from tools.export import main
-from train.weights import read_backbone
+from tools.model_card import model_card
+from train.weights import Backbone, read_backbone
 
-LICENCE = "CC BY 4.0"
+LICENCE = "CC BY 4.0 |\nmine"
+MMSEG_RESNETS = {
+    "resnet18": ((2, 2, 2, 2), 2),
+    "resnet34": ((3, 4, 6, 3), 2),
+    "resnet50": ((3, 4, 6, 3), 3),
+}
+"""Blocks of each stage, convolutions of a block."""
 FILES = {
     "torchvision": "tv.safetensors",
     "timm": "timm.pth",
@@ -112,8 +119,21 @@ def test_model_card(out: Path) -> None:
     """Who finds the folder reads what it is, how to load it, and what its images allow."""
     card = (out / FILES["huggingface"] / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
-    for fact in ("teacher encoder", "timm.create_model", "| Optimiser steps | 1 |", LICENCE):
+    for fact in ("teacher encoder", "timm.create_model", "| Optimiser steps | 1 |"):
         assert fact in card
+    assert "trained on: CC BY 4.0 | mine.\n" in card
+
+
+def test_model_card_of_any_weights(model: SlotCon) -> None:
+    """Names that would break a table's rows; weights that do not say which encoder's they are."""
+    card = model_card(Backbone("resnet18", {}, {"data": "a|b\nc"}))
+    assert "The encoder of a SlotCon model: a resnet18" in card
+    assert "| Data | 'a\\|b\\nc' |\n" in card
+
+
+def test_the_card_names_no_place(out: Path) -> None:
+    """It goes to the web."""
+    card = (out / FILES["huggingface"] / "README.md").read_text()
     assert "/" not in card.split("| Data |")[1].split("\n")[0]  # a name, not a place
 
 
@@ -128,25 +148,34 @@ def test_detectron2(model: SlotCon, out: Path) -> None:
     assert content["meta"]["data_license"] == LICENCE
 
 
-def mmseg_resnet18() -> set[str]:
-    """Names of mmsegmentation's ResNet(depth=18), from its classes; ResNetV1c's stem differs."""
+def mmseg_resnet(arch: str) -> set[str]:
+    """Names of mmsegmentation's ResNet(depth=18, 34, 50), from its classes; ResNetV1c's stem
+    differs.
+    """
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     names = {"conv1.weight", *(f"bn1.{part}" for part in norm)}
-    for stage in range(1, 5):
-        for block in range(2):
-            for number in (1, 2):
+    blocks, convolutions = MMSEG_RESNETS[arch]
+    for stage, count in enumerate(blocks, 1):
+        for block in range(count):
+            for number in range(1, convolutions + 1):
                 names.add(f"layer{stage}.{block}.conv{number}.weight")
                 names |= {f"layer{stage}.{block}.bn{number}.{part}" for part in norm}
-        if stage > 1:
+        if stage > 1 or convolutions == 3:
             names.add(f"layer{stage}.0.downsample.0.weight")
             names |= {f"layer{stage}.0.downsample.1.{part}" for part in norm}
     return names
 
 
-def test_mmseg(model: SlotCon, out: Path) -> None:
+@pytest.mark.parametrize("arch", MMSEG_RESNETS)
+def test_mmseg_names(arch: str) -> None:
     """mmengine loads with strict=False: a wrong name is one line in a log."""
+    assert set(meta_state(arch)) == mmseg_resnet(arch)
+
+
+def test_mmseg(model: SlotCon, out: Path) -> None:
+    """Under the names of the encoder itself, which are mmsegmentation's."""
     content = torch.load(out / FILES["mmseg"])  # as mmengine does, by torch's default
-    assert set(content["state_dict"]) == mmseg_resnet18()
+    assert set(content["state_dict"]) == mmseg_resnet("resnet18")
     assert content["meta"]["method"].startswith("SlotCon")
     torch.testing.assert_close(
         torchvision_map(content["state_dict"]), last_map(model), rtol=0, atol=1e-5
@@ -178,7 +207,7 @@ def test_files_come_back_bit_for_bit(to: str, model: SlotCon, out: Path) -> None
         assert found.metadata["step"] == "1"
         assert found.metadata["prototypes"] == "4"
         assert found.metadata["data_license"] == LICENCE
-        assert found.metadata.get("branch", "all") == ("all" if to == "official" else "teacher")
+        assert found.metadata["branch"] == "teacher"
 
 
 def test_an_export_can_be_exported_again(out: Path, tmp_path: Path) -> None:
@@ -193,7 +222,9 @@ def test_an_export_can_be_exported_again(out: Path, tmp_path: Path) -> None:
     )
 
 
-def test_bad_input(checkpoint: Path, out: Path, tmp_path: Path) -> None:
+def test_bad_input(
+    checkpoint: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line each, and nothing half-written."""
 
     def refused(message: str, *argv: object) -> None:
@@ -212,6 +243,11 @@ def test_bad_input(checkpoint: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.pth").mkdir()
     refused("is a folder", checkpoint, "--to", "timm", "--out", tmp_path / "folder.pth")
     refused("is there already", checkpoint, "--to", "huggingface", "--out", out)
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "empty")
+        refused("is there already", checkpoint, "--to", "huggingface", "--out", ".")
+    refused("is the file to read", backbone, "--to", "mmseg", "--out", backbone)
     refused("is there already", checkpoint, "--to", "huggingface", "--out", backbone)
     refused("Not a directory", checkpoint, "--to", "huggingface", "--out", backbone / "hub")
     (tmp_path / "broken.pth").write_bytes(backbone.read_bytes()[:100_000])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ from tests.betons import varied, write_beton
 from tests.exported import call, trained_model
 from tests.training import small_run, trainer
 from tools.export import main as export
-from tools.import_official import main
+from tools.import_official import Official, configured, loaded, main
+from tools.model_card import model_card
 from tools.report import main as report
 from train.checkpoint import find, load_model, read_record
-from train.weights import read_backbone
+from train.weights import describe, read_backbone
 
 IMAGES, STEPS, EPOCHS = 118_287, 184_800, 800
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_flush() -> Iterator[None]:
+    """Nothing here outlives the machine, and the models are 100 MB each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.checkpoint._flush", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +115,7 @@ def test_commands_run_on_it(imported: Path, tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "COCO (118,287 images)" in page
     assert "184,800 steps, 800 epochs" in page
-    call(export, imported, "--to", "huggingface", "--out", tmp_path / "hub")
-    assert "| Epochs of the schedule | 800 |" in (tmp_path / "hub" / "README.md").read_text()
+    assert "| Epochs of the schedule | 800 |" in model_card(read_backbone(imported))
 
 
 def test_training_does_not_go_on_from_it(imported: Path, tmp_path: Path) -> None:
@@ -132,15 +141,29 @@ def test_without_settings_the_recipe_is_not_claimed(model: SlotCon, tmp_path: Pa
     """Defaults in the place of what the file does not say are no recipe."""
     torch.save({"model": model.official_state_dict()}, tmp_path / "w.pth")
     call(main, tmp_path / "w.pth", "--out", tmp_path / "run")
-    _, config = load_model(tmp_path / "run")
-    assert config.model.num_prototypes == 4
     metadata = read_backbone(tmp_path / "run").metadata
     assert not {"epochs", "batch_size", "view_size"} & metadata.keys()
     assert metadata["data"] == "unknown"
+    assert metadata["prototypes"] == "4"
 
 
-@pytest.mark.parametrize("wrapped", [True, False])
-@pytest.mark.parametrize("prefix", ["", "encoder_k.", "module.encoder_k."])
+def test_another_optimiser_is_said(
+    model: SlotCon,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """There is only LARS here, and that is what config.yaml would be read as."""
+    content = {"args": {"optimizer": "sgd"}, "model": model.official_state_dict()}
+    monkeypatch.setattr("tools.import_official.read_file", lambda _: (content, {}))
+    call(main, "w.pth", "--out", tmp_path / "run")
+    assert "warning: trained with sgd, not config.yaml's LARS" in capsys.readouterr().err
+    assert describe(read_record(find(tmp_path / "run")))["optimizer"] == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapped"), [("", False), ("encoder_k.", False), ("module.encoder_k.", True)]
+)
 def test_backbones(prefix: str, wrapped: bool, model: SlotCon, tmp_path: Path) -> None:
     """A file under torchvision's names, whatever the names were."""
     encoder = model.teacher.encoder.state_dict()
@@ -153,13 +176,29 @@ def test_backbones(prefix: str, wrapped: bool, model: SlotCon, tmp_path: Path) -
     assert read_backbone(tmp_path / "w.safetensors").metadata["imported"] == "w.pth"
 
 
+def test_what_a_backbone_does_not_say(
+    model: SlotCon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it no table has a place for it."""
+    torch.save(dict(model.teacher.encoder.state_dict()), tmp_path / "w.pth")
+    out, stated = tmp_path / "w.safetensors", ("--data", "COCO", "--epochs", 800)
+    call(main, tmp_path / "w.pth", "--out", out, *stated)
+    metadata = read_backbone(out).metadata
+    assert (metadata["data"], metadata["epochs"]) == ("COCO", "800")
+    content = {"model": {"grouping_k.slot_embed.weight": torch.ones(4, 6)}}
+    monkeypatch.setattr("tools.import_official.read_file", lambda _: (content, {}))
+    with pytest.raises(UserError, match="for a backbone alone"):
+        call(main, "full.pth", "--out", tmp_path / "run", *stated)
+
+
 class Foreign:
     """What a checkpoint has no need of."""
 
 
-def test_bad_input(model: SlotCon, imported: Path, tmp_path: Path) -> None:
+def test_bad_files(model: SlotCon, imported: Path, tmp_path: Path) -> None:
     """One line each, and no folder or file is left."""
     file = tmp_path / "w.pth"
+    backbone = dict(model.teacher.encoder.state_dict())
 
     def refused(message: str, out: Path = tmp_path / "run") -> None:
         with pytest.raises(UserError, match=message) as caught:
@@ -167,33 +206,52 @@ def test_bad_input(model: SlotCon, imported: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
         assert {path.name for path in tmp_path.iterdir()} <= {"w.pth"}
 
-    def changed(**entries: Any) -> None:
-        weights = full_checkpoint(model)["model"]
-        weights |= {f"module.{name.replace('__', '.')}": v for name, v in entries.items()}
-        weights = {name: value for name, value in weights.items() if value is not None}
-        torch.save(full_checkpoint(model, model=weights), file)
-
     refused("No such file")
-    torch.save(full_checkpoint(model, args=Foreign()), file)
-    refused(r"refused.*would run tests.test_import_official.Foreign")
-    torch.save(full_checkpoint(model), file)
-    refused("is there already", imported)
-    file.write_bytes(file.read_bytes()[:-10_000])
-    refused("damaged, or not a file of weights")
+    torch.save({"args": Foreign()}, file)
+    refused(r"refused.*names tests.test_import_official.Foreign")
     file.write_bytes(b"text")
     refused("damaged, or not a file of weights")
-    changed(center=None)
-    refused("missing: center")
-    changed(center=torch.full((1, 4), torch.nan))
-    refused("center is not finite")
-    changed(encoder_k__bn1__bias=torch.ones(3))
-    refused("of another shape: encoder_k.bn1.bias")
-    changed(projector_k__mlp__0__weight=None)
-    refused("projector_k.mlp.0.weight")
-    changed(**{f"encoder_k__layer4__1__conv{n}__weight": None for n in (1, 2)})
-    refused("its encoder is none of resnet18")
-    args = argparse.Namespace(epochs=0)
-    torch.save(full_checkpoint(model, args=args), file)
-    refused("its settings make no run: .*epochs")
-    torch.save(dict(model.teacher.encoder.state_dict()), file)
+    torch.save(backbone, file)
     refused("give a .safetensors file", tmp_path / "w.pkl")
+    file.write_bytes(file.read_bytes()[:-10_000])
+    refused("damaged, or not a file of weights")
+    torch.save(full_checkpoint(model), file)
+    refused("is there already", imported)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"center": None}, "missing: center"),
+        ({"center": torch.full((1, 4), torch.nan)}, "center is not finite"),
+        ({"encoder_k.bn1.bias": torch.ones(3)}, "of another shape: encoder_k.bn1.bias"),
+        ({"projector_k.mlp.0.weight": None}, "projector_k.mlp.0.weight"),
+        (
+            {f"encoder_k.layer4.1.conv{n}.weight": None for n in (1, 2)},
+            "its encoder is none of resnet18",
+        ),
+    ],
+)
+def test_bad_weights(changes: dict[str, Any], message: str, model: SlotCon) -> None:
+    """One line each."""
+    state = {**model.official_state_dict(), **changes}
+    state = {name: value for name, value in state.items() if value is not None}
+    with pytest.raises(UserError, match=message) as caught:
+        loaded(Official(Path("w.pth"), state, {}, 0, 0, {}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "key"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"dataset": 3}, "data.path must be str"),
+        ({"seed": 1.5}, "train.seed must be int"),
+        ({"batch_size": 3.5}, "train.batch_size must be int"),
+        ({"epochs": "800"}, "'str'"),
+    ],
+)
+def test_bad_settings(args: dict[str, Any], key: str) -> None:
+    """Nothing is written that could not be read again."""
+    with pytest.raises(UserError, match=f"w.pth: its settings make no run: .*{key}"):
+        configured(Official(Path("w.pth"), {}, args, 0, 0, {}), ModelConfig(), "run")

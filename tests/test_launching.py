@@ -14,7 +14,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.training import ROOT, run_dir, small_beton, small_run
-from train import checkpoint
+from train import checkpoint, pretrain
 from train.config import to_yaml
 
 SCRIPT = ROOT / "tools" / "slurm_pretrain.sh"
@@ -100,3 +100,24 @@ def test_mistake_ends_the_job(tmp_path: Path) -> None:
     _, errors = ended.communicate(timeout=100)
     assert ended.returncode == 2 and "nothing.yaml" in errors
     assert not (tmp_path / "scontrol.log").exists()
+
+
+def test_a_process_lost_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The line names the run: many of them may write to one log."""
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("[gloo] Connection closed by peer")
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    (tmp_path / "run.yaml").write_text(to_yaml(small_run(tmp_path / "x.beton", tmp_path, "mine")))
+    monkeypatch.setattr("sys.argv", ["pretrain", "--config", str(tmp_path / "run.yaml")])
+    monkeypatch.setattr("train.trainer.Trainer", lost)
+    monkeypatch.setattr("os._exit", end)
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main()
+    assert ended.value.code == 1
+    assert capfd.readouterr().err.startswith("error: mine: another process has ended")

@@ -1,6 +1,7 @@
 """The user's transfer results beside the published ones, and never where they do not belong."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from pipeline.errors import UserError
 from tests.exported import call
 from train.settings import to_dict
-from transfer.command import settings_of
+from transfer import command
 from transfer.detection.config import DetectionConfig
 from transfer.published import COLUMNS, RECIPES, TABLES
 from transfer.segmentation.config import SegmentationConfig
@@ -17,7 +18,9 @@ from transfer.table import CONFIGS, main
 
 ROOT = Path(__file__).parents[1]
 COCO = {"method": "SlotCon (arXiv 2205.15288)", "run": "coco_r50", "epochs": "800",
-        "data": "coco.beton", "data_images": "118287", "branch": "teacher"}  # fmt: skip
+        "data": "coco.beton", "data_images": "118287", "data_fingerprint": "1f", "step": "184800",
+        "batch_size": "512", "branch": "teacher", "config": '{"train": {"seed": 0}}'}  # fmt: skip
+settings_of = cache(command.settings_of)  # a parser takes long to make
 
 
 def result(
@@ -69,29 +72,58 @@ def own(content: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
     return {number: rows for number, rows in tables.items() if rows}
 
 
-def test_published_figures_are_plausible() -> None:
-    """A figure read from the wrong column breaks the order of its row's average precisions."""
-    assert [table.number for table in TABLES] == [2, 3, 4, 7]
+PAPER = {
+    2: """
+        - 32.8 50.9 35.3 29.9 47.9 32.0 65.3 39.5 29.4
+        800 38.5 58.1 42.1 34.8 55.3 37.3 73.8 69.2 36.2
+        800 40.1 60.2 43.6 36.3 57.3 38.9 75.3 70.6 37.0
+        800 39.3 60.1 42.8 - - - - - -
+        800 39.6 59.3 43.3 35.7 56.5 38.4 75.8 71.6 37.1
+        800 40.5 60.5 44.0 36.6 57.8 39.0 75.2 72.0 38.3
+        1000 39.8 59.5 43.5 35.9 56.4 38.7 76.1 70.2 38.1
+        800 40.3 60.2 44.4 36.3 57.3 38.9 75.6 70.9 36.7
+        800 41.0 61.1 45.0 37.0 58.3 39.8 76.2 71.6 39.0
+    """,
+    3: """
+        800 41.0 61.1 45.0 37.0 58.3 39.8 76.2 71.6 39.0
+        100 41.4 61.6 45.6 37.2 58.5 39.9 75.4 73.1 38.6
+        200 41.8 62.2 45.7 37.8 59.1 40.7 76.3 75.0 38.8
+        800 40.6 60.8 44.5 36.7 57.9 39.3 - - -
+        800 41.8 62.2 45.8 37.8 59.4 40.6 76.5 73.9 39.2
+    """,
+    4: """
+        - 32.8 50.9 35.3 29.9 47.9 32.0 65.3 39.5 29.4
+        100 39.7 59.5 43.3 35.9 56.6 38.6 74.6 74.4 37.9
+        800 40.4 60.1 44.2 36.5 57.2 39.2 76.2 73.7 36.9
+        200 40.1 61.0 43.9 36.4 58.0 38.9 76.0 72.6 37.8
+        200 40.9 60.9 44.7 36.8 57.8 39.4 75.4 72.9 37.3
+        200 40.3 59.9 44.3 36.4 57.0 39.2 76.2 72.8 38.1
+        100 40.7 60.5 44.8 36.8 57.4 39.7 76.8 73.9 38.2
+        200 40.6 - - 36.4 - - 75.5 72.6 -
+        100 41.6 61.9 45.6 37.4 58.8 40.2 76.5 71.9 37.8
+        100 41.4 61.6 45.6 37.2 58.5 39.9 75.4 73.1 38.6
+        200 41.8 62.2 45.7 37.8 59.1 40.7 76.3 75.0 38.8
+    """,
+    7: """
+        - 65.3
+        - 73.8
+        - 76.2
+        - 73.9
+    """,
+}
+"""Epochs and figures of each row, out of the paper's text by a program."""
+
+
+def test_published_figures_are_the_papers() -> None:
+    """A wrong digit would be quoted."""
+    assert [table.number for table in TABLES] == [*PAPER]
     for table in TABLES:
-        for row in table.rows:
-            assert len(row.figures) == len(table.columns)
-            assert row.data in table.data
-            if len(row.figures) == len(COLUMNS) and None not in row.figures[:3]:
-                for ap, ap50, ap75 in (row.figures[:3], row.figures[3:6]):
-                    assert ap is None or ap < ap75 < ap50  # type: ignore[operator]
-                assert row.figures[3] is None or row.figures[3] < row.figures[0]  # type: ignore[operator]
-    # What the authors' own README repeats, and the text of the paper.
-    slotcon = {
-        (r.data, r.epochs): r.figures for t in TABLES[:3] for r in t.rows if "Slot" in r.method
-    }
-    assert {key: (figures[0], figures[3]) for key, figures in slotcon.items()} == {
-        ("COCO", 800): (41.0, 37.0),
-        ("COCO+", 800): (41.8, 37.8),
-        ("ImageNet", 100): (41.4, 37.2),
-        ("ImageNet", 200): (41.8, 37.8),
-    }
-    city = {row.figures[6] for table in TABLES[:2] for row in table.rows}
-    assert {row.figures[0] for row in TABLES[3].rows} - {73.9} <= city
+        rows = [
+            " ".join("-" if value is None else str(value) for value in (row.epochs, *row.figures))
+            for row in table.rows
+        ]
+        assert rows == [line.strip() for line in PAPER[table.number].strip().splitlines()]
+        assert all(row.data in table.data for row in table.rows)
 
 
 def test_runs_of_one_backbone_make_a_row(tmp_path: Path) -> None:
@@ -113,6 +145,93 @@ def test_runs_of_one_backbone_make_a_row(tmp_path: Path) -> None:
         "AP^m_75": "", "City.": "76.0 ± 1.4", "VOC": "72.0", "ADE": "",
     }  # fmt: skip
     assert rows[7][0]["figures"] == ["76.0 ± 1.4"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "says"),
+    [
+        ({"step": "92400"}, {}, [("", "400 of 800"), ("", "800")]),
+        ({"step": "184600"}, {}, [("", "799 of 800"), ("", "800")]),
+        ({"branch": "student"}, {}, [(", student", "800"), ("", "800")]),
+        (
+            {"step": "50000", "data_images": "0"},
+            {"data_images": "0"},
+            [(", step 50000", "? of 800"), (", step 184800", "? of 800")],
+        ),
+        (
+            {"data_fingerprint": "2e"},
+            {},
+            [(", data_fingerprint 2e", "800"), (", data_fingerprint 1f", "800")],
+        ),
+        (
+            {"config": '{"train": {"seed": 1}}'},
+            {},
+            [(", train.seed 1", "800"), (", train.seed 0", "800")],
+        ),
+    ],
+)
+def test_different_backbones_are_not_averaged(
+    one: dict[str, str], other: dict[str, str], says: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    """They may share a name, and a row must say which it is, and how far its training came."""
+    runs = [
+        result(tmp_path / "a", value=0.5, metadata=COCO | one),
+        result(tmp_path / "b", "cityscapes", "--optim.seed", "1", metadata=COCO | other),
+    ]
+    rows = own(made(tmp_path, *runs))[7]
+    assert [(row["method"], row["epochs"]) for row in rows] == [
+        (f"* SlotCon: coco_r50{name}", epochs) for name, epochs in says
+    ]
+    assert [row["figures"] for row in rows] == [["50.0"], ["70.0"]]
+
+
+def test_the_branch_of_a_file_that_does_not_say(tmp_path: Path) -> None:
+    """A file of two encoders, as transfer found it."""
+    metadata = {key: value for key, value in COCO.items() if key != "branch"}
+    init = {"weights": "full.pth", "kind": "file", "branch": "student", "metadata": metadata}
+    runs = [
+        result(tmp_path / "a", value=0.5, init=init),
+        result(tmp_path / "b", value=0.7, init=init | {"branch": "teacher"}),
+    ]
+    rows = own(made(tmp_path, *runs))[7]
+    assert [row["method"].endswith("student") for row in rows] == [True, False]
+
+
+def test_files_that_say_little_are_told_apart_by_their_place(tmp_path: Path) -> None:
+    """Two of others' may have the same name, and were imported with the same words."""
+    said = {"data": "COCO", "epochs": "800", "imported": "w.pth"}
+    init = {"kind": "file", "branch": "teacher", "metadata": said}
+    runs = [
+        result(tmp_path / name, value=value, init=init | {"weights": f"{name}/w.safetensors"})
+        for name, value in (("a", 0.5), ("b", 0.7))
+    ]
+    rows = own(made(tmp_path, *runs))[2]
+    assert [(row["method"], row["data"], row["epochs"]) for row in rows] == [
+        (f"* weights: w.safetensors, weights {name}/w.safetens", "COCO", "800") for name in "ab"
+    ]
+
+
+def test_the_same_weights_in_several_files_are_one_backbone(tmp_path: Path) -> None:
+    """A run, and what was exported of it."""
+    exported = COCO | {"format": "pt", "data_license": "CC", "slotstream": "9"}
+    runs = [
+        result(tmp_path / "a", value=0.75, metadata=COCO),
+        result(tmp_path / "b", "cityscapes", "--optim.seed", "1", value=0.77, metadata=exported),
+    ]
+    assert own(made(tmp_path, *runs))[7][0]["figures"] == ["76.0 ± 1.4"]
+
+
+def test_a_deviation_is_over_seeds(tmp_path: Path) -> None:
+    """One run given twice counts once, and two of one seed are no two samples."""
+    run = result(tmp_path / "a", metadata=COCO)
+    (tmp_path / "link").symlink_to(run)
+    rows = own(made(tmp_path, run, run / "result.json", tmp_path / "link"))
+    assert rows[7][0]["figures"] == ["70.0"]
+    again = result(tmp_path / "b", metadata=COCO)
+    with pytest.raises(UserError, match=r"b/result.json: .*optim.seed of .*a/result.json"):
+        call(main, run, again)
+    aside = [result(tmp_path / name, "camvid", metadata=COCO) for name in "cd"]
+    call(main, *aside)  # each has a line of its own
 
 
 def test_random_and_supervised_have_their_tables(tmp_path: Path) -> None:
@@ -201,3 +320,26 @@ def test_bad_input(tmp_path: Path) -> None:
     assert not (tmp_path / "table.json").exists()
     with pytest.raises(UserError, match="is a folder"):
         call(main, "--json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dataset": ["coco"]}, "dataset"),
+        ({"dataset": 5}, "dataset"),
+        ({"results": [{"metric": "miou", "value": float("nan")}]}, "miou is not in 0..1"),
+        ({"results": [{"metric": "miou", "value": -1}]}, "miou is not in 0..1"),
+    ],
+)
+def test_bad_results(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """In one line, not in a table."""
+    run = result(tmp_path / "run", metadata=COCO, **changes)
+    with pytest.raises(UserError, match=f"result.json: not the result of a transfer .*{says}"):
+        call(main, run)
+
+
+def test_a_name_keeps_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is in it."""
+    names = {"name": "a\nb", "dataset": "own"}
+    call(main, result(tmp_path / "run", metadata=COCO | {"run": "c\nd"}, **names))
+    assert r"'a\nb'  'SlotCon: c\nd'  own" in capsys.readouterr().out

@@ -50,7 +50,7 @@ formats:
 
 def main() -> None:
     args = parse_args()
-    check_out(args.to, args.out)
+    check_out(args.to, args.out, args.checkpoint)
     licence = {"data_license": args.license} if args.license else {}
     if args.to == "official":
         if args.student:
@@ -85,8 +85,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_out(to: str, out: Path) -> None:
-    """Refuse an output that cannot be written, or whose suffix its readers would misunderstand.
+def check_out(to: str, out: Path, source: Path) -> None:
+    """Refuse an output that cannot be written, is `source` itself, or has a suffix that its readers
+    would misunderstand.
 
     Raises UserError.
     """
@@ -94,7 +95,7 @@ def check_out(to: str, out: Path) -> None:
     if suffixes and out.suffix not in suffixes:
         raise UserError(f"--out {out}: --to {to} writes a {' or '.join(suffixes)} file")
     if suffixes:
-        check_writable("--out", out)
+        check_writable("--out", out, source)
 
 
 def state_dict(backbone: Backbone, suffix: str) -> bytes:

@@ -8,6 +8,7 @@ tensors, plain values and argparse's settings.
 import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,15 @@ from model.official import from_official
 from pipeline.errors import CommandParser, UserError, check_writable, run
 from tools.official_settings import with_official_settings
 from train.checkpoint import Record, check_weights, write_model
-from train.config import DataConfig, RunConfig, to_dict, to_yaml
+from train.config import DataConfig, RunConfig, from_dict, to_dict, to_yaml
 from train.provenance import new_folder, provenance, write_bytes
 from train.weights import read_backbone, read_file, state_in
 
 EXAMPLES = """examples:
   python -m tools.import_official ckpt_epoch_800.pth --out runs/slotcon_coco
   python -m evaluation.slots --checkpoint runs/slotcon_coco --data coco.beton
-  python -m tools.import_official slotcon_coco_r50_800ep_backbone.pth --out backbone.safetensors
+  python -m tools.import_official slotcon_coco_r50_800ep_backbone.pth --out backbone.safetensors \\
+      --data COCO --epochs 800
 
 A full checkpoint does not say which images it saw: the run's data are the name of the set and the
 number of its images, where the file gives them, and its fingerprint is "unknown". The optimiser is
@@ -60,12 +62,18 @@ def main() -> None:
     args = parse_args()
     content, metadata = read_file(args.file)
     state = {k.removeprefix("module."): v for k, v in state_in(content, args.file).items()}
+    stated = {"data": args.data, "epochs": args.epochs and str(args.epochs)}
     if PROTOTYPES in state:
+        if any(stated.values()):
+            raise UserError(f"--data, --epochs: are for a backbone alone, and {args.file} is more")
         official = read_official(args.file, state, content, metadata)
         import_run(official, args.out)
+        optimizer = official.args.get("optimizer", "lars")
+        if optimizer != "lars":
+            print(f"warning: trained with {optimizer}, not config.yaml's LARS", file=sys.stderr)
         print(f"{args.out}: a run of {official.step:,} steps")
     else:
-        import_backbone(args.file, args.out)
+        import_backbone(args.file, args.out, {k: v for k, v in stated.items() if v})
         print(f"{args.out}: a backbone")
 
 
@@ -83,6 +91,9 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="a full checkpoint's new folder; a backbone's .safetensors file",
     )
+    text = "that a backbone was trained on, which its file does not say: transfer.table asks"
+    parser.add_argument("--data", metavar="NAME", help=f"set of images (COCO, ImageNet, …) {text}")
+    parser.add_argument("--epochs", metavar="N", type=int, help="passes over them")
     return parser.parse_args()
 
 
@@ -148,7 +159,8 @@ def configured(official: Official, model: ModelConfig, name: str) -> RunConfig:
     """The configuration that the file tells of, and defaults for the rest. Raises UserError."""
     try:
         config = RunConfig(name, DataConfig("unknown"), model=model)
-        return with_official_settings(config, official.args, model)
+        # Read back, for a dataclass takes values of any type.
+        return from_dict(to_dict(with_official_settings(config, official.args, model)))
     except (ValueError, TypeError) as error:
         raise UserError(f"{official.source}: its settings make no run: {error}") from None
 
@@ -171,14 +183,16 @@ def origin(official: Official) -> dict[str, Any]:
     return provenance() | facts
 
 
-def import_backbone(source: Path, out: Path) -> None:
-    """Write a backbone under torchvision's names. Raises UserError."""
+def import_backbone(source: Path, out: Path, stated: Mapping[str, str]) -> None:
+    """Write a backbone under torchvision's names, with what is `stated` of it where the file itself
+    does not say. Raises UserError.
+    """
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: {source} is a backbone alone: give a .safetensors file")
-    check_writable("--out", out)
+    check_writable("--out", out, source)
     backbone = read_backbone(source)
     facts = {"format": "pt", "arch": backbone.arch, "imported": source.name}
-    write_bytes(out, save(backbone.weights, facts | backbone.metadata))
+    write_bytes(out, save(backbone.weights, {**facts, **stated, **backbone.metadata}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The model card that goes with exported weights."""
 
+from pipeline.errors import printable
 from train.weights import Backbone
 
 CARD = """---
@@ -12,7 +13,7 @@ tags:
 ---
 # {title}
 
-The {branch} encoder of a SlotCon model: a {arch} without classifier, pre-trained on images without
+The {encoder} of a SlotCon model: a {arch} without classifier, pre-trained on images without
 labels by slotstream. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
 groups (Wen et al., *Self-Supervised Visual Representation Learning with Semantic Grouping*, NeurIPS
 2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288)).
@@ -40,6 +41,7 @@ TITLES = {
     "run": "Run",
     "imported": "Imported from",
     "step": "Optimiser steps",
+    "optimizer": "Optimiser",
     "epochs": "Epochs of the schedule",
     "batch_size": "Images a step",
     "prototypes": "Prototypes",
@@ -55,12 +57,16 @@ def model_card(backbone: Backbone) -> str:
     """README.md of a folder on Hugging Face's hub."""
     known = backbone.metadata
     facts = "\n".join(
-        f"| {title} | {known[name]} |" for name, title in TITLES.items() if name in known
+        f"| {title} | {_cell(known[name])} |" for name, title in TITLES.items() if name in known
     )
     return CARD.format(
         title=f"SlotCon {backbone.arch}, {known.get('run', 'weights')}",
-        branch=known.get("branch", ""),
+        encoder=f"{known.get('branch', '')} encoder".strip(),
         arch=backbone.arch,
         facts=facts,
-        license=known.get("data_license", "not stated"),
+        license=" ".join(known.get("data_license", "not stated").split()),
     )
+
+
+def _cell(text: str) -> str:
+    return printable(text).replace("|", r"\|")

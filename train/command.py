@@ -36,6 +36,8 @@ def run_training(prepare: Callable[[StopSignals], Callable[[], None]]) -> None:
         except RuntimeError as error:
             from train.watchdog import LostProcess, lost
 
+            if isinstance(error, LostProcess):
+                _end(f"error: {error}", 1)
             if not lost(error):
                 raise
             _end(f"error: {LostProcess.REASON} ({lost(error)})", 1)

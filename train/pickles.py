@@ -9,6 +9,7 @@ import io
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 
 from pipeline.errors import UserError
 
-_ALLOWED = {
+_ALLOWED: dict[str, Callable[..., Any]] = {
     **{
         f"numpy.{core}.{name}": getattr(getattr(np._core, module), attribute)  # type: ignore[attr-defined]
         for core in ("core", "_core")  # NumPy 1 and 2
         for name, module, attribute in (
             ("multiarray._reconstruct", "multiarray", "_reconstruct"),
+            ("multiarray.scalar", "multiarray", "scalar"),
             ("numeric._frombuffer", "numeric", "_frombuffer"),
         )
     },
@@ -33,6 +35,14 @@ _ALLOWED = {
     "__builtin__.bytearray": bytearray,
     "_codecs.encode": lambda text, encoding: str(text).encode("latin1"),  # bytes in protocol 2
 }
+
+_DTYPES = [type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"]
+_TORCH_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    *_DTYPES,
+    *((made, name) for name, made in _ALLOWED.items()),
+]
+"""The same for torch, which also asks for the classes of NumPy's types."""
 
 
 class Foreign(pickle.UnpicklingError):
@@ -66,16 +76,14 @@ def read_pickle(path: Path) -> Any:
         if path.suffix == ".pkl":
             with path.open("rb") as file:
                 return _ArrayUnpickler(file, encoding="latin1").load()
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_TORCH_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
         name = str(error) if isinstance(error, Foreign) else foreign and foreign[1]
         if name is None:
             raise
-        raise UserError(
-            f"{path}: refused, for it is not weights alone: loading it would run {name}"
-        ) from None
+        raise UserError(f"{path}: refused, for it is not weights alone: it names {name}") from None
 
 
 def pickle_arrays(content: dict[str, Any]) -> bytes:

@@ -16,8 +16,10 @@ def main() -> None:
 def _prepare(signals: StopSignals) -> Callable[[], None]:
     config, resume = load_config()
     from train.trainer import Trainer  # takes seconds, which --help need not wait for
+    from train.watchdog import naming
 
-    return Trainer(config, resume, signals).train
+    with naming(config.name):
+        return Trainer(config, resume, signals).train
 
 
 if __name__ == "__main__":

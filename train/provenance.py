@@ -106,7 +106,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises UserError where `path` is there already and not an empty folder, or cannot be written.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    empty = path.name and path.is_dir() and not any(path.iterdir())  # "." has no name
+    if path.exists() and not empty:
         raise UserError(f"{path}: is there already: give the name of a new folder")
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

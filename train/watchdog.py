@@ -4,6 +4,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
@@ -14,6 +16,19 @@ class LostProcess(RuntimeError):
     """Another process of the run has ended, or does not answer."""
 
     REASON = "another process has ended or does not answer"
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Inside its `with`, a collective that fails because of another process raises a LostProcess
+    that names `what`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        raise LostProcess(f"{what}: {LostProcess.REASON} ({lost(error)})") from error
 
 
 class Watchdog:

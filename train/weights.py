@@ -6,6 +6,7 @@ plain values only.
 """
 
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.encoder import build_encoder
-from model.names import Branch, arch_of, backbone_of, with_counts
+from model.names import Branch, arch_of, backbone_of, branches_of, with_counts
 from pipeline.errors import UserError
 from train.checkpoint import Record, check_weights, find, load_model, read_record
-from train.config import RunConfig, from_dict
+from train.config import RunConfig, from_dict, to_dict
 from train.pickles import read_pickle
 
 META = "meta"
@@ -52,7 +53,8 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
         branch: which encoder, where `source` holds two.
 
     Raises:
-        UserError: in one line, where there is none, or it is another, or damaged.
+        UserError: in one line, where there is none, or it is another, or damaged, or the teacher
+            where the student is asked for (the teacher is what nobody has to ask for).
     """
     if (source / FOLDER_CONFIG).is_file():
         source = source / FOLDER_WEIGHTS
@@ -61,6 +63,10 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
         state, metadata = load_model(source)[0].state_dict(), describe(record, branch)
     else:
         state, metadata = read_state(source, branch)
+    if len(branches_of(state)) == 2:
+        metadata = metadata | {"branch": branch}
+    elif branch == "student" and metadata.get("branch") == "teacher":
+        raise UserError(f"{source}: weights of the teacher, not of the student that was asked for")
     weights = backbone_of(state, branch)
     if not weights:
         raise UserError(f"{source}: no weights of a ResNet in it")
@@ -74,8 +80,9 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
 
 
 def fitting(weights: Mapping[str, Tensor], arch: str, source: object) -> dict[str, Tensor]:
-    """All weights of an `arch`, in its order. Raises UserError, naming `source`, unless they are
-    there, of its shapes and finite.
+    """All weights of an `arch`, in its order, as a new network has them: plain tensors of their own
+    memory, in its types and layout. Raises UserError, naming `source`, unless they are there, of
+    its shapes and finite.
     """
     with torch.device("meta"):
         expected = build_encoder(arch)[0].state_dict()
@@ -84,7 +91,10 @@ def fitting(weights: Mapping[str, Tensor], arch: str, source: object) -> dict[st
         check_weights(found, expected)
     except ValueError as error:
         raise UserError(f"{source}: damaged, or not a {arch} ({error})") from None
-    return {name: found[name] for name in expected}
+    return {
+        name: found[name].detach().to(value.dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, value in expected.items()
+    }
 
 
 def published_weights(arch: str) -> dict[str, Tensor]:
@@ -114,6 +124,7 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
         "run": config.name,
         "step": record.step,
         "prototypes": config.model.num_prototypes,
+        "optimizer": record.provenance.get("args", {}).get("optimizer", "lars"),
         **(_recipe(config) if "assumed" not in record.provenance else {}),
         "data": Path(config.data.path).name,
         "data_images": record.data["images"],
@@ -158,6 +169,8 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
     Raises UserError; a pickle of anything but tensors, arrays and plain values is refused.
     """
     try:
+        with path.open("rb"):  # safetensors' own OSError gives no reason
+            pass
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
@@ -168,7 +181,8 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception:  # what the unpicklers or safetensors make of another file, or of half of one
-        raise UserError(f"{path}: damaged, or not a file of weights") from None
+        kind = f" of the kind that {path.suffix} says" if path.suffix else ""
+        raise UserError(f"{path}: damaged, or not a file of weights{kind}") from None
     metadata = content.get(META) if isinstance(content, dict) else None
     if not isinstance(metadata, dict):
         return content, {}
@@ -180,6 +194,7 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
         "epochs": config.train.epochs,
         "batch_size": config.train.batch_size,
         "view_size": config.views.size,
+        "config": json.dumps({part: to_dict(config)[part] for part in ("views", "model", "train")}),
     }
 
 
@@ -192,4 +207,7 @@ def _version() -> str | None:
 
 
 def _tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    """An array of numbers as a tensor, whatever its byte order and strides; all else as it is."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+        return value
+    return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))

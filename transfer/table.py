@@ -7,16 +7,17 @@ differs.
 """
 
 import argparse
+import json
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import CommandParser, UserError, check_writable, printable, run
 from train.provenance import provenance, read_json, write_bytes, write_json
 from train.settings import Settings, flatten, to_dict
 from transfer.command import settings_of
@@ -51,6 +52,8 @@ TOLERANCE = 0.02
 SHOWN = 4
 """Differences that a line names."""
 HEAD = ("Method", "Data", "Epochs")
+ABOUT_FILES = ("slotstream", "format", "imported", "data_license")
+"""What weights say that does not tell them from others: the same ones may lie in several files."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,22 @@ class Start:
     data: str
     """A name in PRETRAINING, LABELS, empty for no pre-training; else what the weights say."""
     epochs: str
+    facts: tuple[tuple[str, str], ...] = ()
+    """All that the weights say of how they were made: others are another backbone."""
 
 
 @dataclass(frozen=True)
 class Result:
     """One run's."""
 
+    file: Path
     name: str
     start: Start
     recipe: Recipe | None
     """That of its task and data set, if there is one."""
     differences: tuple[str, ...]
     """From the recipe."""
+    seed: int
     metrics: dict[str, float]
     """In percent, over all classes."""
     dataset: str
@@ -101,7 +108,9 @@ def main() -> None:
     for option, path in (("--json", args.json), ("--markdown", args.markdown)):
         if path:
             check_writable(option, path)
-    results = [read_result(path) for path in args.runs]
+    files = dict.fromkeys(result_file(path) for path in args.runs)
+    results = [read_result(file) for file in files]
+    check_seeds(results)
     if args.json:
         write_json(args.json, {**provenance(), **as_json(results)})
     if args.markdown:
@@ -121,24 +130,36 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_result(path: Path) -> Result:
-    """A run's result.json, given itself or the run's folder. Raises UserError."""
-    file = path / "result.json" if path.is_dir() else path
+def result_file(path: Path) -> Path:
+    """A run's result.json, given itself or the run's folder: one path for one file."""
+    return (path / "result.json" if path.is_dir() else path).resolve()
+
+
+def read_result(file: Path) -> Result:
+    """What a run's result.json says. Raises UserError."""
     content = read_json(file)
     try:
-        recipe = recipe_of(content["task"], content["dataset"])
+        dataset = content["dataset"]
+        recipe = recipe_of(content["task"], dataset)
         metrics = {
             str(row["metric"]): 100 * float(row["value"])
             for row in content["results"]
             if "class" not in row
         }
+        if not isinstance(dataset, str):
+            raise TypeError(f"dataset {dataset!r}")
+        for metric, value in metrics.items():
+            if not 0 <= value <= 100:
+                raise ValueError(f"{metric} is not in 0..1")
         return Result(
+            file,
             str(content["name"]),
             start_of(content["init"]),
             recipe,
             tuple(differences(content, recipe)) if recipe else (),
+            int(content["config"]["optim"]["seed"]),
             metrics,
-            content["dataset"],
+            dataset,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
@@ -157,20 +178,44 @@ def start_of(init: Mapping[str, Any]) -> Start:
         return Start("random init.", "", "–")
     if init["kind"] == "supervised":
         return Start("supervised (torchvision)", LABELS, "90")
-    about: Mapping[str, str] = init["metadata"]
+    about: dict[str, str] = {"branch": init["branch"]} | init["metadata"]
+    if "run" not in about:
+        about["weights"] = init["weights"]
     name = str(about.get("run") or Path(init["weights"]).name)
     method = f"{about.get('method', 'weights').partition(' (')[0]}: {name}"
-    if about.get("branch", "teacher") != "teacher":
+    if about["branch"] != "teacher":
         method += f", {about['branch']}"
     data = about.get("data", "not stated")
-    found = pretraining(data, about.get("data_images", "0"))
-    return Start(method, found or data, about.get("epochs", "?"))
+    found = pretraining(data, number(about, "data_images"))
+    settings = flatten(json.loads(about.pop("config", "{}")))
+    facts = {key: str(value) for key, value in {**settings, **about}.items()}
+    known = tuple(sorted(item for item in facts.items() if item[0] not in ABOUT_FILES))
+    return Start(method, found or data, epochs_of(about), known)
 
 
-def pretraining(data: str, images: str) -> str | None:
+def epochs_of(about: Mapping[str, str]) -> str:
+    """Of a pre-training, as its weights say: "800", "400 of 800" if it has not come to the end of
+    its schedule, "? of 800" where steps are counted and cannot be converted.
+    """
+    planned = about.get("epochs", "?")
+    if "step" not in about or not planned.isdecimal():
+        return planned
+    step, batch, images = (number(about, key) for key in ("step", "batch_size", "data_images"))
+    if not step or not 0 < batch <= images:
+        return f"? of {planned}"
+    done = round(step / (images // batch))  # an epoch's last, partial batch is dropped
+    return planned if done >= int(planned) else f"{done} of {planned}"
+
+
+def number(about: Mapping[str, str], key: str) -> int:
+    """What the weights say, 0 if they do not."""
+    text = about.get(key, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def pretraining(data: str, count: int) -> str | None:
     """Which of PRETRAINING a file of that name and number of images (0: not known) is."""
     stem = re.sub(r"[^a-z0-9+]", "", data.lower().removesuffix(".beton"))
-    count = int(images) if images.isdecimal() else 0
     for name, files, expected in PRETRAINING:
         if stem in files and (not expected or not count or near(count, expected)):
             return name
@@ -191,6 +236,19 @@ def differences(content: Mapping[str, Any], recipe: Recipe) -> Iterable[str]:
         yield f"ended at step {content['step']:,} of {content['schedule']['steps']:,}"
     if not near(content["images"], recipe.images):
         yield f"{content['images']:,} training images, not {recipe.images:,}"
+
+
+def check_seeds(results: Iterable[Result]) -> None:
+    """Refuse two results that would be averaged and are of one seed. Raises UserError."""
+    seen: dict[Any, Path] = {}
+    for result in results:
+        key = (result.start, result.recipe, result.seed)
+        if result.placed and key in seen:
+            raise UserError(
+                f"{result.file}: the backbone, recipe and optim.seed of {seen[key]}: give one of "
+                "them, for a deviation is over seeds"
+            )
+        seen[key] = result.file
 
 
 @cache
@@ -221,8 +279,17 @@ def lines_of(table: Table, results: Sequence[Result]) -> list[Line]:
             groups[result.start].append(result)
     for start, group in groups.items():
         figures = tuple(figure(column, group) for column in table.columns)
-        lines.append(Line((f"* {start.method}", start.data or "–", start.epochs), figures, True))
+        method = ", ".join((f"* {start.method}", *distinction(start, groups)))
+        lines.append(Line((method, start.data or "–", start.epochs), figures, True))
     return lines
+
+
+def distinction(start: Start, others: Iterable[Start]) -> list[str]:
+    """What sets a backbone apart from those whose rows would look the same: ["step 50000"]."""
+    alike = [set(other.facts) for other in others if replace(other, facts=start.facts) == start]
+    common = set.intersection(*alike)
+    own = [f"{key} {value[:12]}" for key, value in start.facts if (key, value) not in common]
+    return own[:SHOWN]
 
 
 def figure(column: Column, results: Sequence[Result]) -> str:
@@ -276,11 +343,11 @@ def as_text(results: Sequence[Result], layout: Layout) -> str:
         layout(
             f"Table {table.number}: {table.title}",
             (*HEAD, *(column.title for column in table.columns)),
-            [(*line.start, *line.figures) for line in lines_of(table, results)],
+            [(*map(printable, line.start), *line.figures) for line in lines_of(table, results)],
         )
         for table in TABLES
     ]
-    if rows := others(results):
+    if rows := [tuple(map(printable, row)) for row in others(results)]:
         head = ("Run", "Backbone", "Data set", "Result", "What differs")
         texts.append(layout("Other runs, not comparable with the above", head, rows))
     return "\n\n".join(texts)
