@@ -7,8 +7,8 @@ evaluated image, in pixels, C classes.
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from evaluation.coco_classes import CLASSES as COCO_CLASSES
 from evaluation.coco_classes import stuff_map_table
-from evaluation.images import FolderImages, centre_square, open_image
+from evaluation.images import FolderImages, centre_square, open_image, readable
 from evaluation.segment import Squares
 from pipeline.errors import CommandParser, UserError
 from pipeline.formats import IMAGE_SUFFIXES
@@ -25,7 +25,6 @@ from train.provenance import read_json
 
 VOID = 255
 UNKNOWN = -1
-SINGLE_CHANNEL_MODES = frozenset(("1", "L", "P", "I", "I;16"))
 
 CAMVID = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
@@ -46,9 +45,25 @@ CITYSCAPES = {
 ADE20K_CLASSES = 150
 
 
+@dataclass(frozen=True)
+class MapKind:
+    """How a label map says what is where."""
+
+    name: str
+    modes: frozenset[str]
+    """PIL's, of its pixels, …"""
+    pixels: str
+    """… which are these."""
+
+
+IDS = MapKind("label map", frozenset(("1", "L", "P", "I", "I;16")), "class ids")
+SEGMENTS = MapKind("panoptic PNG", frozenset(("RGB", "RGBA")), "RGB")
+
+
 class LabelMaps(Protocol):
     """The label maps of N images."""
 
+    kind: MapKind
     paths: Sequence[Path]
     names: list[str] | None
     num_classes: int
@@ -66,15 +81,15 @@ class IdMaps:
     `names` is None where no table says what the ids mean: any id is a class then.
     """
 
+    kind = IDS
+
     def __init__(self, paths: Sequence[Path], names: list[str] | None, table: np.ndarray) -> None:
         self.paths, self.names, self.table = paths, names, table
         self.num_classes = VOID if names is None else len(names)
 
     def load(self, i: int, height: int, width: int) -> np.ndarray:
         path = self.paths[i]
-        image = open_label_map(path, height, width)
-        if image.mode not in SINGLE_CHANNEL_MODES:
-            raise UserError(f"{path}: not a label map: its pixels are {image.mode}, not class ids")
+        image = open_label_map(path, (width, height), self.kind)
         ids = np.asarray(image).astype(np.int64)
         inside = (ids >= 0) & (ids < len(self.table))
         classes = np.where(inside, self.table[np.where(inside, ids, 0)], UNKNOWN)
@@ -94,6 +109,8 @@ class PanopticMaps:
     textile and take in carpets, which are floor in COCO-Stuff), so scores on the two differ.
     """
 
+    kind = SEGMENTS
+
     def __init__(self, paths: Sequence[Path], file: Path) -> None:
         self.paths, self.file = paths, file
         self.names: list[str] | None = list(COCO_CLASSES)
@@ -108,9 +125,7 @@ class PanopticMaps:
 
     def load(self, i: int, height: int, width: int) -> np.ndarray:
         path = self.paths[i]
-        image = open_label_map(path, height, width)
-        if image.mode not in ("RGB", "RGBA"):
-            raise UserError(f"{path}: not a panoptic PNG: its pixels are {image.mode}, not RGB")
+        image = open_label_map(path, (width, height), self.kind)
         colours = np.asarray(image.convert("RGB")).astype(np.int64)
         numbers, place = np.unique(colours @ np.array([1, 256, 65536]), return_inverse=True)
         known = self.segments[path.name]
@@ -141,6 +156,16 @@ class LabelledImages:
     def labels(self, i: int, height: int, width: int) -> np.ndarray:
         """Label map `i` as uint8 [H, W], void as 255. Raises UserError unless it fits the image."""
         return self.maps.load(i, height, width)
+
+    def check_headers(self) -> None:
+        """Raise UserError for the first label map that is of another kind, or of another size than
+        its image, by their headers: what would else be found when it is read.
+        """
+        for image, labels in zip(self.paths, self.label_paths, strict=True):
+            with readable(image), Image.open(image) as opened:
+                size = opened.size
+            with readable(labels), Image.open(labels) as opened:
+                check_label_map(labels, opened, size, self.maps.kind)
 
 
 def square_labels(data: LabelledImages, squares: Squares, size: int) -> np.ndarray:
@@ -173,6 +198,8 @@ class Layout:
     """A file under the root that has the names instead, where it is there: ADE20K's table."""
     ids: Callable[[], np.ndarray] | None = None
     """The table of `IdMaps`."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """What `{split}` stands for where it is not the split's own name."""
     more_labels: str = ""
     """A folder beside `labels` that has the label maps which are not in it."""
     wider_lists: tuple[str, ...] = ()
@@ -241,8 +268,9 @@ LAYOUTS = {
         more_listed="aug.txt",
     ),
     "ade20k": Layout(
-        images=("images/{split}", "images/{split}ing", "images/{split}idation"),  # also train, val
-        labels=("annotations/{split}", "annotations/{split}ing", "annotations/{split}idation"),
+        images=("images/{split}",),
+        labels=("annotations/{split}",),
+        folders={"train": "training", "val": "validation"},
         names=tuple(f"class {n}" for n in range(1, ADE20K_CLASSES + 1)),
         names_file="objectInfo150.txt",
         ids=lambda: table_of(range(1, ADE20K_CLASSES + 1), void=(0, VOID)),
@@ -261,7 +289,8 @@ def open_labelled(
     classes: Path | None = None,
     void: Collection[int] | None = None,
     listed: Path | None = None,
-    option_prefix: str = "",
+    section: str = "",
+    part: str = "",
 ) -> LabelledImages:
     """Open images with label maps.
 
@@ -273,14 +302,18 @@ def open_labelled(
         classes: for "folder", JSON list of class names by id; without one, `find_classes`.
         void: for "folder", ids to ignore (255 where None).
         listed: file of image names or ids, one a line: only these, in its order.
-        option_prefix: what --images and --labels are called with, in messages.
+        section, part: what the options are called with, in messages: --SECTIONdataset,
+            --SECTIONPARTimages.
 
     Raises:
         UserError: where something is missing, or not of the layout.
     """
     layout = LAYOUTS[kind]
     if kind != "folder" and (classes is not None or void is not None):
-        raise UserError(f"--classes and --void are for --dataset folder: {kind} has its own")
+        raise UserError(
+            f"--{section}classes and --{section}void are for --{section}dataset folder: {kind} has"
+            " its own"
+        )
     lists = [] if listed is None else [listed]
     if listed is None and root is not None and layout.listed:
         lists = split_lists(kind, root, split)
@@ -289,9 +322,10 @@ def open_labelled(
     for what, given, places in known:
         if given is None:
             if root is None or not places:
-                instead = " or --root" if places else ""
-                raise UserError(f"--dataset {kind} needs --{option_prefix}{what}{instead}")
-            given = under(root, places, split, f"{what} of {kind}")  # noqa: PLW2901
+                instead = f" or --{section}root" if places else ""
+                raise UserError(f"--{section}dataset {kind} needs --{section}{part}{what}{instead}")
+            folder = layout.folders.get(split, split)
+            given = under(root, places, folder, f"{what} of {kind}")  # noqa: PLW2901
         folders.append(given)
     images, labels = folders
     pairs = pair(images, labels, layout)
@@ -328,7 +362,7 @@ def under(root: Path, places: Sequence[str], split: str, what: str) -> Path:
 def split_lists(kind: str, root: Path, split: str) -> list[Path]:
     """The files under `root` that list the split. Raises UserError."""
     layout = LAYOUTS[kind]
-    first = under(root, layout.listed, split, f"list of the split of {kind}")
+    first = under(root, layout.listed, split, f"list of the split {split} of {kind}")
     if not layout.more_listed or split != "train":
         return [first]
     for name in layout.wider_lists:
@@ -435,15 +469,26 @@ def check_labels(pairs: list[tuple[Path, Path]], labels: Path, *, some_have_none
     )
 
 
-def open_label_map(path: Path, height: int, width: int) -> Image.Image:
-    """The PNG at `path`. Raises UserError unless it has the image's size."""
+def open_label_map(path: Path, size: tuple[int, int], kind: MapKind) -> Image.Image:
+    """The PNG at `path`. Raises UserError unless it is of the kind and has the image's `size`,
+    width and height.
+    """
     image = open_image(path)
-    if image.size != (width, height):
+    check_label_map(path, image, size, kind)
+    return image
+
+
+def check_label_map(path: Path, image: Image.Image, size: tuple[int, int], kind: MapKind) -> None:
+    """Raise UserError as `open_label_map` does."""
+    if image.size != size:
         raise UserError(
             f"{path}: label map of {image.width}×{image.height} pixels"
-            f" for an image of {width}×{height}"
+            f" for an image of {size[0]}×{size[1]}"
         )
-    return image
+    if image.mode not in kind.modes:
+        raise UserError(
+            f"{path}: not a {kind.name}: its pixels are {image.mode}, not {kind.pixels}"
+        )
 
 
 def panoptic_file(labels: Path) -> Path:
@@ -549,5 +594,5 @@ def labelled_from(args: argparse.Namespace, prefix: str = "") -> LabelledImages:
         classes=args.classes,
         void=args.void,
         listed=own["list"],
-        option_prefix=prefix,
+        part=prefix,
     )

@@ -4,6 +4,8 @@ Letters: N images, H W a stored image's height and width, R the side of an evalu
 pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -71,15 +73,22 @@ class FolderImages:
 
 def open_image(path: Path) -> Image.Image:
     """The decoded image at `path`. Raises UserError, naming the file, if it cannot be read."""
-    try:
+    with readable(path):
         image = Image.open(path)
         image.load()
+    return image
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises UserError, naming the file, where PIL cannot read it inside."""
+    try:
+        yield
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = isinstance(error, OSError) and error.strerror
         raise UserError(f"{path}: {reason or f'damaged image ({error})'}") from None
-    return image
 
 
 def open_images(path: Path) -> ImageSource:

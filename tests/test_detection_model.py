@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
+from torchvision.transforms import Normalize
 
 from transfer.backbone import build_backbone
 from transfer.config import InitConfig
@@ -61,6 +62,40 @@ def test_every_weight_learns() -> None:
     assert all(loss.isfinite() and loss.ndim == 0 for loss in losses.values())
     torch.stack(list(losses.values())).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_anchors_lie_at_whole_strides() -> None:
+    """torchvision derives a level's stride from the padded size: in a size that the coarsest map's
+    cells do not divide, its anchors would drift, 36 pixels at a side of 800."""
+    model = detector().eval()
+    found: list[Tensor] = []
+    model.rpn.anchor_generator.register_forward_hook(lambda m, i, o: found.extend(o))
+    with torch.no_grad():
+        model({"images": [torch.zeros(3, 96, 160, dtype=torch.uint8)]})
+    centres, sides = (found[0][:, :2] + found[0][:, 2:]) / 2, found[0][:, 2:] - found[0][:, :2]
+    for size, stride in zip(SMALL.anchor_sizes, (4, 8, 16, 32, 64), strict=True):
+        level = centres[(sides == size).all(dim=1)]
+        rows, columns = torch.arange(0, 96, stride), torch.arange(0, 160, stride)
+        grid = torch.cartesian_prod(columns, rows).float()
+        there = {(x, y) for x, y in level.tolist()}
+        assert there >= {(x, y) for x, y in grid.tolist()}
+        assert all(x % stride == 0 and y % stride == 0 for x, y in there)
+
+
+def test_the_network_sees_what_the_encoder_was_trained_on() -> None:
+    """RGB, each channel with its own mean and deviation; blue for red would cost a backbone its
+    first layer. Padding is 0."""
+    model = detector().eval()
+    seen: list[Tensor] = []
+    model.backbone.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    red = torch.zeros(3, 64, 48, dtype=torch.uint8)
+    red[0] = 255
+    with torch.no_grad():
+        model({"images": [red]})
+    normal = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(red / 255)
+    assert seen[0].shape == (1, 3, 64, 64)
+    torch.testing.assert_close(seen[0][0, :, :, :48], normal)
+    assert not seen[0][..., 48:].any()
 
 
 def test_a_frozen_encoder_stays_as_it_is() -> None:

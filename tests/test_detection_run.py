@@ -1,5 +1,6 @@
 """The command: a run with all that it writes, its continuation, scoring alone, bad input."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def whole(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(small_config(coco, tmp_path_factory.mktemp("whole")))
 
 
-def test_a_run_tells_its_precisions(whole: Path) -> None:
+def test_a_run_tells_its_precisions(whole: Path, coco: Path) -> None:
     """The table of results is made of this file."""
     written = result(whole)
     assert (written["task"], written["dataset"], written["step"]) == ("detection", "coco", 4)
@@ -69,6 +70,11 @@ def test_a_run_tells_its_precisions(whole: Path) -> None:
         f"{kind}_{metric}" for kind in ("box", "mask") for metric in ("ap", "ap50", "ap75")
     }
     assert all(0 <= row["value"] <= 1 for row in written["results"])
+    scored = written["scored"]
+    assert (scored["dataset"], scored["images"], written["images"]) == ("coco", 3, 5)
+    assert scored["classes"] == ["box", "disc", "bar"]
+    annotations = coco / "annotations/instances_val2017.json"
+    assert scored["fingerprint"] == hashlib.sha256(annotations.read_bytes()).hexdigest()
 
 
 def test_a_resumed_run_is_the_same_run(whole: Path, coco: Path, tmp_path: Path) -> None:

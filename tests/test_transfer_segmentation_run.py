@@ -73,6 +73,9 @@ def test_a_run_learns_and_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> Non
     result = json.loads((tmp_path / "whole/run/result.json").read_text())
     assert result["task"] == "segmentation"
     assert result["dataset"] == "folder"
+    assert (result["images"], result["scored"]["images"]) == (10, 3)
+    assert result["scored"]["dataset"] == "folder" and result["scored"]["classes"] == NAMES
+    assert len(result["scored"]["fingerprint"]) == 64
     values = {row.get("class", row["metric"]): row["value"] for row in result["results"]}
     assert set(values) == {"miou", "mean_accuracy", "pixel_accuracy", *NAMES}
     assert values["miou"] == pytest.approx(sum(values[name] for name in NAMES) / 3)
@@ -115,6 +118,8 @@ def test_configs_are_complete_and_fit(tmp_path: Path) -> None:
     ("kind", "values", "message"),
     [
         (DataConfig, {"dataset": "pascal"}, "dataset must be one of folder, coco-stuff"),
+        (DataConfig, {"void": (300,)}, r"void must be ids in 0\.\.255"),
+        (DataConfig, {"void": (-1, 255)}, r"void must be ids in 0\.\.255"),
         (AugmentConfig, {"size": (513, 2049)}, "size must be longer and shorter side"),
         (AugmentConfig, {"scale": (2.0, 0.5)}, "scale must be two growing positive numbers"),
         (AugmentConfig, {"max_class_share": 0}, "max_class_share must be above 0"),
@@ -130,6 +135,13 @@ def test_impossible_settings_are_named(kind: Any, values: dict[str, Any], messag
     """Each would fail later, or not at all."""
     with pytest.raises(ValueError, match=message):
         kind(**values)
+
+
+def test_a_crop_of_one_cell_is_refused(root: Path, tmp_path: Path) -> None:
+    """The norms of a batch of one such crop would have one value a channel: a traceback."""
+    config = small_config(root, tmp_path)
+    with pytest.raises(ValueError, match=r"augment\.crop must be more than model\.output_stride"):
+        replace(config, augment=replace(config.augment, crop=16))
 
 
 def test_labels_that_are_all_void_are_the_users_mistake(root: Path, tmp_path: Path) -> None:
@@ -169,7 +181,7 @@ class Process:
 def test_processes_share_the_images(root: Path, tmp_path: Path) -> None:
     """One confusion matrix: an image counted twice or not at all, or a mean of means, differs."""
     torch.manual_seed(0)
-    task = Segmentation(small_config(root, tmp_path))
+    task = Segmentation(replace(small_config(root, tmp_path), inference=InferenceConfig()))
     rows = {}
     with torch.no_grad():
         for world in (1, 2):

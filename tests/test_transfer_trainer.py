@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pipeline.errors import UserError
 from tests.tiny_task import (
     IMAGES,
+    NAMES,
     DataConfig,
     ModelConfig,
     TinyConfig,
@@ -23,10 +24,13 @@ from tests.tiny_task import (
     tiny_config,
     trainer,
 )
+from train import checkpoint
 from train.metrics import Diverged
 from train.signals import Stopped, StopSignals
 from transfer import statistics
+from transfer.command import settings_of
 from transfer.examples import Order, generator
+from transfer.scoring import evaluate
 
 
 def run_dir(config: TinyConfig) -> Path:
@@ -79,6 +83,9 @@ def test_a_run_tells_its_result(whole: TinyConfig) -> None:
     assert [row["metric"] for row in written["results"]] == ["accuracy", "accuracy"]
     cost = written["cost"]
     assert cost["memory"] == "host" and cost["peak_memory_bytes"] > 1e6
+    assert written["images"] == 22 and written["scored"] == {
+        "dataset": "bright", "images": 7, "fingerprint": "0" * 64, "classes": list(NAMES),
+    }  # fmt: skip
     assert cost["images_per_s"] == pytest.approx(4 * cost["steps_per_s"])
     losses = [line for line in lines(whole) if "loss" in line]
     assert [line["step"] for line in losses] == [3, 6, 9, 12, 15]
@@ -206,23 +213,38 @@ def test_a_worker_that_ends_is_one_line(tmp_path: Path) -> None:
         trainer(config).train()
 
 
+@pytest.mark.parametrize(
+    ("precise_bn", "changes", "says"),
+    [
+        (2, {"images": 99}, r"bright, 99 images, .*; it was bright, 22 images"),
+        (0, {"classes": ["red", "blue", "green"]}, "differs is number 2: blue; it was green"),
+        (0, {"classes": ["red"]}, "1 classes, but .* on 3 .* number 2: none; it was green"),
+    ],
+)
 def test_other_data_is_refused(
-    whole: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: TinyConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    precise_bn: int,
+    changes: dict[str, Any],
+    says: str,
 ) -> None:
-    """Going on with other images is another run."""
-    config = tiny_config(tmp_path, max_steps=1)
-    trainer(config).train()
+    """Going on with other images is another run; scores of classes in another order, or with
+    statistics of other images, are figures of nothing."""
     build = TinyTask.__init__
 
-    def grown(task: TinyTask, config: TinyConfig) -> None:
+    def changed(task: TinyTask, config: TinyConfig) -> None:
         build(task, config)
-        task.data |= {"images": 99}
+        task.data |= changes
 
-    monkeypatch.setattr(TinyTask, "__init__", grown)
-    with pytest.raises(UserError, match=r"bright, 99 images, .*; it was bright, 22 images"):
-        trainer(config, "auto")
+    monkeypatch.setattr(TinyTask, "__init__", changed)
+    with pytest.raises(UserError, match=says):
+        trainer(whole, "auto")
     with pytest.raises(UserError, match="already holds checkpoints"):
-        trainer(config)
+        trainer(whole)
+    config = replace(whole, optim=replace(whole.optim, precise_bn=precise_bn))
+    origin, settings = checkpoint.find(run_dir(whole)), settings_of(TinyConfig)
+    with pytest.raises(UserError, match=says):
+        in_this_process(lambda: evaluate(config, TinyTask, settings, origin))
 
 
 def test_a_checkpoint_is_scored_by_itself(whole: TinyConfig, tmp_path: Path) -> None:

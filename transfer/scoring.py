@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from pipeline.errors import check_writable
+from pipeline.errors import UserError, check_writable
 from train import checkpoint
 from train.launch import launch
 from train.provenance import provenance, write_json
@@ -88,6 +89,7 @@ def evaluate(
     accelerator = launch(origin, config.efficiency.precision, (), PATIENCE_MINUTES)
     torch.manual_seed(config.optim.seed)
     task = build_task(without_weights(config))
+    check_data(origin, record.data, task, classes_alone=not config.optim.precise_bn)
     checkpoint.load_weights(origin, record, task.model)
     accelerator.prepare(place(task.model, config, accelerator).train())
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -100,6 +102,31 @@ def evaluate(
             write_json(out, {**content, "checkpoint": str(origin)})
 
 
+def check_data(
+    origin: Path, trained_on: dict[str, Any], task: Task, *, classes_alone: bool = False
+) -> None:
+    """Raises UserError unless the task's training set, or its classes alone, are those that the
+    checkpoint `origin` was `trained_on`.
+    """
+    before, now = (data.get("classes", []) for data in (trained_on, task.data))
+    if before != now:
+        pairs = zip_longest(before, now, fillvalue="none")
+        number, (old, new) = next((n, p) for n, p in enumerate(pairs, 1) if p[0] != p[1])
+        raise UserError(
+            f"data: {len(now)} classes, but {origin} was trained on {len(before)} others (the first"
+            f" that differs is number {number}: {new}; it was {old})"
+        )
+    if not classes_alone and trained_on != task.data:
+        raise UserError(
+            f"data: the training set is not what {origin} was trained on"
+            f" ({_describe(task.data)}; it was {_describe(trained_on)})"
+        )
+
+
+def _describe(data: dict[str, Any]) -> str:
+    return f"{data['dataset']}, {data['images']} images, fingerprint {data['fingerprint'][:12]}"
+
+
 def result(
     task: Task, config: TransferConfig, init: dict[str, Any], step: int, rows: list[Row]
 ) -> dict[str, Any]:
@@ -110,6 +137,7 @@ def result(
         "task": task.name,
         "dataset": task.data["dataset"],
         "images": task.data["images"],
+        "scored": task.scored,
         "schedule": {"steps": config.optim.steps, "batch_size": config.optim.batch_size},
         "init": init,
         "step": step,

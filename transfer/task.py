@@ -21,8 +21,11 @@ class Task(Protocol):
     init: dict[str, Any]
     """What `build_backbone` says of the backbone."""
     data: dict[str, Any]
-    """The data's identity: {"dataset": kind, "images": N, "fingerprint": sha256 of the list of
-    names and annotations}, both of the training set. A resumed run must find the same."""
+    """The training set's identity: {"dataset": kind, "images": N, "fingerprint": sha256 of the list
+    of names and annotations, "classes": names in the order of their labels}. A resumed run must
+    find the same, and whoever scores a checkpoint the same classes."""
+    scored: dict[str, Any]
+    """Likewise of the set that `evaluate` scores on."""
 
     def __len__(self) -> int:
         """Training examples."""

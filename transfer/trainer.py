@@ -22,7 +22,16 @@ from transfer.examples import Order, batches
 from transfer.losses import LossMeter
 from transfer.optimizer import build_optimizer
 from transfer.schedule import learning_rate
-from transfer.scoring import PATIENCE_MINUTES, cost, place, result, score, seed_step, summary
+from transfer.scoring import (
+    PATIENCE_MINUTES,
+    check_data,
+    cost,
+    place,
+    result,
+    score,
+    seed_step,
+    summary,
+)
 from transfer.task import Row, Task
 
 _GO_ON, _SIGNAL, _DISK = range(3)  # why a run ends early, agreed on by all; the largest counts
@@ -243,11 +252,7 @@ class Trainer:
     def _restore(self, origin: Path) -> None:
         """Raises Damaged, and then has changed nothing, or UserError."""
         record = checkpoint.read_record(origin, self._settings)
-        if record.data != self.task.data:
-            raise UserError(
-                f"data: the training set is not what {origin} was trained on"
-                f" ({_describe(self.task.data)}; it was {_describe(record.data)})"
-            )
+        check_data(origin, record.data, self.task)
         checkpoint.restore(origin, record, self.net, self.sgd, self.accelerator.scaler)
         self.step, self.seconds = record.step, record.seconds
         self.init = record.provenance["init"]
@@ -266,7 +271,3 @@ class Trainer:
             f"{self.config.efficiency.precision}"
         )
         return journal
-
-
-def _describe(data: dict[str, Any]) -> str:
-    return f"{data['dataset']}, {data['images']} images, fingerprint {data['fingerprint'][:12]}"

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +19,13 @@ from PIL import Image
 
 from evaluation.images import open_image
 from pipeline.errors import UserError
-from train.provenance import read_json
-
-ANNOTATION_KEYS = ("image_id", "category_id", "bbox", "area", "segmentation")
+from transfer.detection.annotations import (
+    Annotation,
+    Annotations,
+    ImageEntry,
+    read_annotations,
+    to_rle,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class CocoInstances:
     def __init__(self, annotations: Path, images: Path) -> None:
         self.annotations, self.images = annotations, images
         content = read_annotations(annotations)
-        self.categories: dict[int, str] = {c["id"]: c["name"] for c in content["categories"]}
+        self.categories: dict[int, str] = {c.id: c.name for c in content.categories}
         """Names by id, in the order of the ids: the n-th is label n, from 1 on."""
         self.dropped = 0
         self.records = self._records(content)
@@ -77,42 +80,37 @@ class CocoInstances:
         return image.convert("RGB")
 
     def masks(self, record: Record) -> NDArray[np.uint8]:
-        """The objects' masks [N, H, W]. Raises UserError."""
+        """The objects' masks [N, H, W]."""
         size = record.height, record.width
-        try:
-            runs = [to_rle(some, *size) for some in pickle.loads(record.segmentations)]
-            return np.moveaxis(rle.decode(runs), -1, 0)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{self.annotations}: image {record.id}: not a segmentation ({error})"
-            ) from None
+        runs = [to_rle(some, *size) for some in pickle.loads(record.segmentations)]
+        return np.moveaxis(rle.decode(runs), -1, 0)
 
-    def _records(self, content: dict[str, Any]) -> list[Record]:
+    def _records(self, content: Annotations) -> list[Record]:
         labels = {category: n for n, category in enumerate(self.categories, start=1)}
         objects = defaultdict(list)
-        for annotation in content["annotations"]:
-            if not annotation.get("iscrowd", 0):
-                objects[annotation["image_id"]].append(annotation)
-        return [self._record(image, objects[image["id"]], labels) for image in content["images"]]
+        for one in content.objects:
+            if not one.crowd:
+                objects[one.image_id].append(one)
+        return [self._record(image, objects[image.id], labels) for image in content.images]
 
     def _record(
-        self, image: dict[str, Any], objects: list[dict[str, Any]], labels: dict[int, int]
+        self, image: ImageEntry, objects: list[Annotation], labels: dict[int, int]
     ) -> Record:
-        height, width = image["height"], image["width"]
-        boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
+        height, width = image.height, image.width
+        boxes = np.array([o.bbox for o in objects], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
         good = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
         self.dropped += int((~good).sum())
         kept = [o for o, keep in zip(objects, good.tolist(), strict=True) if keep]
         return Record(
-            id=image["id"],
-            name=image["file_name"],
+            id=image.id,
+            name=image.file_name,
             height=height,
             width=width,
             boxes=boxes[good],
-            labels=np.array([labels[o["category_id"]] for o in kept], np.int64),
-            segmentations=pickle.dumps([o["segmentation"] for o in kept]),
+            labels=np.array([labels[o.category_id] for o in kept], np.int64),
+            segmentations=pickle.dumps([o.segmentation for o in kept]),
         )
 
     def _check_images(self) -> None:
@@ -145,72 +143,6 @@ def open_instances(root: Path, annotations: str, images: str, split: str) -> Coc
             f" in {file.parent if file.parent.is_dir() else root}"
         )
     return CocoInstances(file, folder)
-
-
-def read_annotations(path: Path) -> dict[str, Any]:
-    """An annotation file as it is, but for the categories, which come in the order of their ids.
-
-    Raises UserError unless all that we read of it is there and fits together.
-    """
-    content = read_json(path)
-    try:
-        images = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        names = {category["id"]: category["name"] for category in categories}
-        annotations = content["annotations"]
-        for annotation in annotations:
-            check_annotation(annotation, images, path)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not COCO instance annotations ({error!r})") from None
-    if not images or not names:
-        raise UserError(f"{path}: names no {'categories' if images else 'images'}")
-    unknown = [a["category_id"] for a in annotations if a["category_id"] not in names]
-    if unknown:
-        raise UserError(
-            f"{path}: {len(unknown)} of {len(annotations)} annotations have a category_id that is"
-            f" none of its {len(names)} categories (the first: {unknown[0]})"
-        )
-    for what, given, count in (
-        ("images", images, len(content["images"])),
-        ("categories", names, len(categories)),
-    ):
-        if len(given) < count:
-            raise UserError(f"{path}: {count - len(given)} of {count} {what} have another's id")
-    return {"images": content["images"], "annotations": annotations, "categories": categories}
-
-
-def check_annotation(
-    annotation: dict[str, Any], images: dict[int, tuple[int, int]], path: Path
-) -> None:
-    """Raises UserError, or KeyError or TypeError for what is no annotation at all."""
-    where = f"{path}: annotation {annotation.get('id', '')}".rstrip()
-    missing = [key for key in ANNOTATION_KEYS if key not in annotation]
-    if missing:
-        raise UserError(f"{where} has no {missing[0]}")
-    if annotation["image_id"] not in images:
-        raise UserError(
-            f"{where} is of image {annotation['image_id']}, which the file does not name"
-        )
-    box = annotation["bbox"]
-    if len(box) != 4 or not np.isfinite(np.array(box, np.float64)).all():
-        raise UserError(f"{where}: bbox must be [x, y, width, height], not {box}")
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, dict):
-        size = images[annotation["image_id"]]
-        if tuple(segmentation["size"]) != size:
-            raise UserError(
-                f"{where}: a mask of {segmentation['size'][1]}×{segmentation['size'][0]} pixels"
-                f" for an image of {size[1]}×{size[0]}"
-            )
-    elif not segmentation or any(len(part) < 6 or len(part) % 2 for part in segmentation):
-        raise UserError(f"{where}: segmentation must be RLE or polygons of 3 points or more")
-
-
-def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Polygons, or run lengths as a list or in COCO's compressed text, as the latter. Raises
-    ValueError.
-    """
-    return rle.segmToRle(segmentation, width, height)
 
 
 def resized(height: int, width: int, side: int, longest: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ Letters: D detections of an image, H W its stored height and width, M the side o
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from transfer.detection.dataset import CocoInstances, Record, pixels_of, read_annotations, resized
+from transfer.detection.annotations import read_annotations
+from transfer.detection.dataset import CocoInstances, Record, pixels_of, resized
 from transfer.detection.model import HALF_PIXEL
 from transfer.task import Row
 
@@ -136,10 +138,17 @@ def score(source: CocoInstances, found: list[CocoResult]) -> list[Row]:
 
 def ground_truth(source: CocoInstances) -> COCO:
     """What the annotation file says, crowds included. Objects are numbered anew from 1: the
-    evaluator takes a 0 for none.
+    evaluator takes a 0 for none. Raises UserError.
     """
     content = read_annotations(source.annotations)
-    for number, annotation in enumerate(content["annotations"], start=1):
-        annotation["id"] = number
-        annotation.setdefault("iscrowd", 0)
-    return COCO(content)
+    objects = [
+        {"id": number, "iscrowd": int(one.crowd), **asdict(one)}
+        for number, one in enumerate(content.objects, start=1)
+    ]
+    return COCO(
+        {
+            "images": [asdict(image) for image in content.images],
+            "categories": [asdict(category) for category in content.categories],
+            "annotations": objects,
+        }
+    )

@@ -31,7 +31,9 @@ from torchvision.ops import MultiScaleRoIAlign
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from transfer.detection.config import ModelConfig
 
-STRIDE = 32
+STRIDE = 64
+"""Pixels of a cell of the coarsest map. Sides are padded to whole ones: torchvision takes a level's
+anchors to be as far apart as the side divided by its cells."""
 BOX_SIDE, MASK_SIDE = 7, 14
 """Bins of a region in each direction, as the heads see it."""
 LEVELS = ["layer1", "layer2", "layer3", "layer4"]
@@ -72,7 +74,7 @@ class Detector(nn.Module):
 
 
 def _normalised(images: list[Tensor]) -> ImageList:
-    """With ImageNet's mean and deviation, then padded with zeros to one size, a multiple of 32."""
+    """With ImageNet's mean and deviation, then padded with zeros to one size of whole strides."""
     device = images[0].device
     mean, std = (
         torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)

@@ -36,11 +36,8 @@ class Detection:
         self.examples = TrainingExamples(train, data.train_sides, data.longest_side, data.flip)
         encoder, self.init = build_backbone(config.init)
         self.model: nn.Module = Detector(encoder, len(train.categories), config.model)
-        self.data: dict[str, Any] = {
-            "dataset": "coco",
-            "images": len(self.examples),
-            "fingerprint": train.fingerprint(),
-        }
+        self.data = _identity(train, len(self.examples))
+        self.scored = _identity(self.val, len(self.val.records))
         if train.dropped and _FIRST:
             print(
                 f"note: {train.annotations}: {train.dropped} objects left out of the training:"
@@ -64,6 +61,15 @@ class Detection:
         """COCO's average precisions on the validation split. Raises UserError."""
         data = self.config.data
         return evaluate(model, self.val, data.val_side, data.longest_side, accelerator)
+
+
+def _identity(source: CocoInstances, images: int) -> dict[str, Any]:
+    return {
+        "dataset": "coco",
+        "images": images,
+        "fingerprint": source.fingerprint(),
+        "classes": list(source.categories.values()),
+    }
 
 
 def _open(config: DetectionConfig, split: str) -> CocoInstances:

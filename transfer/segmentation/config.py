@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from evaluation.datasets import KINDS
+from evaluation.datasets import KINDS, VOID
 from pipeline.errors import require
 from transfer.config import TransferConfig
 
@@ -44,6 +44,8 @@ class DataConfig:
         require(self.dataset in KINDS, "dataset", self.dataset, f"one of {', '.join(KINDS)}")
         if self.void is not None:
             object.__setattr__(self, "void", tuple(self.void))
+            ids = all(0 <= each <= VOID for each in self.void)
+            require(ids, "void", self.void, f"ids in 0..{VOID}")
 
 
 @dataclass(frozen=True)
@@ -139,3 +141,9 @@ class SegmentationConfig(TransferConfig):
     """Model"""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """Inference"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        crop, cell = self.augment.crop, self.model.output_stride
+        # The norms of a batch of one image need more than one value a channel.
+        require(crop > cell, "augment.crop", crop, f"more than model.output_stride ({cell})")

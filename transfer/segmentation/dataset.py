@@ -11,7 +11,8 @@ from transfer.segmentation.config import DataConfig
 
 def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
     """The images to learn from and those to score. Raises UserError: for what is not of the layout,
-    for classes without names, and for images that are in both.
+    for classes without names, for images that are in both, and for label maps of another size or
+    kind.
     """
     train, val = open_part(config, "train"), open_part(config, "val")
     if train.names is None:
@@ -24,6 +25,8 @@ def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
     common = {path.resolve() for path in train.paths} & {path.resolve() for path in val.paths}
     if common:
         raise UserError(f"{min(common)}: to be learnt from and to be scored: give other sets")
+    train.check_headers()
+    val.check_headers()
     return train, val
 
 
@@ -42,7 +45,8 @@ def open_part(config: DataConfig, part: Literal["train", "val"]) -> LabelledImag
         classes=_path(config.classes),
         void=config.void,
         listed=listed,
-        option_prefix=f"data.{part}_",
+        section="data.",
+        part=f"{part}_",
     )
 
 

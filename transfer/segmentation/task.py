@@ -32,11 +32,15 @@ class Segmentation:
         self.train, self.val = open_sets(config.data)
         encoder, self.init = build_backbone(config.init)
         self.model: nn.Module = FCN(encoder, self.train.num_classes, config.model)
-        self.data = {
-            "dataset": config.data.dataset,
-            "images": len(self.train),
-            "fingerprint": fingerprint(self.train),
-        }
+        self.data, self.scored = (
+            {
+                "dataset": config.data.dataset,
+                "images": len(part),
+                "fingerprint": fingerprint(part),
+                "classes": part.names,
+            }
+            for part in (self.train, self.val)
+        )
         torch.backends.cudnn.benchmark = True  # all crops have one size
 
     def __len__(self) -> int:
