@@ -19,6 +19,7 @@ from tests.coco_sets import (
     write_coco,
 )
 from transfer.detection.dataset import CocoInstances, TrainingExamples, open_instances, resized
+from transfer.detection.evaluate import ground_truth
 from transfer.examples import generator
 
 BOX = (10, 5, 20, 30)
@@ -111,6 +112,19 @@ def test_boxes_without_area_in_the_image_are_left_out_and_counted(tmp_path: Path
     assert len(source.masks(source.records[0])) == 2
 
 
+def test_masks_without_area_are_left_out_and_counted(tmp_path: Path) -> None:
+    """COCO's tools leave polygons of two points out; one must not refuse the whole set."""
+    empty = compressed(np.zeros((50, 60), np.uint8))
+    shapes = [polygon(BOX), [*polygon(BOX), [1, 2, 3, 4]], [[1, 2, 3, 4]], empty]
+    write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, s) for s in shapes])
+    source = opened(tmp_path)
+    assert source.dropped == 2
+    first, second = source.masks(source.records[0])
+    assert first.any()
+    assert (first == second).all()
+    assert len(ground_truth(source).anns) == 4
+
+
 def test_another_layout_is_told(tmp_path: Path) -> None:
     """Whoever points at the wrong folder has to see what is expected and what is there."""
     (tmp_path / "images").mkdir()
@@ -165,7 +179,7 @@ def _crowd(content: dict[str, Any]) -> dict[str, Any]:
         (lambda c: _first(c).update(area="x"), "area must be a number, not 'x'"),
         (lambda c: _first(c).update(iscrowd="0"), "iscrowd must be 0 or 1, not '0'"),
         (lambda c: _first(c).update(segmentation=[]), "segmentation must be RLE or polygons"),
-        (lambda c: _first(c).update(segmentation=[[1, 2, 3, 4]]), "segmentation must be"),
+        (lambda c: _first(c).update(segmentation=[[1, 2, 3]]), "segmentation must be"),
         (lambda c: _first(c).update(segmentation=[["a"] * 6]), "segmentation must be"),
         (lambda c: _first(c).update(segmentation=[[float("nan")] * 6]), "segmentation must be"),
         (lambda c: _first(c).update(segmentation=[[1e30] * 6]), "segmentation must be"),

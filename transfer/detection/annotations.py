@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from faster_coco_eval import mask_api_new_cpp as runs
 from faster_coco_eval.core import mask as rle
 
@@ -90,12 +91,12 @@ class _Fields:
         return name in self.content and bool(self._of(name, lambda v: v in (0, 1), "0 or 1"))
 
     def segmentation(self, name: str, height: int, width: int) -> Segmentation:
-        value = self._of(
-            name,
-            lambda v: isinstance(v, dict) or _polygons(v),
-            "RLE or polygons of 3 points or more",
-        )
-        return self._run_lengths(value, height, width) if isinstance(value, dict) else value
+        """Polygons of fewer than three points enclose nothing and are left out."""
+        value = self._of(name, lambda v: isinstance(v, dict) or _polygons(v), "RLE or polygons")
+        if isinstance(value, dict):
+            return self._run_lengths(value, height, width)
+        polygons = [polygon for polygon in value if len(polygon) >= 6]
+        return polygons or rle.encode(np.zeros((height, width), np.uint8, order="F"))
 
     def _run_lengths(self, value: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         """As COCO's compressed text."""
@@ -137,13 +138,18 @@ def _polygons(value: Any) -> bool:
 
 def _polygon(value: Any) -> bool:
     """x y x y …"""
-    points = isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0
+    points = isinstance(value, list) and len(value) % 2 == 0
     return points and all(_finite(v) and abs(v) <= FARTHEST for v in value)
 
 
 def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
     """Polygons or run lengths as COCO's compressed text."""
     return rle.segmToRle(segmentation, width, height)
+
+
+def encloses(segmentation: Segmentation) -> bool:
+    """Whether run lengths have any pixel; polygons are taken to."""
+    return not isinstance(segmentation, dict) or bool(rle.area(segmentation) > 0)
 
 
 def read_annotations(path: Path) -> Annotations:

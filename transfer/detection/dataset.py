@@ -23,6 +23,7 @@ from transfer.detection.annotations import (
     Annotation,
     Annotations,
     ImageEntry,
+    encloses,
     read_annotations,
     to_rle,
 )
@@ -51,7 +52,8 @@ class CocoInstances:
     training leaves them out, and the evaluator reads them itself.
 
     Raises UserError where the file or an image is missing, or where what it says is not of the
-    format. An object whose box has no area within the image is left out and counted in `dropped`.
+    format. An object whose box has no area within the image, or whose mask has none, is left out
+    and counted in `dropped`.
     """
 
     def __init__(self, annotations: Path, images: Path) -> None:
@@ -101,6 +103,7 @@ class CocoInstances:
         boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
         good = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
+        good &= np.array([encloses(o.segmentation) for o in objects], bool)
         self.dropped += int((~good).sum())
         kept = [o for o, keep in zip(objects, good.tolist(), strict=True) if keep]
         return Record(

@@ -41,7 +41,7 @@ class Detection:
         if train.dropped and _FIRST:
             print(
                 f"note: {train.annotations}: {train.dropped} objects left out of the training:"
-                " their boxes have no area within the image",
+                " their boxes or masks have no area within the image",
                 file=sys.stderr,
             )
 
