@@ -18,12 +18,12 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import CommandParser, UserError, run
+from transfer.table import mean_and_deviation
 
 VARIANTS = {
     "full": "",
@@ -140,17 +140,11 @@ def table(made: dict[tuple[str, int], list[Path]], metric: str) -> str:
                 values[name, column][seed].append(100 * row["value"])
     lines = [f"| {metric}, % | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for name in [*dict.fromkeys(variant for variant, _ in made), "untrained", "pixels"]:
-        cells = [cell([statistics.mean(v) for v in values[name, c].values()]) for c in COLUMNS]
+        seeds = [[statistics.mean(v) for v in values[name, c].values()] for c in COLUMNS]
+        cells = [mean_and_deviation(means) for means in seeds]
         if any(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

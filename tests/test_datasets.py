@@ -5,21 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from evaluation.coco_classes import CLASSES, STUFF, THINGS, coarse_classes
 from evaluation.datasets import KINDS, LabelledImages, open_labelled
 from pipeline.errors import UserError
+from tests.labelled_sets import save_png
 
 SHAPE = (4, 6)
-
-
-def save(path: Path, pixels: np.ndarray, palette: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(pixels.astype(np.uint8))
-    if palette:
-        image.putpalette(list(range(256)) * 3)
-    image.save(path)
 
 
 def grid(*values: int) -> np.ndarray:
@@ -28,7 +20,7 @@ def grid(*values: int) -> np.ndarray:
 
 
 def photograph(path: Path) -> None:
-    save(path, np.zeros((*SHAPE, 3)))
+    save_png(path, np.zeros((*SHAPE, 3)))
 
 
 def only(data: LabelledImages) -> np.ndarray:
@@ -82,13 +74,13 @@ def test_order_of_the_27_is_the_benchmarks() -> None:
 def test_stuff_maps_hold_ids_less_one(tmp_path: Path) -> None:
     """Off by one, each class would be its neighbour."""
     photograph(tmp_path / "val2017/000000000139.jpg")
-    save(tmp_path / "stuffthingmaps/val2017/000000000139.png", grid(0, 181, 255))
+    save_png(tmp_path / "stuffthingmaps/val2017/000000000139.png", grid(0, 181, 255))
     data = open_labelled("coco-stuff", root=tmp_path)
     assert data.num_classes == 27
     assert data.names == CLASSES
     expected = grid(CLASSES.index("person"), CLASSES.index("solid"), 255)
     np.testing.assert_array_equal(only(data), expected)
-    save(tmp_path / "stuffthingmaps/val2017/000000000139.png", grid(11))  # street sign, unused
+    save_png(tmp_path / "stuffthingmaps/val2017/000000000139.png", grid(11))  # street sign, unused
     with pytest.raises(UserError, match="class id 11 is not in the table"):
         only(data)
 
@@ -96,7 +88,7 @@ def test_stuff_maps_hold_ids_less_one(tmp_path: Path) -> None:
 def panoptic(root: Path, segments: list[dict[str, int]], colours: np.ndarray) -> Path:
     """One image in COCO's panoptic layout; colours [H, W, 3]."""
     photograph(root / "val2017/000000000139.jpg")
-    save(root / "annotations/panoptic_val2017/000000000139.png", colours)
+    save_png(root / "annotations/panoptic_val2017/000000000139.png", colours)
     categories = [
         {"id": 1, "name": "person", "supercategory": "person", "isthing": 1},
         {"id": 196, "name": "food-other-merged", "supercategory": "food-stuff", "isthing": 0},
@@ -125,7 +117,7 @@ def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
     panoptic(tmp_path, segments[:2], colours)
     with pytest.raises(UserError, match=r"segment 197121 is not in .*panoptic_val2017\.json"):
         only(open_labelled("coco-panoptic", root=tmp_path))
-    save(tmp_path / "annotations/panoptic_val2017/000000000139.png", grid(7))
+    save_png(tmp_path / "annotations/panoptic_val2017/000000000139.png", grid(7))
     with pytest.raises(UserError, match="not a panoptic PNG: its pixels are L"):
         only(open_labelled("coco-panoptic", root=tmp_path))
     for text, message in (
@@ -147,7 +139,7 @@ def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
 def test_camvid(tmp_path: Path) -> None:
     """11 classes and void as 11, in SegNet's order."""
     photograph(tmp_path / "val/0016E5_07959.png")
-    save(tmp_path / "valannot/0016E5_07959.png", grid(0, 10, 11))
+    save_png(tmp_path / "valannot/0016E5_07959.png", grid(0, 10, 11))
     data = open_labelled("camvid", root=tmp_path)
     assert data.names is not None
     assert (data.names[0], data.names[10], data.num_classes) == ("sky", "bicyclist", 11)
@@ -158,12 +150,12 @@ def test_cityscapes(tmp_path: Path) -> None:
     """The 19 classes of the benchmark; what it does not score is void, licence plates too."""
     photograph(tmp_path / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
     labels = tmp_path / "gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png"
-    save(labels, grid(7, 33, 0, 9, 26, 255))
+    save_png(labels, grid(7, 33, 0, 9, 26, 255))
     data = open_labelled("cityscapes", root=tmp_path)
     assert data.names is not None
     assert [data.names[c] for c in (0, 18, 13)] == ["road", "bicycle", "car"]
     np.testing.assert_array_equal(only(data), grid(0, 18, 255, 255, 13, 255))
-    save(labels, grid(34))
+    save_png(labels, grid(34))
     with pytest.raises(UserError, match="class id 34"):
         only(data)
 
@@ -174,7 +166,7 @@ def test_voc(tmp_path: Path) -> None:
     for name in ("2007_000033", "2007_000042", "2007_000061"):
         photograph(root / f"JPEGImages/{name}.jpg")
     for name in ("2007_000033", "2007_000042"):
-        save(root / f"SegmentationClass/{name}.png", grid(0, 20, 255), palette=True)
+        save_png(root / f"SegmentationClass/{name}.png", grid(0, 20, 255), palette=True)
     lists = root / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
     (lists / "val.txt").write_text("2007_000042\n")
@@ -197,7 +189,7 @@ def test_list_chooses_and_orders(tmp_path: Path) -> None:
     """PiCIE's curated list has COCO's zero-padded ids, others names or plain ids."""
     for name in ("000000000139", "000000000285", "b/scene"):
         photograph(tmp_path / f"images/{name}.jpg")
-        save(tmp_path / f"labels/{name}.png", grid(0))
+        save_png(tmp_path / f"labels/{name}.png", grid(0))
     folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
     listed = tmp_path / "list.txt"
     listed.write_text("285\n\nb/scene.jpg\n000000000139\n")
@@ -210,7 +202,7 @@ def test_list_chooses_and_orders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 2 images are not in .*images \(the first: 140\)"):
         open_labelled("folder", **folders, listed=listed)
     photograph(tmp_path / "images/a/scene.jpg")
-    save(tmp_path / "labels/a/scene.png", grid(0))
+    save_png(tmp_path / "labels/a/scene.png", grid(0))
     listed.write_text("scene\n")
     with pytest.raises(UserError, match="several images called scene"):
         open_labelled("folder", **folders, listed=listed)
@@ -242,7 +234,7 @@ def test_one_label_map_for_two_images_is_refused(tmp_path: Path) -> None:
     for name in ("a.jpg", "a.png", "b.png"):
         photograph(tmp_path / "images" / name)
     for name in ("a.png", "b.png"):
-        save(tmp_path / "labels" / name, grid(0))
+        save_png(tmp_path / "labels" / name, grid(0))
     with pytest.raises(UserError, match=r"a\.png would be of both a\.jpg and a\.png"):
         open_labelled(images=tmp_path / "images", labels=tmp_path / "labels")
 

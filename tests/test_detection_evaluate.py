@@ -13,10 +13,11 @@ from faster_coco_eval.core import mask as rle
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.parallel import ordered_map
 from tests.coco_sets import CATEGORIES, annotation, box_mask, run_lengths, varied_set, write_coco
 from transfer.detection import evaluate as evaluation
 from transfer.detection.dataset import CocoInstances, nearest, open_instances
-from transfer.detection.evaluate import in_advance, paste, score, to_results
+from transfer.detection.evaluate import paste, score, to_results
 
 ALONE = SimpleNamespace(
     process_index=0, num_processes=1, is_main_process=True, device=torch.device("cpu")
@@ -201,7 +202,7 @@ def test_masks_are_resized_without_a_shift() -> None:
 
 def test_reading_ahead_keeps_the_order_and_the_errors() -> None:
     """Results beside the wrong images, or a file that cannot be read and is not told."""
-    assert list(in_advance(lambda x: x * x, range(20))) == [x * x for x in range(20)]
+    assert list(ordered_map(lambda x: x * x, range(20), 2)) == [x * x for x in range(20)]
 
     def fails(x: int) -> int:
         if x == 6:
@@ -209,4 +210,4 @@ def test_reading_ahead_keeps_the_order_and_the_errors() -> None:
         return x
 
     with pytest.raises(UserError, match=r"6\.jpg"):
-        list(in_advance(fails, range(20)))
+        list(ordered_map(fails, range(20), 2))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from pipeline.errors import UserError
 from tests.coco_sets import varied_set
+from tests.runs import ROOT, in_this_process
 from tests.test_detection_model import SMALL
-from tests.tiny_task import ROOT, in_this_process
 from train.settings import to_yaml
 from transfer.command import settings_of
 from transfer.config import EfficiencyConfig, InitConfig, LogConfig, OptimConfig

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UserError
 from tests.faulty import Pair, at_micro_batch, make, separable_run, watch
-from tests.training import ROOT, TIMES, assert_same_tensors, run_dir, small_beton, tensors
+from tests.runs import ROOT
+from tests.training import TIMES, assert_same_tensors, run_dir, small_beton, tensors
 from train import checkpoint
 from train.config import RunConfig
 from train.metrics import Diverged, Meter

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from tests.training import ROOT, run_dir, small_beton, small_run
+from tests.runs import ROOT
+from tests.training import run_dir, small_beton, small_run
 from train import checkpoint, pretrain
 from train.config import to_yaml
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 
 from pipeline.errors import UserError
 from tests.labelled_sets import NAMES, VOID, save_png, write_folder_set
+from tests.runs import in_this_process
 from transfer.config import EfficiencyConfig, InitConfig, LogConfig, OptimConfig
 from transfer.segmentation.config import (
     AugmentConfig,
@@ -55,13 +56,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(config: SegmentationConfig, resume: str | None = None) -> Any:
-    """A trainer in this process; Accelerate keeps state between runs that has to go first."""
+    """A trainer in this process."""
     from transfer.command import settings_of
     from transfer.trainer import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return Trainer(config, Segmentation, settings_of(SegmentationConfig), resume)
+    settings = settings_of(SegmentationConfig)
+    return in_this_process(lambda: Trainer(config, Segmentation, settings, resume))
 
 
 def test_a_run_learns_and_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
+from tests.runs import in_this_process, launch_module
 from train.settings import to_yaml
 from train.signals import StopSignals
 from transfer.command import run_task, settings_of
@@ -25,7 +23,6 @@ from transfer.examples import generator
 from transfer.task import Row
 from transfer.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
 IMAGES, BATCH, HELD_OUT = 22, 4, 7  # 5 steps an epoch, two images left over
 NAMES = ("red", "green", "blue")
 CLASSES = len(NAMES)
@@ -161,13 +158,6 @@ def trainer(
     )
 
 
-def in_this_process(start: Callable[[], Any]) -> Any:
-    """start(), without what Accelerate keeps from one run to the next."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return start()
-
-
 def command(argv: list[str] | None = None) -> None:
     """The command of this task."""
     run_task(TinyConfig, TinyTask, "tests.tiny_task", "Learn nothing much.", "examples:", argv)
@@ -179,18 +169,10 @@ def launched(
     """The command in other processes."""
     file = Path(config.log.dir) / f"{config.name}.yaml"
     file.write_text(to_yaml(config))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    line = [sys.executable, *(torchrun if processes > 1 else [])]
-    line += ["-m", "tests.tiny_task", "--config", str(file), *options]
-    return subprocess.run(
-        line,
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        env=os.environ | environment,
-    )
+    return launch_module(
+        "tests.tiny_task", "--config", str(file), *options,
+        processes=processes, timeout=120, **environment,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,18 +3,17 @@
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from model import ModelConfig, ModelOutput
 from pipeline.views import ViewConfig
 from tests.betons import varied, write_beton
+from tests.runs import in_this_process, launch_module
 from train import metrics
 from train.config import (
     DataConfig,
@@ -28,7 +27,6 @@ from train.config import (
 from train.signals import StopSignals
 from train.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
 IMAGES, BATCH = 22, 4  # 5 steps an epoch, two images left over
 TIMES = ("images_per_s", "wait_share", "seconds")
 
@@ -58,10 +56,8 @@ def with_accumulation(config: RunConfig, count: int) -> RunConfig:
 def trainer(
     config: RunConfig, resume: str | None = None, signals: StopSignals | None = None
 ) -> Trainer:
-    """A trainer in this process; Accelerate keeps state between runs that has to go first."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return Trainer(config, resume, signals)
+    """A trainer in this process."""
+    return in_this_process(lambda: Trainer(config, resume, signals))
 
 
 def run_dir(config: RunConfig) -> Path:
@@ -89,11 +85,8 @@ def launch(config: RunConfig, *options: str, processes: int = 1) -> subprocess.C
     """Run `config` in other processes, by way of `main` below."""
     file = Path(config.log.dir) / f"{config.name}.yaml"
     file.write_text(to_yaml(config))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else [])]
-    command += ["-m", "tests.training", "--config", str(file), *options]
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=280
+    return launch_module(
+        "tests.training", "--config", str(file), *options, processes=processes, timeout=280
     )
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from pipeline import turbojpeg
 from pipeline.errors import UserError
+from pipeline.parallel import ordered_map
 from tools.beton_writer import DEFAULT_PAGE_SIZE
 from tools.images import Record, Storage, make_record
 from tools.jpeg import BadImage
-from tools.parallel import ordered_map
 
 SAMPLE = 256
 SIDES = (None, 2048, 1536, 1280, 1024, 896, 768, 640, 512, 448, 384, 320, 256, 224, 192, 160, 128)

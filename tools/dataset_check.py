@@ -20,8 +20,9 @@ from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.ffcv_format import DESCRIPTOR, HEADER, IMAGE, INTEGER, RAW, VERSION, metadata_type
 from pipeline.manifest import Manifest, Record
+from pipeline.parallel import ordered_map
 from pipeline.turbojpeg import Decoder
-from tools.parallel import ordered_map, progress
+from tools.progress import progress
 
 CHUNK = 32  # records of one task
 GAP = 1 << 23  # bytes of unused space read at once

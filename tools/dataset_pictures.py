@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.beton import Beton, CorruptRecord
+from pipeline.parallel import ordered_map
 from tools.charts import short, ticks
-from tools.parallel import ordered_map
 
 INK, FAINT, RULE, PAPER, BAR, MISSING = (
     "#1b1f24", "#6b7280", "#e5e7eb", "#ffffff", "#2f6fde", "#f3d9d4",

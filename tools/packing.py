@@ -27,12 +27,13 @@ from pipeline.beton import Beton
 from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG, RAW
 from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
+from pipeline.parallel import ordered_map
 from tools.archives import inflate
 from tools.beton_writer import BetonWriter, Sample
 from tools.images import MAX_BYTES, Storage, make_record
 from tools.journal import Journal, Row, read_done, read_job
 from tools.jpeg import BadImage
-from tools.parallel import ordered_map, progress
+from tools.progress import progress
 from tools.sources import Source
 
 MAX_NAMED = 20  # bad files in an error message; the others are in FILE.beton.bad.txt

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.errors import CommandParser, UserError, run
-from tools.parallel import ordered_map
+from pipeline.parallel import ordered_map
 
 Array = NDArray[np.floating]
 Texture = Callable[[Generator, Array, Array], tuple[Array, Array]]

@@ -5,7 +5,6 @@ Sections: `data`, `views`, `model` and `train` define the science; `efficiency` 
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,7 +17,15 @@ from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
 from train.command import EXIT_CODES
-from train.settings import RESUME, Settings, flatten, to_dict, to_yaml
+from train.settings import (
+    RESUME,
+    Settings,
+    check_run_name,
+    check_seed_and_end,
+    flatten,
+    to_dict,
+    to_yaml,
+)
 
 __all__ = [
     "DataConfig",
@@ -151,13 +158,7 @@ class TrainConfig:
             stages,
             "pairs of a growing share, from 0 on, and a growing side, a multiple of 32",
         )
-        require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2^32-1")
-        require(
-            self.max_steps is None or self.max_steps >= 1,
-            "max_steps",
-            self.max_steps,
-            "null or at least 1",
-        )
+        check_seed_and_end(self.seed, self.max_steps)
 
 
 @dataclass(frozen=True)
@@ -261,8 +262,7 @@ class RunConfig:
     """Log"""
 
     def __post_init__(self) -> None:
-        plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name)
-        require(bool(plain), "name", self.name, "made of letters, digits, '.', '_' and '-'")
+        check_run_name(self.name)
         sides = [side for _, side in self.train.view_sizes] or [self.views.size]
         require(
             sides[-1] == self.views.size,

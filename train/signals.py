@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -41,6 +42,14 @@ class StopSignals:
             signal.signal(number, handler)
         self._writer.close()  # the thread reads to the end, and ends
         self._thread.join()
+
+    def stopped(self, run_dir: Path, step: int) -> Stopped:
+        """How a run ends that has heeded the signal; another process may have received it."""
+        name = self.received.name if self.received else "a signal"
+        return Stopped(
+            f"{run_dir}: stopped by {name} at step {step}, which has a checkpoint; go on with"
+            " --resume auto"
+        )
 
     def _listen(self) -> None:
         with self._reader as reader:

@@ -305,11 +305,7 @@ class Trainer:
             raise problem
         if reason == _TRACKER:
             raise UserError("")  # as above
-        name = self.signals.received.name if self.signals.received else "a signal"
-        raise Stopped(
-            f"{self.run_dir}: stopped by {name} at step {self.step}, which has a checkpoint; go on "
-            "with --resume auto"
-        )
+        raise self.signals.stopped(self.run_dir, self.step)
 
     def _check(self, good: bool, problem: str) -> None:
         if not good:

@@ -3,12 +3,12 @@
 """
 
 import math
-import re
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from model.config import ARCHITECTURES
 from pipeline.errors import require
+from train.settings import check_run_name, check_seed_and_end
 
 STAGES = ("conv1 and bn1", "layer1", "layer2", "layer3", "layer4")
 """What `InitConfig.frozen` counts."""
@@ -100,13 +100,7 @@ class OptimConfig:
         )
         require(0 <= self.warmup_factor <= 1, "warmup_factor", self.warmup_factor, "in 0..1")
         require(self.precise_bn >= 0, "precise_bn", self.precise_bn, "0 or more")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2^32-1")
-        require(
-            self.max_steps is None or self.max_steps >= 1,
-            "max_steps",
-            self.max_steps,
-            "null or at least 1",
-        )
+        check_seed_and_end(self.seed, self.max_steps)
 
     @property
     def last_step(self) -> int:
@@ -170,8 +164,7 @@ class TransferConfig:
     """Log"""
 
     def __post_init__(self) -> None:
-        plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name)
-        require(bool(plain), "name", self.name, "made of letters, digits, '.', '_' and '-'")
+        check_run_name(self.name)
 
 
 Config = TypeVar("Config", bound=TransferConfig)

@@ -236,11 +236,7 @@ class Trainer:
             raise UserError("")  # another process says why
         # A launcher that sees one process end ends the others, which may still be writing.
         self.accelerator.wait_for_everyone()
-        name = self.signals.received.name if self.signals.received else "a signal"
-        raise Stopped(
-            f"{self.run_dir}: stopped by {name} at step {self.step}, which has a checkpoint; go on "
-            "with --resume auto"
-        )
+        raise self.signals.stopped(self.run_dir, self.step)
 
     def _check(self, good: bool, problem: str) -> None:
         if not good:

@@ -3,11 +3,8 @@
 Letters: D detections of an image, H W its stored height and width, M the side of a predicted mask.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from pipeline.parallel import ordered_map
 from transfer.detection.annotations import read_annotations
 from transfer.detection.dataset import CocoInstances, Record, pixels_of, resized
 from transfer.detection.model import HALF_PIXEL
@@ -27,13 +25,11 @@ from transfer.task import Row
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """In the evaluator's order."""
-AHEAD = 4
-"""Images that are read while the network looks at another."""
+READERS = 4
+"""Threads that read images while the network looks at another."""
 CocoResult = dict[str, Any]
 """A line of COCO's results: image_id, category_id, bbox [x, y, width, height] in pixels of the
 stored image, score, segmentation (RLE)."""
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def evaluate(
@@ -52,7 +48,7 @@ def evaluate(
         size = resized(record.height, record.width, side, longest)
         return torch.from_numpy(pixels_of(source.load(record), *size).copy())
 
-    images = in_advance(load, share)
+    images = ordered_map(load, share, READERS)
     hidden = not accelerator.is_main_process
     categories = list(source.categories)
     for record, image in tqdm(
@@ -63,18 +59,6 @@ def evaluate(
     found = gather_object(found)
     rows = [score(source, found) if accelerator.is_main_process else []]
     return broadcast_object_list(rows)[0]
-
-
-def in_advance(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map`, computed on other threads a few items ahead."""
-    with ThreadPoolExecutor(AHEAD) as pool:
-        waiting: deque[Future[Result]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def to_results(

@@ -4,7 +4,6 @@ Letters: B images, C classes, H W an image's height and width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from evaluation.datasets import LabelledImages
 from evaluation.grouping import confusion_matrix
 from evaluation.segment import assign
+from pipeline.parallel import ordered_map
 from transfer.segmentation.augment import fit, resize
 from transfer.segmentation.config import InferenceConfig
 from transfer.segmentation.model import FCN
@@ -47,10 +47,7 @@ def examples(
         labels = data.labels(i, *pixels.shape[:2])
         return Example(torch.from_numpy(resized.copy()), labels)
 
-    some = 4 * threads
-    with ThreadPoolExecutor(threads) as pool:
-        for first in range(0, len(indices), some):
-            yield from pool.map(load, indices[first : first + some])
+    return ordered_map(load, indices, threads)
 
 
 def slide(scores: Scores, pixels: Tensor, window: int, stride: int) -> Tensor:
