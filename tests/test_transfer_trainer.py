@@ -1,6 +1,7 @@
 """The run of either task: what it writes, its exact continuation, its end."""
 
 import json
+import multiprocessing
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,16 @@ def test_an_unreadable_example_is_one_line(tmp_path: Path, workers: int) -> None
     with pytest.raises(UserError) as refused:
         trainer(config).train()
     assert str(refused.value) == "image 5: cannot be read"
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_leaves_no_workers(tmp_path: Path) -> None:
+    """They ignore SIGTERM: Python would wait for them at its end, for ever."""
+    config = replace(tiny_config(tmp_path), data=DataConfig(nan_epoch=0))
+    config = replace(config, efficiency=replace(config.efficiency, workers=2))
+    with pytest.raises(Diverged) as diverged:
+        trainer(config).train()
+    assert diverged.tb and not multiprocessing.active_children()
 
 
 def test_a_worker_that_ends_is_one_line(tmp_path: Path) -> None:

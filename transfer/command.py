@@ -11,6 +11,7 @@ from train import checkpoint
 from train.command import EXIT_CODES, run_training
 from train.settings import RESUME, Settings
 from train.signals import StopSignals
+from train.watchdog import naming
 from transfer.config import Config
 from transfer.scoring import evaluate
 from transfer.task import Task
@@ -78,7 +79,8 @@ def run_task(
             return partial(evaluate, config, build_task, settings, evaluated, out)
         if out:
             raise UserError("--json is for --evaluate: a run writes result.json to its folder")
-        return Trainer(config, build_task, settings, options["resume"], signals).train
+        with naming(config.name):
+            return Trainer(config, build_task, settings, options["resume"], signals).train
 
     run_training(prepare)
 

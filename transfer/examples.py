@@ -4,6 +4,7 @@ epoch and the example's number, whatever the workers, the processes and the resu
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from pipeline.errors import UserError
 from pipeline.order import permutation
@@ -63,12 +65,13 @@ class Order:
             yield [(int(index), epoch) for index in batch[self._share]]
 
 
+@contextmanager
 def batches(
     task: Task, order: Order, begin: int, end: int, workers: int, accelerator: Accelerator
-) -> Iterator[Any]:
+) -> Iterator[Iterator[Any]]:
     """This process's batches of the steps from `begin` to before `end`, on its device; `workers`
-    processes make them. To be called in the main thread. Raises UserError for an example that
-    cannot be read, and for a worker that has ended.
+    processes make them, and end with the `with`. To be entered in the main thread. The iterator
+    raises UserError for an example that cannot be read, and for a worker that has ended.
     """
     loader: DataLoader[Any] = DataLoader(
         _Examples(task),
@@ -83,10 +86,20 @@ def batches(
     ahead = iter(loader)
     if workers:  # torch's handler would raise at any place, even after this; `next` tells as well
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield _on(accelerator.device, ahead)
+    finally:
+        # An error's traceback would keep `ahead` and its workers, which Python would wait for at
+        # its end: they ignore its SIGTERM.
+        if isinstance(ahead, _MultiProcessingDataLoaderIter):
+            ahead._shutdown_workers()
+
+
+def _on(device: torch.device, ahead: Iterator[Any]) -> Iterator[Any]:
     while (batch := _next(ahead)) is not None:
         if isinstance(batch, UserError):
             raise batch
-        yield send_to_device(batch, accelerator.device, non_blocking=True)
+        yield send_to_device(batch, device, non_blocking=True)
 
 
 def _next(ahead: Iterator[Any]) -> Any:

@@ -53,10 +53,10 @@ def score(
     count, workers = config.optim.precise_bn, config.efficiency.workers
 
     def forwards() -> Iterator[Any]:
-        ahead = batches(task, order, step, step + count, workers, accelerator)
-        for number, batch in enumerate(ahead, start=step):
-            seed_step(config.optim.seed, number, accelerator.process_index)
-            yield model(batch)
+        with batches(task, order, step, step + count, workers, accelerator) as ahead:
+            for number, batch in enumerate(ahead, start=step):
+                seed_step(config.optim.seed, number, accelerator.process_index)
+                yield model(batch)
 
     def evaluated() -> list[Row]:
         model.eval()

@@ -89,7 +89,11 @@ class Trainer:
         disk or an example fails.
         """
         try:
-            self._train()
+            last, workers = self.config.optim.last_step, self.config.efficiency.workers
+            with batches(
+                self.task, self.order, self.step, last, workers, self.accelerator
+            ) as ahead:
+                self._train(ahead)
             self.writer.wait()
             self._finish(self._evaluate())
         except Diverged as error:
@@ -109,10 +113,9 @@ class Trainer:
                 self.writer.wait()
             self.writer.close()
 
-    def _train(self) -> None:
-        """From the present step to the last."""
-        last, workers = self.config.optim.last_step, self.config.efficiency.workers
-        ahead = batches(self.task, self.order, self.step, last, workers, self.accelerator)
+    def _train(self, ahead: Iterator[Any]) -> None:
+        """From the present step to the last, on the batches of these steps."""
+        last = self.config.optim.last_step
         self.stopwatch.restart()
         while self.step < last:
             self._train_step(ahead)
