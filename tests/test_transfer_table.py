@@ -12,7 +12,7 @@ from tests.exported import call
 from train.settings import to_dict
 from transfer import command
 from transfer.detection.config import DetectionConfig
-from transfer.published import COLUMNS, RECIPES, TABLES
+from transfer.published import COLUMNS, TABLES
 from transfer.segmentation.config import SegmentationConfig
 from transfer.table import CONFIGS, main
 
@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[1]
 COCO = {"method": "SlotCon (arXiv 2205.15288)", "run": "coco_r50", "epochs": "800",
         "data": "coco.beton", "data_images": "118287", "data_fingerprint": "1f", "step": "184800",
         "batch_size": "512", "branch": "teacher", "config": '{"train": {"seed": 0}}'}  # fmt: skip
+IMAGES = {"coco": (117_266, 5_000), "cityscapes": (2_975, 500), "voc-aug": (10_582, 1_449),
+          "ade20k": (20_210, 2_000), "camvid": (367, 101)}  # fmt: skip
+"""Of each data set, to learn from and to score."""
 settings_of = cache(command.settings_of)  # a parser takes long to make
 
 
@@ -40,12 +43,14 @@ def result(
     dataset = "coco" if detection else config.data.dataset
     metrics = ("box_ap", "box_ap50", "mask_ap") if detection else ("miou", "pixel_accuracy")
     rows = [{"metric": metric, "value": value} for metric in metrics]
+    learnt, scored = IMAGES[dataset]
     content = {
         "hardware": {},
         "name": config.name,
         "task": "detection" if detection else "segmentation",
         "dataset": dataset,
-        "images": next((r.images for r in RECIPES if r.dataset == dataset), 367),
+        "images": learnt,
+        "scored": {"dataset": dataset, "images": scored, "fingerprint": "3c"},
         "schedule": {"steps": config.optim.steps, "batch_size": config.optim.batch_size},
         "init": {
             "weights": "runs/coco_r50", "kind": kind, "arch": config.init.arch,
@@ -133,6 +138,7 @@ def test_runs_of_one_backbone_make_a_row(tmp_path: Path) -> None:
         result(tmp_path / "b", "cityscapes", value=0.75, metadata=COCO),
         result(tmp_path / "c", "cityscapes", "--optim.seed", "1", value=0.77, metadata=COCO),
         result(tmp_path / "d", "voc", "--log.dir", "elsewhere", value=0.72, metadata=COCO),
+        result(tmp_path / "e", "ade20k", value=0.38, metadata=COCO),
     ]
     rows = own(made(tmp_path, *runs))
     assert rows.keys() == {2, 3, 7}
@@ -142,7 +148,7 @@ def test_runs_of_one_backbone_make_a_row(tmp_path: Path) -> None:
     figures = dict(zip((column.title for column in COLUMNS), row["figures"], strict=True))
     assert figures == {
         "AP^b": "41.1", "AP^b_50": "41.1", "AP^b_75": "", "AP^m": "41.1", "AP^m_50": "",
-        "AP^m_75": "", "City.": "76.0 ± 1.4", "VOC": "72.0", "ADE": "",
+        "AP^m_75": "", "City.": "76.0 ± 1.4", "VOC": "72.0", "ADE": "38.0",
     }  # fmt: skip
     assert rows[7][0]["figures"] == ["76.0 ± 1.4"]
 
@@ -198,17 +204,32 @@ def test_the_branch_of_a_file_that_does_not_say(tmp_path: Path) -> None:
 
 
 def test_files_that_say_little_are_told_apart_by_their_place(tmp_path: Path) -> None:
-    """Two of others' may have the same name, and were imported with the same words."""
+    """Two of others' may have the same name, and were imported with the same words. Of long paths
+    the first characters do not tell which row is whose.
+    """
     said = {"data": "COCO", "epochs": "800", "imported": "w.pth"}
     init = {"kind": "file", "branch": "teacher", "metadata": said}
+    files = [f"/data/weights/{name}/w.safetensors" for name in "ab"]
     runs = [
-        result(tmp_path / name, value=value, init=init | {"weights": f"{name}/w.safetensors"})
-        for name, value in (("a", 0.5), ("b", 0.7))
+        result(tmp_path / str(n), init=init | {"weights": file}) for n, file in enumerate(files)
     ]
     rows = own(made(tmp_path, *runs))[2]
     assert [(row["method"], row["data"], row["epochs"]) for row in rows] == [
-        (f"* weights: w.safetensors, weights {name}/w.safetens", "COCO", "800") for name in "ab"
+        (f"* weights: w.safetensors, weights {file}", "COCO", "800") for file in files
     ]
+
+
+@pytest.mark.parametrize(
+    "said", [{"config": "model = dict(type='MoCo')"}, {"config": "[1]"}, {"data_images": 118_287}]
+)
+def test_files_that_say_it_otherwise(said: dict[str, Any], tmp_path: Path) -> None:
+    """A file of mmcv's kind keeps Python text under "config": one such run would end the table of
+    all others.
+    """
+    metadata = {"data": "COCO", "epochs": 200} | said
+    run = result(tmp_path / "run", metadata=metadata)
+    rows = own(made(tmp_path, run))
+    assert [(row["data"], row["epochs"]) for row in rows[2]] == [("COCO", "200")]
 
 
 def test_the_same_weights_in_several_files_are_one_backbone(tmp_path: Path) -> None:
@@ -234,6 +255,48 @@ def test_a_deviation_is_over_seeds(tmp_path: Path) -> None:
     call(main, *aside)  # each has a line of its own
 
 
+@pytest.mark.parametrize("other", [("cityscapes_linear", 10_000), ("cityscapes", 500)])
+def test_runs_aside_take_no_seed(other: tuple[str, int], tmp_path: Path) -> None:
+    """The linear head of a backbone, or a run that was stopped early, has a line of its own and so
+    is no second sample, wherever a glob puts it.
+    """
+    recipe, step = other
+    aside = result(tmp_path / "aside", recipe, value=0.5, step=step, metadata=COCO)
+    run = result(tmp_path / "run", value=0.76, metadata=COCO)
+    for runs in ((aside, run), (run, aside)):
+        assert own(made(tmp_path, *runs))[7][0]["figures"] == ["76.0"]
+
+
+def test_a_run_without_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that is still going would end the table of all others in a glob."""
+    going = tmp_path / "going"
+    going.mkdir()
+    (going / "config.yaml").write_text("name: going\n")
+    run = result(tmp_path / "run", metadata=COCO)
+    content = made(tmp_path, going, run)
+    assert own(content)[7][0]["figures"] == ["70.0"]
+    assert content["runs"][0]["in_tables"] is False
+    line = next(n for n in capsys.readouterr().out.splitlines() if n.startswith("going"))
+    assert line.endswith("  no result.json yet")
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown"])
+def test_a_result_is_not_overwritten(option: str, tmp_path: Path) -> None:
+    """By the table that is made of it: it holds weeks of work. Nor is one made up for a run that is
+    still going.
+    """
+    run = result(tmp_path / "run", metadata=COCO)
+    before = (run / "result.json").read_bytes()
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(UserError, match=f"{option} .*: is a result to read"):
+        call(main, run, option, tmp_path / "link" / "result.json")
+    assert (run / "result.json").read_bytes() == before
+    (run / "config.yaml").touch()
+    (run / "result.json").unlink()
+    with pytest.raises(UserError, match=f"{option} .*: is a result to read"):
+        call(main, run, option, run / "result.json")
+
+
 def test_random_and_supervised_have_their_tables(tmp_path: Path) -> None:
     """The baselines, too, are the user's own."""
     random = result(tmp_path / "r", "ade20k", kind="random")
@@ -252,7 +315,13 @@ def test_random_and_supervised_have_their_tables(tmp_path: Path) -> None:
         ("cityscapes", ["--init.frozen", "5"], {}, "init.frozen 5, not 0"),
         ("cityscapes", ["--init.arch", "resnet18"], {}, "init.arch resnet18, not resnet50"),
         ("cityscapes_linear", [], {}, "init.frozen 5, not 0"),
-        ("cityscapes", [], {"images": 100}, "100 training images, not 2,975"),
+        ("cityscapes", ["--augment.flip", "0"], {}, "augment.flip 0.0, not 0.5"),
+        ("cityscapes", ["--inference.stride", "769"], {}, "inference.stride 769, not 513"),
+        ("cityscapes", ["--model.convs", "1"], {}, "model.convs 1, not 2"),
+        ("cityscapes", ["--data.val_split", "test"], {}, "data.val_split test, not val"),
+        ("coco_1x", ["--data.val_side", "600"], {}, "data.val_side 600, not 800"),
+        ("cityscapes", [], {"images": 2_900}, "2,900 training images, not 2,975"),
+        ("voc", [], {"scored": {"images": 1_400}}, "scored on 1,400 images, not 1,449"),
         ("cityscapes", [], {"step": 500}, "ended at step 500 of 90,000"),
         ("coco_2x", [], {}, "optim.steps 180000, not 90000"),
         ("camvid", [], {}, "the paper has no camvid"),
@@ -276,11 +345,40 @@ def test_other_recipes_stay_apart(
     assert content["runs"][0]["in_tables"] is False
 
 
+def test_a_few_files_may_be_missing(tmp_path: Path) -> None:
+    """From the sets as they are downloaded today."""
+    run = result(tmp_path / "run", metadata=COCO, images=2_930, scored={"images": 495})
+    assert own(made(tmp_path, run))[7][0]["figures"] == ["70.0"]
+
+
+@pytest.mark.parametrize(
+    ("data", "images", "tables"),
+    [
+        ("coco.beton", "118287", {2, 3, 7}),
+        ("cocoplus.beton", "241690", {3}),
+        ("COCO+", "241690", {3}),
+        ("imagenet.beton", "1281167", {3, 4}),
+        ("ImageNet-1K", "", {3, 4}),
+        ("bdd100k.beton", "70000", {7}),
+        ("bdd100k.beton", "90000", {7}),
+    ],
+)
+def test_pretraining_has_its_tables(
+    data: str, images: str, tables: set[int], tmp_path: Path
+) -> None:
+    """Whole sets, by the names that people give them; weights of others need not say how many."""
+    run = result(tmp_path / "run", metadata=COCO | {"data": data, "data_images": images})
+    assert own(made(tmp_path, run)).keys() == tables
+
+
 @pytest.mark.parametrize(
     ("metadata", "says"),
     [
         (COCO | {"data": "camvid.beton", "data_images": "160"}, "pre-trained on camvid.beton"),
         (COCO | {"data_images": "100"}, "pre-trained on coco.beton"),
+        (COCO | {"data_images": "115000"}, "pre-trained on coco.beton"),
+        (COCO | {"data": "cocoplus.beton"}, "pre-trained on cocoplus.beton"),
+        (COCO | {"data": "bdd100k.beton", "data_images": "5"}, "pre-trained on bdd100k.beton"),
         ({"imported": "backbone.pth"}, "pre-trained on not stated"),
     ],
 )

@@ -17,12 +17,14 @@ class Recipe(NamedTuple):
     dataset: str
     images: int
     """That it learns from."""
+    scored: int
+    """Images that it is scored on."""
 
 
-COCO = Recipe("coco_1x", "detection", "coco", 117_266)
-CITYSCAPES = Recipe("cityscapes", "segmentation", "cityscapes", 2_975)
-VOC = Recipe("voc", "segmentation", "voc-aug", 10_582)
-ADE20K = Recipe("ade20k", "segmentation", "ade20k", 20_210)
+COCO = Recipe("coco_1x", "detection", "coco", 117_266, 5_000)
+CITYSCAPES = Recipe("cityscapes", "segmentation", "cityscapes", 2_975, 500)
+VOC = Recipe("voc", "segmentation", "voc-aug", 10_582, 1_449)
+ADE20K = Recipe("ade20k", "segmentation", "ade20k", 20_210, 2_000)
 RECIPES = (COCO, CITYSCAPES, VOC, ADE20K)
 
 
@@ -74,19 +76,21 @@ class Table:
 
 class Pretraining(NamedTuple):
     """A set of images that networks are pre-trained on: its name here, its names as a file (without
-    suffix, letters, digits and + only), and how many images it has (None: any number).
+    suffix, letters, digits and + only), and how many images it has.
     """
 
     name: str
     files: tuple[str, ...]
-    images: int | None
+    images: tuple[int, ...]
+    """One of these numbers."""
 
 
 PRETRAINING = (
-    Pretraining("COCO", ("coco",), 118_287),
-    Pretraining("COCO+", ("coco+", "cocoplus"), 241_690),
-    Pretraining("ImageNet", ("imagenet", "imagenet1k"), 1_281_167),
-    Pretraining("BDD100K", ("bdd100k",), None),
+    Pretraining("COCO", ("coco",), (118_287,)),
+    Pretraining("COCO+", ("coco+", "cocoplus"), (241_690,)),
+    Pretraining("ImageNet", ("imagenet", "imagenet1k"), (1_281_167,)),
+    # Its training set has 70,000; the authors' slides count 90 K.
+    Pretraining("BDD100K", ("bdd100k",), (70_000, 90_000)),
 )
 
 LABELS = "ImageNet labels"

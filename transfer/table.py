@@ -1,9 +1,9 @@
 """Put transfer results beside those that Wen et al. publish: tables 2, 3, 4 and 7 of the paper.
 
 A run has a place there if its configuration is that of the column (configs/transfer), but for
-seed, place of the data and weights it starts from; and if those were trained on the table's data,
-which is told by name and number of images. All others follow in a table of their own, with what
-differs.
+seed, place of the data and weights it starts from; if it has learnt from the whole training set and
+was scored on the whole other one; and if its weights were trained on the table's data, which is
+told by name and number of images. All others follow in a table of their own, with what differs.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Result:
     recipe: Recipe | None
     """That of its task and data set, if there is one."""
     differences: tuple[str, ...]
-    """From the recipe."""
+    """From the recipe, or why there is nothing to compare."""
     seed: int
     metrics: dict[str, float]
     """In percent, over all classes."""
@@ -105,10 +105,12 @@ class Line(NamedTuple):
 
 def main() -> None:
     args = parse_args()
+    files = dict.fromkeys(result_file(path) for path in args.runs)
     for option, path in (("--json", args.json), ("--markdown", args.markdown)):
         if path:
             check_writable(option, path)
-    files = dict.fromkeys(result_file(path) for path in args.runs)
+            if path.resolve() in files:
+                raise UserError(f"{option} {path}: is a result to read: give the name of another")
     results = [read_result(file) for file in files]
     check_seeds(results)
     if args.json:
@@ -136,7 +138,10 @@ def result_file(path: Path) -> Path:
 
 
 def read_result(file: Path) -> Result:
-    """What a run's result.json says. Raises UserError."""
+    """What a run's result.json says, or that it has none yet. Raises UserError."""
+    if not file.exists() and file.with_name("config.yaml").exists():
+        why = f"no {file.name} yet"
+        return Result(file, file.parent.name, Start("", "", ""), None, (why,), 0, {}, "")
     content = read_json(file)
     try:
         dataset = content["dataset"]
@@ -156,7 +161,7 @@ def read_result(file: Path) -> Result:
             str(content["name"]),
             start_of(content["init"]),
             recipe,
-            tuple(differences(content, recipe)) if recipe else (),
+            tuple(differences(content, recipe)),
             int(content["config"]["optim"]["seed"]),
             metrics,
             dataset,
@@ -178,19 +183,32 @@ def start_of(init: Mapping[str, Any]) -> Start:
         return Start("random init.", "", "–")
     if init["kind"] == "supervised":
         return Start("supervised (torchvision)", LABELS, "90")
-    about: dict[str, str] = {"branch": init["branch"]} | init["metadata"]
+    about = {key: str(value) for key, value in init["metadata"].items()}
+    about.setdefault("branch", str(init["branch"]))
     if "run" not in about:
-        about["weights"] = init["weights"]
-    name = str(about.get("run") or Path(init["weights"]).name)
+        about["weights"] = str(init["weights"])
+    name = about.get("run") or Path(init["weights"]).name
     method = f"{about.get('method', 'weights').partition(' (')[0]}: {name}"
     if about["branch"] != "teacher":
         method += f", {about['branch']}"
     data = about.get("data", "not stated")
     found = pretraining(data, number(about, "data_images"))
-    settings = flatten(json.loads(about.pop("config", "{}")))
-    facts = {key: str(value) for key, value in {**settings, **about}.items()}
+    facts = settings_in(about.pop("config", "{}")) | about
     known = tuple(sorted(item for item in facts.items() if item[0] not in ABOUT_FILES))
     return Start(method, found or data, epochs_of(about), known)
+
+
+def settings_in(text: str) -> dict[str, str]:
+    """What weights say under "config", by key; others keep text of their own there, which is one
+    fact.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        return {"config": text}
+    return {key: str(value) for key, value in flatten(content).items()}
 
 
 def epochs_of(about: Mapping[str, str]) -> str:
@@ -216,8 +234,8 @@ def number(about: Mapping[str, str], key: str) -> int:
 def pretraining(data: str, count: int) -> str | None:
     """Which of PRETRAINING a file of that name and number of images (0: not known) is."""
     stem = re.sub(r"[^a-z0-9+]", "", data.lower().removesuffix(".beton"))
-    for name, files, expected in PRETRAINING:
-        if stem in files and (not expected or not count or near(count, expected)):
+    for name, files, sizes in PRETRAINING:
+        if stem in files and (not count or any(near(count, size) for size in sizes)):
             return name
     return None
 
@@ -226,8 +244,11 @@ def near(count: int, expected: int) -> bool:
     return abs(count - expected) <= TOLERANCE * expected
 
 
-def differences(content: Mapping[str, Any], recipe: Recipe) -> Iterable[str]:
-    """What a run did otherwise than the recipe, each as "key is, not was"."""
+def differences(content: Mapping[str, Any], recipe: Recipe | None) -> Iterable[str]:
+    """What a run did otherwise than the recipe, each as "key is, not was"; without one, that."""
+    if not recipe:
+        yield f"the paper has no {content['dataset']}"
+        return
     own = flatten(content["config"])
     for key, value in published_settings(recipe).items():
         if not key.startswith(FREE) and own.get(key) != value:
@@ -236,14 +257,18 @@ def differences(content: Mapping[str, Any], recipe: Recipe) -> Iterable[str]:
         yield f"ended at step {content['step']:,} of {content['schedule']['steps']:,}"
     if not near(content["images"], recipe.images):
         yield f"{content['images']:,} training images, not {recipe.images:,}"
+    if not near(content["scored"]["images"], recipe.scored):
+        yield f"scored on {content['scored']['images']:,} images, not {recipe.scored:,}"
 
 
 def check_seeds(results: Iterable[Result]) -> None:
     """Refuse two results that would be averaged and are of one seed. Raises UserError."""
     seen: dict[Any, Path] = {}
     for result in results:
+        if not result.placed:
+            continue
         key = (result.start, result.recipe, result.seed)
-        if result.placed and key in seen:
+        if key in seen:
             raise UserError(
                 f"{result.file}: the backbone, recipe and optim.seed of {seen[key]}: give one of "
                 "them, for a deviation is over seeds"
@@ -288,8 +313,9 @@ def distinction(start: Start, others: Iterable[Start]) -> list[str]:
     """What sets a backbone apart from those whose rows would look the same: ["step 50000"]."""
     alike = [set(other.facts) for other in others if replace(other, facts=start.facts) == start]
     common = set.intersection(*alike)
-    own = [f"{key} {value[:12]}" for key, value in start.facts if (key, value) not in common]
-    return own[:SHOWN]
+    own = [(key, value) for key, value in start.facts if (key, value) not in common]
+    # Paths differ anywhere, digests from the beginning.
+    return [f"{key} {value if key == 'weights' else value[:12]}" for key, value in own[:SHOWN]]
 
 
 def figure(column: Column, results: Sequence[Result]) -> str:
@@ -327,10 +353,7 @@ def others(results: Iterable[Result]) -> list[tuple[str, ...]]:
 
 def because(result: Result) -> str:
     """Why a result has no place in the tables."""
-    if result.recipe is None:
-        reasons = [f"the paper has no {result.dataset}"]
-    else:
-        reasons = list(result.differences)
+    reasons = list(result.differences)
     if not any(result.start.data in table.data for table in TABLES) or not reasons:
         reasons.append(f"pre-trained on {result.start.data}")
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
