@@ -21,10 +21,13 @@ from evaluation.images import FolderImages, centre_square, open_image, readable
 from evaluation.segment import Squares
 from pipeline.errors import CommandParser, UserError
 from pipeline.formats import IMAGE_SUFFIXES
+from pipeline.parallel import ordered_map
 from train.provenance import read_json
 
 VOID = 255
 UNKNOWN = -1
+READERS = 4
+"""Threads that look through a set's label maps."""
 
 CAMVID = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
@@ -166,6 +169,19 @@ class LabelledImages:
                 size = opened.size
             with readable(labels), Image.open(labels) as opened:
                 check_label_map(labels, opened, size, self.maps.kind)
+
+    def check_labels(self) -> None:
+        """Raise UserError for the first label map that cannot be used, class ids included: all are
+        read.
+        """
+
+        def read(i: int) -> None:
+            with readable(self.paths[i]), Image.open(self.paths[i]) as image:
+                width, height = image.size
+            self.labels(i, height, width)
+
+        for _ in ordered_map(read, range(len(self)), READERS):
+            pass
 
 
 def square_labels(data: LabelledImages, squares: Squares, size: int) -> np.ndarray:

@@ -137,6 +137,15 @@ def test_another_layout_is_told(tmp_path: Path) -> None:
         opened(tmp_path / "elsewhere")
 
 
+def test_braces_in_places_are_just_braces(tmp_path: Path) -> None:
+    """Only {split} stands for something; other text is a name."""
+    file = varied_set(tmp_path)
+    file.rename(tmp_path / "{0}-{train2017.json")
+    assert len(open_instances(tmp_path, "{0}-{{split}.json", "{split}", "train2017").records) == 6
+    with pytest.raises(UserError, match=r"\{foo\}.json: no such file"):
+        open_instances(tmp_path, "{foo}.json", "{split}", "train2017")
+
+
 def test_missing_images_are_counted(tmp_path: Path) -> None:
     """Found at the start, not after an hour."""
     varied_set(tmp_path)
@@ -177,6 +186,7 @@ def _crowd(content: dict[str, Any]) -> dict[str, Any]:
         (lambda c: _first(c).update(bbox=["a", 2, 3, 4]), "bbox must be"),
         (lambda c: _first(c).update(bbox=[[1], 2, 3, 4]), "bbox must be"),
         (lambda c: _first(c).update(area="x"), "area must be a number, not 'x'"),
+        (lambda c: _first(c).update(area=10**400), "area must be a number, not 1000"),
         (lambda c: _first(c).update(iscrowd="0"), "iscrowd must be 0 or 1, not '0'"),
         (lambda c: _first(c).update(segmentation=[]), "segmentation must be RLE or polygons"),
         (lambda c: _first(c).update(segmentation=[[1, 2, 3]]), "segmentation must be"),
@@ -193,7 +203,11 @@ def _crowd(content: dict[str, Any]) -> dict[str, Any]:
         (lambda c: _crowd(c).pop("counts"), "segmentation: not run lengths"),
         (lambda c: c["images"][0].pop("file_name"), r"images\[0\] has no file_name"),
         (lambda c: c["images"][0].update(file_name=7), "file_name must be a text, not 7"),
-        (lambda c: c["images"][0].update(id="1"), "id must be a whole number, not '1'"),
+        (lambda c: c["images"][0].update(id="1"), "id must be a whole number from 0, not '1'"),
+        (lambda c: c["images"][0].update(id=-1), "id must be a whole number from 0, not -1"),
+        (lambda c: c["images"][0].update(id=2**64), "id must be a whole number from 0, not 18446"),
+        (lambda c: c["images"][0].update(file_name="x" * 300), "1 of its 6 .* first: xxx"),
+        (lambda c: c["images"][0].update(file_name="a\nb.png"), r"first: 'a\\nb.png'"),
         (lambda c: c["images"][0].update(height=0), r"images\[0\]: 72×0 pixels"),
         (lambda c: c["categories"][0].update(name=None), r"categories\[0\]: name must be a text"),
         (lambda c: c.pop("categories"), "not COCO instance annotations"),

@@ -1,5 +1,6 @@
 """Mask R-CNN on an encoder: its shape, what learns in it, and where its boxes and masks lie."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,33 @@ def test_anchors_lie_at_whole_strides() -> None:
         assert all(x % stride == 0 and y % stride == 0 for x, y in there)
 
 
+def test_regions_are_read_where_they_are_whatever_came_before() -> None:
+    """torchvision takes the maps' scales from the first batch, before padding: after an image of
+    85 pixels, which 128 are made of, all boxes of all images would lie at twice their place."""
+    generator = torch.Generator().manual_seed(0)
+    low, square = (
+        torch.randint(0, 256, (3, height, 128), dtype=torch.uint8, generator=generator)
+        for height in (85, 128)
+    )
+    with torch.no_grad():
+        (alone,) = detector().eval()({"images": [square]})
+        model = detector().eval()
+        model({"images": [low]})
+        (after,) = model({"images": [square]})
+    assert all(alone[name].equal(after[name]) for name in alone)
+    heads = model.roi_heads
+    for pool in (heads.box_roi_pool, heads.mask_roi_pool):
+        assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_large_objects_are_read_from_coarse_maps() -> None:
+    """Lin et al. 2017, equation 1: level ⌊4 + log2(√(wh) / 224)⌋, of 2 to 5."""
+    sides = torch.tensor([20.0, 110, 115, 220, 230, 440, 450, 900])
+    boxes = torch.stack([sides * 0, sides * 0, sides, sides], dim=1)
+    levels = detector().roi_heads.box_roi_pool.map_levels([boxes])
+    assert levels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_the_network_sees_what_the_encoder_was_trained_on() -> None:
     """RGB, each channel with its own mean and deviation; blue for red would cost a backbone its
     first layer. Padding is 0."""
@@ -130,6 +158,36 @@ def test_the_default_is_the_authors_setting() -> None:
     assert heads.mask_predictor.mask_fcn_logits.out_channels == 81
     assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
     assert all(p.requires_grad for p in model.parameters())
+
+    rpn, matcher, sampler = model.rpn, model.rpn.proposal_matcher, model.rpn.fg_bg_sampler
+    assert rpn.anchor_generator.aspect_ratios == ((0.5, 1.0, 2.0),) * 5
+    assert (matcher.high_threshold, matcher.low_threshold) == (0.7, 0.3)
+    assert (sampler.batch_size_per_image, sampler.positive_fraction) == (256, 0.5)
+    assert (rpn._pre_nms_top_n, rpn._post_nms_top_n, rpn.nms_thresh) == (
+        {"training": 2000, "testing": 1000},
+        {"training": 1000, "testing": 1000},
+        0.7,
+    )
+    matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
+    assert (matcher.high_threshold, matcher.low_threshold) == (0.5, 0.5)
+    assert (sampler.batch_size_per_image, sampler.positive_fraction) == (512, 0.25)
+    assert heads.box_coder.weights == (10, 10, 5, 5)
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.05, 0.5, 100)
+    assert (heads.box_roi_pool.output_size, heads.mask_roi_pool.output_size) == ((7, 7), (14, 14))
+    assert heads.box_roi_pool.sampling_ratio == heads.mask_roi_pool.sampling_ratio == 0
+
+
+def test_first_weights_are_detectron2s() -> None:
+    """Scores begin near those of no object, boxes and masks near none; torchvision's own draws are
+    several times as large."""
+    heads = detector(replace(SMALL, channels=64, box_features=256)).roi_heads
+    for layer, deviation in (
+        (heads.box_predictor.cls_score, 0.01),
+        (heads.box_predictor.bbox_pred, 0.001),
+        (heads.mask_predictor.mask_fcn_logits, 0.001),
+    ):
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.15)
+        assert not layer.bias.any()
 
 
 def test_detections_lie_in_their_image() -> None:

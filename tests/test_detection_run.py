@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from pipeline.errors import UserError
 from tests.coco_sets import varied_set
 from tests.runs import ROOT, in_this_process
 from tests.test_detection_model import SMALL
-from train.settings import to_yaml
+from train.settings import to_dict, to_yaml
 from transfer.command import settings_of
 from transfer.config import EfficiencyConfig, InitConfig, LogConfig, OptimConfig
 from transfer.detection.__main__ import build, main
 from transfer.detection.config import DataConfig, DetectionConfig
+from transfer.detection.dataset import resized
 from transfer.trainer import Trainer
 
 CONFIGS = ROOT / "configs" / "transfer"
@@ -97,6 +101,56 @@ def test_a_checkpoint_is_scored_alone(whole: Path, tmp_path: Path) -> None:
     assert json.loads(out.read_text())["results"] == result(whole)["results"]
 
 
+class Blind(nn.Module):
+    """A detector that finds nothing and notes the sizes of what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def forward(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        self.seen += [(image.shape[1], image.shape[2]) for image in batch["images"]]
+        found = {"boxes": (0, 4), "scores": (0,), "labels": (0,), "masks": (0, 1, 28, 28)}
+        return [{name: torch.zeros(shape) for name, shape in found.items()}]
+
+
+def test_the_validation_split_is_scored_at_its_size(coco: Path, tmp_path: Path) -> None:
+    """Figures of the training images, or of other sizes, would look like any."""
+    config = small_config(coco, tmp_path)
+    task = build(replace(config, data=replace(config.data, val_side=40, longest_side=64)))
+    model = Blind()
+    rows = in_this_process(lambda: task.evaluate(model, Accelerator(cpu=True)))
+    stored = [(record.height, record.width) for record in task.val.records]
+    assert len(stored) == 3 and model.seen == [resized(*size, 40, 64) for size in stored]
+    assert {row["value"] for row in rows} == {0.0}
+
+
+def test_nothing_to_be_scored_on_is_refused(tmp_path: Path) -> None:
+    """It would train to its end, and then have no figures."""
+    varied_set(tmp_path, "train2017")
+    file = varied_set(tmp_path, "val2017")
+    content = json.loads(file.read_text())
+    content["annotations"] = [one for one in content["annotations"] if one["iscrowd"]]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"instances_val2017.json: no object to be scored on"):
+        build(small_config(tmp_path, tmp_path))
+
+
+def test_a_damaged_image_to_be_scored_is_refused_at_once(tmp_path: Path) -> None:
+    """Not after the last step."""
+    varied_set(tmp_path, "train2017")
+    varied_set(tmp_path, "val2017")
+    file = tmp_path / "val2017/000000000002.png"
+    whole = file.read_bytes()
+    file.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"000000000002.png: "):
+        build(small_config(tmp_path, tmp_path))
+    file.write_bytes(whole)
+    Image.new("RGB", (7, 5)).save(file)
+    with pytest.raises(UserError, match=r"000000000002.png: 7×5 pixels, but instances_val"):
+        build(small_config(tmp_path, tmp_path))
+
+
 def test_other_categories_are_refused(coco: Path, tmp_path: Path) -> None:
     """Label 3 of one would be another class of the other."""
     varied_set(tmp_path, "train2017")
@@ -133,7 +187,18 @@ def test_configurations_are_the_published_settings(name: str, expected: tuple[An
     found = (optim.steps, optim.batch_size, optim.lr, optim.milestones, config.init.frozen)
     assert found == expected
     assert (optim.weight_decay, optim.norm_weight_decay, optim.precise_bn) == (1e-4, 0, 200)
-    assert config.model == type(config.model)() and config.data == DataConfig("COCO")
+    assert config.model == type(config.model)()  # see test_the_default_is_the_authors_setting
+    assert to_dict(config)["data"] == {
+        "root": "COCO",
+        "train": "train2017",
+        "val": "val2017",
+        "annotations": "annotations/instances_{split}.json",
+        "images": "{split}",
+        "train_sides": [640, 672, 704, 736, 768, 800],
+        "val_side": 800,
+        "longest_side": 1333,
+        "flip": 0.5,
+    }
 
 
 def test_the_small_proof_has_a_configuration(coco: Path) -> None:

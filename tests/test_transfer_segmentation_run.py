@@ -11,10 +11,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from pipeline.errors import UserError
 from tests.labelled_sets import NAMES, VOID, save_png, write_folder_set
 from tests.runs import in_this_process
+from train.settings import to_dict
 from transfer.config import EfficiencyConfig, InitConfig, LogConfig, OptimConfig
 from transfer.segmentation.config import (
     AugmentConfig,
@@ -108,10 +110,70 @@ def test_configs_are_complete_and_fit(tmp_path: Path) -> None:
         assert set(yaml.safe_load(path.read_text())) <= set(vars(config))
         assert config.model.head == ("linear" if "linear" in name else "fcn")
         assert config.init.frozen == (5 if "linear" in name else 0)
-    assert [found[n].optim.steps for n in ("voc", "cityscapes", "ade20k")] == [30000, 90000, 80000]
-    assert [found[n].augment.crop for n in ("voc", "cityscapes", "ade20k")] == [513, 769, 512]
-    city = found["cityscapes"].inference
-    assert (city.window, city.stride) == (769, 513)
+
+
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "voc": {
+        "augment": {
+            "crop": 513, "size": [2049, 513], "scale": [0.5, 2.0], "max_class_share": 1.0,
+            "flip": 0.5, "distort": False,
+        },
+        "model": {
+            "head": "fcn", "output_stride": 16, "channels": 256, "convs": 2, "dilation": 6,
+            "concat": False, "dropout": 0.0, "auxiliary_weight": 0.0, "align_corners": True,
+        },
+        "inference": {"window": 0, "stride": 0},
+        "optim": {
+            "steps": 30000, "batch_size": 16, "lr": 0.003, "momentum": 0.9, "weight_decay": 1e-4,
+            "norm_weight_decay": None, "schedule": "step", "milestones": [21000, 27000],
+            "gamma": 0.1, "warmup_steps": 0, "precise_bn": 0,
+        },
+    },
+    "cityscapes": {
+        "augment": {
+            "crop": 769, "size": [2049, 1025], "scale": [0.5, 2.0], "max_class_share": 1.0,
+            "flip": 0.5, "distort": False,
+        },
+        "model": {
+            "head": "fcn", "output_stride": 16, "channels": 256, "convs": 2, "dilation": 6,
+            "concat": False, "dropout": 0.0, "auxiliary_weight": 0.0, "align_corners": True,
+        },
+        "inference": {"window": 769, "stride": 513},
+        "optim": {
+            "steps": 90000, "batch_size": 16, "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4,
+            "norm_weight_decay": None, "schedule": "step", "milestones": [63000, 81000],
+            "gamma": 0.1, "warmup_steps": 0, "precise_bn": 0,
+        },
+    },
+    "ade20k": {
+        "augment": {
+            "crop": 512, "size": [2048, 512], "scale": [0.5, 2.0], "max_class_share": 0.75,
+            "flip": 0.5, "distort": True,
+        },
+        "model": {
+            "head": "fcn", "output_stride": 8, "channels": 512, "convs": 2, "dilation": 1,
+            "concat": True, "dropout": 0.1, "auxiliary_weight": 0.4, "align_corners": False,
+        },
+        "inference": {"window": 0, "stride": 0},
+        "optim": {
+            "steps": 80000, "batch_size": 16, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4,
+            "norm_weight_decay": None, "schedule": "poly", "milestones": [], "power": 0.9,
+            "min_lr": 1e-4, "warmup_steps": 0, "precise_bn": 0,
+        },
+    },
+}  # fmt: skip
+"""transfer/segmentation/configs of the authors' code."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_are_the_published_settings(name: str) -> None:
+    """Each makes a column of the table; a setting that is off makes a column of something else."""
+    from transfer.command import settings_of
+
+    options = ["--config", str(CONFIGS / f"{name}.yaml")]
+    config = to_dict(settings_of(SegmentationConfig).load(options)[0])
+    for section, values in PUBLISHED[name].items():
+        assert {key: config[section][key] for key in values} == values, section
 
 
 @pytest.mark.parametrize(
@@ -162,6 +224,34 @@ def test_a_bad_label_map_ends_the_run_with_its_name(root: Path, tmp_path: Path) 
     two = replace(config, efficiency=EfficiencyConfig(workers=1))
     with pytest.raises(UserError, match=r"^\S+train02\.png: class id 9 is not in the table of 3"):
         trainer(two).train()
+
+
+def test_a_bad_label_map_to_be_scored_is_refused_at_once(tmp_path: Path) -> None:
+    """Not after the last step: its header says nothing of the ids in it."""
+    write_folder_set(tmp_path / "set", 4, 2)
+    save_png(tmp_path / "set/val/labels/val01.png", torch.full((48, 64), 9).numpy())
+    with pytest.raises(UserError, match=r"val01\.png: class id 9 is not in the table of 3"):
+        Segmentation(small_config(tmp_path / "set", tmp_path))
+
+
+def test_the_validation_part_is_scored_at_its_size(tmp_path: Path) -> None:
+    """Figures of the training images, or of other sizes, would look like any. Of maps of one class
+    its accuracy is both means."""
+    write_folder_set(tmp_path / "set", 4, 2)
+    for file in (tmp_path / "set/val/labels").iterdir():
+        save_png(file, torch.ones(48, 64).numpy().astype("uint8"))
+    config = small_config(tmp_path / "set", tmp_path)
+    config = replace(config, inference=InferenceConfig())
+    task = Segmentation(replace(config, augment=replace(config.augment, size=(32, 24))))
+    sizes = []
+    first = next(layer for layer in task.model.modules() if isinstance(layer, nn.Conv2d))
+    first.register_forward_pre_hook(lambda m, args: sizes.append(tuple(args[0].shape[2:])))
+    with torch.no_grad():
+        process = Process(0, 1, [])
+        rows = task.evaluate(task.model.eval(), process)  # type: ignore[arg-type]
+    values = {row["metric"]: row["value"] for row in rows if "class" not in row}
+    assert values["mean_accuracy"] == values["pixel_accuracy"]
+    assert sizes == [(24, 32), (24, 32)]
 
 
 class Process:

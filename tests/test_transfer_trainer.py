@@ -5,10 +5,12 @@ import multiprocessing
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from pipeline.errors import UserError
@@ -31,7 +33,8 @@ from train.signals import Stopped, StopSignals
 from transfer import statistics
 from transfer.command import settings_of
 from transfer.examples import Order, generator
-from transfer.scoring import evaluate
+from transfer.scoring import evaluation, place, watchdog
+from transfer.task import Row
 
 
 def run_dir(config: TinyConfig) -> Path:
@@ -106,6 +109,52 @@ def test_it_learns(tmp_path: Path) -> None:
     assert scored == [30, 60, 75]
 
 
+def test_steps_are_of_the_scheduled_size(tmp_path: Path) -> None:
+    """A schedule that only the log follows."""
+    run = trainer(tiny_config(tmp_path, lr=0.5, warmup_steps=10, warmup_factor=0.0, max_steps=6))
+    run.train()
+    expected = 0.5 * 5 / 10 * (1 - 5 / 15) ** 0.9  # warm-up times "poly", of the sixth step
+    assert [group["lr"] for group in run.sgd.param_groups] == pytest.approx([expected] * 2)
+
+
+def test_scores_are_of_precise_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Averages over as many batches as asked for, in every evaluation and only there."""
+    counts = []
+    evaluate = TinyTask.evaluate
+
+    def noted(task: TinyTask, model: torch.nn.Module, accelerator: Accelerator) -> list[Row]:
+        counts.append(int(model.get_buffer("features.1.num_batches_tracked")))
+        return evaluate(task, model, accelerator)
+
+    monkeypatch.setattr(TinyTask, "evaluate", noted)
+    config = tiny_config(tmp_path, precise_bn=2)
+    run = trainer(replace(config, log=replace(config.log, evaluate_every=6)))
+    run.train()
+    assert counts == [2, 2, 2]
+    assert run.net.get_buffer("features.1.num_batches_tracked") == 15
+
+
+def test_norms_are_of_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authors' setting; batches of two images have statistics that nothing learns from."""
+    config = tiny_config(tmp_path)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    for processes, kind in ((1, torch.nn.BatchNorm2d), (2, torch.nn.SyncBatchNorm)):
+        gpus = SimpleNamespace(num_processes=processes, device=torch.device("cuda"))
+        model = place(TinyTask(config).model, config, gpus)  # type: ignore[arg-type]
+        assert type(model.get_submodule("features.1")) is kind
+
+
+def test_every_forward_is_a_sign_of_life(tmp_path: Path) -> None:
+    """An evaluation of hours must not be taken for a hang."""
+    model = TinyTask(tiny_config(tmp_path)).model
+    watching = watchdog(model, "run")
+    batch = {"image": torch.zeros(2, 3, 8, 8), "label": torch.zeros(2, dtype=torch.int64)}
+    for mode in (True, False):
+        watching._waited = 1.0
+        model.train(mode)(batch)
+        assert watching._waited == 0.0
+
+
 def test_mixed_precision(tmp_path: Path) -> None:
     """Losses, scores and precise statistics in bf16, weights in float32, which a checkpoint keeps;
     fp16 needs a GPU, and says so."""
@@ -169,6 +218,13 @@ def test_two_processes_share_the_steps(tmp_path: Path) -> None:
     for name, value in one.items():
         assert torch.allclose(value, two[name], atol=1e-6), name
     assert result(both)["results"] == result(plain)["results"]
+
+
+def test_two_processes_tell_a_mistake_once(whole: TinyConfig) -> None:
+    """64 processes that all say it bury what it is."""
+    options = ("--evaluate", str(run_dir(whole)), "--optim.batch_size", "3")
+    ended = launched(whole, *options, processes=2)
+    assert ended.returncode == 1 and ended.stderr.count("error: optim.batch") == 1, ended.stderr
 
 
 def test_steps_go_through_all_images() -> None:
@@ -255,10 +311,12 @@ def test_other_data_is_refused(
     config = replace(whole, optim=replace(whole.optim, precise_bn=precise_bn))
     origin, settings = checkpoint.find(run_dir(whole)), settings_of(TinyConfig)
     with pytest.raises(UserError, match=says):
-        in_this_process(lambda: evaluate(config, TinyTask, settings, origin))
+        in_this_process(lambda: evaluation(config, TinyTask, settings, origin))
 
 
-def test_a_checkpoint_is_scored_by_itself(whole: TinyConfig, tmp_path: Path) -> None:
+def test_a_checkpoint_is_scored_by_itself(
+    whole: TinyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The figures of a run can be had again from its checkpoint, which knows its settings."""
     before = sorted(path.name for path in run_dir(whole).iterdir())
     out = tmp_path / "scores.json"
@@ -267,12 +325,16 @@ def test_a_checkpoint_is_scored_by_itself(whole: TinyConfig, tmp_path: Path) -> 
     assert scores["results"] == own["results"] and scores["step"] == 15
     assert scores["init"] == own["init"] and "cost" not in scores
     assert sorted(path.name for path in run_dir(whole).iterdir()) == before
+    with pytest.raises(SystemExit):
+        command(["--evaluate", str(run_dir(whole)), "--resume", "auto"])
+    assert "error: --resume is for training, --evaluate for scoring" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["--json", "a.json"], "error: --json is for --evaluate"),
+        (["--config", '{"evaluate": "runs/a"}'], "error: evaluate: belongs on the command line"),
         (["--evaluate", "nowhere"], "error: nowhere: no such checkpoint or run folder"),
         (["--optim.lr", "0"], "error: optim.lr must be a positive number, not 0"),
     ],

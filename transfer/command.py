@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from pipeline.errors import CommandParser, UserError
@@ -13,7 +12,7 @@ from train.settings import RESUME, Settings
 from train.signals import StopSignals
 from train.watchdog import naming
 from transfer.config import Config
-from transfer.scoring import evaluate
+from transfer.scoring import evaluation
 from transfer.task import Task
 from transfer.trainer import Trainer
 
@@ -75,11 +74,15 @@ def run_task(
             arguments = ["--config", json.dumps(own), *arguments]
         config, options = settings.load(arguments)
         out = Path(options["json"]) if options["json"] else None
-        if evaluated:
-            return partial(evaluate, config, build_task, settings, evaluated, out)
-        if out:
+        if options["evaluate"] and not evaluated:
+            raise UserError("evaluate: belongs on the command line, not in a --config file")
+        if evaluated and options["resume"]:
+            raise UserError("--resume is for training, --evaluate for scoring: give one of them")
+        if out and not evaluated:
             raise UserError("--json is for --evaluate: a run writes result.json to its folder")
         with naming(config.name):
+            if evaluated:
+                return evaluation(config, build_task, settings, evaluated, out)
             return Trainer(config, build_task, settings, options["resume"], signals).train
 
     run_training(prepare)

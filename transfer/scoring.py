@@ -17,6 +17,7 @@ from train import checkpoint
 from train.launch import launch
 from train.provenance import provenance, write_json
 from train.settings import Settings, to_dict
+from train.watchdog import Watchdog, naming
 from transfer import statistics
 from transfer.config import Config, TransferConfig, without_weights
 from transfer.examples import Order, batches
@@ -35,6 +36,14 @@ def place(model: nn.Module, config: TransferConfig, accelerator: Accelerator) ->
         accelerator.print("note: on CPUs each process has batch statistics of its own")
     layout = torch.channels_last if config.efficiency.channels_last else torch.preserve_format
     return model.to(device).to(memory_format=layout)
+
+
+def watchdog(model: nn.Module, what: str) -> Watchdog:
+    """One that each forward of `model`, in training and in evaluation, calms."""
+    watching = Watchdog(1.1 * 60 * PATIENCE_MINUTES, what)  # after those that know more
+    first = next(layer for layer in model.modules() if not any(layer.children()))
+    first.register_forward_hook(lambda *_: watching.beat())
+    return watching
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -73,15 +82,17 @@ def score(
         return evaluated()
 
 
-def evaluate(
+def evaluation(
     config: Config,
     build_task: Callable[[Config], Task],
     settings: Settings[Config],
     origin: Path,
     out: Path | None = None,
-) -> None:
-    """Score the checkpoint `origin` and write nothing but `out`, a JSON file as result.json, less
-    the cost. Raises UserError.
+) -> Callable[[], None]:
+    """What scores the checkpoint `origin`, and writes nothing but `out`, a JSON file as
+    result.json, less the cost; everything is loaded and checked before it is called.
+
+    Raises UserError, also when called, and LostProcess.
     """
     if out:
         check_writable("--json", out)
@@ -94,12 +105,17 @@ def evaluate(
     accelerator.prepare(place(task.model, config, accelerator).train())
     rank, world = accelerator.process_index, accelerator.num_processes
     order = Order(len(task), config.optim, rank, world)
-    rows = score(task, config, accelerator, order, record.step)
-    content = result(task, config, record.provenance["init"], record.step, rows)
-    if accelerator.is_main_process:
-        print(f"{origin}: {summary(rows)}")
-        if out:
-            write_json(out, {**content, "checkpoint": str(origin)})
+
+    def evaluate() -> None:
+        with watchdog(task.model, str(origin)), naming(str(origin)):
+            rows = score(task, config, accelerator, order, record.step)
+        content = result(task, config, record.provenance["init"], record.step, rows)
+        if accelerator.is_main_process:
+            print(f"{origin}: {summary(rows)}")
+            if out:
+                write_json(out, {**content, "checkpoint": str(origin)})
+
+    return evaluate
 
 
 def check_data(

@@ -31,6 +31,7 @@ from transfer.scoring import (
     score,
     seed_step,
     summary,
+    watchdog,
 )
 from transfer.task import Row, Task
 
@@ -73,11 +74,13 @@ class Trainer:
 
         self.step, self.saved, self.seconds = 0, 0, 0.0  # saved: the step of the last checkpoint
         self.skipped = 0  # steps since the last log line that overflowed in fp16
+        self.storm = 0  # steps of the last log lines, if all of them did
         self.meter = LossMeter(self.accelerator)
         self.stopwatch = Stopwatch(self.accelerator.device)
         if candidates:
             go_on(candidates, self._restore, self.accelerator)
         self.signals = signals or StopSignals()
+        self.watchdog = watchdog(self.net, str(self.run_dir))
         retention = checkpoint.Retention(config.log.keep, 0, config.optim.steps)
         self.writer = checkpoint.Writer(self.run_dir, retention, 60 * PATIENCE_MINUTES)
         self.journal = self._open_journal()
@@ -90,12 +93,13 @@ class Trainer:
         """
         try:
             last, workers = self.config.optim.last_step, self.config.efficiency.workers
-            with batches(
-                self.task, self.order, self.step, last, workers, self.accelerator
-            ) as ahead:
-                self._train(ahead)
-            self.writer.wait()
-            self._finish(self._evaluate())
+            with self.watchdog:
+                with batches(
+                    self.task, self.order, self.step, last, workers, self.accelerator
+                ) as ahead:
+                    self._train(ahead)
+                self.writer.wait()
+                self._finish(self._evaluate())
         except Diverged as error:
             self.writer.wait()
             raise Diverged(f"{error}; {self._last_good()}") from None
@@ -158,8 +162,8 @@ class Trainer:
         averages, end = self.meter.read(self._reason_to_end())
         steps, seconds, wait_share = self.stopwatch.read()
         self._check(finite(averages), "the loss is not finite")
-        storm = self.skipped == steps >= _STORM
-        self._check(not storm, f"all of the last {steps} steps overflow in fp16")
+        self.storm = self.storm + steps if self.skipped == steps else 0
+        self._check(self.storm < _STORM, f"all of the last {self.storm} steps overflow in fp16")
         self.seconds += seconds
         optim = self.config.optim
         values = {

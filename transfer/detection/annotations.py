@@ -3,7 +3,7 @@
 Letters: H W an image's stored height and width in pixels.
 """
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ class _Fields:
         self.content, self.where = content, where
 
     def whole(self, name: str) -> int:
-        return self._of(name, lambda v: type(v) is int, "a whole number")
+        return self._of(name, lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0")
 
     def text(self, name: str) -> str:
         return self._of(name, lambda v: isinstance(v, str) and v != "", "a text")
@@ -129,7 +129,7 @@ class _Fields:
 
 
 def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _polygons(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """A detection run: what every transfer has, and the data and the detector."""
 
+import math
 from dataclasses import dataclass, field
 
 from pipeline.errors import require
@@ -88,7 +89,8 @@ class ModelConfig:
         for name in ("anchor_sizes", "aspect_ratios"):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
-            require(bool(values) and min(values) > 0, name, values, "positive numbers")
+            good = bool(values) and all(0 < value < math.inf for value in values)
+            require(good, name, values, "positive numbers")
         threshold = self.score_threshold
         require(0 <= threshold < 1, "score_threshold", threshold, "at least 0 and less than 1")
 

@@ -4,6 +4,7 @@ Letters: N objects of an image, A annotations of a file, H W the stored image's 
 h w those it is resized to, in pixels. Boxes are x1 y1 x2 y2 in pixels, masks uint8 0 or 1.
 """
 
+import os
 import pickle
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluation.images import open_image
-from pipeline.errors import UserError
+from evaluation.images import open_image, readable
+from pipeline.errors import UserError, printable
 from transfer.detection.annotations import (
     Annotation,
     Annotations,
@@ -74,12 +75,17 @@ class CocoInstances:
         """The RGB image. Raises UserError unless it has the size that the annotations name."""
         path = self.images / record.name
         image = open_image(path)
-        if image.size != (record.width, record.height):
-            raise UserError(
-                f"{path}: {image.width}×{image.height} pixels, but {self.annotations.name} says"
-                f" {record.width}×{record.height}"
-            )
+        self._check_size(path, image, record)
         return image.convert("RGB")
+
+    def check_headers(self) -> None:
+        """Raise UserError for the first file that is no image, or one of another size than the
+        annotations name, by its header: what would else be found when its turn comes.
+        """
+        for record in self.records:
+            path = self.images / record.name
+            with readable(path), Image.open(path) as image:
+                self._check_size(path, image, record)
 
     def masks(self, record: Record) -> NDArray[np.uint8]:
         """The objects' masks [N, H, W]."""
@@ -116,16 +122,27 @@ class CocoInstances:
             segmentations=pickle.dumps([o.segmentation for o in kept]),
         )
 
+    def _check_size(self, path: Path, image: Image.Image, record: Record) -> None:
+        if image.size != (record.width, record.height):
+            raise UserError(
+                f"{path}: {image.width}×{image.height} pixels, but {self.annotations.name} says"
+                f" {record.width}×{record.height}"
+            )
+
     def _check_images(self) -> None:
         if not self.images.is_dir():
             raise UserError(f"{self.images}: no such folder of images")
         listed = {path.name for path in self.images.iterdir()}  # one look-up instead of thousands
         names = [record.name for record in self.records]
-        missing = [n for n in names if n not in listed and not (self.images / n).is_file()]
+        missing = [
+            name
+            for name in names
+            if name not in listed and not os.path.isfile(self.images / name)  # noqa: PTH113 (raises for long names)
+        ]
         if missing:
             raise UserError(
                 f"{self.annotations}: {len(missing)} of its {len(names)} images are not in"
-                f" {self.images} (the first: {missing[0]})"
+                f" {self.images} (the first: {printable(missing[0])})"
             )
 
 
@@ -135,7 +152,7 @@ def open_instances(root: Path, annotations: str, images: str, split: str) -> Coc
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    file, folder = (root / place.format(split=split) for place in (annotations, images))
+    file, folder = (root / place.replace("{split}", split) for place in (annotations, images))
     if not file.is_file():
         found = sorted(
             path.name for path in (file.parent if file.parent.is_dir() else root).iterdir()

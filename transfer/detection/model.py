@@ -27,6 +27,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from transfer.detection.config import ModelConfig
@@ -121,7 +122,7 @@ def _heads(classes: int, config: ModelConfig) -> RoIHeads:
         norm_layer=nn.BatchNorm2d,
     )
     heads = RoIHeads(
-        MultiScaleRoIAlign(LEVELS, BOX_SIDE, points),
+        _regions(BOX_SIDE, points),
         box_head,
         FastRCNNPredictor(config.box_features, classes),
         fg_iou_thresh=0.5,
@@ -132,12 +133,24 @@ def _heads(classes: int, config: ModelConfig) -> RoIHeads:
         score_thresh=config.score_threshold,
         nms_thresh=0.5,
         detections_per_img=config.detections,
-        mask_roi_pool=MultiScaleRoIAlign(LEVELS, MASK_SIDE, points),
+        mask_roi_pool=_regions(MASK_SIDE, points),
         mask_head=MaskRCNNHeads(channels, [channels] * config.mask_convs, 1, nn.BatchNorm2d),
         mask_predictor=MaskRCNNPredictor(channels, channels, classes),
     )
     _initialise(heads)
     return heads
+
+
+def _regions(side: int, points: int) -> MultiScaleRoIAlign:
+    """Regions of the pyramid's maps, of side × side bins.
+
+    torchvision would guess the maps' scales from the first images that it sees, for good, and
+    double them where padding makes an image more than √2 times as large.
+    """
+    pool = MultiScaleRoIAlign(LEVELS, side, points)
+    pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    pool.map_levels = initLevelMapper(2, 5, pool.canonical_scale, pool.canonical_level)
+    return pool
 
 
 def _initialise(heads: RoIHeads) -> None:

@@ -32,6 +32,9 @@ class Detection:
             raise UserError(
                 f"{self.val.annotations}: its categories are not those of {train.annotations}"
             )
+        if not any(len(record.boxes) for record in self.val.records):
+            raise UserError(f"{self.val.annotations}: no object to be scored on")
+        self.val.check_headers()
         self.config = config
         self.examples = TrainingExamples(train, data.train_sides, data.longest_side, data.flip)
         encoder, self.init = build_backbone(config.init)

@@ -11,8 +11,8 @@ from transfer.segmentation.config import DataConfig
 
 def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
     """The images to learn from and those to score. Raises UserError: for what is not of the layout,
-    for classes without names, for images that are in both, and for label maps of another size or
-    kind.
+    for classes without names, for images that are in both, for label maps of another size or kind,
+    and for class ids to be scored that the table does not hold.
     """
     train, val = open_part(config, "train"), open_part(config, "val")
     if train.names is None:
@@ -26,7 +26,7 @@ def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
     if common:
         raise UserError(f"{min(common)}: to be learnt from and to be scored: give other sets")
     train.check_headers()
-    val.check_headers()
+    val.check_labels()
     return train, val
 
 
