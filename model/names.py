@@ -18,18 +18,25 @@ Branch = Literal["teacher", "student"]
 key encoder."""
 
 ENCODERS: dict[Branch, tuple[str, ...]] = {
-    "teacher": ("teacher.encoder.", dict(PREFIXES)["teacher.encoder."], "momentum_encoder."),
+    "teacher": (
+        "teacher.encoder.",
+        dict(PREFIXES)["teacher.encoder."],
+        "encoder_k.0.",
+        "momentum_encoder.",
+    ),
     "student": (
         "student.encoder.",
         dict(PREFIXES)["student.encoder."],
+        "encoder_q.0.",
         "base_encoder.",
         "encoder.",
     ),
 }
-"""What an encoder's names start with in files that hold two: ours, the authors' (and MoCo's), those
-of MoCo v3, PixPro's student."""
+"""What an encoder's names start with in files that hold two: ours, the authors' (and MoCo's),
+DenseCL's, those of MoCo v3, PixPro's student."""
 WRAPPERS = ("", "backbone.")
-"""What they start with in files that hold one."""
+"""What they start with in files that hold one. DenseCL's have the student a second time, as
+`backbone.`"""
 COUNT = "num_batches_tracked"
 """BatchNorm's number of batches. It matters only to a norm whose momentum is None, and many files
 leave it out."""

@@ -1,6 +1,7 @@
 """Exported files give the same features in the libraries that they are for."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -119,16 +120,26 @@ def test_model_card(out: Path) -> None:
     """Who finds the folder reads what it is, how to load it, and what its images allow."""
     card = (out / FILES["huggingface"] / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
-    for fact in ("teacher encoder", "timm.create_model", "| Optimiser steps | 1 |"):
+    assert "The teacher encoder of a SlotCon model: a resnet18" in card
+    for fact in ("- slotcon\n", "by slotstream", "timm.create_model", "| Optimiser steps | 1 |"):
         assert fact in card
     assert "trained on: CC BY 4.0 | mine.\n" in card
 
 
-def test_model_card_of_any_weights(model: SlotCon) -> None:
-    """Names that would break a table's rows; weights that do not say which encoder's they are."""
+def test_model_card_of_any_weights() -> None:
+    """It goes to the web: others' weights are not SlotCon's there, nor are they ours. Names that
+    would break a table's rows.
+    """
     card = model_card(Backbone("resnet18", {}, {"data": "a|b\nc"}))
-    assert "The encoder of a SlotCon model: a resnet18" in card
+    assert "# resnet18, weights\n\nA resnet18 without classifier." in card
+    assert "slotcon" not in card.lower()
+    assert "slotstream" not in card
     assert "| Data | 'a\\|b\\nc' |\n" in card
+    facts = {"method": "SlotCon (arXiv 2205.15288)", "imported": "ckpt_epoch_800.pth"}
+    card = model_card(Backbone("resnet18", {}, facts))
+    assert "The encoder of a SlotCon model: a resnet18" in card
+    assert "slotstream" not in card
+    assert "| Imported from | ckpt_epoch_800.pth |\n" in card
 
 
 def test_the_card_names_no_place(out: Path) -> None:
@@ -195,8 +206,8 @@ def test_official(model: SlotCon, out: Path) -> None:
 
 
 @pytest.mark.parametrize("to", FILES)
-def test_files_come_back_bit_for_bit(to: str, model: SlotCon, out: Path) -> None:
-    """What transfer reads is what was trained, from whichever file."""
+def test_files_come_back_bit_for_bit(to: str, model: SlotCon, checkpoint: Path, out: Path) -> None:
+    """What transfer reads is what was trained and all that is known of it, from whichever file."""
     found = read_backbone(out / FILES[to], "resnet18")
     expected = model.teacher.encoder.state_dict()
     assert list(found.weights) == list(expected)
@@ -204,10 +215,8 @@ def test_files_come_back_bit_for_bit(to: str, model: SlotCon, out: Path) -> None
         lost = to == "detectron2" and name.endswith("num_batches_tracked")
         assert lost or torch.equal(found.weights[name], value), name
     if to != "timm":  # a plain state dict has no room for it
-        assert found.metadata["step"] == "1"
-        assert found.metadata["prototypes"] == "4"
-        assert found.metadata["data_license"] == LICENCE
-        assert found.metadata["branch"] == "teacher"
+        known = {"data_license": LICENCE, **read_backbone(checkpoint).metadata}
+        assert {k: v for k, v in found.metadata.items() if k != "format"} == known
 
 
 def test_an_export_can_be_exported_again(out: Path, tmp_path: Path) -> None:
@@ -254,6 +263,29 @@ def test_bad_input(
     refused("damaged", tmp_path / "broken.pth", "--to", "huggingface", "--out", tmp_path / "hub")
     with pytest.raises(SystemExit):
         call(main, checkpoint, "--to", "tensorflow", "--out", file)
+
+
+def test_files_of_the_source_stay(model: SlotCon, out: Path, tmp_path: Path) -> None:
+    """The weights of a run, under another model's names, are a damaged run; a new file may lie in
+    its folder.
+    """
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
+    (tmp_path / "latest").symlink_to(checkpoint)
+    for source in (checkpoint, tmp_path / "latest", tmp_path):
+        with pytest.raises(UserError, match="is a file of"):
+            call(main, source, "--to", "timm", "--out", checkpoint / "model.safetensors")
+    call(main, checkpoint, "--to", "timm", "--out", checkpoint / "new.safetensors")
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_texts_that_are_no_utf8(to: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Linux takes any bytes for a name or an argument; the formats do not."""
+    out = tmp_path / FILES[to]
+    call(main, checkpoint, "--to", to, "--out", out, "--license", os.fsdecode(b"mine\xff"))
+    found = read_backbone(out).metadata
+    assert found.get("data_license", "mine").startswith("mine")
+    if to == "huggingface":
+        assert "trained on: mine\\udcff.\n" in (out / "README.md").read_text()
 
 
 def test_unwritable_folder(

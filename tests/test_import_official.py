@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,18 @@ from safetensors.torch import load_file
 from evaluation.slots import main as slots
 from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
+from pipeline.views import ViewConfig
 from tests.betons import varied, write_beton
-from tests.exported import call, trained_model
+from tests.checkpoints import write_checkpoint
+from tests.exported import CONFIG, call, trained_model
 from tests.training import small_run, trainer
 from tools.export import main as export
 from tools.import_official import Official, configured, loaded, main
 from tools.model_card import model_card
+from tools.official_settings import official_settings, with_official_settings
 from tools.report import main as report
 from train.checkpoint import find, load_model, read_record
+from train.config import DataConfig, RunConfig, TrainConfig
 from train.weights import describe, read_backbone
 
 IMAGES, STEPS, EPOCHS = 118_287, 184_800, 800
@@ -103,6 +109,7 @@ def test_it_says_what_is_known_and_no_more(imported: Path) -> None:
     assert json.loads((imported / "metrics.jsonl").read_text()) == line
     metadata = read_backbone(imported).metadata
     assert (metadata["data"], metadata["epochs"], metadata["step"]) == ("COCO", "800", str(STEPS))
+    assert metadata["imported"] == "ckpt_epoch_800.pth"  # or its card says that slotstream made it
 
 
 def test_commands_run_on_it(imported: Path, tmp_path: Path) -> None:
@@ -137,10 +144,59 @@ def test_there_and_back(model: SlotCon, imported: Path, tmp_path: Path) -> None:
     assert (records[0].step, records[0].data) == (records[1].step, records[1].data)
 
 
-def test_without_settings_the_recipe_is_not_claimed(model: SlotCon, tmp_path: Path) -> None:
+def test_the_fingerprint_of_the_data_goes_along(model: SlotCon, tmp_path: Path) -> None:
+    """Two sets of one name and size are told apart by it alone."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
+    record = json.loads((checkpoint / "run.json").read_text())
+    record["data"] = {"images": 8, "fingerprint": "1234abcd"}
+    (checkpoint / "run.json").write_text(json.dumps(record))
+    call(export, checkpoint, "--to", "official", "--out", tmp_path / "full.pth")
+    call(main, tmp_path / "full.pth", "--out", tmp_path / "run")
+    assert read_record(find(tmp_path / "run")).data == record["data"]
+
+
+SETTINGS = {
+    "dataset": "COCO", "image_size": 96, "min_scale": 0.2, "arch": "resnet18", "dim_hidden": 8,
+    "dim_out": 6, "num_prototypes": 4, "teacher_temp": 0.05, "student_temp": 0.2,
+    "center_momentum": 0.8, "group_loss_weight": 0.3, "teacher_momentum": 0.95, "base_lr": 0.7,
+    "warmup_epoch": 3, "warmup_multiplier": 50, "weight_decay": 2e-5, "momentum": 0.85,
+    "epochs": 60, "seed": 7, "batch_size": 64, "world_size": 1,
+}  # fmt: skip
+"""None of them what it is by default (but world_size)."""
+
+
+def test_settings_by_the_authors_names() -> None:
+    """A setting that is left out, or takes another's place, is a recipe that nobody ran."""
+    config = RunConfig(
+        "x",
+        DataConfig("/data/COCO"),
+        views=ViewConfig(size=96, min_scale=0.2),
+        model=ModelConfig(
+            "resnet18", 8, 6, 4, teacher_temp=0.05, student_temp=0.2, center_momentum=0.8,
+            group_loss_weight=0.3,
+        ),
+        train=TrainConfig(
+            teacher_momentum=0.95, base_lr=0.7, warmup_epochs=3, warmup_multiplier=50,
+            weight_decay=2e-5, momentum=0.85, epochs=60, seed=7, batch_size=64,
+        ),
+    )  # fmt: skip
+    assert official_settings(config) == SETTINGS
+    default = RunConfig("x", DataConfig("unknown"), model=config.model)
+    found = with_official_settings(default, SETTINGS, config.model)
+    assert found == replace(config, data=DataConfig("COCO"))
+    processes = SETTINGS | {"batch_size": 8, "world_size": 8}
+    assert with_official_settings(default, processes, config.model) == found
+    unknown = SETTINGS | {"world_size": None, "seed": None}
+    assert with_official_settings(default, unknown, config.model).train.batch_size == 64
+
+
+def test_without_settings_the_recipe_is_not_claimed(
+    model: SlotCon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Defaults in the place of what the file does not say are no recipe."""
     torch.save({"model": model.official_state_dict()}, tmp_path / "w.pth")
     call(main, tmp_path / "w.pth", "--out", tmp_path / "run")
+    assert "a run of an unknown number of steps" in capsys.readouterr().out
     metadata = read_backbone(tmp_path / "run").metadata
     assert not {"epochs", "batch_size", "view_size"} & metadata.keys()
     assert metadata["data"] == "unknown"
@@ -185,10 +241,44 @@ def test_what_a_backbone_does_not_say(
     call(main, tmp_path / "w.pth", "--out", out, *stated)
     metadata = read_backbone(out).metadata
     assert (metadata["data"], metadata["epochs"]) == ("COCO", "800")
+    call(main, out, "--out", tmp_path / "again.safetensors", *stated)
+    for other in (("--data", "ImageNet"), ("--epochs", 200)):
+        with pytest.raises(UserError, match=f"{other[0]} {other[1]}: .* says that it is"):
+            call(main, out, "--out", tmp_path / "other.safetensors", *other)
+    for epochs in (0, -5):
+        with pytest.raises(UserError, match=f"--epochs {epochs}: must be 1 or more"):
+            call(main, out, "--out", tmp_path / "other.safetensors", "--epochs", epochs)
+    assert not (tmp_path / "other.safetensors").exists()
     content = {"model": {"grouping_k.slot_embed.weight": torch.ones(4, 6)}}
     monkeypatch.setattr("tools.import_official.read_file", lambda _: (content, {}))
     with pytest.raises(UserError, match="for a backbone alone"):
         call(main, "full.pth", "--out", tmp_path / "run", *stated)
+    with pytest.raises(UserError, match="for a backbone alone"):
+        call(main, "full.pth", "--out", tmp_path / "run", "--student")
+
+
+def test_of_two_backbones_either(model: SlotCon, tmp_path: Path) -> None:
+    """MoCo's figures are those of encoder_q, the student; a file of both gives its teacher else."""
+    sides = {"encoder_k.": model.teacher.encoder, "encoder_q.": model.student.encoder}
+    state = {p + k: v for p, side in sides.items() for k, v in side.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "moco.pth")
+    for branch, options in (("teacher", ()), ("student", ("--student",))):
+        out = tmp_path / f"{branch}.safetensors"
+        call(main, tmp_path / "moco.pth", "--out", out, *options)
+        found = read_backbone(out)
+        assert found.metadata["branch"] == branch
+        expected = getattr(model, branch).encoder.conv1.weight
+        assert torch.equal(found.weights["conv1.weight"], expected)
+
+
+def test_names_that_are_no_utf8(model: SlotCon, tmp_path: Path) -> None:
+    """The header of a .safetensors file is."""
+    file = tmp_path / os.fsdecode(b"w\xff.pth")
+    with file.open("wb") as stream:
+        torch.save(dict(model.teacher.encoder.state_dict()), stream)
+    call(main, file, "--out", tmp_path / "w.safetensors", "--data", os.fsdecode(b"\xff"))
+    metadata = read_backbone(tmp_path / "w.safetensors").metadata
+    assert (metadata["imported"], metadata["data"]) == ("w\\udcff.pth", "\\udcff")
 
 
 class Foreign:
@@ -224,6 +314,7 @@ def test_bad_files(model: SlotCon, imported: Path, tmp_path: Path) -> None:
     [
         ({"center": None}, "missing: center"),
         ({"center": torch.full((1, 4), torch.nan)}, "center is not finite"),
+        ({"center": torch.full((1, 4), 1e300, dtype=torch.float64)}, "center is not finite"),
         ({"encoder_k.bn1.bias": torch.ones(3)}, "of another shape: encoder_k.bn1.bias"),
         ({"projector_k.mlp.0.weight": None}, "projector_k.mlp.0.weight"),
         (

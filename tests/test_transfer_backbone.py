@@ -1,6 +1,8 @@
 """The encoder that a task builds on."""
 
+import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.optim import SGD
 
 from model.encoder import build_encoder
 from pipeline.errors import UserError
+from tests.checkpoints import write_checkpoint
+from tests.exported import CONFIG, trained_model
 from transfer.backbone import build_backbone
 from transfer.config import InitConfig
 
@@ -63,6 +67,37 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
     assert about["kind"] == "file" and about["weights"] == str(file)
     for name, value in encoder.state_dict().items():
         assert value.equal(weights[name])
+    nearby = os.path.relpath(file)
+    _, about = build_backbone(InitConfig(weights=nearby, arch="resnet18"))
+    assert about["weights"] == str(file)  # else two seeds that were started apart are two backbones
     with pytest.raises(UserError) as refused:
         build_backbone(InitConfig(weights=str(file), arch="resnet34"))
     assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("branch", ["teacher", "student"])
+def test_the_encoder_that_was_asked_for(
+    branch: Literal["teacher", "student"], tmp_path: Path
+) -> None:
+    """The other of the two costs points; and the result must say which, and what the weights say of
+    themselves, or no table has a place for it.
+    """
+    model = trained_model()
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
+    init = InitConfig(weights=str(checkpoint), arch="resnet18", branch=branch)
+    encoder, about = build_backbone(init)
+    expected = getattr(model, branch).encoder.state_dict()
+    for name, value in encoder.state_dict().items():
+        assert value.equal(expected[name]), name
+    metadata = about["metadata"]
+    assert (about["branch"], metadata["branch"], metadata["step"]) == (branch, branch, "1")
+
+
+def test_supervised_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of that name with random weights would make every method look good."""
+    published = dict(trained_model().teacher.encoder.state_dict())
+    monkeypatch.setattr("transfer.backbone.published_weights", lambda _: published)
+    encoder, about = build_backbone(InitConfig(weights="supervised", arch="resnet18"))
+    assert (about["kind"], about["weights"]) == ("supervised", "supervised")
+    for name, value in encoder.state_dict().items():
+        assert value.equal(published[name]), name

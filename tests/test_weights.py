@@ -153,13 +153,18 @@ def test_what_others_write(wrap: Any, encoder: dict[str, Tensor], tmp_path: Path
     assert same(read_backbone(tmp_path / "w.pth", "resnet18").weights, encoder)
 
 
-@pytest.mark.parametrize("prefixes", [("encoder_k.", "encoder_q."), ("encoder_k.", "encoder.")])
+@pytest.mark.parametrize(
+    "prefixes",
+    [("encoder_k.", "encoder_q."), ("encoder_k.", "encoder."), ("encoder_k.0.", "encoder_q.0.")],
+)
 def test_of_two_encoders_the_branch_decides(
     prefixes: tuple[str, str], model: SlotCon, tmp_path: Path
 ) -> None:
     """The other one is a silent loss of a point or two."""
     teacher, student = (dict(b.encoder.state_dict()) for b in (model.teacher, model.student))
     both = under(f"module.{prefixes[0]}", teacher) | under(f"module.{prefixes[1]}", student)
+    if prefixes[0] == "encoder_k.0.":  # DenseCL's have the student under a third name as well
+        both |= under("backbone.", student)
     torch.save({"model": both}, tmp_path / "w.pth")
     for branch, expected in (("teacher", teacher), ("student", student)):
         found = read_backbone(tmp_path / "w.pth", branch=branch)  # type: ignore[arg-type]
@@ -187,6 +192,50 @@ def test_a_file_of_the_teacher_is_not_the_student(
         read_backbone(file, branch="student")
     save_file(encoder, file, {"branch": "student"})
     assert read_backbone(file).metadata["branch"] == "student"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: under("encoder_k.", state),
+        lambda state: {"state_dict": under("module.momentum_encoder.", state)},
+        lambda state: {"teacher": under("module.backbone.", state)},
+    ],
+    ids=["official", "mocov3", "dino"],
+)
+def test_names_say_which_encoder_it_is(
+    wrap: Any, encoder: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Where they do, the teacher is not given for the student, and a table names the right one."""
+    torch.save(wrap(encoder), tmp_path / "w.pth")
+    assert read_backbone(tmp_path / "w.pth").metadata == {"branch": "teacher"}
+    with pytest.raises(UserError, match="of the teacher, not of the student"):
+        read_backbone(tmp_path / "w.pth", branch="student")
+
+
+def test_both_of_dino(model: SlotCon, tmp_path: Path) -> None:
+    """Its files hold two state dicts under the same names: they alone say whose they are."""
+    both = {
+        side: dict(getattr(model, side).encoder.state_dict()) for side in ("teacher", "student")
+    }
+    torch.save(both, tmp_path / "w.pth")
+    for branch in ("teacher", "student"):
+        found = read_backbone(tmp_path / "w.pth", branch=branch)  # type: ignore[arg-type]
+        assert same(found.weights, both[branch])
+        assert found.metadata == {"branch": branch}
+
+
+def test_what_others_say_of_their_files_stays_there(
+    encoder: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """mmcv writes its environment and its configuration, as Python's text, under names of which one
+    is ours: it would end in every file that is exported, and in a table that reads JSON there.
+    """
+    theirs = {"config": "model = dict(pretrained='/home/me')", "env_info": "x", "epoch": 200}
+    torch.save({"state_dict": encoder, "meta": theirs}, tmp_path / "w.pth")
+    assert read_backbone(tmp_path / "w.pth").metadata == {}
+    save_file(encoder, tmp_path / "w.safetensors", {"format": "pt", "author": "x"})
+    assert read_backbone(tmp_path / "w.safetensors").metadata == {}
 
 
 def test_tensors_come_out_as_a_new_network_has_them(
@@ -281,6 +330,7 @@ def test_nothing_is_run(suffix: str, encoder: dict[str, Tensor], tmp_path: Path)
     assert same(read_backbone(tmp_path / "fine.pth").weights, encoder)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
     """Each in one line that names the file and what is wrong."""
     file = tmp_path / "w.pth"
@@ -310,6 +360,13 @@ def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
     refused("damaged, or not a ResNet of torchvision's", arch=None)
     torch.save(encoder | {"bn1.bias": torch.full((64,), torch.nan)}, file)
     refused("bn1.bias is not finite")
+    large = encoder["bn1.bias"].double() + 1e300
+    torch.save(encoder | {"bn1.bias": large}, file)
+    refused("bn1.bias is not finite")
+    weight = encoder["conv1.weight"]
+    for odd in (weight.to_sparse(), weight.to("meta"), weight.to(torch.complex64)):
+        torch.save(encoder | {"conv1.weight": odd}, file)
+        refused("conv1.weight is no plain tensor of real numbers")
     save_file(encoder, tmp_path / "w.safetensors")
     whole = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(whole[:-100_000])
@@ -333,3 +390,14 @@ def test_published_weights_are_a_backbone(
         lambda *_, **__: state | {"fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)},
     )
     assert same(published_weights("resnet18"), encoder, counts=False)
+
+
+def test_published_weights_are_the_usual_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's newer ones have four points more on ImageNet: no paper compares with them."""
+
+    def offline(url: str, **_: object) -> None:
+        raise OSError(f"no network for {url}")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(UserError, match=r"resnet50-0676ba61\.pth cannot be had"):
+        published_weights("resnet50")

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import save
-
 from evaluation.features import encoder_dim
 from model.names import to_detectron2
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import CommandParser, UserError, check_writable, run
-from tools.model_card import model_card
+from tools.model_card import model_card, of_slotcon
 from tools.official_settings import official_settings
 from train.checkpoint import find, load_model, read_record
 from train.pickles import pickle_arrays, torch_bytes
@@ -29,6 +27,7 @@ from train.weights import (
     Backbone,
     describe,
     read_backbone,
+    safetensors_bytes,
 )
 
 EXAMPLES = """examples:
@@ -86,8 +85,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_out(to: str, out: Path, source: Path) -> None:
-    """Refuse an output that cannot be written, is `source` itself, or has a suffix that its readers
-    would misunderstand.
+    """Refuse an output that cannot be written, is `source` itself or a file that is in it, or has
+    a suffix that its readers would misunderstand.
 
     Raises UserError.
     """
@@ -96,12 +95,14 @@ def check_out(to: str, out: Path, source: Path) -> None:
         raise UserError(f"--out {out}: --to {to} writes a {' or '.join(suffixes)} file")
     if suffixes:
         check_writable("--out", out, source)
+        if source.is_dir() and out.exists() and out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"--out {out}: is a file of {source}: give the name of a new one")
 
 
 def state_dict(backbone: Backbone, suffix: str) -> bytes:
     """Weights under torchvision's names, which are timm's: safetensors, or a plain state dict."""
     if suffix == ".safetensors":
-        return save(backbone.weights, {"format": "pt", **backbone.metadata})
+        return safetensors_bytes(backbone)
     return torch_bytes(backbone.weights)
 
 
@@ -132,7 +133,7 @@ def huggingface(backbone: Backbone) -> dict[str, bytes]:
         "num_classes": 0,
         "num_features": encoder_dim(backbone.arch),
         "pretrained_cfg": {
-            "tag": "slotcon",
+            "tag": "slotcon" if of_slotcon(backbone) else "",
             "custom_load": False,
             "input_size": [3, side, side],
             "fixed_input_size": False,
@@ -150,7 +151,7 @@ def huggingface(backbone: Backbone) -> dict[str, bytes]:
     return {
         FOLDER_WEIGHTS: state_dict(backbone, ".safetensors"),
         FOLDER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-        "README.md": model_card(backbone).encode(),
+        "README.md": model_card(backbone).encode(errors="backslashreplace"),
     }
 
 

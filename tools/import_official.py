@@ -10,23 +10,22 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from model import ModelConfig, SlotCon
 from model.config import ARCHITECTURES
-from model.names import arch_of, backbone_of
+from model.names import Branch, arch_of, backbone_of
 from model.official import from_official
 from pipeline.errors import CommandParser, UserError, check_writable, run
 from tools.official_settings import with_official_settings
 from train.checkpoint import Record, check_weights, write_model
 from train.config import DataConfig, RunConfig, from_dict, to_dict, to_yaml
 from train.provenance import new_folder, provenance, write_bytes
-from train.weights import read_backbone, read_file, state_in
+from train.weights import read_backbone, read_file, safetensors_bytes, state_in
 
 EXAMPLES = """examples:
   python -m tools.import_official ckpt_epoch_800.pth --out runs/slotcon_coco
@@ -60,20 +59,27 @@ class Official:
 
 def main() -> None:
     args = parse_args()
+    if args.epochs is not None and args.epochs < 1:
+        raise UserError(f"--epochs {args.epochs}: must be 1 or more")
     content, metadata = read_file(args.file)
-    state = {k.removeprefix("module."): v for k, v in state_in(content, args.file).items()}
+    wrapped, _ = state_in(content, args.file)
+    state = {name.removeprefix("module."): value for name, value in wrapped.items()}
     stated = {"data": args.data, "epochs": args.epochs and str(args.epochs)}
     if PROTOTYPES in state:
-        if any(stated.values()):
-            raise UserError(f"--data, --epochs: are for a backbone alone, and {args.file} is more")
+        if args.student or any(stated.values()):
+            raise UserError(
+                f"--student, --data, --epochs: are for a backbone alone, and {args.file} is more"
+            )
         official = read_official(args.file, state, content, metadata)
         import_run(official, args.out)
         optimizer = official.args.get("optimizer", "lars")
         if optimizer != "lars":
             print(f"warning: trained with {optimizer}, not config.yaml's LARS", file=sys.stderr)
-        print(f"{args.out}: a run of {official.step:,} steps")
+        steps = f"{official.step:,}" if official.step else "an unknown number of"
+        print(f"{args.out}: a run of {steps} steps")
     else:
-        import_backbone(args.file, args.out, {k: v for k, v in stated.items() if v})
+        branch: Branch = "student" if args.student else "teacher"
+        import_backbone(args.file, args.out, branch, {k: v for k, v in stated.items() if v})
         print(f"{args.out}: a backbone")
 
 
@@ -94,6 +100,9 @@ def parse_args() -> argparse.Namespace:
     text = "that a backbone was trained on, which its file does not say: transfer.table asks"
     parser.add_argument("--data", metavar="NAME", help=f"set of images (COCO, ImageNet, …) {text}")
     parser.add_argument("--epochs", metavar="N", type=int, help="passes over them")
+    parser.add_argument(
+        "--student", action="store_true", help="of two backbones, the one that learns (encoder_q)"
+    )
     return parser.parse_args()
 
 
@@ -147,11 +156,10 @@ def loaded(official: Official) -> SlotCon:
     model = SlotCon(ModelConfig(arch, len(state[HIDDEN]), dim, prototypes))
     expected = model.state_dict()
     try:
-        weights = from_official(state, expected)
-        check_weights(weights, expected)
+        model.load_state_dict(from_official(state, expected))
+        check_weights(model.state_dict(), expected)  # as loaded: float64 may become infinite
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
-    model.load_state_dict(weights)
     return model
 
 
@@ -183,16 +191,20 @@ def origin(official: Official) -> dict[str, Any]:
     return provenance() | facts
 
 
-def import_backbone(source: Path, out: Path, stated: Mapping[str, str]) -> None:
+def import_backbone(source: Path, out: Path, branch: Branch, stated: Mapping[str, str]) -> None:
     """Write a backbone under torchvision's names, with what is `stated` of it where the file itself
     does not say. Raises UserError.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: {source} is a backbone alone: give a .safetensors file")
     check_writable("--out", out, source)
-    backbone = read_backbone(source)
-    facts = {"format": "pt", "arch": backbone.arch, "imported": source.name}
-    write_bytes(out, save(backbone.weights, {**facts, **stated, **backbone.metadata}))
+    backbone = read_backbone(source, branch=branch)
+    known = backbone.metadata
+    for name, value in stated.items():
+        if known.get(name, value) != value:
+            raise UserError(f"--{name} {value}: {source} says that it is {known[name]}")
+    facts = {"arch": backbone.arch, "imported": source.name}
+    write_bytes(out, safetensors_bytes(replace(backbone, metadata={**facts, **stated, **known})))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,10 @@ library_name: timm
 tags:
 - image-feature-extraction
 - timm
-- self-supervised
-- slotcon
----
+{tags}---
 # {title}
 
-The {encoder} of a SlotCon model: a {arch} without classifier, pre-trained on images without
-labels by slotstream. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
-groups (Wen et al., *Self-Supervised Visual Representation Learning with Semantic Grouping*, NeurIPS
-2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288)).
+{what}
 
 ## Use
 ```python
@@ -34,6 +29,13 @@ meant to be fine-tuned, or probed, on dense tasks; nothing here classifies.
 
 Licence of the images that it was trained on: {license}.
 """
+SLOTCON_TAGS = "- self-supervised\n- slotcon\n"
+SLOTCON = """\
+The {encoder} of a SlotCon model: a {arch} without classifier, pre-trained on images without
+labels{by}. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
+groups (Wen et al., *Self-Supervised Visual Representation Learning with Semantic Grouping*, NeurIPS
+2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288))."""
+OTHER = "A {arch} without classifier. All that is known of how it was made is below."
 TITLES = {
     "method": "Method",
     "arch": "Architecture",
@@ -59,13 +61,24 @@ def model_card(backbone: Backbone) -> str:
     facts = "\n".join(
         f"| {title} | {_cell(known[name])} |" for name, title in TITLES.items() if name in known
     )
+    ours = of_slotcon(backbone)
+    title = f"{backbone.arch}, {known.get('run', 'weights')}"
     return CARD.format(
-        title=f"SlotCon {backbone.arch}, {known.get('run', 'weights')}",
-        encoder=f"{known.get('branch', '')} encoder".strip(),
-        arch=backbone.arch,
+        tags=SLOTCON_TAGS if ours else "",
+        title=f"SlotCon {title}" if ours else title,
+        what=(SLOTCON if ours else OTHER).format(
+            encoder=f"{known.get('branch', '')} encoder".strip(),
+            arch=backbone.arch,
+            by="" if "imported" in known else " by slotstream",
+        ),
         facts=facts,
         license=" ".join(known.get("data_license", "not stated").split()),
     )
+
+
+def of_slotcon(backbone: Backbone) -> bool:
+    """Its metadata say that the method is SlotCon: weights of any other can be exported as well."""
+    return backbone.metadata.get("method", "").startswith("SlotCon")
 
 
 def _cell(text: str) -> str:

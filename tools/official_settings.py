@@ -49,12 +49,13 @@ def with_official_settings(
 
     Raises ValueError for an impossible setting.
     """
+    stated = {theirs: value for theirs, value in args.items() if value is not None}
     found: dict[str, dict[str, Any]] = {part: {} for _, part, _ in NAMES}
     for theirs, part, ours in NAMES:
-        if args.get(theirs) is not None:
-            found[part][ours] = args[theirs]
-    if args.get("batch_size") is not None:
-        found["train"]["batch_size"] = args["batch_size"] * args.get("world_size", 1)
+        if theirs in stated:
+            found[part][ours] = stated[theirs]
+    if "batch_size" in stated:
+        found["train"]["batch_size"] = stated["batch_size"] * stated.get("world_size", 1)
     for size in ("arch", "dim_hidden", "dim_out", "num_prototypes"):
         found["model"][size] = getattr(model, size)
     parts = {part: replace(getattr(config, part), **values) for part, values in found.items()}

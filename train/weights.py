@@ -1,5 +1,5 @@
 """Backbones: read from whatever holds one, under one set of names, torchvision's for a ResNet
-without its classifier.
+without its classifier, and written as safetensors.
 
 What others wrote is opened without running anything that is in it: pickles of tensors, arrays and
 plain values only.
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 import torchvision
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from model.encoder import build_encoder
-from model.names import Branch, arch_of, backbone_of, branches_of, with_counts
-from pipeline.errors import UserError
+from model.names import ENCODERS, Branch, arch_of, backbone_of, branches_of, with_counts
+from pipeline.errors import UserError, printable
 from train.checkpoint import Record, check_weights, find, load_model, read_record
 from train.config import RunConfig, from_dict, to_dict
 from train.pickles import read_pickle
@@ -29,6 +30,12 @@ META = "meta"
 """Where the dictionaries that we write keep their metadata, as mmengine's do."""
 FOLDER_WEIGHTS, FOLDER_CONFIG = "model.safetensors", "config.json"
 """The files of a folder as Hugging Face's hub keeps it."""
+FACTS = {
+    "method", "arch", "branch", "run", "imported", "step", "optimizer", "epochs", "batch_size",
+    "prototypes", "view_size", "config", "data", "data_images", "data_fingerprint", "data_license",
+    "slotstream", "format",
+}  # fmt: skip
+"""What the metadata of a file of ours may say, see `describe` and tools."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,8 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
         branch: which encoder, where `source` holds two.
 
     Raises:
-        UserError: in one line, where there is none, or it is another, or damaged, or the teacher
-            where the student is asked for (the teacher is what nobody has to ask for).
+        UserError: in one line, where there is none, or it is another, or damaged, or known to be
+            the teacher where the student is asked for (the teacher is what nobody has to ask for).
     """
     if (source / FOLDER_CONFIG).is_file():
         source = source / FOLDER_WEIGHTS
@@ -63,9 +70,12 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
         state, metadata = load_model(source)[0].state_dict(), describe(record, branch)
     else:
         state, metadata = read_state(source, branch)
-    if len(branches_of(state)) == 2:
+    sides = branches_of(state)
+    if len(sides) == 2:
         metadata = metadata | {"branch": branch}
-    elif branch == "student" and metadata.get("branch") == "teacher":
+    elif sides:
+        metadata = {"branch": sides[0]} | metadata
+    if branch == "student" and metadata.get("branch") == "teacher":
         raise UserError(f"{source}: weights of the teacher, not of the student that was asked for")
     weights = backbone_of(state, branch)
     if not weights:
@@ -86,15 +96,29 @@ def fitting(weights: Mapping[str, Tensor], arch: str, source: object) -> dict[st
     """
     with torch.device("meta"):
         expected = build_encoder(arch)[0].state_dict()
-    found = with_counts(weights, expected)
+    plain = {
+        name: value.detach().to(
+            expected[name].dtype, copy=True, memory_format=torch.contiguous_format
+        )
+        for name, value in with_counts(weights, expected).items()
+        if name in expected
+    }
     try:
-        check_weights(found, expected)
+        check_weights({**weights, **plain}, expected)  # as converted: float64 may become infinite
     except ValueError as error:
         raise UserError(f"{source}: damaged, or not a {arch} ({error})") from None
-    return {
-        name: found[name].detach().to(value.dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, value in expected.items()
+    return {name: plain[name] for name in expected}
+
+
+def safetensors_bytes(backbone: Backbone) -> bytes:
+    """A .safetensors file. Its header is UTF-8, which names of files need not be: what is none is
+    escaped.
+    """
+    facts = {"format": "pt", **backbone.metadata}
+    header = {
+        name: value.encode(errors="backslashreplace").decode() for name, value in facts.items()
     }
+    return save(backbone.weights, header)
 
 
 def published_weights(arch: str) -> dict[str, Tensor]:
@@ -122,6 +146,7 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
         "arch": config.model.arch,
         "branch": branch,
         "run": config.name,
+        "imported": record.provenance.get("imported"),
         "step": record.step,
         "prototypes": config.model.num_prototypes,
         "optimizer": record.provenance.get("args", {}).get("optimizer", "lars"),
@@ -137,24 +162,33 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
 def read_state(path: Path, branch: Branch = "teacher") -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict in a file, see `state_in`, and its metadata. Raises UserError."""
     content, metadata = read_file(path)
-    return state_in(content, path, branch), metadata
+    state, told = state_in(content, path, branch)
+    return state, told | metadata
 
 
-def state_in(content: Any, source: Path, branch: Branch = "teacher") -> dict[str, Tensor]:
-    """The state dict that a file's content is, or holds under one of the usual names.
+def state_in(
+    content: Any, source: Path, branch: Branch = "teacher"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict that a file's content is, or holds under one of the usual names; and, as
+    metadata, which it is in a file of DINO's kind, which holds two, or one of them: `branch`
+    chooses.
 
-    A file of DINO's kind holds two, of which `branch` says which. Raises UserError, naming
-    `source`.
+    Raises UserError, naming `source`.
     """
+    told: dict[str, str] = {}
     for wrapper in ("state_dict", "model", branch, "teacher", "student"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+            told = {"branch": wrapper} if wrapper in ENCODERS else {}
     if not isinstance(content, dict) or not content:
         raise UserError(f"{source}: no weights in it")
     state = {str(name): _tensor(value) for name, value in content.items()}
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{source}: no weights in it")
-    return state
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{source}: no weights in it")
+        if not _dense(value):
+            raise UserError(f"{source}: {printable(name)} is no plain tensor of real numbers")
+    return state, told
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -174,7 +208,8 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+                content = {name: file.get_tensor(name) for name in names}
+                return content, _ours(file.metadata() or {})
         content = read_pickle(path)
     except UserError:
         raise
@@ -184,9 +219,15 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         kind = f" of the kind that {path.suffix} says" if path.suffix else ""
         raise UserError(f"{path}: damaged, or not a file of weights{kind}") from None
     metadata = content.get(META) if isinstance(content, dict) else None
-    if not isinstance(metadata, dict):
-        return content, {}
-    return content, {str(name): str(value) for name, value in metadata.items()}
+    return content, _ours(metadata) if isinstance(metadata, dict) else {}
+
+
+def _ours(metadata: Mapping[Any, Any]) -> dict[str, str]:
+    """`metadata` if it is of a file of ours. That of others is not carried on: mmcv's holds the
+    environment, and under our names what is of another kind (its `config` is Python's text).
+    """
+    known = metadata.keys() <= FACTS
+    return {name: str(value) for name, value in metadata.items()} if known else {}
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:
@@ -211,3 +252,11 @@ def _tensor(value: Any) -> Any:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
         return value
     return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+
+
+def _dense(value: Tensor) -> bool:
+    """It has a real number at each of its places: sparse, quantised and complex ones and those
+    without content cannot be converted, or lose a part.
+    """
+    odd = value.is_meta or value.is_quantized or value.is_complex()
+    return value.layout is torch.strided and not odd

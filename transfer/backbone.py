@@ -15,16 +15,18 @@ _LAST_OF_STAGE = ("bn1", "layer1", "layer2", "layer3", "layer4")
 
 def build_backbone(init: InitConfig) -> tuple[nn.Sequential, dict[str, Any]]:
     """The encoder [B, 3, S, S] → [B, C, ⌈S/32⌉, ⌈S/32⌉] with the weights that `init` names, its
-    frozen stages frozen, and what a result says about it: {"weights", "kind": "random" |
-    "supervised" | "file", "arch", "branch", "frozen", "metadata"}.
+    frozen stages frozen, and what a result says about it: {"weights" (a file's whole path, so
+    that it is one backbone wherever runs were started), "kind": "random" | "supervised" | "file",
+    "arch", "branch", "frozen", "metadata"}.
 
     Its children are torchvision's: conv1, bn1, relu, maxpool, layer1 … layer4. New weights are
     drawn from torch's generator. Raises UserError.
     """
     encoder, _ = build_encoder(init.arch)
+    named = init.weights in ("random", "supervised")
     about: dict[str, Any] = {
-        "weights": init.weights,
-        "kind": init.weights if init.weights in ("random", "supervised") else "file",
+        "weights": init.weights if named else str(Path(init.weights).resolve()),
+        "kind": init.weights if named else "file",
         "arch": init.arch,
         "branch": init.branch,
         "frozen": init.frozen,
