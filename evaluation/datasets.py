@@ -171,17 +171,19 @@ class LabelledImages:
                 check_label_map(labels, opened, size, self.maps.kind)
 
     def check_labels(self) -> None:
-        """Raise UserError for the first label map that cannot be used, class ids included: all are
-        read.
+        """Raise UserError for the first label map that cannot be used, class ids included, and
+        where all of them are void: all are read.
         """
 
-        def read(i: int) -> None:
+        def says_something(i: int) -> bool:
             with readable(self.paths[i]), Image.open(self.paths[i]) as image:
                 width, height = image.size
-            self.labels(i, height, width)
+            return bool((self.labels(i, height, width) != VOID).any())
 
-        for _ in ordered_map(read, range(len(self)), READERS):
-            pass
+        if not any([*ordered_map(says_something, range(len(self)), READERS)]):
+            raise UserError(
+                f"{self.source}: no labelled pixel to score: the label maps are all void"
+            )
 
 
 def square_labels(data: LabelledImages, squares: Squares, size: int) -> np.ndarray:

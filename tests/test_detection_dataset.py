@@ -209,6 +209,7 @@ def _crowd(content: dict[str, Any]) -> dict[str, Any]:
         (lambda c: c["images"][0].update(file_name="x" * 300), "1 of its 6 .* first: xxx"),
         (lambda c: c["images"][0].update(file_name="a\nb.png"), r"first: 'a\\nb.png'"),
         (lambda c: c["images"][0].update(height=0), r"images\[0\]: 72×0 pixels"),
+        (lambda c: c["images"][0].update(height=10**7), r"images\[0\]: 72×10000000 pixels"),
         (lambda c: c["categories"][0].update(name=None), r"categories\[0\]: name must be a text"),
         (lambda c: c.pop("categories"), "not COCO instance annotations"),
         (lambda c: c.update(images=[], annotations=[]), "names no images"),

@@ -144,15 +144,19 @@ def test_there_and_back(model: SlotCon, imported: Path, tmp_path: Path) -> None:
     assert (records[0].step, records[0].data) == (records[1].step, records[1].data)
 
 
-def test_the_fingerprint_of_the_data_goes_along(model: SlotCon, tmp_path: Path) -> None:
-    """Two sets of one name and size are told apart by it alone."""
+def test_what_is_known_of_the_data_goes_along(model: SlotCon, tmp_path: Path) -> None:
+    """Two sets of one name and size are told apart by the fingerprint alone; the licence of the
+    images binds whoever has the weights, however they came."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
     record = json.loads((checkpoint / "run.json").read_text())
     record["data"] = {"images": 8, "fingerprint": "1234abcd"}
     (checkpoint / "run.json").write_text(json.dumps(record))
-    call(export, checkpoint, "--to", "official", "--out", tmp_path / "full.pth")
+    official = ("--to", "official", "--out", tmp_path / "full.pth", "--license", "CC BY 4.0")
+    call(export, checkpoint, *official)
     call(main, tmp_path / "full.pth", "--out", tmp_path / "run")
-    assert read_record(find(tmp_path / "run")).data == record["data"]
+    known = read_record(find(tmp_path / "run")).data
+    assert known == {**record["data"], "license": "CC BY 4.0"}
+    assert read_backbone(tmp_path / "run").metadata["data_license"] == "CC BY 4.0"
 
 
 SETTINGS = {

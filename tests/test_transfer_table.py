@@ -251,6 +251,12 @@ def test_a_deviation_is_over_seeds(tmp_path: Path) -> None:
     again = result(tmp_path / "b", metadata=COCO)
     with pytest.raises(UserError, match=r"b/result.json: .*optim.seed of .*a/result.json"):
         call(main, run, again)
+    others = {"dataset": "cityscapes", "images": 500, "fingerprint": "4d"}
+    elsewhere = result(
+        tmp_path / "e", "cityscapes", "--optim.seed", "1", metadata=COCO, scored=others
+    )
+    with pytest.raises(UserError, match=r"e/result.json: scored on other images than .*a/result"):
+        call(main, run, elsewhere)
     aside = [result(tmp_path / name, "camvid", metadata=COCO) for name in "cd"]
     call(main, *aside)  # each has a line of its own
 
@@ -277,7 +283,7 @@ def test_a_run_without_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert own(content)[7][0]["figures"] == ["70.0"]
     assert content["runs"][0]["in_tables"] is False
     line = next(n for n in capsys.readouterr().out.splitlines() if n.startswith("going"))
-    assert line.endswith("  no result.json yet")
+    assert line.endswith("  has no result.json")
 
 
 @pytest.mark.parametrize("option", ["--json", "--markdown"])
@@ -321,7 +327,12 @@ def test_random_and_supervised_have_their_tables(tmp_path: Path) -> None:
         ("cityscapes", ["--data.val_split", "test"], {}, "data.val_split test, not val"),
         ("coco_1x", ["--data.val_side", "600"], {}, "data.val_side 600, not 800"),
         ("cityscapes", [], {"images": 2_900}, "2,900 training images, not 2,975"),
-        ("voc", [], {"scored": {"images": 1_400}}, "scored on 1,400 images, not 1,449"),
+        (
+            "voc",
+            [],
+            {"scored": {"images": 1_400, "fingerprint": "5e"}},
+            "scored on 1,400 images, not 1,449",
+        ),
         ("cityscapes", [], {"step": 500}, "ended at step 500 of 90,000"),
         ("coco_2x", [], {}, "optim.steps 180000, not 90000"),
         ("camvid", [], {}, "the paper has no camvid"),
@@ -347,7 +358,9 @@ def test_other_recipes_stay_apart(
 
 def test_a_few_files_may_be_missing(tmp_path: Path) -> None:
     """From the sets as they are downloaded today."""
-    run = result(tmp_path / "run", metadata=COCO, images=2_930, scored={"images": 495})
+    run = result(
+        tmp_path / "run", metadata=COCO, images=2_930, scored={"images": 495, "fingerprint": "5e"}
+    )
     assert own(made(tmp_path, run))[7][0]["figures"] == ["70.0"]
 
 

@@ -129,7 +129,7 @@ def test_runs_and_their_files(model: SlotCon, tmp_path: Path) -> None:
     assert same(student.weights, dict(model.student.encoder.state_dict()))
     assert student.metadata["branch"] == "student"
     file = read_backbone(checkpoint / "model.safetensors", "resnet18", "student")
-    assert same(file.weights, student.weights)
+    assert same(file.weights, student.weights) and file.metadata == student.metadata
     with pytest.raises(UserError, match=r"checkpoint: weights of a resnet18, not of the resnet50"):
         read_backbone(checkpoint, "resnet50")
 
@@ -175,11 +175,11 @@ def test_of_two_encoders_the_branch_decides(
 def test_files_without_counts(encoder: dict[str, Tensor], tmp_path: Path) -> None:
     """torchvision's oldest weights and detectron2's have no num_batches_tracked."""
     less = {name: v for name, v in encoder.items() if not name.endswith("num_batches_tracked")}
-    save_file(less, tmp_path / "w.safetensors", {"run": "x"})
+    save_file(less, tmp_path / "w.safetensors", {"arch": "resnet18"})
     found = read_backbone(tmp_path / "w.safetensors", "resnet18")
     assert same(found.weights, encoder, counts=False)
     assert found.weights["bn1.num_batches_tracked"] == 0
-    assert found.metadata == {"run": "x"}
+    assert found.metadata == {"arch": "resnet18"}
 
 
 def test_a_file_of_the_teacher_is_not_the_student(
@@ -187,11 +187,13 @@ def test_a_file_of_the_teacher_is_not_the_student(
 ) -> None:
     """Nor is a file of the student refused where nobody asked for either."""
     file = tmp_path / "w.safetensors"
-    save_file(encoder, file, {"branch": "teacher"})
+    save_file(encoder, file, {"arch": "resnet18", "branch": "teacher", "of a later version": "x"})
     with pytest.raises(UserError, match="of the teacher, not of the student"):
         read_backbone(file, branch="student")
-    save_file(encoder, file, {"branch": "student"})
+    save_file(encoder, file, {"arch": "resnet18", "branch": "student"})
     assert read_backbone(file).metadata["branch"] == "student"
+    save_file(under("encoder_q.", encoder), file, {"arch": "resnet18", "branch": "teacher"})
+    assert read_backbone(file).metadata["branch"] == "student"  # names are what it is
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_what_others_say_of_their_files_stays_there(
     """mmcv writes its environment and its configuration, as Python's text, under names of which one
     is ours: it would end in every file that is exported, and in a table that reads JSON there.
     """
-    theirs = {"config": "model = dict(pretrained='/home/me')", "env_info": "x", "epoch": 200}
+    theirs = {"config": "model = dict(pretrained='mine')", "env_info": "x", "epoch": 200}
     torch.save({"state_dict": encoder, "meta": theirs}, tmp_path / "w.pth")
     assert read_backbone(tmp_path / "w.pth").metadata == {}
     save_file(encoder, tmp_path / "w.safetensors", {"format": "pt", "author": "x"})

@@ -119,6 +119,8 @@ def read_official(
         "images": count(settings.get("num_instances") or metadata.get("data_images")),
         "fingerprint": metadata.get("data_fingerprint", "unknown"),
     }
+    if licence := metadata.get("data_license"):
+        identity["license"] = licence
     step = count(steps or metadata.get("step"))
     return Official(source, state, settings, step, count(content.get("epoch")), identity)
 

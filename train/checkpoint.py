@@ -106,7 +106,12 @@ def all_of(run_dir: Path) -> list[Path]:
 
 def whole_ones(run_dir: Path) -> list[Path]:
     """The checkpoints of a run that look whole, oldest first."""
-    return [path for path in all_of(run_dir) if (path / _RECORD).is_file()]
+    return [path for path in all_of(run_dir) if is_checkpoint(path)]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """It is one's, and was written to the end."""
+    return (folder / _RECORD).is_file()
 
 
 def find(path: Path) -> Path:
@@ -114,7 +119,7 @@ def find(path: Path) -> Path:
 
     Raises UserError.
     """
-    if (path / _RECORD).is_file():
+    if is_checkpoint(path):
         return path.resolve()
     if found := latest(path):
         return found.resolve()

@@ -22,7 +22,7 @@ from torch import Tensor
 from model.encoder import build_encoder
 from model.names import ENCODERS, Branch, arch_of, backbone_of, branches_of, with_counts
 from pipeline.errors import UserError, printable
-from train.checkpoint import Record, check_weights, find, load_model, read_record
+from train.checkpoint import Record, check_weights, find, is_checkpoint, load_model, read_record
 from train.config import RunConfig, from_dict, to_dict
 from train.pickles import read_pickle
 
@@ -63,6 +63,8 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
         UserError: in one line, where there is none, or it is another, or damaged, or known to be
             the teacher where the student is asked for (the teacher is what nobody has to ask for).
     """
+    if source.name == FOLDER_WEIGHTS and is_checkpoint(source.parent):
+        source = source.parent  # which says what they are
     if (source / FOLDER_CONFIG).is_file():
         source = source / FOLDER_WEIGHTS
     if source.is_dir():
@@ -74,7 +76,7 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
     if len(sides) == 2:
         metadata = metadata | {"branch": branch}
     elif sides:
-        metadata = {"branch": sides[0]} | metadata
+        metadata = metadata | {"branch": sides[0]}
     if branch == "student" and metadata.get("branch") == "teacher":
         raise UserError(f"{source}: weights of the teacher, not of the student that was asked for")
     weights = backbone_of(state, branch)
@@ -154,6 +156,7 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
         "data": Path(config.data.path).name,
         "data_images": record.data["images"],
         "data_fingerprint": record.data["fingerprint"],
+        "data_license": record.data.get("license"),
         "slotstream": _version(),
     }
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
@@ -163,7 +166,7 @@ def read_state(path: Path, branch: Branch = "teacher") -> tuple[dict[str, Tensor
     """The state dict in a file, see `state_in`, and its metadata. Raises UserError."""
     content, metadata = read_file(path)
     state, told = state_in(content, path, branch)
-    return state, told | metadata
+    return state, metadata | told
 
 
 def state_in(
@@ -223,11 +226,12 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 def _ours(metadata: Mapping[Any, Any]) -> dict[str, str]:
-    """`metadata` if it is of a file of ours. That of others is not carried on: mmcv's holds the
-    environment, and under our names what is of another kind (its `config` is Python's text).
+    """What we know of `metadata` if it is of a file of ours, all of which say `arch`. What others
+    say is not carried on: mmcv the environment, and under our names what is of another kind (its
+    `config` is Python's text).
     """
-    known = metadata.keys() <= FACTS
-    return {name: str(value) for name, value in metadata.items()} if known else {}
+    known = FACTS if "arch" in metadata else set()
+    return {name: str(value) for name, value in metadata.items() if name in known}
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:

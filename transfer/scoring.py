@@ -23,6 +23,8 @@ from transfer.config import Config, TransferConfig, without_weights
 from transfer.examples import Order, batches
 from transfer.task import Row, Task
 
+RESULT = "result.json"
+"""The file in a run's folder that says how it ended."""
 PATIENCE_MINUTES = 60.0
 """How long a process waits for the others, which may evaluate, and for the disk."""
 
@@ -95,7 +97,7 @@ def evaluation(
     Raises UserError, also when called, and LostProcess.
     """
     if out:
-        check_writable("--json", out)
+        check_writable("--json", out, origin.parents[1] / RESULT)
     record = checkpoint.read_record(origin, settings)
     accelerator = launch(origin, config.efficiency.precision, (), PATIENCE_MINUTES)
     torch.manual_seed(config.optim.seed)

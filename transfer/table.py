@@ -83,6 +83,8 @@ class Result:
     metrics: dict[str, float]
     """In percent, over all classes."""
     dataset: str
+    scored: str
+    """Fingerprint of the images that it was scored on."""
 
     def fits(self, table: Table) -> bool:
         """It has a place there."""
@@ -140,8 +142,8 @@ def result_file(path: Path) -> Path:
 def read_result(file: Path) -> Result:
     """What a run's result.json says, or that it has none yet. Raises UserError."""
     if not file.exists() and file.with_name("config.yaml").exists():
-        why = f"no {file.name} yet"
-        return Result(file, file.parent.name, Start("", "", ""), None, (why,), 0, {}, "")
+        why = f"has no {file.name}"
+        return Result(file, file.parent.name, Start("", "", ""), None, (why,), 0, {}, "", "")
     content = read_json(file)
     try:
         dataset = content["dataset"]
@@ -165,6 +167,7 @@ def read_result(file: Path) -> Result:
             int(content["config"]["optim"]["seed"]),
             metrics,
             dataset,
+            str(content["scored"]["fingerprint"]) if recipe else "",
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
@@ -262,8 +265,11 @@ def differences(content: Mapping[str, Any], recipe: Recipe | None) -> Iterable[s
 
 
 def check_seeds(results: Iterable[Result]) -> None:
-    """Refuse two results that would be averaged and are of one seed. Raises UserError."""
+    """Refuse two results that would be averaged and are of one seed, or of two sets of scored
+    images. Raises UserError.
+    """
     seen: dict[Any, Path] = {}
+    first: dict[Any, Result] = {}
     for result in results:
         if not result.placed:
             continue
@@ -274,6 +280,11 @@ def check_seeds(results: Iterable[Result]) -> None:
                 "them, for a deviation is over seeds"
             )
         seen[key] = result.file
+        other = first.setdefault(key[:2], result)
+        if result.scored != other.scored:
+            raise UserError(
+                f"{result.file}: scored on other images than {other.file}, another seed of the same"
+            )
 
 
 @cache

@@ -24,6 +24,7 @@ from transfer.optimizer import build_optimizer
 from transfer.schedule import learning_rate
 from transfer.scoring import (
     PATIENCE_MINUTES,
+    RESULT,
     check_data,
     cost,
     place,
@@ -204,7 +205,7 @@ class Trainer:
         measured = cost(self.seconds, self.step, self.config.optim.batch_size, self.accelerator)
         content = result(self.task, self.config, self.init, self.step, rows)
         if self.accelerator.is_main_process:
-            write_json(self.run_dir / "result.json", {**content, "cost": measured})
+            write_json(self.run_dir / RESULT, {**content, "cost": measured})
 
     def _checkpoint(self) -> None:
         """Begin to save, unless there is something in it that nobody should go on from."""

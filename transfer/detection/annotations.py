@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from faster_coco_eval import mask_api_new_cpp as runs
 from faster_coco_eval.core import mask as rle
 
@@ -17,7 +16,7 @@ from pipeline.errors import UserError
 from train.provenance import read_json
 
 FARTHEST = 1e5
-"""Pixels; a polygon's corner beyond would take gigabytes to draw."""
+"""Pixels; an image's side, or a polygon's corner, beyond it would take gigabytes to draw."""
 Segmentation = list[list[float]] | dict[str, Any]
 """Polygons, or run lengths as COCO's compressed text: {"size": [H, W], "counts": bytes}."""
 Entry = TypeVar("Entry", "ImageEntry", "Category", "Annotation")
@@ -96,7 +95,9 @@ class _Fields:
         if isinstance(value, dict):
             return self._run_lengths(value, height, width)
         polygons = [polygon for polygon in value if len(polygon) >= 6]
-        return polygons or rle.encode(np.zeros((height, width), np.uint8, order="F"))
+        return polygons or to_rle(
+            {"size": [height, width], "counts": [height * width]}, height, width
+        )
 
     def _run_lengths(self, value: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         """As COCO's compressed text."""
@@ -186,7 +187,7 @@ def _entries(content: Any, name: str, path: Path, read: Callable[[_Fields], Entr
 
 def _image(fields: _Fields) -> ImageEntry:
     height, width = fields.whole("height"), fields.whole("width")
-    if min(height, width) < 1:
+    if min(height, width) < 1 or max(height, width) > FARTHEST:
         raise UserError(f"{fields.where}: {width}×{height} pixels")
     return ImageEntry(fields.whole("id"), fields.text("file_name"), height, width)
 

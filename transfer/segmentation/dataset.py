@@ -12,7 +12,7 @@ from transfer.segmentation.config import DataConfig
 def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
     """The images to learn from and those to score. Raises UserError: for what is not of the layout,
     for classes without names, for images that are in both, for label maps of another size or kind,
-    and for class ids to be scored that the table does not hold.
+    and where what is to be scored has class ids that the table does not hold, or none at all.
     """
     train, val = open_part(config, "train"), open_part(config, "val")
     if train.names is None:
