@@ -302,6 +302,11 @@ def held() -> tuple[int, int]:
     return process.num_threads(), process.num_fds()
 
 
+def grown(before: tuple[int, int]) -> bool:
+    """More is held now; what other tests held may have gone meanwhile."""
+    return any(now > then for now, then in zip(held(), before, strict=True))
+
+
 @needs_dali
 @devices
 def test_early_end_and_many_epochs_leave_nothing_behind(beton: Beton, device: str) -> None:
@@ -313,7 +318,7 @@ def test_early_end_and_many_epochs_leave_nothing_behind(beton: Beton, device: st
         for step, _ in enumerate(dali.epoch(epoch)):
             if step == epoch % 4:
                 break
-    assert held() == before
+    assert not grown(before)
     assert assert_alike(dali.epoch(7), plain.epoch(7)) == 3
 
 
@@ -339,10 +344,10 @@ def test_loader_that_is_let_go_frees_its_pipeline(beton: Beton) -> None:
     for _ in range(3):
         dali = dali_loader(beton)
         next(dali.epoch(0))
-        assert held() > before
+        assert grown(before)
         del dali
         gc.collect()
-    assert held() == before
+    assert not grown(before)
 
 
 @needs_dali
