@@ -18,7 +18,7 @@ from PIL import Image
 from evaluation.coco_classes import CLASSES as COCO_CLASSES
 from evaluation.coco_classes import stuff_map_table
 from evaluation.images import FolderImages, centre_square, open_image, readable
-from evaluation.segment import Squares
+from evaluation.segment import DECODE_THREADS, Squares
 from pipeline.errors import CommandParser, UserError
 from pipeline.formats import IMAGE_SUFFIXES
 from pipeline.parallel import ordered_map
@@ -26,8 +26,6 @@ from train.provenance import read_json
 
 VOID = 255
 UNKNOWN = -1
-READERS = 4
-"""Threads that look through a set's label maps."""
 
 CAMVID = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
@@ -180,7 +178,7 @@ class LabelledImages:
                 width, height = image.size
             return bool((self.labels(i, height, width) != VOID).any())
 
-        if not any([*ordered_map(says_something, range(len(self)), READERS)]):
+        if not any([*ordered_map(says_something, range(len(self)), DECODE_THREADS)]):
             raise UserError(
                 f"{self.source}: no labelled pixel to score: the label maps are all void"
             )

@@ -19,6 +19,7 @@ from evaluation.images import ImageSource, centre_square
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 
 DECODE_THREADS = 4
+"""That read images while the network looks at others."""
 UPSAMPLED_FLOATS = 2**24
 """Floats of upsampled scores held at once: 64 MiB, whatever K and R are."""
 

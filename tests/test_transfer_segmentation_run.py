@@ -110,53 +110,43 @@ def test_configs_are_complete_and_fit(tmp_path: Path) -> None:
         assert config.init.frozen == (5 if "linear" in name else 0)
 
 
-PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
-    "voc": {
-        "augment": {
-            "crop": 513, "size": [2049, 513], "scale": [0.5, 2.0], "max_class_share": 1.0,
-            "flip": 0.5, "distort": False,
-        },
-        "model": {
-            "head": "fcn", "output_stride": 16, "channels": 256, "convs": 2, "dilation": 6,
-            "concat": False, "dropout": 0.0, "auxiliary_weight": 0.0, "align_corners": True,
-        },
-        "inference": {"window": 0, "stride": 0},
-        "optim": {
-            "steps": 30000, "batch_size": 16, "lr": 0.003, "momentum": 0.9, "weight_decay": 1e-4,
-            "norm_weight_decay": None, "schedule": "step", "milestones": [21000, 27000],
-            "gamma": 0.1, "warmup_steps": 0, "precise_bn": 0,
-        },
+VOC: dict[str, dict[str, Any]] = {
+    "augment": {
+        "crop": 513, "size": [2049, 513], "scale": [0.5, 2.0], "max_class_share": 1.0,
+        "flip": 0.5, "distort": False,
     },
+    "model": {
+        "head": "fcn", "output_stride": 16, "channels": 256, "convs": 2, "dilation": 6,
+        "concat": False, "dropout": 0.0, "auxiliary_weight": 0.0, "align_corners": True,
+    },
+    "inference": {"window": 0, "stride": 0},
+    "optim": {
+        "steps": 30000, "batch_size": 16, "lr": 0.003, "momentum": 0.9, "weight_decay": 1e-4,
+        "norm_weight_decay": None, "schedule": "step", "milestones": [21000, 27000],
+        "gamma": 0.1, "warmup_steps": 0, "precise_bn": 0,
+    },
+}  # fmt: skip
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "voc": VOC,
     "cityscapes": {
-        "augment": {
-            "crop": 769, "size": [2049, 1025], "scale": [0.5, 2.0], "max_class_share": 1.0,
-            "flip": 0.5, "distort": False,
-        },
-        "model": {
-            "head": "fcn", "output_stride": 16, "channels": 256, "convs": 2, "dilation": 6,
-            "concat": False, "dropout": 0.0, "auxiliary_weight": 0.0, "align_corners": True,
-        },
+        "augment": VOC["augment"] | {"crop": 769, "size": [2049, 1025]},
+        "model": VOC["model"],
         "inference": {"window": 769, "stride": 513},
-        "optim": {
-            "steps": 90000, "batch_size": 16, "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4,
-            "norm_weight_decay": None, "schedule": "step", "milestones": [63000, 81000],
-            "gamma": 0.1, "warmup_steps": 0, "precise_bn": 0,
-        },
+        "optim": VOC["optim"] | {"steps": 90000, "lr": 0.01, "milestones": [63000, 81000]},
     },
     "ade20k": {
-        "augment": {
-            "crop": 512, "size": [2048, 512], "scale": [0.5, 2.0], "max_class_share": 0.75,
-            "flip": 0.5, "distort": True,
-        },
-        "model": {
-            "head": "fcn", "output_stride": 8, "channels": 512, "convs": 2, "dilation": 1,
-            "concat": True, "dropout": 0.1, "auxiliary_weight": 0.4, "align_corners": False,
+        "augment": VOC["augment"]
+        | {"crop": 512, "size": [2048, 512], "max_class_share": 0.75, "distort": True},
+        "model": VOC["model"]
+        | {
+            "output_stride": 8, "channels": 512, "dilation": 1, "concat": True, "dropout": 0.1,
+            "auxiliary_weight": 0.4, "align_corners": False,
         },
         "inference": {"window": 0, "stride": 0},
-        "optim": {
-            "steps": 80000, "batch_size": 16, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4,
-            "norm_weight_decay": None, "schedule": "poly", "milestones": [], "power": 0.9,
-            "min_lr": 1e-4, "warmup_steps": 0, "precise_bn": 0,
+        "optim": VOC["optim"]
+        | {
+            "steps": 80000, "lr": 0.01, "weight_decay": 5e-4, "schedule": "poly",
+            "milestones": [], "power": 0.9, "min_lr": 1e-4,
         },
     },
 }  # fmt: skip

@@ -31,6 +31,7 @@ from transfer.published import (
     Recipe,
     Table,
 )
+from transfer.scoring import RESULT
 from transfer.segmentation.config import SegmentationConfig
 
 EXAMPLES = """examples:
@@ -136,7 +137,7 @@ def parse_args() -> argparse.Namespace:
 
 def result_file(path: Path) -> Path:
     """A run's result.json, given itself or the run's folder: one path for one file."""
-    return (path / "result.json" if path.is_dir() else path).resolve()
+    return (path / RESULT if path.is_dir() else path).resolve()
 
 
 def read_result(file: Path) -> Result:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from evaluation.segment import DECODE_THREADS
 from pipeline.parallel import ordered_map
 from transfer.detection.annotations import read_annotations
 from transfer.detection.dataset import CocoInstances, Record, pixels_of, resized
@@ -25,8 +26,6 @@ from transfer.task import Row
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """In the evaluator's order."""
-READERS = 4
-"""Threads that read images while the network looks at another."""
 CocoResult = dict[str, Any]
 """A line of COCO's results: image_id, category_id, bbox [x, y, width, height] in pixels of the
 stored image, score, segmentation (RLE)."""
@@ -48,7 +47,7 @@ def evaluate(
         size = resized(record.height, record.width, side, longest)
         return torch.from_numpy(pixels_of(source.load(record), *size).copy())
 
-    images = ordered_map(load, share, READERS)
+    images = ordered_map(load, share, DECODE_THREADS)
     hidden = not accelerator.is_main_process
     categories = list(source.categories)
     for record, image in tqdm(
