@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.images import ImageSource, evaluation_size
+from evaluation.datasets.images import ImageSource, evaluation_size
 from evaluation.networks import load_network, run_config, untrained_network
 from model import SlotCon
 from model.encoder import build_encoder
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
-from train.checkpoint import check_weights
 from train.config import RunConfig
+from train.run.checkpoint import check_weights
 from train.weights import published_weights, read_backbone, read_weights
 
 SPECS = ("teacher", "student", "projector", "untrained", "supervised", "timm:NAME", "pixels")

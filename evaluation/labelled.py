@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.datasets import LabelledImages, square_labels
+from evaluation.datasets.layouts import LabelledImages, square_labels
 from evaluation.features import Features
 from evaluation.segment import Squares, square_batches
 

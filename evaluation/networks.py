@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from evaluation.images import EVALUATION_SIDE, ImageSource, evaluation_size, spread
+from evaluation.datasets.images import EVALUATION_SIDE, ImageSource, evaluation_size, spread
 from evaluation.segment import square_batches
 from model import ModelConfig, SlotCon
 from model.encoder import cells_of
 from pipeline.errors import UserError
-from train.checkpoint import find, load_model, read_record
 from train.config import RunConfig, from_dict
+from train.run.checkpoint import find, load_model, read_record
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 256, 8
 

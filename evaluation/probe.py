@@ -15,27 +15,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.datasets import (
+from evaluation.datasets.images import spread
+from evaluation.datasets.layouts import (
     LabelledImages,
     add_dataset_options,
     labelled_from,
 )
-from evaluation.drawing import check_picture, write_picture
 from evaluation.features import FEATURES_HELP, Features, open_all
 from evaluation.grouping import GroupingScore, confusion_matrix, score_classes
-from evaluation.images import spread
 from evaluation.kmeans import kmeans
 from evaluation.labelled import LabelledFeatures, labelled_features
-from evaluation.linear_probe import fit_linear
-from evaluation.memory import Memory, gather_memory
 from evaluation.networks import default_device, evaluated_side
-from evaluation.overclustering import Overclustering
-from evaluation.retrieval import Retrieval
+from evaluation.pictures.drawing import check_picture, write_picture
+from evaluation.pictures.segmentation import Column, Sample, draw_segmentations
+from evaluation.probes.linear import fit_linear
+from evaluation.probes.memory import Memory, gather_memory
+from evaluation.probes.overclustering import Overclustering
+from evaluation.probes.retrieval import Retrieval
 from evaluation.segment import assign
-from evaluation.segmentation_picture import Column, Sample, draw_segmentations
 from evaluation.unsupervised_segmentation import summarise
 from pipeline.errors import CommandParser, UserError, check_writable, run
-from train.provenance import provenance, write_json
+from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:
   python -m evaluation.probe knn --checkpoint runs/demo --features teacher untrained pixels \\

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluation.images import ImageSource, centre_square
+from evaluation.datasets.images import ImageSource, centre_square
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 
 DECODE_THREADS = 4

@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.drawing import check_picture, write_picture
-from evaluation.images import ImageSource, evaluation_size, open_images, spread
+from evaluation.datasets.images import ImageSource, evaluation_size, open_images, spread
 from evaluation.networks import default_device, load_network
-from evaluation.prototype_picture import cut_tiles, draw_rows
+from evaluation.pictures.drawing import check_picture, write_picture
+from evaluation.pictures.prototypes import cut_tiles, draw_rows
 from evaluation.prototypes import NearestSegments, segment_similarity
 from evaluation.segment import Segmented, Segmenter, segment_images
 from model.grouping import won_cells
 from pipeline.errors import CommandParser, UserError, check_writable, run
-from train.checkpoint import find, step_of
 from train.health import DUPLICATE, prototype_cosines, usage_entropy
-from train.provenance import provenance, write_json
+from train.run.checkpoint import find, step_of
+from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:
   python -m evaluation.slots --checkpoint runs/demo --data data/sample.beton --picture slots.png

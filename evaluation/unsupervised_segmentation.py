@@ -19,16 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.crf import refine
-from evaluation.datasets import (
+from evaluation.datasets.images import spread
+from evaluation.datasets.layouts import (
     LabelledImages,
     add_dataset_options,
     labelled_from,
     square_labels,
 )
-from evaluation.drawing import check_picture, write_picture
 from evaluation.features import FEATURES_HELP, Features, open_all
 from evaluation.grouping import GroupingScore, confusion_matrix, score_grouping
-from evaluation.images import spread
 from evaluation.kmeans import kmeans, sample_cells
 from evaluation.networks import (
     default_device,
@@ -36,10 +35,11 @@ from evaluation.networks import (
     load_network,
     untrained_network,
 )
+from evaluation.pictures.drawing import check_picture, write_picture
+from evaluation.pictures.segmentation import Column, Sample, draw_segmentations
 from evaluation.segment import Segmenter, assign, square_batches
-from evaluation.segmentation_picture import Column, Sample, draw_segmentations
 from pipeline.errors import CommandParser, UserError, check_writable, run
-from train.provenance import provenance, write_json
+from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:
   python -m evaluation.unsupervised_segmentation --checkpoint runs/demo \\

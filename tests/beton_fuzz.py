@@ -26,8 +26,8 @@ from pipeline.ffcv_format import (
     metadata_type,
 )
 from pipeline.manifest import Manifest
-from tests.manifests import write_manifest
-from tools.dataset_check import verify
+from tests.helpers.manifests import write_manifest
+from tools.packing.check import verify
 
 FIELDS = ["image", "index", "label"]
 METADATA = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import ModelConfig, SlotCon
-from tests.processes import run_workers
+from tests.helpers.processes import run_workers
 from train.config import load_config
 
 SIDE = 64  # of the views; what is sent does not depend on it, but for how many slots are active

@@ -28,7 +28,7 @@ from pipeline.beton import Beton
 from pipeline.errors import run
 from pipeline.loader import make_loader
 from pipeline.views import ViewConfig, sample_views
-from train.provenance import provenance
+from train.run.provenance import provenance
 
 WAYS = (*(name for name in BACKENDS if name != "reference"), "host", "dali")
 EDGE = 8

@@ -25,10 +25,10 @@ from model.grouping import winning_slots
 from model.losses import slot_loss
 from model.official import official_name
 from model.slots import SlotCapacity
-from tests.processes import run_workers
+from tests import GOLDEN
+from tests.helpers.processes import run_workers
 from train.lars import LARS
 
-GOLDEN = Path(__file__).parent / "golden"
 TERMS = ("grouping_12", "grouping_21", "slot_12", "slot_21")
 Arrays = dict[str, NDArray[Any]]
 

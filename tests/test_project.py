@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from pipeline import ffcv_format
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = [
@@ -85,7 +85,8 @@ def commands() -> list[str]:
     for package in MAY_IMPORT:
         for source in sources(package):
             if re.search(r'^if __name__ == "__main__":', source.read_text(), re.MULTILINE):
-                modules.append(".".join(source.relative_to(ROOT).with_suffix("").parts))
+                name = ".".join(source.relative_to(ROOT).with_suffix("").parts)
+                modules.append(name.removesuffix(".__main__"))
     return modules
 
 

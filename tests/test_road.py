@@ -11,7 +11,7 @@ from model.alignment import align_to_overlap
 from pipeline.beton import Beton
 from pipeline.loader import ViewLoader
 from pipeline.views import ViewConfig, sample_views
-from tests.betons import write_beton
+from tests.helpers.betons import write_beton
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pipeline.errors import CommandParser, UserError, check_writable, run
 from pipeline.manifest import manifest_path
-from tools import scenes
-from tools.budget import SAMPLE, choose
-from tools.images import Storage
-from tools.jpeg import BadImage
-from tools.packing import (
+from tools.packing import scenes
+from tools.packing.budget import SAMPLE, choose
+from tools.packing.images import Storage
+from tools.packing.jpeg import BadImage
+from tools.packing.run import (
     Summary,
     is_complete,
     is_interrupted,
@@ -23,7 +23,7 @@ from tools.packing import (
     read_image,
     shard_path,
 )
-from tools.sources import KNOWN_COUNTS, SOURCES, Source, listed
+from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source, listed
 
 EPILOG = """examples:
   python -m tools.build_dataset coco --root /data/coco --out coco.beton

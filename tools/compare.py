@@ -9,12 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import CommandParser, UserError, check_writable, run
-from tools.charts import line_chart, short
-from tools.report_page import PAGE
-from tools.report_parts import METRICS, score_note, section, share_table, text_table
-from tools.run_results import SCORES, SLOTS, Line, Part, Run, network_values, read_run, slot_values
+from tools.report.charts import line_chart, short
+from tools.report.page import PAGE
+from tools.report.parts import METRICS, score_note, section, share_table, text_table
+from tools.report.results import (
+    SCORES,
+    SLOTS,
+    Line,
+    Part,
+    Run,
+    network_values,
+    read_run,
+    slot_values,
+)
 from train.metrics import duration
-from train.provenance import write_bytes
+from train.run.provenance import write_bytes
 
 EXAMPLES = """examples:
   python -m tools.compare runs/demo runs/demo_no_geometry --out compare.html

@@ -21,10 +21,10 @@ from model.config import ARCHITECTURES
 from model.names import Branch, arch_of, backbone_of
 from model.official import from_official
 from pipeline.errors import CommandParser, UserError, check_writable, run
-from tools.official_settings import with_official_settings
-from train.checkpoint import Record, check_weights, write_model
+from tools.weights.official_settings import with_official_settings
 from train.config import DataConfig, RunConfig, from_dict, to_dict, to_yaml
-from train.provenance import new_folder, provenance, write_bytes
+from train.run.checkpoint import Record, check_weights, write_model
+from train.run.provenance import new_folder, provenance, write_bytes
 from train.weights import read_backbone, read_file, safetensors_bytes, state_in
 
 EXAMPLES = """examples:

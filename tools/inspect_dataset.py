@@ -16,9 +16,10 @@ from pipeline.beton import Beton
 from pipeline.errors import CommandParser, UserError, check_writable, printable, run
 from pipeline.ffcv_format import JPEG
 from pipeline.manifest import Manifest, manifest_path
-from tools import dataset_check, dataset_pictures
-from tools.dataset_check import Outcome, Problem
-from tools.dataset_pictures import size_text
+from tools.packing import check as dataset_check
+from tools.packing import pictures as dataset_pictures
+from tools.packing.check import Outcome, Problem
+from tools.packing.pictures import size_text
 
 MAX_NAMED = 50  # problems printed one by one; the rest are counted, and all are in the JSON
 QUANTILES = (0, 0.05, 0.5, 0.95, 1)
@@ -219,7 +220,7 @@ def _report(outcome: Outcome, verb: str) -> None:
 
 def _finish(args: argparse.Namespace, content: dict[str, Any], problems: list[Problem]) -> None:
     if args.json:
-        from train.provenance import provenance, write_json  # loads torch
+        from train.run.provenance import provenance, write_json  # loads torch
 
         write_json(args.json, provenance() | content | {"problems": problems})
     if problems:
@@ -227,7 +228,7 @@ def _finish(args: argparse.Namespace, content: dict[str, Any], problems: list[Pr
 
 
 def _save(path: Path, picture: Image.Image) -> None:
-    from train.provenance import write_bytes  # loads torch
+    from train.run.provenance import write_bytes  # loads torch
 
     stream = io.BytesIO()
     picture.save(stream, "PNG")

@@ -16,8 +16,8 @@ from pipeline.augment import BACKENDS
 from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
-from train.command import EXIT_CODES
-from train.settings import (
+from train.run.command import EXIT_CODES
+from train.run.settings import (
     RESUME,
     Settings,
     check_run_name,

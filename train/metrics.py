@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model import ModelOutput
 from pipeline.errors import UserError
-from train.provenance import write_bytes
+from train.run.provenance import write_bytes
 
 STATS = ("active_slots", "active_pairs", "dropped_pairs")
 

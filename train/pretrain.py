@@ -3,9 +3,9 @@
 
 from collections.abc import Callable
 
-from train.command import run_training
 from train.config import load_config
-from train.signals import StopSignals
+from train.run.command import run_training
+from train.run.signals import StopSignals
 
 
 def main() -> None:
@@ -15,8 +15,8 @@ def main() -> None:
 
 def _prepare(signals: StopSignals) -> Callable[[], None]:
     config, resume = load_config()
+    from train.run.watchdog import naming
     from train.trainer import Trainer  # takes seconds, which --help need not wait for
-    from train.watchdog import naming
 
     with naming(config.name):
         return Trainer(config, resume, signals).train

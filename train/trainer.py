@@ -15,18 +15,18 @@ from model.encoder import cells_of
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.loader import Batch, make_loader
-from train import checkpoint
 from train.config import SETTINGS, RunConfig, flatten, to_dict, to_yaml
 from train.health import CollapseAlarm, Collapsed, near_duplicates, usage_entropy
 from train.lars import LARS
-from train.launch import launch, lock, share_of_cores
 from train.metrics import Diverged, Journal, Meter, Stopwatch, finite, progress_line
-from train.provenance import provenance, write_bytes
-from train.resume import go_on, origins
+from train.run import checkpoint
+from train.run.launch import launch, lock, share_of_cores
+from train.run.provenance import provenance, write_bytes
+from train.run.resume import go_on, origins
+from train.run.signals import Stopped, StopSignals
+from train.run.trackers import Trackers
+from train.run.watchdog import LostProcess, Watchdog, lost
 from train.schedule import learning_rate, teacher_momentum
-from train.signals import Stopped, StopSignals
-from train.trackers import Trackers
-from train.watchdog import LostProcess, Watchdog, lost
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ROLL_BACKS = 3  # without passing the place, before giving up

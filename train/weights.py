@@ -22,9 +22,9 @@ from torch import Tensor
 from model.encoder import build_encoder
 from model.names import ENCODERS, Branch, arch_of, backbone_of, branches_of, with_counts
 from pipeline.errors import UserError, printable
-from train.checkpoint import Record, check_weights, find, is_checkpoint, load_model, read_record
 from train.config import RunConfig, from_dict, to_dict
 from train.pickles import read_pickle
+from train.run.checkpoint import Record, check_weights, find, is_checkpoint, load_model, read_record
 
 META = "meta"
 """Where the dictionaries that we write keep their metadata, as mmengine's do."""

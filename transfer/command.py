@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import CommandParser, UserError
-from train import checkpoint
-from train.command import EXIT_CODES, run_training
-from train.settings import RESUME, Settings
-from train.signals import StopSignals
-from train.watchdog import naming
+from train.run import checkpoint
+from train.run.command import EXIT_CODES, run_training
+from train.run.settings import RESUME, Settings
+from train.run.signals import StopSignals
+from train.run.watchdog import naming
 from transfer.config import Config
 from transfer.scoring import evaluation
 from transfer.task import Task

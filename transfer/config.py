@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from model.config import ARCHITECTURES
 from pipeline.errors import require
-from train.settings import check_run_name, check_seed_and_end
+from train.run.settings import check_run_name, check_seed_and_end
 
 STAGES = ("conv1 and bn1", "layer1", "layer2", "layer3", "layer4")
 """What `InitConfig.frozen` counts."""

@@ -17,7 +17,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from pipeline.errors import UserError
 from pipeline.order import permutation
-from train.signals import SIGNALS
+from train.run.signals import SIGNALS
 from transfer.config import OptimConfig
 from transfer.task import Task
 

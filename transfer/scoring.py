@@ -13,11 +13,11 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from pipeline.errors import UserError, check_writable
-from train import checkpoint
-from train.launch import launch
-from train.provenance import provenance, write_json
-from train.settings import Settings, to_dict
-from train.watchdog import Watchdog, naming
+from train.run import checkpoint
+from train.run.launch import launch
+from train.run.provenance import provenance, write_json
+from train.run.settings import Settings, to_dict
+from train.run.watchdog import Watchdog, naming
 from transfer import statistics
 from transfer.config import Config, TransferConfig, without_weights
 from transfer.examples import Order, batches

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import CommandParser, UserError, check_writable, printable, run
-from train.provenance import provenance, read_json, write_bytes, write_json
-from train.settings import Settings, flatten, to_dict
+from train.run.provenance import provenance, read_json, write_bytes, write_json
+from train.run.settings import Settings, flatten, to_dict
 from transfer.command import settings_of
 from transfer.detection.config import DetectionConfig
 from transfer.published import (

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from pipeline.errors import UserError
-from train import checkpoint
-from train.launch import launch, lock
 from train.metrics import Diverged, Journal, Stopwatch, duration, finite
-from train.provenance import provenance, write_bytes, write_json
-from train.resume import go_on, origins
-from train.settings import Settings, to_dict, to_yaml
-from train.signals import Stopped, StopSignals
-from train.watchdog import LostProcess, lost
+from train.run import checkpoint
+from train.run.launch import launch, lock
+from train.run.provenance import provenance, write_bytes, write_json
+from train.run.resume import go_on, origins
+from train.run.settings import Settings, to_dict, to_yaml
+from train.run.signals import Stopped, StopSignals
+from train.run.watchdog import LostProcess, lost
 from transfer import statistics
 from transfer.config import Config, without_weights
 from transfer.examples import Order, batches

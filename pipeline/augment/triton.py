@@ -17,7 +17,7 @@ tiles share is left to the cache: a tile reads (1 + 4 / TILE_I) (1 + 4 / TILE_J)
 the crop, and for the blur (WINDOW / (WINDOW - 6 reach))^2 times its pixels.
 
 The scratch memory, uint8 [2 B, S, S, 3], is at most half of the output. Pixels are PIL's: equal
-in colour, and in the resize up to a rounding in some 10,000 (tests/test_triton.py).
+in colour, and in the resize up to a rounding in some 10,000 (tests/pipeline/test_triton.py).
 """
 
 from contextlib import AbstractContextManager, nullcontext

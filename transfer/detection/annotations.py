@@ -13,7 +13,7 @@ from faster_coco_eval import mask_api_new_cpp as runs
 from faster_coco_eval.core import mask as rle
 
 from pipeline.errors import UserError
-from train.provenance import read_json
+from train.run.provenance import read_json
 
 FARTHEST = 1e5
 """Pixels; an image's side, or a polygon's corner, beyond it would take gigabytes to draw."""

@@ -18,7 +18,7 @@ from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluation.images import open_image, readable
+from evaluation.datasets.images import open_image, readable
 from pipeline.errors import UserError, printable
 from transfer.detection.annotations import (
     Annotation,

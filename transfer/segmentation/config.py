@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from evaluation.datasets import KINDS, VOID
+from evaluation.datasets.layouts import KINDS, VOID
 from pipeline.errors import require
 from transfer.config import TransferConfig
 

@@ -1,10 +1,10 @@
-"""The two sets of a run, opened as `evaluation.datasets` opens any."""
+"""The two sets of a run, opened as `evaluation.datasets.layouts` opens any."""
 
 import hashlib
 from pathlib import Path
 from typing import Literal
 
-from evaluation.datasets import LabelledImages, open_labelled
+from evaluation.datasets.layouts import LabelledImages, open_labelled
 from pipeline.errors import UserError
 from transfer.segmentation.config import DataConfig
 

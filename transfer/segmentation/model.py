@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.datasets import VOID
+from evaluation.datasets.layouts import VOID
 from evaluation.segment import normalise
 from transfer.segmentation.config import ModelConfig
 

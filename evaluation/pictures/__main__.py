@@ -1,0 +1,247 @@
+"""Pictures of a run: what each prototype stands for, how whole images are grouped, the views that
+it trains on, and how its grouping came about.
+
+Letters: R the side of an evaluated image in pixels.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluation.datasets.images import ImageSource, evaluation_size, open_images, spread
+from evaluation.networks import default_device, load_network, run_config
+from evaluation.pictures.drawing import (
+    check_picture,
+    overlay,
+    prototype_colours,
+    sheet,
+    write_picture,
+)
+from evaluation.pictures.prototypes import cut_tiles, draw_rows
+from evaluation.pictures.views import draw_pairs, picture_of_views
+from evaluation.prototypes import gather_nearest
+from evaluation.segment import Segmenter, assign, segment_images
+from pipeline.errors import CommandParser, UserError, run
+from train.run.checkpoint import find, step_of, whole_ones
+
+EXAMPLES = """examples:
+  python -m evaluation.pictures prototypes --checkpoint runs/demo --data sample.beton \\
+      --out prototypes.png
+  python -m evaluation.pictures prototypes --checkpoint runs/coco/checkpoints/step_9000 \\
+      --data val2017 --out prototypes.png --prototypes 40 --max-images 2000
+  python -m evaluation.pictures grouping --checkpoint runs/demo --data val2017 --out grouping.png
+  python -m evaluation.pictures views --checkpoint runs/demo --data sample.beton --out views.png
+  python -m evaluation.pictures attention --run runs/demo --data sample.beton --only 3 7 \\
+      --out attention.png
+"""
+PANEL = 240
+"""Pixels of a panel's side."""
+ONE_COLUMN = 6
+"""Up to this many prototypes stand in one column, more in two."""
+PER_ROW = 3
+"""Images of a row of `grouping`."""
+
+
+def draw_prototypes(args: argparse.Namespace) -> Image.Image:
+    """One row a prototype, the most frequent first: its nearest segments."""
+    images = open_images(args.data)
+    device = default_device()
+    network, config = load_network(args.checkpoint, device)
+    size = args.size or evaluation_size(config.views.size)
+    batches = segment_images(
+        network,
+        images,
+        size,
+        indices=spread(len(images), args.max_images),
+        device=device,
+        batch_size=args.batch,
+        progress="segmenting",
+    )
+    nearest = gather_nearest(batches, args.top)
+    shown = nearest.by_frequency()[: args.prototypes]
+    tiles = cut_tiles(network, images, nearest, shown, size, device)
+    active, total = int((nearest.active > 0).sum()), len(nearest.active)
+    title = (
+        f"{len(shown)} most frequent of {active} active prototypes"
+        f" ({total} in all, {nearest.images} images)"
+    )
+    lines = -(-len(shown) // (1 if len(shown) <= ONE_COLUMN else 2))
+    order = list(tiles.items())
+    parts = [dict(order[begin : begin + lines]) for begin in range(0, len(order), lines)]
+    return draw_rows(title, nearest, [("", part) for part in parts])
+
+
+def draw_grouping(args: argparse.Namespace) -> Image.Image:
+    """Each image beside itself under the colours of the prototypes that win its pixels."""
+    images = open_images(args.data)
+    device = default_device()
+    network, config = load_network(args.checkpoint, device)
+    size = args.size or evaluation_size(config.views.size)
+    pixels, winners = group(network, images, choose(args, images), size, device)
+    colours = prototype_colours(winners, config.model.num_prototypes)
+    panels = [
+        pair
+        for number, winner in zip(pixels, winners, strict=True)
+        for pair in (
+            (panel(Image.fromarray(number)), ""),
+            (panel(overlay(number, winner, colours)), f"{len(np.unique(winner))} prototypes"),
+        )
+    ]
+    rows = [panels[begin : begin + 2 * PER_ROW] for begin in range(0, len(panels), 2 * PER_ROW)]
+    shown = len(np.unique(winners))
+    title = f"{shown} of {len(colours)} prototypes in {len(pixels)} images, a colour each"
+    return sheet(title, rows)
+
+
+def draw_views(args: argparse.Namespace) -> Image.Image:
+    """Crops, flips and shared pixels of the pairs that the run trains on."""
+    images = open_images(args.data)
+    config = run_config(args.checkpoint)
+    if not 0 <= args.epoch < config.train.epochs:
+        raise UserError(f"--epoch must be in 0..{config.train.epochs - 1}, not {args.epoch}")
+    size = config.view_size(args.epoch)
+    which = choose(args, images)
+    pairs = draw_pairs(images, which, config.train.seed, args.epoch, size, config.views)
+    title = f"views of {size} pixels, epoch {args.epoch}, seed {config.train.seed}"
+    return picture_of_views(pairs, title)
+
+
+def draw_attention(args: argparse.Namespace) -> Image.Image:
+    """The grouping of the same images at each checkpoint; a prototype keeps its colour."""
+    checkpoints = whole_ones(args.run)
+    if not checkpoints:
+        find(args.run)  # says what is wrong, unless it is a checkpoint itself
+        raise UserError(f"{args.run}: a checkpoint; --run needs the folder of its run")
+    chosen = [checkpoints[i] for i in spread_ends(len(checkpoints), args.columns)]
+    images = open_images(args.data)
+    which, device = choose(args, images), default_device()
+    strips = []
+    for checkpoint in chosen:
+        network, config = load_network(checkpoint, device)
+        size = args.size or evaluation_size(config.views.size)
+        pixels, winners = group(network, images, which, size, device)
+        strips.append(winners)
+    colours = prototype_colours(np.stack(strips), config.model.num_prototypes)
+    rows = [
+        [(panel(Image.fromarray(pixels[b])), "")]
+        + [
+            (panel(overlay(pixels[b], strip[b], colours)), f"{len(np.unique(strip[b]))} prototypes")
+            for strip in strips
+        ]
+        for b in range(len(which))
+    ]
+    names = ["image", *(f"step {step_of(checkpoint)}" for checkpoint in chosen)]
+    return sheet(f"{args.run.resolve().name}: grouping over the training", rows, names)
+
+
+def group(
+    network: Segmenter,
+    images: ImageSource,
+    which: np.ndarray,
+    size: int,
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images `which` int64 [B] as uint8 [B, R, R, 3], and the prototype of each pixel, int64
+    [B, R, R].
+    """
+    batches = segment_images(
+        network, images, size, indices=which, device=device, progress="segmenting"
+    )
+    parts = [(b.squares.pixels, assign(b.scores, size).cpu().numpy()) for b in batches]
+    pixels, winners = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return pixels, winners
+
+
+def choose(args: argparse.Namespace, images: ImageSource) -> np.ndarray:
+    """int64 [B], the images of --only, or --images of them at even distances. Raises UserError."""
+    if args.only is None:
+        return spread(len(images), args.images)
+    wrong = [number for number in args.only if not 0 <= number < len(images)]
+    if wrong:
+        raise UserError(f"--only {wrong[0]}: {args.data} has the images 0 to {len(images) - 1}")
+    return np.array(args.only, np.int64)
+
+
+def spread_ends(count: int, at_most: int) -> list[int]:
+    """At most so many of 0 … count-1 at even distances, the first and the last among them; the last
+    alone if it is to be one.
+    """
+    taken = min(count, at_most)
+    if taken == 1:
+        return [count - 1]
+    return [round(i * (count - 1) / (taken - 1)) for i in range(taken)]
+
+
+def panel(image: Image.Image) -> Image.Image:
+    """PANEL × PANEL pixels."""
+    return image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
+
+
+DRAW: dict[str, Callable[[argparse.Namespace], Image.Image]] = {
+    "prototypes": draw_prototypes,
+    "grouping": draw_grouping,
+    "views": draw_views,
+    "attention": draw_attention,
+}
+_HELP = {
+    "prototypes": "the nearest segments of each prototype, the most frequent first",
+    "grouping": "images under the colours of the prototypes that win their pixels",
+    "views": "both views as training makes them: crops, flips, shared pixels",
+    "attention": "the grouping of the same images over the checkpoints of a run",
+}
+_IMAGES = {"grouping": 12, "views": 6, "attention": 4}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="python -m evaluation.pictures", description=__doc__, epilog=EXAMPLES
+    )
+    kinds = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
+    for name, text in _HELP.items():
+        one = kinds.add_parser(name, help=text, description=text)
+        if name == "attention":
+            one.add_argument("--run", type=Path, required=True, help="run folder")
+            one.add_argument("--columns", type=int, default=6, help="checkpoints to show (6)")
+        else:
+            one.add_argument(
+                "--checkpoint", type=Path, required=True, help="run folder, or a checkpoint of it"
+            )
+        one.add_argument("--data", type=Path, required=True, help="a beton, or a folder of images")
+        one.add_argument("--out", type=Path, required=True, help="the picture to write (.png)")
+        if name == "prototypes":
+            one.add_argument("--top", type=int, default=5, help="segments for each prototype (5)")
+            one.add_argument("--prototypes", type=int, default=20, help="how many to draw (20)")
+            one.add_argument("--max-images", type=int, help="look at this many images (all)")
+            one.add_argument("--batch", type=int, default=8, help="images segmented at once (8)")
+        else:
+            count = _IMAGES[name]
+            one.add_argument("--images", type=int, default=count, help=f"how many ({count})")
+            one.add_argument("--only", type=int, nargs="+", metavar="I", help="these, by number")
+        if name == "views":
+            one.add_argument("--epoch", type=int, default=0, help="counted from 0 (0)")
+        else:
+            one.add_argument(
+                "--size",
+                type=int,
+                help="side of the segmented square in pixels (320 for 224-pixel views)",
+            )
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    for name in ("top", "prototypes", "max_images", "size", "batch", "images", "columns"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    check_picture("--out", args.out)
+    write_picture(args.out, DRAW[args.picture](args))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,137 @@
+"""Both views of an image as training makes them, with the boxes that the pipeline records.
+
+Letters: B images, S side of a view in pixels. Boxes are x0 y0 x1 y1.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from evaluation.datasets.images import BetonImages, ImageSource
+from evaluation.pictures.drawing import OUTLINE, sheet
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, get_backend
+from pipeline.views import ViewConfig, sample_views
+
+HEIGHT, WIDEST = 240, 420
+"""Pixels of a panel."""
+THICK, THIN = 6, 2
+"""Pixels of a line: of a crop's, and of what is shared, which may lie on it."""
+CROPS = ("#2f6fed", "#12a150")
+"""Colours of the first and of the second view."""
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class DrawnPair:
+    """One image, its views and where they lie."""
+
+    image: np.ndarray
+    """uint8 [H, W, 3]."""
+    views: list[np.ndarray]
+    """Two of uint8 [S, S, 3]."""
+    crops: list[Box]
+    """Of each view in pixels of the image."""
+    overlaps: list[Box]
+    """The shared pixels in each view's own 0..1 frame, after its flip; x1 <= x0 or y1 <= y0 for
+    none."""
+    flipped: list[bool]
+
+
+def draw_pairs(
+    images: ImageSource, which: np.ndarray, seed: int, epoch: int, size: int, config: ViewConfig
+) -> list[DrawnPair]:
+    """The views that a run of this `seed` makes in `epoch` of the images `which` int64 [B], by the
+    reference backend. Those of a folder are numbered by their order, as if packed. Raises
+    UserError.
+    """
+    pictures = [images.load(i) for i in which.tolist()]
+    heights, widths = ([picture.shape[side] for picture in pictures] for side in (0, 1))
+    numbers = images.beton.index[which] if isinstance(images, BetonImages) else which
+    params = sample_views(seed, epoch, numbers, heights, widths, config)
+    canvas = np.zeros((len(which), max(heights), max(widths), 3), np.uint8)
+    for place, picture in zip(canvas, pictures, strict=True):
+        place[: picture.shape[0], : picture.shape[1]] = picture
+    sizes = torch.tensor([heights, widths]).T
+    views = get_backend("reference").apply(
+        torch.from_numpy(canvas), sizes, params, size, torch.device("cpu"), torch.float32
+    )
+    pixels = _pixels(views)
+    return [
+        DrawnPair(
+            picture,
+            list(pixels[:, b]),
+            [_box(crop) for crop in params.crops[:, b]],
+            [_box(overlap) for overlap in params.overlap[:, b]],
+            params.flipped[:, b].tolist(),
+        )
+        for b, picture in enumerate(pictures)
+    ]
+
+
+def shared(one: Box, other: Box) -> Box:
+    """The intersection of two boxes; empty (x1 <= x0 or y1 <= y0) where there is none."""
+    low = (max(a, b) for a, b in zip(one[:2], other[:2], strict=True))
+    high = (min(a, b) for a, b in zip(one[2:], other[2:], strict=True))
+    return (*low, *high)  # type: ignore[return-value]
+
+
+def picture_of_views(pairs: list[DrawnPair], title: str) -> Image.Image:
+    """One row a pair: the image with both crops, then the views; what they share is outlined in all
+    three.
+    """
+    rows = []
+    for pair in pairs:
+        whole = _panel(pair.image)
+        height, width = pair.image.shape[:2]
+        common = shared(*pair.crops)
+        for box, colour in zip(pair.crops, CROPS, strict=True):
+            _outline(whole, box, (width, height), colour, THICK)
+        _outline(whole, common, (width, height), OUTLINE, THIN)
+        text = f"{width} x {height} pixels" + ("" if _is_area(common) else ", nothing shared")
+        row = [(whole, text)]
+        for number in (0, 1):
+            view = _panel(pair.views[number])
+            _outline(view, (0, 0, 1, 1), (1, 1), CROPS[number], THICK)
+            _outline(view, pair.overlaps[number], (1, 1), OUTLINE, THIN)
+            text = f"view {number + 1}" + (", flipped" if pair.flipped[number] else "")
+            row.append((view, text))
+        rows.append(row)
+    return sheet(title, rows, ("image: crops and what they share", "view 1", "view 2"))
+
+
+def _panel(pixels: np.ndarray) -> Image.Image:
+    """`HEIGHT` pixels high, less if it would be too wide."""
+    height, width = pixels.shape[:2]
+    scale = min(HEIGHT / height, WIDEST / width)
+    side = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return Image.fromarray(pixels).resize(side, Image.Resampling.LANCZOS)
+
+
+def _outline(panel: Image.Image, box: Box, frame: tuple[int, int], colour: str, line: int) -> None:
+    """Draw `box`, given in a frame of (width, height), unless it is empty."""
+    if not _is_area(box):
+        return
+    scale = panel.width / frame[0], panel.height / frame[1]
+    left, top, right, bottom = (round(box[i] * scale[i % 2]) for i in range(4))
+    corners = (left, top, max(left, right - 1), max(top, bottom - 1))
+    ImageDraw.Draw(panel).rectangle(corners, outline=colour, width=line)
+
+
+def _is_area(box: Box) -> bool:
+    return box[2] > box[0] and box[3] > box[1]
+
+
+def _box(values: np.ndarray) -> Box:
+    x0, y0, x1, y1 = (float(value) for value in values)
+    return x0, y0, x1, y1
+
+
+def _pixels(views: Tensor) -> np.ndarray:
+    """Normalised [2, B, 3, S, S] → uint8 [2, B, S, S, 3]."""
+    mean, std = (torch.tensor(each)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
+    levels = ((views * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return levels.movedim(2, -1).numpy()

@@ -1,0 +1,54 @@
+"""Linear probe: how much of the labels a linear classifier reads from frozen features.
+
+Letters: M cells in the memory, B cells at once, D features, C classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.probes.memory import Memory
+
+BATCH_CELLS = 1024
+
+
+def pixel_cross_entropy(logits: Tensor, counts: Tensor) -> Tensor:
+    """Logits [B, C] of cells, `counts` [B, C] of their pixels' labels → the mean cross-entropy of
+    all labelled pixels, each with its cell's logits.
+    """
+    return -(counts * logits.log_softmax(dim=1)).sum() / counts.sum()
+
+
+def fit_linear(
+    memory: Memory,
+    seed: int,
+    *,
+    steps: int = 1000,
+    learning_rate: float = 0.01,
+    weight_decay: float = 0.01,
+) -> nn.Module:
+    """A classifier of cells [B, D] → logits [B, C], in eval mode: BatchNorm without a scale of its
+    own and a linear layer, which on a map are BatchNorm2d and a 1×1 convolution.
+
+    AdamW with a cosine to 0, `steps` batches of 1,024 cells drawn with replacement; `seed` gives
+    the first weights and the batches. Raises ValueError for a memory of one cell: it has no
+    variance.
+    """
+    (cells, dim), num_classes = memory.features.shape, memory.counts.shape[1]
+    if cells < 2:
+        raise ValueError("a linear probe needs at least two labelled cells")
+    device = memory.features.device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, num_classes))
+    model = model.to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        drawn = torch.randint(cells, (min(BATCH_CELLS, cells),), generator=generator).to(device)
+        loss = pixel_cross_entropy(model(memory.features[drawn]), memory.counts[drawn])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return model.eval()

@@ -1,0 +1,247 @@
+"""Label maps in each data set's own layout, read as its makers define them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.datasets.coco_classes import CLASSES, STUFF, THINGS, coarse_classes
+from evaluation.datasets.layouts import KINDS, LabelledImages, open_labelled
+from pipeline.errors import UserError
+from tests.helpers.labelled_sets import save_png
+
+SHAPE = (4, 6)
+
+
+def grid(*values: int) -> np.ndarray:
+    """[4, 6] of these values in turn."""
+    return np.resize(np.array(values), SHAPE)
+
+
+def photograph(path: Path) -> None:
+    save_png(path, np.zeros((*SHAPE, 3)))
+
+
+def only(data: LabelledImages) -> np.ndarray:
+    """The label map of a set of one image."""
+    assert len(data) == 1
+    assert data.load(0).shape == (*SHAPE, 3)
+    return data.labels(0, *SHAPE)
+
+
+# ---- COCO -----------------------------------------------------------------------------------
+
+
+def test_cocos_ids_are_all_there_once() -> None:
+    """A forgotten name would shift every id after it into another class."""
+    coarse = coarse_classes()
+    assert len(CLASSES) == len(set(CLASSES)) == 27
+    assert sorted(set(coarse.values())) == list(range(27))
+    assert sum(number <= 90 for number in coarse) == 80
+    assert [number for number in coarse if number > 91] == list(range(92, 183))
+    gone = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}  # COCO's paper: 91 things, 80 in use
+    assert set(range(1, 92)) - set(coarse) == gone
+    assert len(THINGS) == 12
+    assert len(STUFF) == 15
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (1, "person"), (2, "vehicle"), (15, "outdoor"), (25, "animal"), (33, "accessory"),
+        (43, "sports"), (51, "kitchen"), (61, "food"), (70, "furniture"), (77, "electronic"),
+        (82, "appliance"), (90, "indoor"), (92, "textile"), (95, "building"),
+        (100, "raw-material"), (101, "floor"), (103, "ceiling"), (106, "sky"), (120, "water"),
+        (122, "food-stuff"), (149, "ground"), (152, "textile"), (156, "furniture-stuff"),
+        (157, "sky"), (158, "building"), (161, "furniture-stuff"), (164, "structural"),
+        (169, "plant"), (171, "wall"), (177, "wall"), (179, "water"), (181, "window"),
+        (182, "solid"),
+    ],
+)  # fmt: skip
+def test_cocos_published_ids(number: int, name: str) -> None:
+    """Ids and supercategories as COCO publishes them: the ends of ranges, where a slip shows."""
+    assert CLASSES[coarse_classes()[number]] == name
+
+
+def test_order_of_the_27_is_the_benchmarks() -> None:
+    """Confusion matrices and predictions of others could not be compared in another order."""
+    assert CLASSES[:3] == ["electronic", "appliance", "food"]
+    assert CLASSES[9:14] == ["person", "sports", "vehicle", "ceiling", "floor"]
+    assert CLASSES[-2:] == ["structural", "water"]
+
+
+def test_stuff_maps_hold_ids_less_one(tmp_path: Path) -> None:
+    """Off by one, each class would be its neighbour."""
+    photograph(tmp_path / "val2017/000000000139.jpg")
+    save_png(tmp_path / "stuffthingmaps/val2017/000000000139.png", grid(0, 181, 255))
+    data = open_labelled("coco-stuff", root=tmp_path)
+    assert data.num_classes == 27
+    assert data.names == CLASSES
+    expected = grid(CLASSES.index("person"), CLASSES.index("solid"), 255)
+    np.testing.assert_array_equal(only(data), expected)
+    save_png(tmp_path / "stuffthingmaps/val2017/000000000139.png", grid(11))  # street sign, unused
+    with pytest.raises(UserError, match="class id 11 is not in the table"):
+        only(data)
+
+
+def panoptic(root: Path, segments: list[dict[str, int]], colours: np.ndarray) -> Path:
+    """One image in COCO's panoptic layout; colours [H, W, 3]."""
+    photograph(root / "val2017/000000000139.jpg")
+    save_png(root / "annotations/panoptic_val2017/000000000139.png", colours)
+    categories = [
+        {"id": 1, "name": "person", "supercategory": "person", "isthing": 1},
+        {"id": 196, "name": "food-other-merged", "supercategory": "food-stuff", "isthing": 0},
+        {"id": 52, "name": "banana", "supercategory": "food", "isthing": 1},
+    ]
+    annotation = {"image_id": 139, "file_name": "000000000139.png", "segments_info": segments}
+    file = root / "annotations/panoptic_val2017.json"
+    file.write_text(json.dumps({"categories": categories, "annotations": [annotation]}))
+    return file
+
+
+def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
+    """R + 256 G + 65536 B: each channel counts, food is a thing or stuff, and 0 is void."""
+    numbers = [7, 256, 65536 * 3 + 256 * 2 + 1]
+    segments = [
+        {"id": number, "category_id": category}
+        for number, category in zip(numbers, (1, 196, 52), strict=True)
+    ]
+    ids = grid(*numbers, 0)
+    colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1)
+    file = panoptic(tmp_path, segments, colours)
+    names = [CLASSES.index(name) for name in ("person", "food-stuff", "food")]
+    data = open_labelled("coco-panoptic", root=tmp_path)
+    np.testing.assert_array_equal(only(data), grid(*names, 255))
+
+    panoptic(tmp_path, segments[:2], colours)
+    with pytest.raises(UserError, match=r"segment 197121 is not in .*panoptic_val2017\.json"):
+        only(open_labelled("coco-panoptic", root=tmp_path))
+    save_png(tmp_path / "annotations/panoptic_val2017/000000000139.png", grid(7))
+    with pytest.raises(UserError, match="not a panoptic PNG: its pixels are L"):
+        only(open_labelled("coco-panoptic", root=tmp_path))
+    for text, message in (
+        ("[]", "expected COCO panoptic annotations"),
+        ('{"categories": [], "annotations": []}', "describes 0 of the 1 label maps"),
+        ('{"categories": [{"id": 1, "supercategory": "x"}], "annotations": []}', "'x' is none of"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            open_labelled("coco-panoptic", root=tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match=r"expected panoptic_val2017\.json beside this folder"):
+        open_labelled("coco-panoptic", root=tmp_path)
+
+
+# ---- driving scenes and VOC -----------------------------------------------------------------
+
+
+def test_camvid(tmp_path: Path) -> None:
+    """11 classes and void as 11, in SegNet's order."""
+    photograph(tmp_path / "val/0016E5_07959.png")
+    save_png(tmp_path / "valannot/0016E5_07959.png", grid(0, 10, 11))
+    data = open_labelled("camvid", root=tmp_path)
+    assert data.names is not None
+    assert (data.names[0], data.names[10], data.num_classes) == ("sky", "bicyclist", 11)
+    np.testing.assert_array_equal(only(data), grid(0, 10, 255))
+
+
+def test_cityscapes(tmp_path: Path) -> None:
+    """The 19 classes of the benchmark; what it does not score is void, licence plates too."""
+    photograph(tmp_path / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
+    labels = tmp_path / "gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png"
+    save_png(labels, grid(7, 33, 0, 9, 26, 255))
+    data = open_labelled("cityscapes", root=tmp_path)
+    assert data.names is not None
+    assert [data.names[c] for c in (0, 18, 13)] == ["road", "bicycle", "car"]
+    np.testing.assert_array_equal(only(data), grid(0, 18, 255, 255, 13, 255))
+    save_png(labels, grid(34))
+    with pytest.raises(UserError, match="class id 34"):
+        only(data)
+
+
+def test_voc(tmp_path: Path) -> None:
+    """Palette PNGs; a split's list says which of many images belong; unlabelled ones do not."""
+    root = tmp_path / "VOCdevkit/VOC2012"
+    for name in ("2007_000033", "2007_000042", "2007_000061"):
+        photograph(root / f"JPEGImages/{name}.jpg")
+    for name in ("2007_000033", "2007_000042"):
+        save_png(root / f"SegmentationClass/{name}.png", grid(0, 20, 255), palette=True)
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("2007_000042\n")
+    data = open_labelled("voc", root=tmp_path)
+    assert data.paths[0].name == "2007_000042.jpg"
+    assert data.names is not None
+    assert (data.names[20], data.num_classes) == ("tvmonitor", 21)
+    np.testing.assert_array_equal(only(data), grid(0, 20, 255))
+    folders = {"images": root / "JPEGImages", "labels": root / "SegmentationClass"}
+    assert len(open_labelled("voc", **folders)) == 2
+    (lists / "val.txt").write_text("2007_000042\n2007_000061\n")
+    with pytest.raises(UserError, match="no label map for 1 of 2 images"):
+        open_labelled("voc", root=tmp_path)
+
+
+# ---- lists, folders, what is refused --------------------------------------------------------
+
+
+def test_list_chooses_and_orders(tmp_path: Path) -> None:
+    """PiCIE's curated list has COCO's zero-padded ids, others names or plain ids."""
+    for name in ("000000000139", "000000000285", "b/scene"):
+        photograph(tmp_path / f"images/{name}.jpg")
+        save_png(tmp_path / f"labels/{name}.png", grid(0))
+    folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
+    listed = tmp_path / "list.txt"
+    listed.write_text("285\n\nb/scene.jpg\n000000000139\n")
+    names = [path.stem for path in open_labelled("folder", **folders, listed=listed).paths]
+    assert names == ["000000000285", "scene", "000000000139"]
+    listed.write_text("b/scene.jpg\n139\nscene\n")
+    with pytest.raises(UserError, match=r"names scene\.jpg twice"):
+        open_labelled("folder", **folders, listed=listed)
+    listed.write_text("139\n140\n")
+    with pytest.raises(UserError, match=r"1 of 2 images are not in .*images \(the first: 140\)"):
+        open_labelled("folder", **folders, listed=listed)
+    photograph(tmp_path / "images/a/scene.jpg")
+    save_png(tmp_path / "labels/a/scene.png", grid(0))
+    listed.write_text("scene\n")
+    with pytest.raises(UserError, match="several images called scene"):
+        open_labelled("folder", **folders, listed=listed)
+    listed.write_text("\n")
+    with pytest.raises(UserError, match="no image named in it"):
+        open_labelled("folder", **folders, listed=listed)
+    with pytest.raises(UserError, match="No such file"):
+        open_labelled("folder", **folders, listed=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_layout_says_what_was_expected(kind: str, tmp_path: Path) -> None:
+    """One line, for a folder of anything else, for nothing at all, and for half of it."""
+    with pytest.raises(UserError, match=f"--dataset {kind} needs --images"):
+        open_labelled(kind)
+    if kind == "folder":
+        return
+    with pytest.raises(UserError, match="no such folder"):
+        open_labelled(kind, root=tmp_path / "nowhere")
+    (tmp_path / "holiday").mkdir()
+    with pytest.raises(UserError, match=r"expected .+, found holiday$"):
+        open_labelled(kind, root=tmp_path)
+    with pytest.raises(UserError, match="are for --dataset folder"):
+        open_labelled(kind, root=tmp_path, void=[0])
+
+
+def test_one_label_map_for_two_images_is_refused(tmp_path: Path) -> None:
+    """It would be counted twice, once beside an image that may show something else."""
+    for name in ("a.jpg", "a.png", "b.png"):
+        photograph(tmp_path / "images" / name)
+    for name in ("a.png", "b.png"):
+        save_png(tmp_path / "labels" / name, grid(0))
+    with pytest.raises(UserError, match=r"a\.png would be of both a\.jpg and a\.png"):
+        open_labelled(images=tmp_path / "images", labels=tmp_path / "labels")
+
+
+def test_images_of_another_data_set_are_refused(tmp_path: Path) -> None:
+    """Cityscapes' names say which image is which; without them nothing can be paired."""
+    photograph(tmp_path / "leftImg8bit/val/ulm/one.png")
+    (tmp_path / "gtFine/val").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"expected images called \*_leftImg8bit, found one\.png"):
+        open_labelled("cityscapes", root=tmp_path)

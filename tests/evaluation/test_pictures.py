@@ -1,0 +1,246 @@
+"""Pictures of groupings and views, and the statistics of slots."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluation import slots
+from evaluation.datasets.images import BetonImages, FolderImages
+from evaluation.pictures import __main__ as pictures
+from evaluation.pictures.drawing import OUTLINE, distinct, overlay, prototype_colours
+from evaluation.pictures.views import CROPS, HEIGHT, DrawnPair, draw_pairs, picture_of_views, shared
+from evaluation.prototypes import NearestSegments
+from evaluation.segment import segment_images
+from evaluation.slots import duplicate_pairs, ends, gather_statistics, result_rows
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.beton import Beton
+from pipeline.errors import UserError
+from pipeline.loader import make_loader
+from pipeline.views import ViewConfig
+from tests.helpers.betons import varied, write_beton
+from tests.helpers.coloured import CELL, ColourNetwork, write_scenes
+from train.config import DataConfig, RunConfig, to_dict
+from train.run.checkpoint import Record
+
+CPU = torch.device("cpu")
+MAPS = [[[0, 0], [0, 0]], [[0, 1], [0, 1]], [[1, 0], [0, 0]], [[0, 2], [1, 0]]]
+
+
+class FakeNetwork(ColourNetwork):
+    """With a teacher, of whose prototypes the first two are nearly the same."""
+
+    teacher = SimpleNamespace(
+        grouping=SimpleNamespace(prototypes=torch.tensor([[1.0, 0], [9, 1], [0, 1], [-1, 0]]))
+    )
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> FolderImages:
+    """Red everywhere, green in three of four pictures, blue in one, yellow in none."""
+    return FolderImages(write_scenes(tmp_path / "scenes", [np.array(m) for m in MAPS])[0])
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder with three checkpoints without weights: the network is put in their place."""
+    config = RunConfig(name="x", data=DataConfig("x"), views=ViewConfig(size=64))
+    for step in (1, 2, 10):
+        folder = tmp_path / f"run/checkpoints/step_{step}"
+        folder.mkdir(parents=True)
+        data = {"images": 1, "fingerprint": ""}
+        record = Record(step, to_dict(config), data, seconds=0, meter=[], provenance={})
+        (folder / "run.json").write_text(json.dumps(asdict(record)))
+    model = SimpleNamespace(num_prototypes=4)
+    fake = SimpleNamespace(model=model, views=config.views, train=config.train)
+    for module in (pictures, slots):
+        monkeypatch.setattr(module, "load_network", lambda *_: (FakeNetwork([0, 1, 2, 3]), fake))
+    return tmp_path / "run"
+
+
+def draw(monkeypatch: pytest.MonkeyPatch, command: str, out: Path) -> Image.Image:
+    monkeypatch.setattr("sys.argv", ["pictures", *command.split(), "--out", str(out)])
+    pictures.main()
+    with Image.open(out) as picture:
+        return picture.convert("RGB")
+
+
+# ---- statistics ----
+
+
+def test_statistics_of_known_pictures(scenes: FolderImages) -> None:
+    """Counts over images and over cells, whatever the batches."""
+    batches = segment_images(
+        ColourNetwork([0, 1, 2, 3]), scenes, 2 * CELL, device=CPU, batch_size=3
+    )
+    found = gather_statistics(batches, top=2)
+    assert found.slots.tolist() == [1, 2, 2, 3]
+    assert found.cells.tolist() == [11, 4, 1, 0] and found.dead == 1
+    assert found.nearest.active.tolist() == [4, 3, 1, 0]
+    share = np.array([11, 4, 1]) / 16
+    assert found.entropy == pytest.approx(-(share * np.log(share)).sum() / np.log(4))
+    rows = result_rows(found, [(0, 1, 0.95)], {"step": 7})
+    assert {"metric": "active_slots", "value": 2.0, "step": 7} in rows
+    assert {"metric": "image_share", "prototype": 1, "value": 0.75, "step": 7} in rows
+    assert {"metric": "cosine", "prototypes": [0, 1], "value": 0.95, "step": 7} in rows
+    with pytest.raises(ValueError, match="no images"):
+        gather_statistics([], top=2)
+
+
+def test_a_frequent_prototype_is_not_called_rare() -> None:
+    """With few active ones the two ends of the list would be the same."""
+    nearest = NearestSegments(9, top=1)
+    nearest.active[:] = [0, 5, 9, 7, 3, 0, 8, 2, 1]
+    assert [end.tolist() for end in ends(nearest)] == [[2, 6, 3, 1, 4], [8, 7]]
+
+
+def test_duplicates_name_both_the_nearest_first() -> None:
+    """Whoever wants to prune has to know which."""
+    prototypes = torch.tensor([[1.0, 0], [0, 1], [1, 0.3], [2, 0.01]])
+    assert [pair[:2] for pair in duplicate_pairs(prototypes)] == [(0, 3), (2, 3), (0, 2)]
+
+
+def test_slots_command(
+    run: Path, scenes: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Text, JSON and picture of one call."""
+    out, picture = tmp_path / "slots.json", tmp_path / "slots.png"
+    command = f"x --checkpoint {run} --data {scenes.folder} --size 64 --json {out}"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--picture", str(picture)])
+    slots.main()
+    said = capsys.readouterr().out
+    assert "2.00 ± 0.71 (1 to 3, 4 images)" in said and "1 of 4" in said and "#0 #1 0.99" in said
+    rows = {row["metric"]: row for row in json.loads(out.read_text())["results"]}
+    assert rows["dead_prototypes"]["value"] == 1 and rows["near_duplicates"]["value"] == 1
+    assert rows["active_slots"]["step"] == 10 and rows["active_slots"]["images"] == 4
+    with Image.open(picture) as drawn:
+        assert drawn.height > 500
+
+
+# ---- groupings ----
+
+
+def test_colours_are_distinct_where_it_matters() -> None:
+    """Two large segments of one colour would look like one."""
+    winners = np.repeat(np.arange(256), np.arange(256) + 1)
+    colours = prototype_colours(winners, 256).astype(int)
+    assert len(np.unique(colours, axis=0)) == 256
+    most = colours[-8:]
+    apart = np.abs(most[:, None] - most[None]).sum(axis=2)
+    assert apart[~np.eye(8, dtype=bool)].min() > 60
+    assert (colours[255] == distinct(1)[0]).all()
+
+
+def test_overlay_marks_segments_and_borders() -> None:
+    """Equal prototypes must get equal colours, and a border must lie between others only."""
+    pixels = np.full((6, 6, 3), 100, np.uint8)
+    winner = np.zeros((6, 6), np.int64)
+    winner[:, 3:] = 1
+    drawn = np.asarray(overlay(pixels, winner, distinct(2)))
+    assert (drawn[:, 3] == 255).all()
+    assert (drawn[:, :3] == drawn[0, 0]).all() and (drawn[:, 4:] == drawn[0, 4]).all()
+    assert (drawn[0, 0] != drawn[0, 4]).any()
+
+
+def test_grouping_and_attention(
+    run: Path, scenes: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands' wiring: a row an image, a column a checkpoint."""
+    data = f"--data {scenes.folder} --size 64"
+    grouping = draw(monkeypatch, f"grouping --checkpoint {run} {data}", tmp_path / "g.png")
+    assert grouping.width > 6 * pictures.PANEL and grouping.height > 2 * pictures.PANEL
+    strip = draw(
+        monkeypatch, f"attention --run {run} {data} --only 3 --columns 2", tmp_path / "a.png"
+    )
+    assert 3 * pictures.PANEL < strip.width < 4 * pictures.PANEL
+    assert pictures.spread_ends(3, 2) == [0, 2] and pictures.spread_ends(3, 1) == [2]
+    assert pictures.spread_ends(10, 4) == [0, 3, 6, 9] and pictures.spread_ends(2, 9) == [0, 1]
+
+
+# ---- views ----
+
+
+def test_views_are_those_of_the_training(tmp_path: Path) -> None:
+    """Of the same image in the same epoch, pixel by pixel; geometry and flips too."""
+    beton = write_beton(tmp_path / "small.beton", varied(6))
+    config, which = ViewConfig(size=32), np.array([4, 1])
+    pairs = draw_pairs(BetonImages(beton), which, seed=5, epoch=2, size=32, config=config)
+    loader = make_loader(
+        Beton(beton),
+        config,
+        6,
+        crops="device",
+        backend="reference",
+        seed=5,
+        device=CPU,
+        dtype=torch.float32,
+        threads=1,
+    )
+    batch = next(iter(loader.epoch(2)))
+    for pair, number in zip(pairs, which.tolist(), strict=True):
+        place = batch.index.tolist().index(number)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        expected = (batch.views[:, place] * std + mean).clamp(0, 1) * 255
+        views = torch.from_numpy(np.stack(pair.views)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(views.float(), expected, atol=0.51, rtol=0)
+        assert pair.flipped == batch.flipped[:, place].tolist()
+        torch.testing.assert_close(torch.tensor(pair.overlaps), batch.overlap[:, place])
+
+
+def test_boxes_are_drawn_where_they_are() -> None:
+    """In the image in its own pixels, in a view in shares of it; nothing where nothing is
+    shared."""
+    grey = np.full((HEIGHT, HEIGHT, 3), 128, np.uint8)
+    crops = [(20.0, 20.0, 120.0, 120.0), (60.0, 60.0, 220.0, 220.0)]
+    overlaps = [(0.4, 0.4, 1.0, 1.0), (0.0, 0.0, 0.375, 0.375)]
+    pair = DrawnPair(grey, [grey, grey], crops, overlaps, [False, True])
+    colours = [tuple(bytes.fromhex(c[1:])) for c in (*CROPS, OUTLINE)]
+
+    def boxes(pair: DrawnPair, colour: tuple[int, ...]) -> list[int]:
+        """Left, top and right edge of all that has the colour."""
+        drawn = np.asarray(picture_of_views([pair], "title"))
+        rows, columns = np.nonzero((drawn == colour).all(axis=2))
+        return [int(columns.min()), int(rows.min()), int(columns.max())] if len(rows) else []
+
+    left, top, _ = boxes(pair, colours[0])
+    first = left - 20, top  # of the panel, from the upper left corner of the first crop
+    assert boxes(pair, colours[2])[0] == first[0] + 60
+    assert shared(*crops) == (60, 60, 120, 120)
+    apart = DrawnPair(grey, [grey, grey], [crops[0], (130.0, 130.0, 150.0, 150.0)],
+                      [(2.0, 2.0, 1.0, 1.0)] * 2, [False, True])  # fmt: skip
+    assert boxes(apart, colours[2]) == []
+
+
+def test_views_command(
+    run: Path, tmp_path: Path, scenes: FolderImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder will do as well as a beton."""
+    command = f"views --checkpoint {run} --data {scenes.folder} --images 2 --epoch 3"
+    assert draw(monkeypatch, command, tmp_path / "v.webp").height > 2 * HEIGHT
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("views --checkpoint {run} --data {data} --out v.png --epoch 800", "--epoch must be in"),
+        ("views --checkpoint {run} --data {data} --out v.png --only 4", "has the images 0 to 3"),
+        ("views --checkpoint {run} --data {data} --out v.gif", "must end in .png"),
+        ("grouping --checkpoint {run} --data {data} --out v.png --images 0", "at least 1"),
+        ("attention --run {run}/checkpoints/step_1 --data {data} --out v.png", "folder of its run"),
+        ("attention --run {data} --data {data} --out v.png", "no whole checkpoint"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    command: str, says: str, run: Path, scenes: FolderImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each names what is wrong."""
+    arguments = command.format(run=run, data=scenes.folder).split()
+    monkeypatch.setattr("sys.argv", ["x", *arguments])
+    with pytest.raises(UserError, match=says):
+        pictures.main()

@@ -1,0 +1,119 @@
+"""Small training runs for tests, in this process and in others."""
+
+import os
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from model import ModelConfig, ModelOutput
+from pipeline.views import ViewConfig
+from tests.helpers.betons import varied, write_beton
+from tests.helpers.runs import in_this_process, launch_module
+from train import metrics
+from train.config import (
+    DataConfig,
+    EfficiencyConfig,
+    LogConfig,
+    RunConfig,
+    TrainConfig,
+    load_config,
+    to_yaml,
+)
+from train.run.signals import StopSignals
+from train.trainer import Trainer
+
+IMAGES, BATCH = 22, 4  # 5 steps an epoch, two images left over
+TIMES = ("images_per_s", "wait_share", "seconds")
+
+
+def small_beton(folder: Path) -> Path:
+    """22 photographs of different sizes."""
+    return write_beton(folder / "small.beton", varied(IMAGES))
+
+
+def small_run(beton: Path, folder: Path, name: str = "run", **train: Any) -> RunConfig:
+    """Two epochs of five steps; log lines, checkpoints and epochs all end at different steps."""
+    return RunConfig(
+        name=name,
+        data=DataConfig(str(beton), threads=1),
+        views=ViewConfig(size=64),
+        model=ModelConfig("resnet18", dim_hidden=16, dim_out=8, num_prototypes=8),
+        train=TrainConfig(**{"epochs": 2, "batch_size": BATCH, "warmup_epochs": 1, **train}),
+        efficiency=EfficiencyConfig(),
+        log=LogConfig(every=3, trackers=(), checkpoint_every=4, keep=2, history=0, dir=str(folder)),
+    )
+
+
+def with_accumulation(config: RunConfig, count: int) -> RunConfig:
+    return replace(config, efficiency=replace(config.efficiency, accumulation=count))
+
+
+def trainer(
+    config: RunConfig, resume: str | None = None, signals: StopSignals | None = None
+) -> Trainer:
+    """A trainer in this process."""
+    return in_this_process(lambda: Trainer(config, resume, signals))
+
+
+def run_dir(config: RunConfig) -> Path:
+    return Path(config.log.dir) / config.name
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint that is a tensor, by name."""
+    found = load_file(checkpoint / "model.safetensors")
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    for number, state in optimizer["state"].items():
+        found[f"optimizer.{number}"] = state["momentum"]
+    return found
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """Equal names and equal bits."""
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, first {different[0]}"
+
+
+def launch(config: RunConfig, *options: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run `config` in other processes, by way of `main` below."""
+    file = Path(config.log.dir) / f"{config.name}.yaml"
+    file.write_text(to_yaml(config))
+    return launch_module(
+        "tests.helpers.training", "--config", str(file), *options, processes=processes, timeout=280
+    )
+
+
+def _kill_at(count: int) -> None:
+    """End this process by SIGKILL once it has done `count` micro-batches."""
+    add, done = metrics.Meter.add, []
+
+    def counting(meter: metrics.Meter, output: ModelOutput) -> None:
+        add(meter, output)
+        done.append(1)
+        if len(done) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    metrics.Meter.add = counting  # type: ignore[method-assign,assignment]
+
+
+def main() -> None:
+    """Train; KILL_AT=N in the environment kills the process of rank KILL_RANK (0) after N
+    micro-batches. Each process then writes its model beside the run, to compare them."""
+    rank = os.environ.get("RANK", "0")
+    if "KILL_AT" in os.environ and rank == os.environ.get("KILL_RANK", "0"):
+        _kill_at(int(os.environ["KILL_AT"]))
+    config, resume = load_config()
+    run = Trainer(config, resume)
+    run.train()
+    torch.save(run.slotcon.state_dict(), Path(config.log.dir) / f"{config.name}.rank{rank}")
+
+
+if __name__ == "__main__":
+    main()

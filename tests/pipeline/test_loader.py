@@ -1,0 +1,372 @@
+"""The loader: every image once, the same views whoever shares the work, and no failure hangs."""
+
+import gc
+import itertools
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipeline.loader
+from pipeline.beton import Beton, CorruptRecord
+from pipeline.choices import Crops
+from pipeline.errors import UserError
+from pipeline.loader import CanvasLoader, CropLoader, ViewLoader
+from pipeline.views import ViewConfig
+from tests.helpers.betons import photograph, varied, write_beton
+from tests.helpers.manifests import damage, write_manifest
+
+IMAGES = 26
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
+    return Beton(write_beton(tmp_path_factory.mktemp("loader") / "photos.beton", varied(IMAGES)))
+
+
+def view_loader(beton: Beton, batch_size: int = 8, **options) -> ViewLoader:
+    defaults = {"seed": 3, "backend": "kornia", "device": torch.device("cpu"), "threads": 2}
+    views = ViewConfig(size=options.pop("size", 16))
+    return ViewLoader(beton, views, batch_size, **(defaults | options))
+
+
+def test_canvases_hold_the_images_asked_for(beton: Beton) -> None:
+    """Breaks if threads mix up slots, or a canvas is reused while it is being read."""
+    loader = CanvasLoader(beton, threads=3, pin=False)
+    generator = np.random.default_rng(0)
+    batches = [generator.permutation(IMAGES)[:7] for _ in range(9)]
+    for expected, (which, canvas) in zip(batches, loader.decode(batches), strict=True):
+        assert np.array_equal(which, expected)
+        for i, pixels in zip(which, canvas.numpy(), strict=True):
+            height, width = beton.height[i], beton.width[i]
+            assert np.array_equal(pixels[:height, :width], beton.decode(i))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    world=st.sampled_from([1, 2, 4]),
+    accumulation=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 2**32 - 1),
+)
+def test_ranks_share_each_step_without_overlap(
+    beton: Beton, world: int, accumulation: int, seed: int, epoch: int
+) -> None:
+    """Breaks if a rank repeats another's images, or if the world size changes what a step holds."""
+    alone = view_loader(beton, seed=seed).shares(epoch)
+    shares = [
+        view_loader(beton, seed=seed, rank=rank, world=world, accumulation=accumulation).shares(
+            epoch
+        )
+        for rank in range(world)
+    ]
+    steps = [share.reshape(IMAGES // 8, -1) for share in shares]
+    together = np.concatenate(steps, axis=1)
+    assert np.array_equal(np.sort(together), np.sort(alone))
+    assert len(np.unique(together)) == together.size
+
+
+def test_epochs_and_seeds_shuffle_differently(beton: Beton) -> None:
+    orders = [view_loader(beton, seed=seed).shares(epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for one, other in itertools.combinations(orders, 2):
+        assert not np.array_equal(one, other)
+
+
+def test_views_do_not_depend_on_threads_world_or_accumulation(beton: Beton) -> None:
+    """Seam 1: an image's views follow from (seed, epoch, image), not from who makes them."""
+    expected = views_by_image(view_loader(beton))
+    for options in ({"threads": 1}, {"accumulation": 4}):
+        assert_same(views_by_image(view_loader(beton, **options)), expected)
+    halves = [views_by_image(view_loader(beton, rank=rank, world=2)) for rank in range(2)]
+    assert_same(halves[0] | halves[1], expected)
+
+
+def test_start_in_mid_epoch_is_the_tail_of_the_epoch(beton: Beton) -> None:
+    """A resumed run sees exactly the views that it would have seen."""
+    loader = view_loader(beton, accumulation=2)
+    whole = list(loader.epoch(5))
+    tail = list(loader.epoch(5, start=2))
+    assert len(tail) == 2 and len(whole) == 6
+    for one, other in zip(whole[4:], tail, strict=True):
+        assert torch.equal(one.index, other.index)
+        assert torch.equal(one.views, other.views)
+        assert torch.equal(one.overlap, other.overlap)
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_start_in_mid_epoch_decodes_nothing_that_it_skips(
+    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resuming late in an epoch of ImageNet must not read a hundred gigabytes first."""
+    loader = view_loader(beton, crops=crops)
+    decoded: list[int] = []
+    try_decode = Beton.try_decode
+
+    def counting(self: Beton, which: np.ndarray, *rest) -> tuple[int, str]:
+        decoded.extend(which.tolist())
+        return try_decode(self, which, *rest)
+
+    monkeypatch.setattr(Beton, "try_decode", counting)
+    list(loader.epoch(5, start=2))
+    assert sorted(decoded) == sorted(loader.shares(5)[2:].reshape(-1))
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 1}, {"accumulation": 4}, {"world": 2}])
+def test_crops_of_the_host_are_those_of_the_device(beton: Beton, options: dict) -> None:
+    """The setting is one of speed: bit for bit the same views, with kornia on a CPU."""
+    one = views_by_image(view_loader(beton, crops="host", **options))
+    other = views_by_image(view_loader(beton, crops="device", **options))
+    assert_same(one, other)
+
+
+def test_large_photographs_are_decoded_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong box would show as a shift, at 20 to 30 dB; too small a scale in the lines 5 pixels
+    apart of the last two, at 30 dB."""
+    noise = np.random.default_rng(0).normal(0, 8, (2, 400, 500, 3))
+    images = [(photograph(i, 400, 500) + noise[i]).clip(0, 255).astype(np.uint8) for i in range(2)]
+    lines = np.broadcast_to(np.arange(500)[:, None] % 5 < 2, (400, 500, 3)).astype(np.uint8) * 200
+    images += [lines, np.ascontiguousarray(np.rot90(lines))]
+    beton = Beton(write_beton(tmp_path / "large.beton", images))
+    views = ViewConfig(size=16, min_scale=0.3)
+    loader = CropLoader(beton, 1, False, views=views, seed=0, size_of=lambda epoch: 16)
+    scale, met = pipeline.loader._scale, []
+
+    def spy(boxes: np.ndarray, side: int) -> int:
+        met.append(scale(boxes, side))
+        return met[-1]
+
+    monkeypatch.setattr(pipeline.loader, "_scale", spy)
+    small = next(pixels.float().clone() for _, pixels in loader.decode([np.arange(4)]))
+    monkeypatch.setattr(pipeline.loader, "_scale", lambda *_: 1)
+    whole = next(pixels.float().clone() for _, pixels in loader.decode([np.arange(4)]))
+    assert set(met) <= {2, 4} and not torch.equal(small, whole)
+    error = (small - whole).square().mean(dim=(2, 3, 4))
+    assert float(error.max()) < 255**2 / 10**4.4  # 44 dB
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_size_of_views_follows_the_epoch(beton: Beton, crops: Crops) -> None:
+    """A progressive size changes the views' pixels and nothing else: not the images, not the
+    recorded geometry."""
+    growing = view_loader(beton, crops=crops, size=32, size_of=lambda epoch: 16 * (epoch + 1))
+    for epoch, side in ((0, 16), (1, 32), (0, 16)):
+        fixed = view_loader(beton, crops=crops, size=side)
+        for one, other in zip(growing.epoch(epoch), fixed.epoch(epoch), strict=True):
+            assert torch.equal(one.views, other.views) and one.views.shape[-1] == side
+            assert torch.equal(one.overlap, other.overlap)
+
+
+def test_batch_has_the_shapes_of_seam_3(beton: Beton) -> None:
+    batch = next(view_loader(beton, dtype=torch.bfloat16).epoch(0))
+    assert batch.views.shape == (2, 8, 3, 16, 16) and batch.views.dtype == torch.bfloat16
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
+    assert batch.overlap.shape == (2, 8, 4) and batch.overlap.dtype == torch.float32
+    assert batch.flipped.shape == (2, 8) and batch.flipped.dtype == torch.bool
+    assert batch.index.shape == (8,) and batch.index.dtype == torch.int64
+
+
+def test_corrupt_record_surfaces_and_the_loader_lives_on(tmp_path: Path) -> None:
+    """An error in a thread must reach the caller; FFCV's own loader hangs here."""
+    path = write_beton(tmp_path / "bad.beton", varied(8))
+    beton = Beton(path)
+    with path.open("r+b") as file:
+        file.seek(beton.records[6, 0])
+        file.write(b"\0" * 20)
+    loader = CanvasLoader(beton, threads=2, pin=False)
+    with pytest.raises(CorruptRecord, match="record 6"):
+        list(loader.decode([np.arange(0, 4), np.arange(4, 8)]))
+    assert len(list(loader.decode([np.arange(0, 6)]))) == 1
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_error_of_a_thread_surfaces_at_its_batch(
+    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any error, not only one that was foreseen; what came before it is still good, and so is the
+    loader after it.
+    """
+    loader = view_loader(beton, crops=crops)
+    victim = loader.shares(0)[1, 3]
+    try_decode = Beton.try_decode
+
+    def failing(self: Beton, which: np.ndarray, *rest) -> tuple[int, str]:
+        if victim in which:
+            raise ZeroDivisionError("in a thread")
+        return try_decode(self, which, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Beton, "try_decode", failing)
+        batches = loader.epoch(0)
+        next(batches)
+        with pytest.raises(ZeroDivisionError, match="in a thread"):
+            next(batches)
+    assert len(list(loader.epoch(0))) == 3
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_file_cut_short_under_a_running_loader(tmp_path: Path, crops: Crops) -> None:
+    """A memory map would end the process by SIGBUS here."""
+    path = write_beton(tmp_path / "cut.beton", varied(IMAGES))
+    loader = view_loader(Beton(path), crops=crops)
+    next(loader.epoch(0))
+    os.truncate(path, int(loader.beton.records[:, 0].min()))
+    with pytest.raises(CorruptRecord, match=r"cut\.beton: record \d+: the file ends before"):
+        list(loader.epoch(0))
+
+
+def test_file_removed_under_a_running_loader(tmp_path: Path) -> None:
+    """An opened file lives on; a run must not end because somebody packs anew."""
+    path = write_beton(tmp_path / "gone.beton", varied(IMAGES))
+    loader = view_loader(Beton(path))
+    path.unlink()
+    assert len(list(loader.epoch(0))) == 3
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> Beton:
+    """26 images of which 4, 5, 6 and the last cannot be decoded; 7, which stands in for the first
+    three, is larger than its neighbours.
+    """
+    images = varied(IMAGES)
+    images[7] = photograph(7, 90, 110)
+    path = write_beton(tmp_path / "spoilt.beton", images)
+    beton = Beton(path)
+    for i in (4, 5, 6, IMAGES - 1):
+        damage(path, int(beton.records[i, 0]), bytes(20))
+    write_manifest(path)
+    return beton
+
+
+def test_corrupt_image_gives_its_place_to_the_next(
+    spoilt: Beton, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The batch must say which image is on the canvas: index and views follow from that. The next
+    image, not a random or the previous one, and past the last comes the first.
+    """
+    loader = CanvasLoader(spoilt, threads=3, pin=False, on_corrupt="replace")
+    batches = [np.array([0, 1, 2, 3]), np.array([3, 4, 6, 8]), np.array([25, 5]), np.array([6])]
+    expected = [[0, 1, 2, 3], [3, 7, 7, 8], [0, 7], [7]]
+    for _ in range(2):
+        for numbers, (which, canvas) in zip(expected, loader.decode(batches), strict=True):
+            assert which.tolist() == numbers
+            for i, pixels in zip(which, canvas.numpy(), strict=True):
+                image = spoilt.decode(i)
+                assert np.array_equal(pixels[: image.shape[0], : image.shape[1]], image)
+    assert loader.replaced == {4: 7, 5: 7, 6: 7, 25: 0}
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 4  # each once, though met often
+    assert "photos/4.jpg: not a JPEG" in lines[0]
+    assert lines[0].endswith("; photos/7.jpg takes its place")
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_replacement_does_not_depend_on_threads_or_world(spoilt: Beton, crops: Crops) -> None:
+    """Ranks and resumed runs that disagreed on it would train on different sets."""
+
+    def replacing(**options) -> ViewLoader:
+        return view_loader(spoilt, on_corrupt="replace", **{"crops": crops, "size": 32} | options)
+
+    loader = replacing(crops="device", threads=1)
+    expected = views_by_image(loader)
+    assert len(loader.replaced) == 4
+    assert 4 not in expected and 7 in expected
+    for options in ({"threads": 4}, {"accumulation": 4}):
+        assert_same(views_by_image(replacing(**options)), expected)
+    ranks = [replacing(rank=rank, world=2) for rank in range(2)]
+    assert len(list(ranks[0].epoch(2))) == len(list(ranks[1].epoch(2)))
+    halves = [views_by_image(loader) for loader in ranks]
+    assert_same(halves[0] | halves[1], expected)
+
+
+def test_replaced_image_is_the_one_in_the_batch(spoilt: Beton) -> None:
+    """Index, overlap and pixels of one row have to be those of one image."""
+    whole = view_loader(spoilt, on_corrupt="replace", batch_size=IMAGES)
+    batch = next(whole.epoch(1))
+    rows = [row for row, i in enumerate(batch.index.tolist()) if i == 7]
+    assert len(rows) == 4  # 4, 5, 6 and itself
+    for row in rows[1:]:
+        assert torch.equal(batch.views[:, row], batch.views[:, rows[0]])
+        assert torch.equal(batch.overlap[:, row], batch.overlap[:, rows[0]])
+
+
+def test_stop_is_the_default_and_names_the_image(spoilt: Beton) -> None:
+    with pytest.raises(CorruptRecord, match=r"photos/(4|5|6|25)\.jpg: not a JPEG"):
+        list(view_loader(spoilt).epoch(0))
+
+
+def test_beton_of_which_nothing_decodes_is_an_error(tmp_path: Path) -> None:
+    """Breaks if the search for a replacement goes round for ever."""
+    path = write_beton(tmp_path / "ruin.beton", varied(5))
+    beton = Beton(path)
+    for pointer in beton.records[:, 0].tolist():
+        damage(path, pointer, bytes(20))
+    loader = CanvasLoader(beton, threads=2, pin=False, on_corrupt="replace")
+    with pytest.raises(CorruptRecord, match="no record can be decoded"):
+        list(loader.decode([np.arange(5)]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"crops": "device"}, {"crops": "host", "order": "quasi-random"}]
+)
+def test_200_epochs_leave_nothing_behind(beton: Beton, options: dict) -> None:
+    """Breaks if an epoch starts threads, opens files, keeps memory, or goes on decoding after a
+    break.
+    """
+    gc.collect()  # the loaders of other tests
+    loader = view_loader(beton, **options)
+
+    def run(epochs: range) -> None:
+        for epoch in epochs:
+            for step, _ in enumerate(loader.epoch(epoch)):
+                if step == epoch % 3:
+                    break
+
+    run(range(20))
+    threads, memory = set(threading.enumerate()), psutil.Process().memory_info().rss
+    files = set(Path("/proc/self/fd").iterdir())
+    run(range(20, 200))
+    assert set(threading.enumerate()) <= threads
+    assert set(Path("/proc/self/fd").iterdir()) <= files
+    assert psutil.Process().memory_info().rss - memory < 16e6
+    assert len(list(loader.epoch(0))) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 27}, "26 images are fewer than one batch of 27"),
+        ({"batch_size": 0}, "needs one at least"),
+        ({"batch_size": 9, "world": 2}, "cannot be shared equally by 2 processes"),
+        ({"batch_size": 8, "accumulation": 3}, "x 3 micro-batches"),
+        ({"backend": "opencv"}, "opencv"),
+    ],
+)
+def test_impossible_settings_are_refused(beton: Beton, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        view_loader(beton, **options)
+
+
+@pytest.mark.parametrize("start", [-1, 4])
+def test_a_step_that_the_epoch_lacks_is_refused(beton: Beton, start: int) -> None:
+    """-1 would give the epoch's end, as Python's slices do."""
+    with pytest.raises(ValueError, match="start must be a step of the epoch"):
+        next(view_loader(beton).epoch(0, start))
+
+
+def views_by_image(loader: ViewLoader) -> dict[int, torch.Tensor]:
+    batches = list(loader.epoch(2))
+    return {int(i): batch.views[:, b] for batch in batches for b, i in enumerate(batch.index)}
+
+
+def assert_same(one: dict[int, torch.Tensor], other: dict[int, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for i, views in one.items():
+        assert torch.equal(views, other[i])

@@ -1,0 +1,147 @@
+"""The loader's ring of buffers: who may write to it, and when."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pipeline.loader
+import pipeline.order
+from pipeline.beton import Beton
+from pipeline.choices import Crops
+from pipeline.loader import Batch, ViewLoader
+from pipeline.views import ViewConfig
+from tests.helpers.betons import varied, write_beton
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
+    return Beton(write_beton(tmp_path_factory.mktemp("ring") / "photos.beton", varied(26)))
+
+
+def view_loader(beton: Beton, **options: Any) -> ViewLoader:
+    values = {"seed": 3, "backend": "kornia", "device": torch.device("cpu"), "threads": 2}
+    return ViewLoader(beton, ViewConfig(size=16), 8, **(values | options))
+
+
+class Copied:
+    """Stands in for the event at the end of a copy to a GPU."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def synchronize(self) -> None:
+        self.log.append("waited")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """ "decode" (threads may write to a buffer), "copy" (begun) and "waited", as they come."""
+    log: list[str] = []
+    copy, submit = ViewLoader._copy, pipeline.loader.RecordLoader._submit
+
+    def copying(loader: ViewLoader, *arguments: Any) -> Any:
+        log.append("copy")
+        return copy(loader, *arguments)[0], Copied(log)
+
+    def submitting(*arguments: Any) -> Any:
+        log.append("decode")
+        return submit(*arguments)
+
+    monkeypatch.setattr(ViewLoader, "_copy", copying)
+    monkeypatch.setattr(pipeline.loader.RecordLoader, "_submit", submitting)
+    return log
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_pixels_are_not_written_while_they_are_copied(
+    beton: Beton, crops: Crops, log: list[str]
+) -> None:
+    """On a GPU the copy goes on after the call: a batch would hold parts of a later one. An epoch
+    ends in two ways, and the trainer's is the second."""
+    loader = view_loader(beton, crops=crops)
+    assert len(list(loader.epoch(0))) == 3
+    assert log == ["decode"] * 3 + ["copy", "waited"] * 3
+    log.clear()
+    batches = loader.epoch(1)
+    for _ in range(3):
+        next(batches)
+    next(loader.epoch(2))
+    assert log == ["decode"] * 3 + ["copy", "waited"] * 3 + ["decode"] * 3 + ["copy"]
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_a_later_epoch_ends_the_one_before(beton: Beton, crops: Crops) -> None:
+    """They share the buffers: the views of the first would silently be those of the second."""
+    loader = view_loader(beton, crops=crops)
+    old: Iterator[Batch] = loader.epoch(0)
+    next(old)
+    new = loader.epoch(1)
+    first = next(new)
+    with pytest.raises(RuntimeError, match="this epoch has ended"):
+        next(old)
+    views = torch.cat([batch.views for batch in (first, *new)], dim=1)
+    alone = torch.cat([batch.views for batch in view_loader(beton, crops=crops).epoch(1)], dim=1)
+    assert torch.equal(views, alone)
+
+
+def test_no_thread_writes_after_an_early_end(beton: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next epoch gets the same buffers."""
+    running: list[int] = []
+    try_decode = Beton.try_decode
+
+    def slowly(beton: Beton, which: np.ndarray, *rest: Any) -> tuple[int, str]:
+        running.append(1)
+        time.sleep(0.02)
+        result = try_decode(beton, which, *rest)
+        running.pop()
+        return result
+
+    monkeypatch.setattr(Beton, "try_decode", slowly)
+    batches = view_loader(beton).epoch(0)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert not running
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_reading_ahead_goes_with_the_epoch(
+    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if only the first windows of a quasi-random epoch are asked for."""
+    monkeypatch.setattr(pipeline.order, "BLOCK", 1 << 11)
+    asked: list[int] = []
+    monkeypatch.setattr(Beton, "advise", lambda self, blocks: asked.extend(blocks.tolist()))
+    loader = view_loader(beton, crops=crops, order="quasi-random", window_bytes=1 << 12)
+    batches = loader.epoch(0)
+    next(batches)
+    assert loader._ahead
+    loader._ahead._pool.submit(int).result()  # what was asked for so far
+    early = len(asked)
+    for _ in batches:
+        pass
+    loader._ahead._pool.submit(int).result()
+    blocks = np.unique(beton.records[:, 0] >> 11)
+    assert 0 < early < len(blocks) and sorted(asked) == blocks.tolist()
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_buffers_are_pinned_for_a_gpu(
+    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy from other memory holds the host up."""
+    pinned: list[bool] = []
+    empty = torch.empty
+
+    def recording(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    loader = view_loader(beton, crops=crops, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch, "empty", recording)
+    next(iter(loader._records.decode([np.arange(4)])))
+    assert pinned == [True]

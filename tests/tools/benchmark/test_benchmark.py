@@ -1,0 +1,441 @@
+"""The benchmark: what it measures, what it writes, and what it concludes from given figures."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.beton import Beton
+from pipeline.errors import UserError
+from pipeline.views import ViewConfig, sample_views
+from tests.helpers.betons import varied, write_beton
+from tools.benchmark import __main__ as benchmark
+from tools.benchmark.stages import COPY, least_bytes, operations, repeated
+from tools.benchmark.timing import Bench, Result, StepDetail, Work
+from tools.benchmark.verdict import compare, targets, verdict
+from train.config import load_config
+from train.metrics import Stopwatch
+
+CONFIG = """
+name: tiny
+data: {path: none}
+views: {size: 32}
+model: {arch: resnet18, dim_hidden: 8, dim_out: 8, num_prototypes: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A beton of seven JPEGs and a small model's configuration."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    write_beton(folder / "small.beton", varied(7))
+    (folder / "tiny.yaml").write_text(CONFIG)
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", *map(str, arguments)])
+    benchmark.main()
+
+
+def result(stage: str, backend: str, rate: float, **more: Any) -> Result:
+    """A measurement; its other figures do not matter."""
+    known = {"ms": 1.0, "host_ms": 1.0, "batch": 64, "threads": 2, "repeats": 3} | more
+    return Result(stage, backend, rate, rate * 0.9, rate * 1.1, **known)
+
+
+# ---- Measuring ----
+
+
+def test_every_stage_is_measured_and_written_down(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reports and later comparisons read this file; a stage that is lost would go unseen."""
+    monkeypatch.setitem(COPY, "cpu", 1 << 16)
+    run(
+        monkeypatch, "all", "--data", folder / "small.beton", "--config", folder / "tiny.yaml",
+        "--batch", 4, "--repeats", 1, "--seconds", 0.001, "--threads", 2, 1, "--device", "cpu",
+        "--json", folder / "bench.json", "--plot", folder / "bench.png",
+    )  # fmt: skip
+    printed = capsys.readouterr()
+    content = json.loads((folder / "bench.json").read_text())
+    assert {"hardware", "versions", "command", "settings", "results"} <= content.keys()
+    rows = content["results"]
+    assert all(set(row) == {field.name for field in fields(Result)} for row in rows)
+    measured = {(row["stage"], row["backend"], row["crops"], row["operation"]) for row in rows}
+    assert measured >= {
+        ("read", "page cache", None, None),
+        ("read", "disk", None, None),
+        ("decode", "libjpeg-turbo", None, None),
+        ("decode", "loader", None, None),
+        ("decode", "loader", "host", None),
+        *(("params", name, None, None) for name in ("numba", "numpy", "torch")),
+        ("transfer", "memory copy", None, None),
+        ("step", "plain", None, None),
+        ("step", "fast", None, None),
+        *(("augment", name, None, None) for name in ("reference", "kornia")),
+        *(("augment", "kornia", None, operation) for operation in operations(ViewConfig())),
+        ("augment", "kornia", None, "normalise"),
+        *(
+            ("pipeline", name, crops, None)
+            for name in ("reference", "kornia")
+            for crops in ("device", "host")
+        ),
+    }
+    assert [row["threads"] for row in rows if row["backend"] == "libjpeg-turbo"] == [1, 2]
+    for row in rows:
+        assert 0 < row["slowest"] <= row["images_per_s"] <= row["fastest"]
+        assert (row["wait_share"] is not None) == (row["operation"] == "overlap")
+        assert (row["detail"] is not None) == (row["stage"] == "step")
+    waits = [row["wait_share"] for row in rows if row["operation"] == "overlap"]
+    assert len(waits) >= 2 and all(0 <= wait < 1 for wait in waits)
+    assert any("triton" in line for line in content["skipped"]) and "triton" in printed.err
+    assert "teacher update" in printed.out
+    table = printed.out.split("\n\n")[0].splitlines()
+    assert len(table) == len(rows) + 1
+    assert content["verdict"] in printed.out
+    with Image.open(folder / "bench.png") as picture:
+        assert picture.format == "PNG" and picture.height > 600
+
+
+def test_only_the_stages_asked_for_run_and_no_file_is_needed(tmp_path: Path) -> None:
+    """A machine without ffcv's native library must still be able to measure its GPU."""
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    code = f"""
+import sys
+sys.modules["pipeline.turbojpeg"] = None  # so that importing it fails
+sys.argv = ["benchmark", "augment", "--synthetic", "--config", {str(tmp_path / "tiny.yaml")!r},
+    "--batch", "2", "--repeats", "1", "--seconds", "0.001", "--backends", "reference",
+    "--device", "cpu", "--json", {str(tmp_path / "bench.json")!r}]
+from tools.benchmark import __main__ as benchmark
+benchmark.main()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["stage"] for row in content["results"]} == {"transfer", "augment"}  # the copy
+
+
+def bench(**changes: Any) -> Bench:
+    config, _ = load_config(["--name", "tiny", "--data.path", "none"])
+    known: dict[str, Any] = {
+        "config": config, "beton": None, "batch": 4, "threads": (2,), "repeats": 3, "seconds": 1.0,
+        "images": 8, "device": torch.device("cpu"), "backends": ("reference", "kornia"),
+    }  # fmt: skip
+    return Bench(**known | changes)
+
+
+def test_medians_ratios_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ratios are taken within a round: a disturbance that lasts a round must not show in them."""
+    own = bench()
+    # Warm-up of both, then three rounds of (fast, slow); the second is disturbed.
+    seconds = iter([0.5, 2.0, 1.0, 2.0, 10.0, 20.0, 1.0, 2.0])
+    calls = []
+
+    def time(self: Bench, work: Work, count: int) -> tuple[float, float]:
+        calls.append(count)
+        took = next(seconds)
+        return took, took / 2
+
+    monkeypatch.setattr(Bench, "_time", time)
+    works = [Work("augment", name, lambda: None, 8, 8, 1, 80) for name in ("fast", "slow")]
+    fast, slow = own.measure(works, ratio_to="slow")
+    assert calls == [1, 1, 2, 1, 2, 1, 2, 1]  # as many as fill a repeat, at least one
+    assert (fast.images_per_s, fast.slowest, fast.fastest) == (16.0, 1.6, 16.0)
+    assert (fast.ms, fast.host_ms, fast.bytes_per_s) == (500.0, 250.0, 160.0)
+    assert fast.ratio == 4.0 and fast.ratio_to == "slow" and slow.ratio is None
+
+
+def test_an_operation_alone_is_alone() -> None:
+    """Its time would otherwise be that of others as well."""
+    sides = np.full(64, 100)
+    for name, views in operations(ViewConfig()).items():
+        drawn = sample_views(0, 0, np.arange(64), sides, sides, views)
+        on = {
+            "flip": drawn.flipped.any(),
+            "grey": drawn.grey.any(),
+            "blur": (drawn.sigma > 0).any(),
+            "solarize": drawn.solarized.any(),
+        }
+        amounts = (drawn.jitter != (1, 1, 1, 0)).any(axis=(0, 1))
+        on |= dict(zip(("brightness", "contrast", "saturation", "hue"), amounts, strict=True))
+        assert {key for key, value in on.items() if value} == {name} - {"crop + resize"}
+
+
+def test_the_least_bytes() -> None:
+    """The share of the copy bandwidth is one of these: crops of 3 bytes, views in their type."""
+    views = ViewConfig(size=10, min_scale=1, min_aspect=1, max_aspect=1)
+    drawn = sample_views(0, 0, [0, 1], [20, 20], [20, 20], views)
+    assert least_bytes(drawn, 10, torch.float16) == 2 * 2 * (20 * 20 * 3 + 10 * 10 * 3 * 2)
+
+
+def test_a_small_beton_is_repeated(folder: Path) -> None:
+    """A batch larger than the set must be measurable, on the same pixels, and leave no file open
+    or closed twice.
+    """
+    beton = Beton(folder / "small.beton")
+    longer = repeated(beton, 20)
+    assert len(longer) == 21 and len(np.unique(longer.index)) == 21
+    np.testing.assert_array_equal(longer.decode(15), beton.decode(1))
+    descriptor = longer.file
+    del longer
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
+    assert beton.decode(1).size
+    assert repeated(beton, 7) is beton
+
+
+class _Device:
+    """A GPU's clock, and events on it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def event(self, enable_timing: bool) -> Any:
+        device = self
+
+        class Event:
+            def record(self) -> None:
+                self.at = device.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Any) -> float:
+                return float(1e3 * (end.at - self.at))
+
+        assert enable_timing
+        return Event()
+
+
+def test_data_wait_on_a_gpu_is_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host runs ahead of the device: its own waiting is no loss. The trainer and the benchmark
+    show what this measures.
+    """
+    device = _Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr("time.perf_counter", lambda: device.now)
+    stopwatch = Stopwatch(torch.device("cuda"))
+    for _ in range(4):
+        with stopwatch.waiting():
+            device.now += 0.25
+        device.now += 0.75  # the step
+        stopwatch.steps += 1
+    assert stopwatch.read() == (4, 4.0, 0.25)
+    assert stopwatch.read() == (4, 4.0, 0.25)  # a checkpoint reads it as well
+    stopwatch.restart()
+    device.now += 1.0
+    assert stopwatch.read() == (0, 1.0, 0.0)
+
+
+# ---- Concluding ----
+
+DECODE = result("decode", "loader", 1000)
+STEP = result("step", "fast", 2000)
+
+
+def path(rate: float, backend: str = "triton", crops: str = "device", **more: Any) -> Result:
+    return result("pipeline", backend, rate, crops=crops, **more)
+
+
+VERDICTS: dict[str, tuple[list[Result], int, list[str]]] = {
+    "nothing to compare": ([DECODE], 2, ["measure step and pipeline"]),
+    "no step": ([DECODE, path(900)], 2, ["brings 900", "decoding (1,000", "more cores"]),
+    "the step": (
+        [DECODE, STEP, path(6000, wait_share=None)],
+        2,
+        ["training step limits, at 2,000", "3 times as many", "6,000", "train.view_sizes"],
+    ),
+    "the step, of which a variant was measured": (
+        [DECODE, STEP, result("step", "fast", 3000, operation="compile"), path(6000)],
+        2,
+        ["at 2,000", "compile helps: 3,000"],
+    ),
+    "decoding, and there are cores": (
+        [DECODE, STEP, path(900)],
+        16,
+        ["data path limits", "45% of the 2,000", "decoding (1,000", "5 threads, about 2,250"],
+    ),
+    "decoding, with fewer cores than it wants": (
+        [DECODE, STEP, path(900)],
+        3,
+        ["3 threads, about 1,350"],
+    ),
+    "decoding, and no core is left": (
+        [DECODE, STEP, path(900)],
+        2,
+        ["decoding (1,000", "5 cores, or smaller images (pack with --max-side)"],
+    ),
+    "augmentation": (
+        [
+            result("decode", "loader", 5000),
+            result("augment", "kornia", 600),
+            STEP,
+            path(580, "kornia"),
+        ],
+        2,
+        ["augmentation (600", "a GPU with data.backend=triton"],
+    ),
+    "stages that share the cores": (
+        [DECODE, STEP, path(500)],
+        2,
+        ["decoding (1,000 images/s), with which the other stages take turns", "8 cores"],
+    ),
+    "the copy to the device": (
+        [
+            result("decode", "loader", 5000),
+            result("transfer", "host to device", 800),
+            STEP,
+            path(790),
+        ],
+        2,
+        ["transfer (800", "data.crops=host"],
+    ),
+    "reading": (
+        [result("decode", "loader", 5000), result("read", "page cache", 500), STEP, path(480)],
+        2,
+        ["reading (500", "smaller records"],
+    ),
+    "another setting is faster than the first": (
+        [DECODE, STEP, path(900), path(1500, "kornia", "host")],
+        2,
+        ["75% of", "data.backend=kornia, data.crops=host", "decoding (1,500"],
+    ),
+    "cropping on the host": (
+        [DECODE, result("decode", "loader", 700, crops="host"), STEP, path(650, crops="host")],
+        8,
+        ["decoding (700", "7 threads"],
+    ),
+    "both share a processor": (
+        [STEP, path(6000), path(1500, operation="overlap", wait_share=0.01, ratio=0.75)],
+        2,
+        ["training step limits", "ran at 1,500", "data wait of 1.0%", "shares its processor"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_the_verdict_names_what_limits_and_what_would_help(case: str) -> None:
+    """It is what a user acts on: a wrong one sends him to buy cores for a slow network."""
+    results, cores, parts = VERDICTS[case]
+    said = verdict(results, cores)
+    for part in parts:
+        assert part in said, said
+
+
+H200 = {"device": "cuda", "batch": 512, "size": 224}
+FAST = [
+    result("augment", "triton", 1e5, ms=4.9, ratio=41.0, ratio_to="kornia"),
+    result("decode", "loader", 7000, ratio=0.96, ratio_to="libjpeg-turbo", threads=16),
+    result("params", "numba", 2e6),
+    path(4100, threads=16),
+    path(900, operation="overlap", wait_share=0.004, threads=16),
+    result(
+        "step", "fast", 1600, ratio=2.6, ratio_to="plain", detail=StepDetail(1.0, 1, beside=0.07)
+    ),
+]
+
+
+def states(results: list[Result], settings: dict[str, Any]) -> list[str]:
+    return [target.state for target in targets(results, settings)]
+
+
+def test_targets_are_judged_only_where_they_were_measured() -> None:
+    """A target that is called met on another machine or batch would be a false claim."""
+    assert states(FAST, H200) == ["met"] * 9
+    slow = [
+        replace(row, ms=5.1, ratio=0.9 * (row.ratio or 1), images_per_s=0.5 * row.images_per_s)
+        for row in FAST
+    ]
+    slow[-1] = replace(slow[-1], detail=StepDetail(1.0, 1, beside=0.09))
+    slow[-2] = replace(slow[-2], wait_share=0.02)
+    slow[-4] = replace(slow[-4], images_per_s=9e5)
+    assert states(slow, H200) == ["not met"] * 9
+    other = {"device": "cuda", "batch": 64, "size": 224}
+    fewer = [replace(row, threads=8) for row in FAST]
+    unknown = "not measured here"
+    assert states(fewer, other) == [unknown, "met", unknown, *["met"] * 2, *[unknown] * 4]
+    assert states(FAST, {**H200, "device": "cpu"}) == [*[unknown] * 4, "met", "met", *[unknown] * 3]
+    assert states([], H200) == [unknown] * 9
+
+
+def file_of(*results: Result, **more: Any) -> dict[str, Any]:
+    machine = {"hardware": {"cores": 2}, "versions": {"torch": "2"}, "settings": {"batch": 64}}
+    return machine | more | {"results": [asdict(row) for row in results]}
+
+
+NAMES = (Path("a.json"), Path("runs/b.json"))
+
+
+def test_two_runs_are_compared_and_what_differs_is_said() -> None:
+    """A ratio between different batches or machines must not pass for a gain."""
+    before = file_of(DECODE, replace(DECODE, threads=1), STEP, result("params", "numba", 10))
+    again = replace(DECODE, images_per_s=1500)
+    after = file_of(again, replace(STEP, images_per_s=3000, batch=128), hardware={"cores": 16})
+    said = compare(before, after, NAMES).splitlines()
+    assert said[0] == "warning: cores differs: 2 and 16"
+    (decode,) = [line for line in said if line.startswith("decode · loader")]
+    assert decode.split()[-3:] == ["1,000.0", "1,500.0", "1.5"]
+    (step,) = [line for line in said if line.startswith("step")]
+    assert "1.5" in step.split() and "differs: batch 64 and 128" in step
+    assert said[-1] == "only in a.json: params · numba"
+    wide = compare(before, file_of(replace(again, threads=16)), NAMES)
+    assert "differs: threads 2 and 16" in wide  # where none are equal, those with the most
+
+
+def test_files_that_cannot_be_compared_are_refused() -> None:
+    """One line instead of an empty table or a traceback."""
+    with pytest.raises(UserError, match="no measurement in common"):
+        compare(file_of(DECODE), file_of(STEP), NAMES)
+    with pytest.raises(UserError, match=r"a\.json: a measurement without images_per_s"):
+        compare({"results": [{"metric": "miou"}]}, file_of(STEP), NAMES)
+    with pytest.raises(UserError, match="its settings are no mapping"):
+        compare(file_of(STEP) | {"settings": [1]}, file_of(STEP), NAMES)
+
+
+# ---- Refusing ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "name a stage: read, decode"),
+        ("decod --data x", "unknown stage 'decod': choose from read"),
+        ("decode", "either --data FILE.beton or --synthetic"),
+        ("decode --data x --synthetic", "either --data"),
+        ("decode augment --synthetic", "--synthetic has no file, which decode would measure"),
+        ("augment --synthetic --batch 0", "must be at least 1"),
+        ("step --synthetic --device cpu --largest-batch", "needs a GPU"),
+        ("cost step", "without other stages"),
+        ("cost --minutes 0", "must be above 0"),
+        ("cost --also compile", "--also means nothing here"),
+        ("cost --watts nan", "must be above 0"),
+        ("cost --device cpu --config nowhere", "nowhere"),
+        ("augment --synthetic --threads 2 0", "must be at least 1"),
+        ("augment --synthetic --seconds 0", "--seconds above 0"),
+        ("augment --synthetic --device cpu --backends triton", "needs a GPU"),
+        ("params --synthetic --plot picture.jpg", "must end in .png"),
+        ("augment --synthetic --seconds inf", "--seconds above 0"),
+        ("params --synthetic --threads 100000", "--threads: at most"),
+        ("params --synthetic --json .", "is a folder"),
+        ("params --synthetic --json Makefile/bench.json", "is not a folder"),
+        ("params --data nowhere.beton", "No such file"),
+        ("params --synthetic --config nowhere.yaml", "nowhere.yaml"),
+        ("decode --compare a b", "--compare measures nothing"),
+        ("--compare nowhere.json nowhere.json", "No such file"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is measured: minutes later is too late."""
+    with pytest.raises(UserError) as caught:
+        run(monkeypatch, *arguments.split())
+    assert message in str(caught.value) and "\n" not in str(caught.value)

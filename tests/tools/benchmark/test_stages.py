@@ -1,0 +1,76 @@
+"""The benchmark's stages do what their names say."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import turbojpeg
+from pipeline.beton import Beton
+from tests.helpers.betons import varied, write_beton
+from tools.benchmark import stages as benchmark_stages
+from tools.benchmark.timing import Bench
+from train.config import load_config
+
+IMAGES = 10
+
+
+@pytest.fixture
+def beton(tmp_path: Path) -> Beton:
+    return Beton(write_beton(tmp_path / "photos.beton", varied(IMAGES)))
+
+
+def test_whole_records_are_read_and_the_disk_is_asked(
+    beton: Beton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate of half the bytes, or of the page cache under the disk's name, would be a lie."""
+    log: list[tuple[str, int, int]] = []
+    pread = os.pread
+
+    def reading(file: int, count: int, pointer: int) -> bytes:
+        log.append(("read", pointer, count))
+        return pread(file, count, pointer)
+
+    def advising(file: int, pointer: int, count: int, advice: int) -> None:
+        assert file == beton.file and advice == os.POSIX_FADV_DONTNEED
+        log.append(("forget", pointer, count))
+
+    monkeypatch.setattr(os, "pread", reading)
+    monkeypatch.setattr(os, "posix_fadvise", advising)
+    config, _ = load_config(["--name", "none", "--data.path", "none"])
+    benchmark_stages.read(
+        Bench(
+            config=config, beton=beton, batch=4, threads=(1,), repeats=1, seconds=1e-6,
+            images=IMAGES, device=torch.device("cpu"), backends=("kornia",),
+        )
+    )  # fmt: skip
+    records = sorted(map(tuple, beton.records[:, :2].tolist()))
+    first = next(at for at, entry in enumerate(log) if entry[0] == "forget")
+    cached, disk = log[:first], log[first : first + 2 * IMAGES]
+    assert len(cached) % IMAGES == 0
+    assert [name for name, *_ in disk] == ["forget"] * IMAGES + ["read"] * IMAGES
+    for part in (cached[:IMAGES], disk[:IMAGES], disk[IMAGES:]):
+        assert sorted(entry[1:] for entry in part) == records
+
+
+def test_the_ceiling_decodes_as_the_loader_does(
+    beton: Beton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every image in full and with the same DCT, or 95 % of it would mean something else."""
+    made: list[tuple[int, int, int, int]] = []
+    decompress = turbojpeg.decompress
+
+    def recording(handle: Any, jpeg: Any, size: int, to: Any, *rest: int) -> int:
+        width, _, height, _, flags = rest
+        made.append((size, width, height, flags))
+        return decompress(handle, jpeg, size, to, *rest)
+
+    monkeypatch.setattr(turbojpeg, "decompress", recording)
+    jpegs = benchmark_stages._jpegs(beton, np.arange(IMAGES))
+    benchmark_stages._decode_part(beton, iter(jpegs))
+    _, size, height, width, _ = beton.records.T
+    flags = np.full(IMAGES, turbojpeg.ACCURATE_DCT)
+    assert np.array_equal(made, np.stack([size, width, height, flags], axis=1))

@@ -1,0 +1,251 @@
+"""The step's profile, the search for the largest batch, and what a recipe costs."""
+
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from model import ModelConfig
+from pipeline.errors import UserError
+from tests.helpers.tiny_slotcon import tiny_model
+from tools.benchmark import __main__ as benchmark
+from tools.benchmark import cost as benchmark_cost
+from tools.benchmark.cost import Recipe, Size, costs, gflop_of, peak_of, recipe_of
+from tools.benchmark.profile import NETWORKS, PARTS, beside_networks, by_part, profile_step
+from tools.benchmark.step import largest_batch, make_step, spread_prototypes, step_views
+from train.config import RunConfig, load_config
+
+CPU = torch.device("cpu")
+
+
+def configured(*arguments: str) -> RunConfig:
+    return load_config(["--name", "tiny", "--data.path", "none", *arguments])[0]
+
+
+# ---- Profile ----
+
+
+@pytest.mark.parametrize("backend", ["plain", "fast"])
+def test_every_part_of_a_step_is_found(backend: str) -> None:
+    """A function that is renamed would have its time counted as something else."""
+    model = tiny_model()
+    data = step_views(2, 64)
+    spread_prototypes(model, data[0])
+    call = partial(make_step(model, configured(), backend, torch.float32), *data)
+    call()
+    forward = type(model.student).forward
+    found = profile_step(call, model, CPU)
+    assert set(found.parts) == set(PARTS) - {"image level"}
+    assert found.parts["student backward"] > found.parts["geometry"]
+    assert 0 < beside_networks(found.parts) < 1
+    assert found.launches is None
+    assert found.operators > 500
+    assert type(model.student).forward is forward  # nothing stays wrapped
+
+
+def test_the_plain_step_waits_and_a_static_one_does_not() -> None:
+    """The count of host synchronisations is what the fast step is for."""
+    start, data = tiny_model(), step_views(2, 64)
+    spread_prototypes(start, data[0])
+    waits = {}
+    for backend, variant in (("plain", None), ("fast", "exact"), ("fast", "static")):
+        model = copy.deepcopy(start)
+        call = partial(make_step(model, configured(), backend, torch.float32, variant), *data)
+        call()
+        waits[variant] = profile_step(call, model, CPU).host_waits
+    assert "tolist" not in vars(torch.Tensor)  # nothing stays wrapped
+    assert waits["static"] == 0
+    assert waits["exact"] == 1
+    assert waits[None] >= 2 * 4 + 2 + 1  # flips, nonzero, the loss
+
+
+def event(name: str, start: int, ms: float = 0.0, **more: Any) -> Any:
+    known = {"cpu_parent": None, "sequence_nr": -1, "kernels": []} | more
+    time = {"time_range": SimpleNamespace(start=start), "self_cpu_time_total": 1e3 * ms}
+    return SimpleNamespace(name=name, **time, **known)
+
+
+def kernel(ms: float) -> Any:
+    return SimpleNamespace(name="kernel", duration=1e3 * ms)
+
+
+def test_backward_operators_belong_to_the_part_of_their_forward() -> None:
+    """The autograd engine runs them outside of every mark, on a thread of its own."""
+    student, geometry = event("part: student", 0), event("part: geometry", 4)
+    events = [
+        student,
+        event("aten::conv2d", 1, 1, cpu_parent=student, sequence_nr=7, kernels=[kernel(10)]),
+        event(
+            "aten::view", 2, 0, cpu_parent=student, sequence_nr=8
+        ),  # makes no node of that number
+        geometry,
+        event("torchvision::roi_align", 5, 2, cpu_parent=geometry, sequence_nr=8),
+        (engine := event("autograd::engine::evaluate_function: Roi", 9, sequence_nr=8)),
+        event("aten::zeros", 10, 4, cpu_parent=engine, kernels=[kernel(20), kernel(20)]),
+        (engine := event("autograd::engine::evaluate_function: Conv", 11, sequence_nr=7)),
+        event("aten::convolution_backward", 12, 8, cpu_parent=engine),
+        (lars := event("Optimizer.step#LARS.step", 20)),
+        event("aten::_foreach_mul_", 21, 16, cpu_parent=lars),
+    ]
+    assert by_part(events[::-1], on_gpu=False) == {
+        "student forward": 1, "student backward": 8, "geometry": 6, "LARS": 16,
+    }  # fmt: skip
+    on_gpu = by_part(events, on_gpu=True)
+    assert on_gpu == {"student forward": 10, "geometry": 40}
+    assert beside_networks(on_gpu) == 0.8
+    assert beside_networks(on_gpu, step_ms=100) == 0.9  # idle between kernels
+
+
+def test_the_networks_are_parts() -> None:
+    assert set(NETWORKS) < set(PARTS)
+
+
+# ---- The largest batch ----
+
+
+@pytest.mark.parametrize("room", [0, 1, 7, 64, 100, 1000])
+@pytest.mark.parametrize("start", [1, 64])
+def test_the_largest_batch_is_found_to_an_eighth(room: int, start: int) -> None:
+    """Each try takes minutes on a large GPU, so there may be few, and none may end it."""
+    tried: list[int] = []
+
+    def fits(batch: int) -> bool:
+        tried.append(batch)
+        return batch <= room
+
+    found = largest_batch(fits, start)
+    assert found <= room <= found * 1.125 + 1
+    assert len(tried) < 20
+
+
+# ---- Cost ----
+
+RECIPE = Recipe("tiny", 1000, "the beton's", {160: 1, 224: 3})
+
+
+def size(side: int, epochs: int, **more: Any) -> Size:
+    known: dict[str, Any] = {
+        "gflop": 100.0, "images_per_s": {"plain": 50.0, "fast": 100.0}, "loader": None, "watts": {},
+    }  # fmt: skip
+    return Size(side, epochs, **known | more)
+
+
+def test_the_cost_follows_from_what_was_measured() -> None:
+    """A bill that is off by the number of views, GPUs or a thousand is worse than none."""
+    faster = {"plain": 100.0, "fast": 200.0}
+    watts = {"plain": 360.0, "fast": 720.0}
+    sizes = [size(160, 1, images_per_s=faster, watts=watts), size(224, 3, watts=watts)]
+    found = {(cost.backend, cost.gpus): cost for cost in costs(RECIPE, sizes, 200.0, 500.0)}
+    one, eight = found["fast", 1], found["fast", 8]
+    assert one.hours * 3600 == pytest.approx(1000 / 200 + 3000 / 100)
+    assert one.images_per_s == pytest.approx(4000 / 35)
+    assert one.share_of_peak == pytest.approx(4000 * 100e9 / 35 / 200e12)
+    assert one.kwh == pytest.approx(35 * 720 / 3.6e6)
+    assert one.co2_kg == pytest.approx(35 * 720 / 3.6e6 * 0.5)
+    assert eight.hours == one.hours / 8
+    assert (eight.gpu_hours, eight.kwh) == (one.gpu_hours, one.kwh)
+    assert one.measured
+    assert not eight.measured
+    assert found["plain", 1].hours == pytest.approx(2 * one.hours)
+
+
+def test_a_slow_loader_holds_the_step_back() -> None:
+    """GPU-hours are paid while it waits."""
+    sizes = [size(224, 4, loader=160.0)]
+    plain, fast = (
+        next(c for c in costs(RECIPE, sizes, None, 500.0, loaders=2) if c.backend == backend)
+        for backend in ("plain", "fast")
+    )
+    assert plain.images_per_s == 50
+    assert fast.images_per_s == 80  # half of a loader that two GPUs share
+    assert fast.share_of_peak is None
+    assert fast.kwh is None
+
+
+def test_the_recipe_s_images_and_sizes() -> None:
+    """Dropped images and earlier, smaller views are part of what a run costs."""
+    sizes = ["--train.view_sizes", "[[0, 160], [0.5, 224]]", "--train.epochs", "8"]
+    recipe = recipe_of(configured(*sizes, "--train.batch_size", "100"), 1234)
+    assert (recipe.images, recipe.epochs) == (1200, {160: 4, 224: 4})
+    coco = recipe_of(configured("--data.path", "data/coco.beton"), None)
+    assert coco.images == 231 * 512
+    with pytest.raises(UserError, match="how many images"):
+        recipe_of(configured(), None)
+
+
+def test_operations_are_counted() -> None:
+    """The share of peak is a multiple of this: two forwards and a backward of both views."""
+    config = ModelConfig("resnet18", dim_hidden=8, dim_out=8, num_prototypes=4)
+    resnet18 = 2 * 1.81  # GFLOP of a forward at 224 pixels, as torchvision's documentation has it
+    student_and_teacher = (1 + 2 + 1) * 2 * resnet18
+    assert gflop_of(config, 224) == pytest.approx(student_and_teacher, rel=0.03)
+
+
+def test_the_peak_is_the_gpu_s_own() -> None:
+    """A PCIe card with the peak of its larger brother would look lazy."""
+    assert peak_of("NVIDIA H200", torch.float16) == 989.4
+    assert peak_of("NVIDIA H100 PCIe", torch.bfloat16) == 756.4
+    assert peak_of("NVIDIA H100 80GB HBM3", torch.float16) == 989.4
+    assert peak_of("NVIDIA H200", torch.float32) is None
+    assert peak_of("Some Other GPU", torch.float16) is None
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs `cost` on a tiny recipe without a beton; returns what it wrote."""
+    (tmp_path / "coco.yaml").write_text(
+        "name: tiny\ndata: {path: nowhere/coco.beton}\nviews: {size: 64}\n"
+        "model: {arch: resnet18, dim_hidden: 8, dim_out: 8, num_prototypes: 4}\n"
+        "train: {epochs: 4, warmup_epochs: 0, view_sizes: [[0, 32], [0.5, 64]]}\n"
+    )
+
+    def run(*arguments: str) -> dict[str, Any]:
+        fixed = ["--config", str(tmp_path / "coco.yaml"), "--device", "cpu", "--minutes", "0.001"]
+        fixed += ["--json", str(tmp_path / "cost.json")]
+        monkeypatch.setattr("sys.argv", ["benchmark", "cost", *fixed, *arguments])
+        monkeypatch.setattr(benchmark_cost, "GPUS", (1, 8))
+        monkeypatch.setattr(benchmark_cost, "REPEATS", 1)
+        benchmark.main()
+        content: dict[str, Any] = json.loads((tmp_path / "cost.json").read_text())
+        return content
+
+    return run
+
+
+def test_the_cost_of_a_recipe_is_told_and_written(
+    tiny: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was not measured must say so: the loader, energy, the peak, more than one machine."""
+    content = tiny("--watts", "100")
+    printed = capsys.readouterr().out
+    assert [(row["side"], row["epochs"]) for row in content["sizes"]] == [(32, 2), (64, 2)]
+    assert {(row["backend"], row["gpus"]) for row in content["cost"]} == {
+        (backend, gpus) for backend in ("plain", "fast") for gpus in (1, 8)
+    }
+    assert all(row["kwh"] > 0 for row in content["cost"])
+    for said in ("not measured", "if it scaled perfectly", "share of peak: unknown", "watts given"):
+        assert said in printed
+
+
+@pytest.mark.cuda
+def test_a_gpu_s_kernels_are_counted_by_part() -> None:
+    """Launches and shares on the GPU come from other fields of the profiler than a CPU's."""
+    device = torch.device("cuda")
+    start, data = tiny_model(), step_views(4, 64, device=device, dtype=torch.float16)
+    spread_prototypes(start, data[0].cpu().float())
+    found = {}
+    for backend in ("plain", "fast"):
+        model = copy.deepcopy(start).to(device)
+        call = partial(make_step(model, configured(), backend, torch.float16), *data)
+        for _ in range(3):
+            call()
+        found[backend] = profile_step(call, model, device)
+        assert set(found[backend].parts) >= {*NETWORKS, "geometry", "slots", "LARS"}
+    assert found["fast"].host_waits == 0 < found["plain"].host_waits
+    assert 0 < (found["fast"].launches or 0) < (found["plain"].launches or 0)

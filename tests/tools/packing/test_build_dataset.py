@@ -1,0 +1,500 @@
+"""Packing: which files, stored how, and what bad input prints."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ffcv.libffcv import imdecode
+from ffcv.reader import Reader
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from tests.helpers.betons import photograph
+from tests.pipeline.test_beton_writer import jpeg, ramp, stored
+from tools import build_dataset
+from tools.packing.images import Storage, make_record
+from tools.packing.jpeg import BadImage, jpeg_header
+from tools.packing.run import read_file
+from tools.packing.sources import SOURCES
+
+
+def picture(height: int = 48, width: int = 64, shift: int = 0) -> Image.Image:
+    """A smooth picture whose four corners differ, so that turning and mirroring show."""
+    y, x = np.mgrid[:height, :width]
+    channels = [4 * x + shift, 4 * y, np.full_like(x, 40 + shift)]
+    return Image.fromarray(np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8))
+
+
+def save(path: Path, image: Image.Image | None = None, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or picture()).save(path, **options)
+    return path
+
+
+def fill(root: Path, *names: str) -> Path:
+    """A different JPEG under each name."""
+    for shift, name in enumerate(names):
+        save(root / name, picture(shift=10 * shift), format="JPEG", quality=95)
+    return root
+
+
+def ffcv_pixels(path: Path, index: int) -> np.ndarray:
+    """Sample `index` [H, W, 3] as FFCV decodes it."""
+    field = Reader(str(path)).metadata["f0"][index]
+    height, width = int(field["height"]), int(field["width"])
+    data = np.frombuffer(stored(path)[index], np.uint8)
+    if field["mode"] == 1:
+        return data.reshape(height, width, 3)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    code = imdecode(data, pixels, height, width, height, width, 0, 0, 1, 1, False, False)
+    assert code == 0
+    return pixels
+
+
+def run(kind: str, root: Path, out: Path, *options: str) -> None:
+    build_dataset.main([kind, "--root", str(root), "--out", str(out), "--workers", "2", *options])
+
+
+# --- sources -------------------------------------------------------------------------------------
+
+
+def test_orders_and_labels(tmp_path: Path) -> None:
+    """The order is the index by which views, resume and evaluation find an image again."""
+    fill(tmp_path, "train2017/b.jpg", "train2017/a.jpg", "unlabeled2017/a.jpg", "train2017/.a.jpg")
+    fill(tmp_path, "train/n02/x.JPEG", "train/n01/z.JPEG", "train/n01/y.JPEG")
+    coco = ["train2017/a.jpg", "train2017/b.jpg"]
+    assert SOURCES["coco"](tmp_path).names == coco
+    assert SOURCES["cocoplus"](tmp_path).names == [*coco, "unlabeled2017/a.jpg"]
+    imagenet = SOURCES["imagenet"](tmp_path)
+    assert imagenet.names == ["train/n01/y.JPEG", "train/n01/z.JPEG", "train/n02/x.JPEG"]
+    assert imagenet.labels is not None
+    assert imagenet.labels.tolist() == [0, 0, 1]
+    assert imagenet.classes == ["n01", "n02"]
+    assert SOURCES["folder"](tmp_path).names == sorted(
+        [*imagenet.names, *coco, "unlabeled2017/a.jpg"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "message"),
+    [
+        ("coco", [], "train2017/*.jpg; {root} is empty"),
+        ("coco", ["images/a.jpg"], "train2017/*.jpg; {root} holds images/"),
+        (
+            "coco",
+            ["train2017/readme.txt"],
+            "expected image files; {root}/train2017 holds readme.txt",
+        ),
+        ("cocoplus", ["train2017/a.jpg"], "expected {root}/unlabeled2017/*.jpg"),
+        (
+            "imagenet",
+            ["train/a.JPEG"],
+            "a folder per class, <wnid>/*.JPEG, or <wnid>.tar; {root}/train holds a.JPEG",
+        ),
+        ("imagenet", ["train/n01/a.JPEG", "train/n02/a.txt"], "{root}/train/n02: expected image"),
+        ("folder", ["a.txt"], "expected image files"),
+    ],
+)
+def test_a_wrong_layout_says_what_is_there(
+    tmp_path: Path, kind: str, files: list[str], message: str
+) -> None:
+    """Without it a wrong --root packs nothing, or the wrong images, silently."""
+    fill(tmp_path, *files)
+    with pytest.raises(UserError) as error:
+        SOURCES[kind](tmp_path)
+    assert message.format(root=tmp_path) in str(error.value)
+
+
+def test_missing_root_and_loops(tmp_path: Path) -> None:
+    """A link to a parent folder would be followed for ever."""
+    with pytest.raises(UserError, match="is not there"):
+        SOURCES["coco"](tmp_path / "none")
+    with pytest.raises(UserError, match="no such folder"):
+        SOURCES["folder"](tmp_path / "none")
+    fill(tmp_path, "a/b.jpg")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    source = SOURCES["folder"](tmp_path)
+    assert source.names == ["a/b.jpg", "a/up"]
+    assert source.faults == {1: "a link to a folder that contains it"}
+
+
+# --- storage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_is_copied(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Re-encoding would lose quality, and time."""
+    path = save(tmp_path / "in" / "a.jpg", quality=90, **options)
+    run("folder", tmp_path / "in", tmp_path / "o.beton")
+    assert stored(tmp_path / "o.beton") == [path.read_bytes()]
+
+
+def test_a_grey_jpeg_is_copied_and_decodes_to_rgb(tmp_path: Path) -> None:
+    """FFCV's decoder asks for RGB; a grey file must not come out as one plane of three."""
+    path = save(tmp_path / "in" / "a.jpg", picture().convert("L"), quality=95)
+    run("folder", tmp_path / "in", tmp_path / "o.beton")
+    assert stored(tmp_path / "o.beton") == [path.read_bytes()]
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.abs(ffcv_pixels(tmp_path / "o.beton", 0) - expected).max() <= 4
+
+
+def rotated(path: Path, orientation: int) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return save(path, quality=95, exif=exif)
+
+
+def sixteen_bit(path: Path) -> Path:
+    values = (np.arange(48 * 64).reshape(48, 64) * 21).astype(np.uint16)
+    return save(path, Image.fromarray(values))
+
+
+def animated(path: Path) -> Path:
+    return save(path, picture(), save_all=True, append_images=[picture(shift=50)])
+
+
+CONVERTED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "a.png": (lambda path: save(path, picture().convert("RGBA")), "PNG, transparency dropped"),
+    "b.png": (lambda path: save(path, picture().quantize(32)), "PNG"),
+    "c.png": (sixteen_bit, "PNG, upper 8 of 16 bits"),
+    "d.jpg": (lambda path: save(path, picture().convert("CMYK"), quality=95), "CMYK"),
+    "e.webp": (lambda path: save(path, lossless=True), "WEBP"),
+    "f.JPEG": (lambda path: save(path, format="PNG"), "PNG"),
+    "g.gif": (animated, "GIF, first of 2 frames"),
+    "h.jpg": (lambda path: rotated(path, 6), "orientation 6"),
+    "i.jpg": (lambda path: rotated(path, 3), "orientation 3"),
+}
+
+
+def test_conversions_equal_pillow(tmp_path: Path) -> None:
+    """What FFCV cannot decode itself must be stored as the picture that people see."""
+    for name, (make, _) in CONVERTED.items():
+        make(tmp_path / "in" / name)
+    run("folder", tmp_path / "in", tmp_path / "o.beton")
+    records = list(Manifest.beside(tmp_path / "o.beton").records())
+    assert {record.name: record.how for record in records} == {
+        name: f"converted: {reason}" for name, (_, reason) in sorted(CONVERTED.items())
+    }
+    for index, (name, *_) in enumerate(records):
+        image = ImageOps.exif_transpose(Image.open(tmp_path / "in" / name))
+        if name == "c.png":
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        np.testing.assert_array_equal(
+            ffcv_pixels(tmp_path / "o.beton", index), np.asarray(image.convert("RGB")), name
+        )
+
+
+def test_further_exif_blocks_continue_the_first() -> None:
+    """Cameras split long ones; an unreadable or another one must not turn the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    picture().save(stream, "JPEG", exif=exif)
+    data = stream.getvalue()
+    body = b"Exif\0\0junk"
+    block = b"\xff\xe1" + (len(body) + 2).to_bytes(2) + body
+    end = data.index(b"\xff\xdb")  # what comes after the first block
+    header = jpeg_header(data[:end] + block + data[end:])
+    assert header is not None
+    assert header.orientation == 6
+
+
+def with_xmp(orientation: int, exif: Image.Exif | None = None) -> bytes:
+    """A JPEG that has its orientation in Adobe's block, and in an EXIF block too if given."""
+    stream = io.BytesIO()
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{9 - orientation}"/></x:xmpmeta>'
+    picture().save(stream, "JPEG", xmp=xmp.encode(), **({"exif": exif} if exif else {}))
+    return stream.getvalue()
+
+
+@given(orientation=st.integers(1, 8), big_endian=st.booleans(), tags=st.integers(0, 3))
+def test_orientation_is_read_as_pillow_reads_it(
+    orientation: int, big_endian: bool, tags: int
+) -> None:
+    """A missed rotation trains on sideways images."""
+    exif = Image.Exif()
+    exif.endian = ">" if big_endian else "<"
+    for tag in (0x010E, 0x010F, 0x0131)[:tags]:
+        exif[tag] = "text"
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    picture().save(stream, "JPEG", exif=exif)
+    for data in (stream.getvalue(), with_xmp(orientation, exif), with_xmp(orientation)):
+        header = jpeg_header(data)
+        assert header is not None
+        assert header.orientation == Image.open(io.BytesIO(data)).getexif().get(0x0112, 1)
+        assert (header.width, header.height, header.components) == (64, 48, 3)
+
+
+@given(data=st.binary(max_size=64), cut=st.integers(0, 700))
+def test_the_header_parser_never_fails_otherwise(data: bytes, cut: int) -> None:
+    """An IndexError on garbage would end a scan of a million files."""
+    for garbage in (b"\xff\xd8\xff" + data, jpeg(ramp(8, 8))[:cut] + data):
+        try:
+            jpeg_header(garbage)
+        except BadImage as error:
+            assert "header" in str(error)
+
+
+def test_max_side(tmp_path: Path) -> None:
+    """Large images shrink with their aspect ratio, small ones stay as they are."""
+    small = save(tmp_path / "in" / "a.jpg", picture(48, 64), quality=95)
+    save(tmp_path / "in" / "b.jpg", picture(200, 300), quality=95)
+    save(tmp_path / "in" / "c.png", picture(300, 200))
+    options = "--store jpeg --max-side 64 --quality 90"
+    run("folder", tmp_path / "in", tmp_path / "o.beton", *options.split())
+    field = Reader(str(tmp_path / "o.beton")).metadata["f0"]
+    assert field["mode"].tolist() == [0, 0, 0]
+    assert field["height"].tolist() == [48, 43, 64]
+    assert field["width"].tolist() == [64, 64, 43]
+    assert stored(tmp_path / "o.beton")[0] == small.read_bytes()
+    full = Image.open(tmp_path / "in" / "b.jpg").resize((64, 43), Image.Resampling.BICUBIC)
+    error = np.abs(ffcv_pixels(tmp_path / "o.beton", 1) - np.asarray(full).astype(int))
+    assert error.mean() < 2
+
+
+def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Copies made on two machines can be compared by a checksum, whatever the thread count."""
+    fill(tmp_path / "in", *(f"{i}.jpg" for i in range(30)))
+    save(tmp_path / "in" / "z.png")
+    run("folder", tmp_path / "in", tmp_path / "a.beton")
+    build_dataset.main(
+        ["folder", "--root", f"{tmp_path}/in", "--out", f"{tmp_path}/b.beton", "--workers", "5"]
+    )
+    assert (tmp_path / "a.beton").read_bytes() == (tmp_path / "b.beton").read_bytes()
+
+
+def test_labels_are_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ImageNet's labels would be lost for evaluation."""
+    fill(tmp_path, "train/n02/x.JPEG", "train/n01/x.JPEG", "train/n01/y.JPEG")
+    run("imagenet", tmp_path, tmp_path / "o.beton")
+    reader = Reader(str(tmp_path / "o.beton"))
+    assert reader.field_names == ["image", "index", "label"]
+    assert reader.metadata["f2"].tolist() == [0, 0, 1]
+    assert json.loads((tmp_path / "o.beton.json").read_text())["classes"] == ["n01", "n02"]
+    assert "3 images" in capsys.readouterr().out
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def truncated() -> bytes:
+    stream = jpeg(ramp(256, 256))
+    return stream[: len(stream) // 2]
+
+
+def bad_entropy() -> bytes:
+    stream = bytearray(jpeg(ramp(256, 256)))
+    stream[-800:-700] = b"\xfe" * 100
+    return bytes(stream)
+
+
+def holed() -> bytes:
+    """As a download leaves it that was given its whole space at once."""
+    stream = jpeg(photograph(1, 256, 256))
+    third = len(stream) // 3
+    return stream[:third] + bytes(third) + stream[2 * third :]
+
+
+def half_and_another() -> bytes:
+    stream = jpeg(photograph(1, 256, 256))
+    return stream[: len(stream) // 2] + stream
+
+
+BAD: dict[str, tuple[bytes, str]] = {
+    "zero bytes": (b"", "empty file"),
+    "text": (b"not an image", "not an image of a known format"),
+    "truncated": (truncated(), "truncated JPEG: its end-of-image marker is missing"),
+    "padded with zeros": (truncated() + bytes(5000), "truncated JPEG"),
+    "a hole": (holed(), ""),
+    "another file run into it": (half_and_another(), ""),
+    "truncated header": (jpeg(ramp(8, 8))[:100], "truncated or damaged JPEG header"),
+    "truncated PNG": (b"\x89PNG\r\n\x1a\n" + b"\0" * 30, ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_named_and_nothing_is_left(tmp_path: Path, case: str) -> None:
+    """libjpeg paints the missing part grey, and FFCV ignores that it says so."""
+    content, reason = BAD[case]
+    fill(tmp_path / "in", "a.jpg", "z.jpg")
+    (tmp_path / "in" / "bad.jpg").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        run("folder", tmp_path / "in", tmp_path / "o.beton")
+    prefix = f"1 of 3 images is bad, {tmp_path}/o.beton is not written: bad.jpg: "
+    assert str(error.value).startswith(prefix + reason)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "o.beton").exists()
+    assert not (tmp_path / "o.beton.json").exists()
+
+
+def test_flipped_bits_are_found_by_decoding(tmp_path: Path) -> None:
+    """What --check decode costs its time for."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "bad.jpg").write_bytes(bad_entropy())
+    run("folder", tmp_path / "in", tmp_path / "a.beton")
+    with pytest.raises(UserError, match=r"bad\.jpg: Corrupt JPEG data"):
+        run("folder", tmp_path / "in", tmp_path / "b.beton", "--check", "decode")
+
+
+@pytest.mark.parametrize("rest", [b"\0", b"\0" * 4096, jpeg(ramp(8, 8)) + b"\0\0", b"MotionPhoto"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
+def test_what_cameras_append(rest: bytes, options: dict[str, Any]) -> None:
+    """Padding, previews and video after the image are no damage; libjpeg does not look at them."""
+    stream = io.BytesIO()
+    picture(200, 300).save(stream, "JPEG", quality=95, **options)
+    whole = stream.getvalue()
+    assert make_record(whole + rest, Storage()).data == whole + rest
+    with pytest.raises(BadImage, match="end-of-image"):
+        make_record(whole[:-40], Storage())
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    """A link that leads nowhere must not end in a traceback, nor a pipe in a hang."""
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name, reason in (
+        ("link.jpg", "broken symbolic link"),
+        ("none.jpg", "No such file"),
+        ("pipe.jpg", "not a regular file"),
+        ("loop.jpg", "Too many levels of symbolic links"),
+        ("folder.jpg", "not a regular file"),
+    ):
+        with pytest.raises(BadImage, match=reason):
+            read_file(str(tmp_path / name))
+
+
+def test_a_huge_claim_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    """A few bytes can claim 65,500 x 65,500 pixels."""
+    stream = bytearray(jpeg(ramp(8, 8)))
+    position = stream.index(b"\xff\xc0")
+    stream[position + 5 : position + 9] = (65500).to_bytes(2) * 2
+    with pytest.raises(BadImage, match="65500x65500 pixels: too large"):
+        make_record(bytes(stream), Storage())
+    bomb = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(bomb, "PNG")
+    with pytest.raises(BadImage, match="20000x20000 pixels: too large"):
+        make_record(bomb.getvalue(), Storage())
+
+
+def test_a_side_beyond_the_format() -> None:
+    """65,536 would be stored as 0."""
+    stream = io.BytesIO()
+    Image.new("L", (65536, 1)).save(stream, "PNG")
+    with pytest.raises(BadImage, match="a side of 65536 pixels; 65535 can be stored"):
+        make_record(stream.getvalue(), Storage())
+    assert make_record(stream.getvalue(), Storage("raw", 1000)).width == 1000
+
+
+def test_every_bad_file_is_named(tmp_path: Path) -> None:
+    """Found one an hour, they would cost days."""
+    fill(tmp_path / "in", "a.jpg")
+    for i in range(25):
+        (tmp_path / "in" / f"b{i:02d}.jpg").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        run("folder", tmp_path / "in", tmp_path / "o.beton")
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith(f"25 of 26 images are bad, {tmp_path}/o.beton is not written")
+    assert lines[1].endswith("b00.jpg: empty file")
+    assert lines[-1].strip() == f"and 5 more: all are in {tmp_path}/o.beton.bad.txt"
+    assert len(lines) == 22
+    listed = (tmp_path / "o.beton.bad.txt").read_text().splitlines()
+    assert listed == [f"b{i:02d}.jpg: empty file" for i in range(25)]
+    run("folder", tmp_path / "in", tmp_path / "o.beton", "--on-error", "skip")
+    assert not (tmp_path / "o.beton.bad.txt").exists()
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    """Refused before hours of work, and never over an older file."""
+    root, out = fill(tmp_path / "in", "a.jpg"), tmp_path / "o.beton"
+    with pytest.raises(UserError, match="is not a folder"):
+        run("folder", root, root / "a.jpg" / "o.beton")
+    with pytest.raises(UserError, match="is a folder"):
+        run("folder", root, root)
+    run("folder", root, out)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="exists; --force replaces it"):
+        run("folder", root, out)
+    fill(root, "b.jpg")
+    run("folder", root, out, "--force")
+    assert out.read_bytes() != before
+    assert json.loads((tmp_path / "o.beton.json").read_text())["count"] == 2
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual end of a long packing run must not be a traceback with a half file."""
+    from pipeline.beton_writer import BetonWriter
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    root = fill(tmp_path / "in", "a.jpg")
+    with monkeypatch.context() as patch:
+        patch.setattr(BetonWriter, "append", full)
+        message = r"cannot write .*o\.beton: No space left on device; what is done is kept"
+        with pytest.raises(UserError, match=message):
+            run("folder", root, tmp_path / "o.beton")
+    assert not (tmp_path / "o.beton").exists()
+    run("folder", root, tmp_path / "o.beton")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "o.beton", "o.beton.json"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_ends_with_one_line_and_2(tmp_path: Path) -> None:
+    """Scripts see the exit code, people the line."""
+    none = str(tmp_path / "none")
+    result = command("tools.build_dataset", "coco", "--root", none, "--out", f"{tmp_path}/o.beton")
+    assert result.returncode == 2
+    line = f"error: expected {none}/train2017/*.jpg; {none} is not there\n"
+    assert result.stderr == line
+
+
+@pytest.mark.parametrize("arguments", [["tools.build_dataset"], ["tools.packing.scenes"]])
+def test_help(arguments: list[str]) -> None:
+    """Help must not depend on data, nor on the slow imports."""
+    result = command(*arguments, "--help")
+    assert result.returncode == 0
+    assert "example" in result.stdout
+
+
+@pytest.mark.parametrize("kind", [*SOURCES, "list", "sample"])
+def test_help_of_each_source(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A percent sign in a help text, for one, makes argparse fail."""
+    with pytest.raises(SystemExit, match="0"):
+        build_dataset.main([kind, "--help"])
+    assert "--root" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--quality", "0"],
+        ["--max-side", "-1"],
+        ["--workers", "x"],
+        ["--budget", "40 apples"],
+        ["--shard", "0/4"],
+        ["--shard", "5/4"],
+    ],
+)
+def test_impossible_options(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Pillow would clip a quality of 0 silently."""
+    with pytest.raises(SystemExit, match="2"):
+        build_dataset.main(["coco", "--root", ".", "--out", "x", *option])
+    assert option[0] in capsys.readouterr().err

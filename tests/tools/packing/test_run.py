@@ -1,0 +1,490 @@
+"""Packing that is interrupted, shared out, or met with bad images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import beton_writer
+from pipeline.beton import Beton
+from pipeline.beton_writer import BetonWriter
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from tests.helpers.manifests import names_of
+from tests.pipeline.test_beton_writer import stored
+from tests.tools.packing.test_build_dataset import fill, picture, run, save
+from tools import build_dataset
+from tools.packing import run as packing
+from tools.packing.images import Storage
+from tools.packing.journal import Journal
+from tools.packing.run import job_of, merge_job, pack, shard_path
+from tools.packing.sources import SOURCES
+
+
+def left(folder: Path) -> list[str]:
+    """The files beside the folder of images, `in`."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "in")
+
+
+def images(root: Path, count: int) -> Path:
+    """`count` JPEGs and two PNGs, which are converted."""
+    fill(root, *(f"{i:04d}.jpg" for i in range(count)))
+    save(root / "0003.png")
+    save(root / "z.png", picture(90, 70))
+    return root
+
+
+def same(folder: Path, one: str, other: str) -> bool:
+    """Whether two betons and their manifests have the same bytes."""
+    return all(
+        (folder / f"{one}{suffix}").read_bytes() == (folder / f"{other}{suffix}").read_bytes()
+        for suffix in ("", ".json")
+    )
+
+
+# --- interruptions -------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a signal that nothing can catch."""
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 5, 9])
+@pytest.mark.parametrize("when", ["before", "after", "torn"])
+def test_killed_between_data_and_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, when: str
+) -> None:
+    """Whatever the order of the two writes, no image may be lost, doubled or half there."""
+    monkeypatch.setattr(packing, "BATCH_IMAGES", 3)
+    root = images(tmp_path / "in", 40)
+    run("folder", root, tmp_path / "a.beton")
+    append, count = Journal.append, 0
+
+    def die(journal: Journal, rows: list) -> None:
+        nonlocal count
+        count += 1
+        if count <= at:
+            return append(journal, rows)
+        if when != "before":
+            append(journal, rows)
+        if when == "torn":
+            os.ftruncate(journal.file, journal.length() - 7)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Journal, "append", die)
+        run("folder", root, tmp_path / "b.beton")
+    assert "b.beton" not in left(tmp_path)
+    run("folder", root, tmp_path / "b.beton")
+    assert same(tmp_path, "a.beton", "b.beton")
+    assert left(tmp_path) == ["a.beton", "a.beton.json", "b.beton", "b.beton.json"]
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (BetonWriter, "finish"),
+        (BetonWriter, "publish"),
+        (Manifest, "write"),
+        (Path, "unlink"),
+    ],
+)
+@pytest.mark.parametrize("done", [False, True])
+def test_killed_at_the_end(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: type,
+    function: str,
+    done: bool,
+) -> None:
+    """The last steps are several: after each, the command given again must end well."""
+    root = images(tmp_path / "in", 10)
+    run("folder", root, tmp_path / "a.beton")
+    original = getattr(module, function)
+
+    def die(self: object, *args: object, **options: object) -> None:
+        if function == "unlink" and not str(self).endswith(".journal"):
+            return original(self, *args, **options)
+        if done:
+            original(self, *args, **options)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, function, die)
+        run("folder", root, tmp_path / "b.beton")
+    if not (tmp_path / "b.beton").exists() or not done or function == "publish":
+        run("folder", root, tmp_path / "b.beton")
+    assert same(tmp_path, "a.beton", "b.beton")
+    assert left(tmp_path) == ["a.beton", "a.beton.json", "b.beton", "b.beton.json"]
+
+
+def test_another_command_does_not_end_what_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its user would get the file of an older command, and be told that it is complete."""
+    fill(tmp_path, "train2017/a.jpg")
+    root = tmp_path / "train2017"
+
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    out = tmp_path / "o.beton"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(packing, "Summary", die)
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        run("folder", root, out)
+    with pytest.raises(UserError, match="exists; --force replaces it"):
+        run("coco", tmp_path, out)
+    run("coco", tmp_path, out, "--force")
+    assert Manifest.beside(out).source == "coco"
+
+
+def test_killed_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older beton keeps its manifest until the new one is there; the command given again ends
+    what is left.
+    """
+    root, out = images(tmp_path / "in", 3), tmp_path / "o.beton"
+    run("folder", root, out)
+    older = [out.read_bytes(), (tmp_path / "o.beton.json").read_bytes()]
+    fill(root, "new.jpg")
+    run("folder", root, tmp_path / "new.beton")
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    for name, published in (("publish", False), ("sync_folder", True)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(BetonWriter if not published else beton_writer, name, die)
+            run("folder", root, out, "--force")
+        if not published:
+            assert older == [out.read_bytes(), (tmp_path / "o.beton.json").read_bytes()]
+    run("folder", root, out)
+    assert same(tmp_path, "o.beton", "new.beton")
+
+
+def test_killed_for_real(tmp_path: Path) -> None:
+    """SIGKILL at any moment: the same command goes on, and ends with the same bytes."""
+    root = tmp_path / "in"
+    photograph = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
+    from PIL import Image
+
+    for i in range(12):
+        save(root / f"{i}.png", Image.fromarray(np.roll(photograph, i, axis=0)))
+    for i in range(2000):
+        os.link(root / f"{i % 12}.png", root / f"copy{i}.png")
+    command = f"-m tools.build_dataset folder --root {root} --workers 2 --out".split()
+    once = [sys.executable, *command, f"{tmp_path}/a.beton"]
+    subprocess.run(once, check=True, capture_output=True, timeout=60)
+    again = [sys.executable, *command, f"{tmp_path}/b.beton"]
+    partial, journal = tmp_path / "b.beton.partial", tmp_path / "b.beton.partial.journal"
+    total, went_on = (tmp_path / "a.beton").stat().st_size, 0
+    for share in (0.0, 0.2, 0.5, 0.9):
+        process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (
+            journal.exists() and partial.exists() and partial.stat().st_size > share * total
+        ):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        went_on += journal.exists()
+    assert went_on
+    subprocess.run(again, check=True, capture_output=True, timeout=60)
+    assert same(tmp_path, "a.beton", "b.beton")
+
+
+def start_of_a_job(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """Pack `batches` batches of 3 images, then die."""
+    append, count = Journal.append, 0
+
+    def die(journal: Journal, rows: list) -> None:
+        nonlocal count
+        append(journal, rows)
+        count += 1
+        if count == batches:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(packing, "BATCH_IMAGES", 3)
+        patch.setattr(Journal, "append", die)
+        run("folder", root, out)
+
+
+def test_what_is_done_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That is what the journal is for; and other options must not be mixed with what is there."""
+    root, out = images(tmp_path / "in", 40), tmp_path / "b.beton"
+    start_of_a_job(root, out, monkeypatch, 8)
+    run("folder", root, out)
+    assert "going on after" in capsys.readouterr().err
+    start_of_a_job(root, tmp_path / "c.beton", monkeypatch, 8)
+    run("folder", root, tmp_path / "c.beton", "--store", "raw")
+    assert "starting anew" in capsys.readouterr().err
+    assert set(Beton(tmp_path / "c.beton").records[:, 4]) == {1}
+    start_of_a_job(root, tmp_path / "d.beton", monkeypatch, 8)
+    save(root / "0000.png")
+    run("folder", root, tmp_path / "d.beton")
+    assert "starting anew" in capsys.readouterr().err
+    assert len(Beton(tmp_path / "d.beton")) == 43
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_data_lost_after_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """The journal may reach the disk before the data that it tells of."""
+    root, out = images(tmp_path / "in", 40), tmp_path / "b.beton"
+    run("folder", root, tmp_path / "a.beton")
+    start_of_a_job(root, out, monkeypatch, 8)
+    partial = tmp_path / "b.beton.partial"
+    if damage == "delete":
+        partial.unlink()
+    else:
+        data = partial.read_bytes()
+        data = data[:-900] if damage == "cut" else data[:-900] + bytes(900)
+        partial.write_bytes(data)
+    run("folder", root, out)
+    assert same(tmp_path, "a.beton", "b.beton")
+
+
+# --- bad images ----------------------------------------------------------------------------------
+
+
+def test_skipping(tmp_path: Path) -> None:
+    """One bad image in a million must not cost the others, nor shift their labels."""
+    fill(tmp_path, "train/n01/a.JPEG", "train/n01/c.JPEG", "train/n02/e.JPEG")
+    (tmp_path / "train/n01/b.JPEG").write_bytes(b"")
+    (tmp_path / "train/n02/d.JPEG").symlink_to("nowhere")
+    with pytest.raises(UserError, match="2 of 5 images are bad"):
+        run("imagenet", tmp_path, tmp_path / "o.beton")
+    run("imagenet", tmp_path, tmp_path / "o.beton", "--on-error", "skip")
+    beton, manifest = Beton(tmp_path / "o.beton"), Manifest.beside(tmp_path / "o.beton")
+    assert names_of(manifest) == ["train/n01/a.JPEG", "train/n01/c.JPEG", "train/n02/e.JPEG"]
+    assert manifest.skipped == [
+        ("train/n01/b.JPEG", "empty file"),
+        ("train/n02/d.JPEG", "broken symbolic link"),
+    ]
+    assert manifest.options["on_error"] == "skip"
+    assert beton.label is not None
+    assert beton.label.tolist() == [0, 0, 1]
+    assert beton.index.tolist() == [0, 1, 2]
+    for i, name in enumerate(names_of(manifest)):
+        assert stored(tmp_path / "o.beton")[i] == (tmp_path / name).read_bytes()
+
+
+def test_mended_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file fetched again goes to its place: the result is that of a run that never stopped."""
+    monkeypatch.setattr(packing, "BATCH_IMAGES", 3)
+    root = images(tmp_path / "in", 30)
+    run("folder", root, tmp_path / "a.beton")
+    good = (root / "0020.jpg").read_bytes()
+    (root / "0020.jpg").write_bytes(good[:-100])
+    with pytest.raises(UserError, match=r"0020\.jpg: truncated JPEG"):
+        run("folder", root, tmp_path / "b.beton")
+    (root / "0020.jpg").write_bytes(good)
+    run("folder", root, tmp_path / "b.beton")
+    assert same(tmp_path, "a.beton", "b.beton")
+
+
+def test_mended_before_skipping(tmp_path: Path) -> None:
+    """What was fetched again must not stay left out; what is still bad must be."""
+    root, out = images(tmp_path / "in", 9), tmp_path / "o.beton"
+    content = (root / "0002.jpg").read_bytes()
+    for name in ("0002.jpg", "0005.jpg"):
+        (root / name).write_bytes(b"")
+    with pytest.raises(UserError, match="2 of 11 images are bad"):
+        run("folder", root, out)
+    (root / "0002.jpg").write_bytes(content)
+    run("folder", root, out, "--on-error", "skip")
+    assert Manifest.beside(out).skipped == [("0005.jpg", "empty file")]
+    run("folder", root, tmp_path / "once.beton", "--on-error", "skip")
+    assert same(tmp_path, "o.beton", "once.beton")
+
+
+def test_what_is_packed_is_not_replaced(tmp_path: Path) -> None:
+    """--force with a wrong --out would cost a photograph, or the list itself."""
+    root = fill(tmp_path / "in", "a.jpg")
+    before = (root / "a.jpg").read_bytes()
+    with pytest.raises(UserError, match=r"--force replaces only files called \.beton"):
+        run("folder", root, root / "a.jpg", "--force")
+    assert (root / "a.jpg").read_bytes() == before
+    for out in ("", ".", "x" * 245 + ".beton"):
+        with pytest.raises(UserError, match=r"is a folder|too long"):
+            build_dataset.main(["folder", "--root", str(root), "--out", out])
+
+
+def test_names_that_break_the_line(tmp_path: Path) -> None:
+    """A name with a line feed would look like two files, one with an escape could do worse."""
+    root = fill(tmp_path / "in", "a.jpg")
+    for name in ("new\nline.jpg", "es\x1b[31mcape.jpg"):
+        (root / name).write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        run("folder", root, tmp_path / "o.beton")
+    lines = str(error.value).splitlines()
+    assert lines[1:] == ["  'es\\x1b[31mcape.jpg': empty file", "  'new\\nline.jpg': empty file"]
+
+
+def test_nothing_good(tmp_path: Path) -> None:
+    """An empty beton would fail in training only."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="no image is left"):
+        run("folder", tmp_path / "in", tmp_path / "o.beton", "--on-error", "skip")
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_merged_parts_are_the_whole(tmp_path: Path, on_error: str) -> None:
+    """Packed on n machines or on one: the same bytes, indices, labels and manifest."""
+    root = tmp_path / "in"
+    fill(root, *(f"train/n{i % 4}/{i:02d}.JPEG" for i in range(29)))
+    save(root / "train/n1/p.JPEG", format="PNG")
+    if on_error == "skip":
+        for name in ("n0/00", "n2/10", "n3/99"):
+            (root / f"train/{name}.JPEG").write_bytes(b"")
+    options = ["--on-error", on_error]
+    run("imagenet", root, tmp_path / "a.beton", *options)
+    for i in (3, 1, 4, 2):
+        run("imagenet", root, tmp_path / "b.beton", "--shard", f"{i}/4", *options)
+    shards = [str(shard_path(tmp_path / "b.beton", i, 4)) for i in (2, 1, 3, 4)]
+    assert all("shard-" in Path(path).name for path in shards)
+    with pytest.raises(UserError, match="missing parts of 4: 2"):
+        build_dataset.main(["merge", *shards[1:], "--out", f"{tmp_path}/b.beton"])
+    with pytest.raises(UserError, match="given twice"):
+        build_dataset.main(["merge", *shards, shards[0], "--out", f"{tmp_path}/b.beton"])
+    build_dataset.main(["merge", *shards, "--out", f"{tmp_path}/b.beton"])
+    assert Beton(tmp_path / "b.beton").index.tolist() == list(
+        range(30 if on_error == "stop" else 28)
+    )
+    assert same(tmp_path, "a.beton", "b.beton")
+
+
+def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
+    """Merging parts of two data sets would give a third that nobody asked for."""
+    root = fill(tmp_path / "in", "a.jpg", "b.jpg", "c.jpg")
+    run("folder", root, tmp_path / "o.beton", "--shard", "1/2")
+    run("folder", root, tmp_path / "o.beton", "--shard", "2/2", "--store", "raw")
+    paths = [shard_path(tmp_path / "o.beton", i, 2) for i in (1, 2)]
+    with pytest.raises(UserError, match="another data set or options"):
+        merge_job(paths)
+    run("folder", root, tmp_path / "whole.beton")
+    with pytest.raises(UserError, match="without --shard"):
+        merge_job([tmp_path / "whole.beton"])
+    with pytest.raises(UserError, match="--shard 1/4: empty"):
+        run("folder", root, tmp_path / "x.beton", "--shard", "1/4")
+
+
+def test_parts_packed_with_and_without_skipping(tmp_path: Path) -> None:
+    """The usual end of an array of tasks: one part has a bad image and is packed again."""
+    root = images(tmp_path / "in", 9)
+    (root / "0000.jpg").write_bytes(b"")
+    for part, on_error in (("1/3", "skip"), ("2/3", "stop"), ("3/3", "stop")):
+        run("folder", root, tmp_path / "o.beton", "--shard", part, "--on-error", on_error)
+    parts = [str(shard_path(tmp_path / "o.beton", i, 3)) for i in (3, 1, 2)]
+    build_dataset.main(["merge", *parts, "--out", f"{tmp_path}/o.beton"])
+    run("folder", root, tmp_path / "once.beton", "--on-error", "skip")
+    assert same(tmp_path, "o.beton", "once.beton")
+
+
+def test_a_part_that_has_changed(tmp_path: Path) -> None:
+    """A bit that flips on its way from a machine to another must not get into the whole."""
+    root = fill(tmp_path / "in", "a.jpg", "b.jpg")
+    paths = [shard_path(tmp_path / "o.beton", i, 2) for i in (1, 2)]
+    for i in (1, 2):
+        run("folder", root, tmp_path / "o.beton", "--shard", f"{i}/2")
+    pointer = int(Beton(paths[1]).records[0, 0])
+    with paths[1].open("r+b") as file:
+        file.seek(pointer + 50)
+        file.write(b"\x77")
+    with pytest.raises(UserError, match=r"b\.jpg: its bytes in .*2-of-2\.beton have changed"):
+        pack(merge_job(paths), tmp_path / "o.beton")
+
+
+# --- storage -------------------------------------------------------------------------------------
+
+
+def test_stores(tmp_path: Path) -> None:
+    """Each store: what it keeps, scales and encodes, and what the manifest says of it."""
+    root = tmp_path / "in"
+    save(root / "a.jpg", picture(48, 64), quality=95)
+    save(root / "b.jpg", picture(200, 300), quality=95)
+    save(root / "c.png", picture(40, 30))
+    expected = {
+        "raw": [(48, 64), (200, 300), (40, 30), "converted: decoded", "converted: decoded"],
+        "raw --max-side 64": [(48, 64), (43, 64), (40, 30), "converted: decoded", "scaled"],
+        "jpeg --max-side 64": [(48, 64), (43, 64), (40, 30), "original", "scaled"],
+        "jpeg --quality 50": [(48, 64), (200, 300), (40, 30), "original", "original"],
+    }
+    for options, (*sizes, first, second) in expected.items():
+        out = tmp_path / f"{options.replace(' ', '_')}.beton"
+        run("folder", root, out, *f"--store {options}".split())
+        beton, manifest = Beton(out), Manifest.beside(out)
+        assert list(zip(beton.height, beton.width, strict=True)) == sizes
+        how = [record.how for record in manifest.records()]
+        assert how[:2] == [first, second]
+        if options.startswith("jpeg"):
+            assert how[2] == "converted: PNG"
+            assert set(beton.records[:, 4]) == {0}
+        else:
+            assert set(beton.records[:, 4]) == {1}
+            assert manifest.stored == {"original": 0, "jpeg": 0, "raw": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--max-side 64", "--max-side does not go with --store original"),
+        ("--quality 64", "--quality does not go with --store original"),
+        ("--store auto", "--store auto and --budget go together"),
+        ("--budget 1GB", "--store auto and --budget go together"),
+        ("--store auto --budget 1GB --max-side 5", "it chooses the side"),
+        ("--store auto --budget 1kB", "--budget: even at 128 pixels 3 images come to"),
+    ],
+)
+def test_options_that_contradict(tmp_path: Path, options: str, message: str) -> None:
+    """Ignored, they would give another beton than the user believes."""
+    fill(tmp_path / "in", "a.jpg", "b.jpg", "c.jpg")
+    with pytest.raises(UserError) as error:
+        run("folder", tmp_path / "in", tmp_path / "o.beton", *options.split())
+    assert message in str(error.value)
+
+
+def test_a_budget_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The estimate decides what is stored: it must hold, and not waste half the space."""
+    root = tmp_path / "in"
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    for i in range(24):
+        noise = Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8))
+        save(root / f"{i:02d}.jpg", noise.resize((1000, 800)), quality=95)
+    used = {}
+    for budget in (90, 40, 20):
+        out = tmp_path / f"{budget}.beton"
+        run("folder", root, out, "--store", "auto", "--budget", f"{budget}MB")
+        used[budget] = out.stat().st_size / 1e6
+        options = Manifest.beside(out).options
+        assert used[budget] <= budget
+        assert f"--store {options['store']}" in capsys.readouterr().out
+    assert Manifest.beside(tmp_path / "90.beton").options["store"] == "raw"
+    assert used[90] > 55
+
+
+def test_json_of_a_manifest(tmp_path: Path) -> None:
+    """Other programs read the manifest with any JSON library."""
+    root = images(tmp_path / "in", 3)
+    job = job_of("folder", SOURCES["folder"](root), Storage(), None)
+    pack(job, tmp_path / "o.beton")
+    content = json.loads((tmp_path / "o.beton.json").read_text())
+    assert content["count"] == len(content["records"]) == 5
+    assert content["bytes"] == (tmp_path / "o.beton").stat().st_size
+    assert content["stored"] == {"original": 3, "jpeg": 0, "raw": 2}

@@ -1,0 +1,128 @@
+"""The report in a real browser: it loads nothing from outside, every chart and picture has a size,
+nothing sticks out of the window.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tools.report.test_report import write_measurements, write_run
+from tools import compare
+from tools.report import __main__ as report
+from tools.report.results import PICTURES
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome here")
+
+PROBE = """<script>
+const errors = [];
+addEventListener("error", event => errors.push(String(event.message || event.target.src)), true);
+addEventListener("securitypolicyviolation", event => errors.push(event.blockedURI));
+addEventListener("load", () => setTimeout(() => {
+  document.querySelectorAll("details").forEach(element => { element.open = true; });
+  const sizes = name => [...document.querySelectorAll(name)].map(element => {
+    const box = element.getBoundingClientRect();
+    return [box.width, box.height];
+  });
+  const found = {
+    errors, charts: sizes("svg"), pictures: sizes("img"), tables: sizes("table"),
+    loaded: performance.getEntriesByType("resource").map(entry => entry.name),
+    natural: [...document.images].map(image => image.naturalWidth),
+    width: [document.documentElement.scrollWidth, innerWidth],
+    paper: getComputedStyle(document.body).backgroundColor,
+  };
+  document.body.dataset.probe = JSON.stringify(found);
+}, 100));
+</script>
+"""
+
+
+def look(page: Path, width: int = 1280, *, dark: bool = False) -> dict[str, Any]:
+    """What a browser makes of a page. The probe runs in a copy that allows this one script."""
+    text = page.read_text()
+    probed = page.with_suffix(".probed.html")
+    policy = "default-src 'none'; script-src 'unsafe-inline'"
+    assert "default-src 'none'" in text
+    probed.write_text(
+        text.replace("default-src 'none'", policy, 1).replace("<title>", PROBE + "<title>", 1)
+    )
+    done = subprocess.run(
+        [
+            str(BROWSER),
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"),
+            *(f"--user-data-dir={page.parent / 'browser'}", f"--window-size={width},900"),
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            probed.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    found = re.search(r'data-probe="([^"]*)"', done.stdout)
+    assert found, done.stderr
+    result: dict[str, Any] = json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&"))
+    return result | {"console": [s for s in done.stderr.splitlines() if "CONSOLE" in s]}
+
+
+def check_page(seen: dict[str, Any]) -> None:
+    assert seen["errors"] == []
+    assert seen["console"] == []
+    assert [url for url in seen["loaded"] if not url.startswith("data:")] == []
+    assert all(width > 300 and height > 50 for width, height in seen["charts"])
+    assert all(width > 300 and height > 50 for width, height in seen["pictures"])
+    assert all(width > 0 for width in seen["natural"])
+    assert seen["width"][0] <= seen["width"][1]
+
+
+@pytest.fixture
+def measured_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    run = write_run(tmp_path / "run")
+    write_measurements(run)
+    monkeypatch.setattr("sys.argv", ["report", str(run)])
+    report.main()
+    return run
+
+
+def test_report_in_a_browser(measured_run: Path) -> None:
+    """Markup that parses may still show nothing: a chart without a size, a picture that does not
+    decode, a table that makes a phone scroll sideways, white text on white.
+    """
+    page = measured_run / "report.html"
+    wide, narrow = look(page), look(page, 500, dark=True)
+    for seen in (wide, narrow):
+        check_page(seen)
+        assert len(seen["charts"]) == 10
+        assert len(seen["pictures"]) == len(PICTURES)
+    assert wide["paper"] == "rgb(255, 255, 255)"
+    assert narrow["paper"] == "rgb(20, 23, 27)"
+
+
+def test_comparison_in_a_browser(measured_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for one run; wide tables must scroll in their own box."""
+    others = [write_run(measured_run.parent / f"a_long_name_of_a_run_{n}") for n in range(7)]
+    page = measured_run.parent / "compare.html"
+    monkeypatch.setattr(
+        "sys.argv", ["compare", *map(str, (measured_run, *others)), "--out", str(page)]
+    )
+    compare.main()
+    seen = look(page, 500)
+    check_page(seen)
+    assert len(seen["charts"]) == 7
+
+
+def test_a_page_that_asks_a_server_is_noticed(measured_run: Path) -> None:
+    """Otherwise the tests above could not fail."""
+    page = measured_run / "report.html"
+    text = page.read_text()
+    page.write_text(text.replace("</h1>", '</h1><img src="http://127.0.0.1:9/pixel.png">', 1))
+    seen = look(page)
+    assert any("127.0.0.1" in error for error in seen["errors"])

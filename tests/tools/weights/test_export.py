@@ -1,0 +1,297 @@
+"""Exported files give the same features in the libraries that they are for."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model import SlotCon
+from pipeline.errors import UserError
+from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.exported import CONFIG, call, images, meta_state, trained_model
+from tools.export import main
+from tools.weights.model_card import model_card
+from train.weights import Backbone, read_backbone
+
+LICENCE = "CC BY 4.0 |\nmine"
+MMSEG_RESNETS = {
+    "resnet18": ((2, 2, 2, 2), 2),
+    "resnet34": ((3, 4, 6, 3), 2),
+    "resnet50": ((3, 4, 6, 3), 3),
+}
+"""Blocks of each stage, convolutions of a block."""
+FILES = {
+    "torchvision": "tv.safetensors",
+    "timm": "timm.pth",
+    "detectron2": "d2.pkl",
+    "mmseg": "mm.pth",
+    "huggingface": "hub",
+    "official": "full.pth",
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> SlotCon:
+    return trained_model()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: SlotCon, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint", model, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def out(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every format."""
+    folder = tmp_path_factory.mktemp("out")
+    for to, name in FILES.items():
+        call(main, checkpoint, "--to", to, "--out", folder / name, "--license", LICENCE)
+    return folder
+
+
+def last_map(model: SlotCon, branch: str = "teacher") -> Tensor:
+    with torch.inference_mode():
+        return getattr(model, branch).encoder(images())
+
+
+def torchvision_map(state: dict[str, Tensor]) -> Tensor:
+    """Of torchvision's own ResNet-18, loaded strictly once its classifier is gone."""
+    resnet = torchvision.models.resnet18()
+    resnet.fc = torch.nn.Identity()
+    resnet.load_state_dict(state)
+    with torch.inference_mode():
+        x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.eval().conv1(images()))))
+        return resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))
+
+
+def test_torchvision(model: SlotCon, out: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Both file types load strictly; only the classifier is missing."""
+    state = load_file(out / FILES["torchvision"])
+    torch.testing.assert_close(torchvision_map(state), last_map(model), rtol=0, atol=1e-5)
+    loaded = torchvision.models.resnet18().load_state_dict(state, strict=False)
+    assert loaded.missing_keys == ["fc.weight", "fc.bias"]
+    assert not loaded.unexpected_keys
+    call(main, checkpoint, "--to", "torchvision", "--out", tmp_path / "s.pth", "--student")
+    student = torchvision_map(torch.load(tmp_path / "s.pth", weights_only=True))
+    torch.testing.assert_close(student, last_map(model, "student"), rtol=0, atol=1e-5)
+    assert not torch.allclose(student, last_map(model), atol=0.1)
+
+
+def test_timm(model: SlotCon, out: Path) -> None:
+    """From either file, with timm's own loading."""
+    timm = pytest.importorskip("timm")
+    for name in (FILES["timm"], FILES["torchvision"]):
+        network = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(out / name))
+        with torch.inference_mode():
+            found = network.eval().forward_features(images())
+        torch.testing.assert_close(found, last_map(model), rtol=0, atol=1e-5)
+
+
+def test_huggingface(model: SlotCon, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder alone is enough, without a network, and says what to feed it."""
+    timm = pytest.importorskip("timm")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network here")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    folder = out / FILES["huggingface"]
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    with torch.inference_mode():
+        found = network.eval().forward_features(images())
+    torch.testing.assert_close(found, last_map(model), rtol=0, atol=1e-5)
+    settings = timm.data.resolve_model_data_config(network)
+    assert tuple(settings["input_size"]) == (3, 224, 224)
+    assert tuple(settings["mean"]) == (0.485, 0.456, 0.406)
+    assert tuple(settings["std"]) == (0.229, 0.224, 0.225)
+    assert settings["interpolation"] == "bicubic"
+    assert network.num_classes == 0
+    assert json.loads((folder / "config.json").read_text())["num_features"] == 512
+
+
+def test_model_card(out: Path) -> None:
+    """Who finds the folder reads what it is, how to load it, and what its images allow."""
+    card = (out / FILES["huggingface"] / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert "The teacher encoder of a SlotCon model: a resnet18" in card
+    for fact in ("- slotcon\n", "by slotstream", "timm.create_model", "| Optimiser steps | 1 |"):
+        assert fact in card
+    assert "trained on: CC BY 4.0 | mine.\n" in card
+
+
+def test_model_card_of_any_weights() -> None:
+    """It goes to the web: others' weights are not SlotCon's there, nor are they ours. Names that
+    would break a table's rows.
+    """
+    card = model_card(Backbone("resnet18", {}, {"data": "a|b\nc"}))
+    assert "# resnet18, weights\n\nA resnet18 without classifier." in card
+    assert "slotcon" not in card.lower()
+    assert "slotstream" not in card
+    assert "| Data | 'a\\|b\\nc' |\n" in card
+    facts = {"method": "SlotCon (arXiv 2205.15288)", "imported": "ckpt_epoch_800.pth"}
+    card = model_card(Backbone("resnet18", {}, facts))
+    assert "The encoder of a SlotCon model: a resnet18" in card
+    assert "slotstream" not in card
+    assert "| Imported from | ckpt_epoch_800.pth |\n" in card
+
+
+def test_the_card_names_no_place(out: Path) -> None:
+    """It goes to the web."""
+    card = (out / FILES["huggingface"] / "README.md").read_text()
+    assert "/" not in card.split("| Data |")[1].split("\n")[0]  # a name, not a place
+
+
+def test_detectron2(model: SlotCon, out: Path) -> None:
+    """What its DetectionCheckpointer asks of a .pkl, read by plain pickle as it does."""
+    content = pickle.loads((out / FILES["detectron2"]).read_bytes(), encoding="latin1")
+    assert content["__author__"] == "slotstream"
+    assert content["matching_heuristics"] is True
+    weight = content["model"]["res2.1.conv2.norm.running_var"]
+    expected = model.teacher.encoder.state_dict()["layer1.1.bn2.running_var"]
+    torch.testing.assert_close(torch.from_numpy(weight), expected, rtol=0, atol=0)
+    assert content["meta"]["data_license"] == LICENCE
+
+
+def mmseg_resnet(arch: str) -> set[str]:
+    """Names of mmsegmentation's ResNet(depth=18, 34, 50), from its classes; ResNetV1c's stem
+    differs.
+    """
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = {"conv1.weight", *(f"bn1.{part}" for part in norm)}
+    blocks, convolutions = MMSEG_RESNETS[arch]
+    for stage, count in enumerate(blocks, 1):
+        for block in range(count):
+            for number in range(1, convolutions + 1):
+                names.add(f"layer{stage}.{block}.conv{number}.weight")
+                names |= {f"layer{stage}.{block}.bn{number}.{part}" for part in norm}
+        if stage > 1 or convolutions == 3:
+            names.add(f"layer{stage}.0.downsample.0.weight")
+            names |= {f"layer{stage}.0.downsample.1.{part}" for part in norm}
+    return names
+
+
+@pytest.mark.parametrize("arch", MMSEG_RESNETS)
+def test_mmseg_names(arch: str) -> None:
+    """mmengine loads with strict=False: a wrong name is one line in a log."""
+    assert set(meta_state(arch)) == mmseg_resnet(arch)
+
+
+def test_mmseg(model: SlotCon, out: Path) -> None:
+    """Under the names of the encoder itself, which are mmsegmentation's."""
+    content = torch.load(out / FILES["mmseg"])  # as mmengine does, by torch's default
+    assert set(content["state_dict"]) == mmseg_resnet("resnet18")
+    assert content["meta"]["method"].startswith("SlotCon")
+    torch.testing.assert_close(
+        torchvision_map(content["state_dict"]), last_map(model), rtol=0, atol=1e-5
+    )
+
+
+def test_official(model: SlotCon, out: Path) -> None:
+    """All of it comes back, and the authors' two scripts find what they look for."""
+    content = torch.load(out / FILES["official"], weights_only=True)
+    assert all(name.startswith("module.") for name in content["model"])
+    assert "module.encoder_k.layer4.1.bn2.running_var" in content["model"]
+    other = SlotCon(CONFIG)
+    other.load_official_state_dict(content["model"])
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert content["args"]["num_prototypes"] == 4
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_files_come_back_bit_for_bit(to: str, model: SlotCon, checkpoint: Path, out: Path) -> None:
+    """What transfer reads is what was trained and all that is known of it, from whichever file."""
+    found = read_backbone(out / FILES[to], "resnet18")
+    expected = model.teacher.encoder.state_dict()
+    assert list(found.weights) == list(expected)
+    for name, value in expected.items():
+        lost = to == "detectron2" and name.endswith("num_batches_tracked")
+        assert lost or torch.equal(found.weights[name], value), name
+    if to != "timm":  # a plain state dict has no room for it
+        known = {"data_license": LICENCE, **read_backbone(checkpoint).metadata}
+        assert {k: v for k, v in found.metadata.items() if k != "format"} == known
+
+
+def test_an_export_can_be_exported_again(out: Path, tmp_path: Path) -> None:
+    """A backbone that was imported goes on to every library; what is known of it goes along."""
+    again = tmp_path / "again.safetensors"
+    call(main, out / FILES["detectron2"], "--to", "torchvision", "--out", again)
+    with safe_open(again, "pt") as file:
+        assert file.metadata()["data_license"] == LICENCE
+    found, expected = (load_file(f) for f in (again, out / FILES["torchvision"]))
+    assert all(
+        torch.equal(found[name], expected[name]) for name in expected if "num_batches" not in name
+    )
+
+
+def test_bad_input(
+    checkpoint: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line each, and nothing half-written."""
+
+    def refused(message: str, *argv: object) -> None:
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(UserError, match=message) as caught:
+            call(main, *argv)
+        assert "\n" not in str(caught.value)
+        assert sorted(tmp_path.iterdir()) == before
+
+    file, backbone = tmp_path / "w.pth", out / FILES["timm"]
+    refused("No such file", tmp_path / "nowhere", "--to", "mmseg", "--out", file)
+    refused("writes a .pth file", checkpoint, "--to", "mmseg", "--out", tmp_path / "w.pkl")
+    refused("writes a .pkl file", checkpoint, "--to", "detectron2", "--out", file)
+    refused("--student", checkpoint, "--to", "official", "--out", file, "--student")
+    refused("official needs a run", backbone, "--to", "official", "--out", file)
+    (tmp_path / "folder.pth").mkdir()
+    refused("is a folder", checkpoint, "--to", "timm", "--out", tmp_path / "folder.pth")
+    refused("is there already", checkpoint, "--to", "huggingface", "--out", out)
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "empty")
+        refused("is there already", checkpoint, "--to", "huggingface", "--out", ".")
+    refused("is the file to read", backbone, "--to", "mmseg", "--out", backbone)
+    refused("is there already", checkpoint, "--to", "huggingface", "--out", backbone)
+    refused("Not a directory", checkpoint, "--to", "huggingface", "--out", backbone / "hub")
+    (tmp_path / "broken.pth").write_bytes(backbone.read_bytes()[:100_000])
+    refused("damaged", tmp_path / "broken.pth", "--to", "huggingface", "--out", tmp_path / "hub")
+    with pytest.raises(SystemExit):
+        call(main, checkpoint, "--to", "tensorflow", "--out", file)
+
+
+def test_files_of_the_source_stay(model: SlotCon, out: Path, tmp_path: Path) -> None:
+    """The weights of a run, under another model's names, are a damaged run; a new file may lie in
+    its folder.
+    """
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
+    (tmp_path / "latest").symlink_to(checkpoint)
+    for source in (checkpoint, tmp_path / "latest", tmp_path):
+        with pytest.raises(UserError, match="is a file of"):
+            call(main, source, "--to", "timm", "--out", checkpoint / "model.safetensors")
+    call(main, checkpoint, "--to", "timm", "--out", checkpoint / "new.safetensors")
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_texts_that_are_no_utf8(to: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Linux takes any bytes for a name or an argument; the formats do not."""
+    out = tmp_path / FILES[to]
+    call(main, checkpoint, "--to", to, "--out", out, "--license", os.fsdecode(b"mine\xff"))
+    found = read_backbone(out).metadata
+    assert found.get("data_license", "mine").startswith("mine")
+    if to == "huggingface":
+        assert "trained on: mine\\udcff.\n" in (out / "README.md").read_text()
+
+
+def test_unwritable_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the work is done."""
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match=r"not writable"):
+        call(main, checkpoint, "--to", "mmseg", "--out", tmp_path / "w.pth")

@@ -1,0 +1,157 @@
+"""Checkpoints that are either whole or not there, and models that load from them or say why not."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import SlotCon
+from pipeline.errors import UserError
+from tests.helpers.training import run_dir, small_beton, small_run, trainer
+from train.config import RunConfig, to_dict
+from train.run import checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("run")
+    config = small_run(small_beton(folder), folder, max_steps=1)
+    trainer(config).train()
+    return config
+
+
+@pytest.fixture
+def copy(run: RunConfig, tmp_path: Path) -> Path:
+    """That run's folder, to be damaged."""
+    return Path(shutil.copytree(run_dir(run), tmp_path / "copy", symlinks=True))
+
+
+def test_model_loads_from_every_name_it_has(run: RunConfig) -> None:
+    """Users give whichever path they see: the step, the link, or the run; a relative one too."""
+    folder = run_dir(run)
+    models = [
+        checkpoint.load_model(path)
+        for path in (folder, folder / "checkpoints" / "latest", folder / "checkpoints" / "step_1")
+    ]
+    for model, config in models:
+        assert isinstance(model, SlotCon) and not model.training and config == run
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, models[0][0].state_dict()[name])
+
+
+def test_what_stays_tells_the_whole_run() -> None:
+    """The newest, to go on from; the last of each quarter, to look back at; nothing else, which
+    would fill the disk. A run deletes as it goes on, and keeps what it would at the end."""
+    retention = checkpoint.Retention(newest=2, parts=4, total_steps=100)
+    there: list[Path] = []
+    for step in range(10, 101, 10):
+        there.append(Path(f"step_{step}"))
+        outdated = retention.outdated(there)
+        there = [path for path in there if path not in outdated]
+        assert len(there) <= 2 + 4 and there[-1].name == f"step_{step}"
+    assert [checkpoint.step_of(path) for path in there] == [20, 50, 70, 90, 100]
+    newest = replace(retention, parts=0)
+    assert newest.outdated(there) == there[:-2]
+
+
+def test_partial_checkpoints_do_not_count(run: RunConfig, copy: Path) -> None:
+    """A run killed while it saved leaves step_N.partial: reading it would be reading half a model,
+    and leaving it would fill the disk."""
+    partial = copy / "checkpoints" / "step_2.partial"
+    shutil.copytree(copy / "checkpoints" / "step_1", partial)
+    newest = checkpoint.latest(copy)
+    assert newest and newest.name == "step_1"
+    train = replace(run.train, max_steps=2)
+    config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)), train=train)
+    trainer(config, "auto").train()
+    names = {path.name for path in (copy / "checkpoints").iterdir()}
+    assert names == {"step_1", "step_2", "latest"}
+
+
+def test_failure_while_saving_leaves_the_old_ones(
+    run: RunConfig, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk in the middle of a save must not cost the checkpoints that exist."""
+    train = replace(run.train, max_steps=2)
+    config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)), train=train)
+    continued = trainer(config, "auto")
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_flush", full)
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.*last good .*step_1"):
+        continued.train()
+    assert not list((copy / "checkpoints").glob("*.partial"))
+    assert (copy / "checkpoints" / "latest").resolve().name == "step_1"
+    assert checkpoint.load_model(copy)[1] == run
+
+
+def test_a_damaged_newest_checkpoint_is_made_again(run: RunConfig, copy: Path) -> None:
+    """A step_N without its run.json is in the way of the one that takes its place."""
+    train = replace(run.train, max_steps=2)
+    config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)), train=train)
+    trainer(config, "auto").train()
+    (copy / "checkpoints" / "step_2" / "run.json").unlink()
+    trainer(config, "auto").train()
+    assert checkpoint.load_model(copy / "checkpoints" / "step_2")[1] == config
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
+def test_damage_is_one_line(copy: Path, name: str) -> None:
+    """A truncated file must be named, not answered with a traceback of the library that met it."""
+    file = copy / "checkpoints" / "step_1" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"{name}: damaged") as refused:
+        checkpoint.load_model(copy)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin"])
+def test_resuming_from_damage_is_one_line(run: RunConfig, copy: Path, name: str) -> None:
+    """A run that cannot go on must say which file is at fault."""
+    config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)))
+    file = copy / "checkpoints" / "step_1" / name
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        trainer(config, "auto")
+    file.unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        trainer(config, "auto")
+
+
+def test_missing_weights_and_folders_are_named(copy: Path, tmp_path: Path) -> None:
+    """The three ways in which there is nothing to load."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        checkpoint.load_model(tmp_path / "empty")
+    with pytest.raises(UserError, match="no such checkpoint or run folder"):
+        checkpoint.load_model(tmp_path / "nothing")
+    (copy / "checkpoints" / "step_1" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
+        checkpoint.load_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("num_prototypes", 9, r"model\.safetensors: damaged, or of another model"),
+        ("arch", "resnet34", r"model\.safetensors: damaged, or of another model"),
+        ("heads", 4, r"run\.json: damaged.* \(unknown key model\.heads"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    run: RunConfig, copy: Path, key: str, value: object, says: str
+) -> None:
+    """Weights of another architecture must not be loaded in part."""
+    file = copy / "checkpoints" / "step_1" / "run.json"
+    record = json.loads(file.read_text())
+    assert record["config"] == to_dict(run)
+    record["config"]["model"][key] = value
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=says):
+        checkpoint.load_model(copy)

@@ -1,0 +1,202 @@
+"""The configuration: what is read, what is refused, and how the refusal reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.errors import UserError
+from tests import ROOT
+from train.config import flatten, from_dict, load_config, to_dict, to_yaml
+from train.pretrain import main
+
+CONFIGS = ROOT / "configs"
+BASE = ["--name", "test", "--data.path", "some.beton"]
+
+
+def refusal(argv: list[str]) -> str:
+    with pytest.raises(UserError) as refused:
+        load_config(argv)
+    return str(refused.value)
+
+
+def test_command_line_wins_over_file_over_defaults(tmp_path: Path) -> None:
+    """Each layer must override the one below, or a run would silently use other values than asked
+    for."""
+    file = tmp_path / "run.yaml"
+    file.write_text("name: a\ndata: {path: x}\ntrain: {epochs: 7, weight_decay: 1e-4, seed: 3}\n")
+    config, resume = load_config(["--config", str(file), "--train.seed", "5", "--resume", "auto"])
+    assert (config.train.epochs, config.train.weight_decay, config.train.seed) == (7, 1e-4, 5)
+    assert config.train.batch_size == 512 and resume == "auto"
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    """What a checkpoint and config.yaml hold must rebuild the very same configuration."""
+    config, _ = load_config(
+        [*BASE, "--views.blur_sigma", "[0.5, 1]", "--log.trackers", "[]", "--train.max_steps", "3"]
+    )
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert load_config(["--config", str(file)]) == (config, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "prototypes"),
+    [
+        ("coco_r50_800ep", 800, 256),
+        ("cocoplus_r50_800ep", 800, 256),
+        ("imagenet_r50_100ep", 100, 2048),
+        ("imagenet_r50_200ep", 200, 2048),
+    ],
+)
+def test_recipes_are_the_authors(name: str, epochs: int, prototypes: int) -> None:
+    """A slip in one of these values would cost somebody 800 epochs."""
+    config, _ = load_config(["--config", str(CONFIGS / f"{name}.yaml")])
+    train, model = config.train, config.model
+    assert (config.name, train.epochs, model.num_prototypes) == (name, epochs, prototypes)
+    assert (model.arch, model.dim_hidden, model.dim_out) == ("resnet50", 4096, 256)
+    assert (train.batch_size, train.base_lr, train.warmup_epochs) == (512, 1.0, 5)
+    assert (train.warmup_multiplier, train.momentum, train.weight_decay) == (100, 0.9, 1e-5)
+    assert (train.eta, train.teacher_momentum) == (0.001, 0.99)
+    temperatures = (model.teacher_temp, model.student_temp, model.contrast_temp)
+    assert temperatures == (0.07, 0.1, 0.2)
+    assert (model.center_momentum, model.group_loss_weight) == (0.9, 0.5)
+    assert (config.views.size, config.views.min_scale) == (224, 0.08)
+    assert config.efficiency.precision == "fp16"
+
+
+ABLATIONS = {
+    "k128": {"model.num_prototypes": 128},
+    "k512": {"model.num_prototypes": 512},
+    "k1024": {"model.num_prototypes": 1024},
+    "lambda_0.3": {"model.group_loss_weight": 0.3},
+    "lambda_0.7": {"model.group_loss_weight": 0.7},
+    "lambda_1.0": {"model.group_loss_weight": 1.0},
+    "teacher_temp_0.04": {"model.teacher_temp": 0.04},
+    "batch_256": {"train.batch_size": 256, "log.checkpoint_every": 4620},
+    "batch_1024": {"train.batch_size": 1024, "log.checkpoint_every": 1150},
+    "slot_regression": {"model.slot_loss": "regression"},
+    "align_projections": {"model.align": "projections"},
+    "image_level_512": {"model.image_loss_weight": 0.5},
+    "image_level_1024": {
+        "model.image_loss_weight": 0.5,
+        "train.batch_size": 1024,
+        "log.checkpoint_every": 1150,
+    },
+    "no_geometry": {"views.geometry": False},
+    "progressive_160_224": {"train.view_sizes": [[0, 160], [0.5, 224]]},
+}
+"""For each row of the paper's tables 6 and 8 but the defaults, and for what is ours: what differs
+from the recipe."""
+
+
+def test_every_ablation_is_listed() -> None:
+    """An ablation that is tested by nobody, or promised and not there."""
+    assert {file.stem for file in (CONFIGS / "ablations").iterdir()} == set(ABLATIONS)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_change_one_thing(name: str) -> None:
+    """What else differed from the recipe would be ascribed to the ablated part."""
+    recipe = ["--config", str(CONFIGS / "coco_r50_800ep.yaml")]
+    file = CONFIGS / "ablations" / f"{name}.yaml"
+    before, _ = load_config(recipe)
+    config, _ = load_config([*recipe, "--config", str(file)])
+    old, new = flatten(to_dict(before)), flatten(to_dict(config))
+    changed = {key: value for key, value in new.items() if value != old[key]}
+    assert changed == {"name": f"coco_r50_800ep_{name}", **ABLATIONS[name]}
+    assert f"--config configs/ablations/{name}.yaml" in file.read_text()
+
+
+def test_every_config_loads() -> None:
+    """A config in the repository that does not parse is a broken promise of the README."""
+    for file in CONFIGS.glob("*.yaml"):
+        load_config(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "says"),
+    [
+        ("--train.epoch", "3", "unknown key train.epoch (did you mean train.epochs?)"),
+        ("--train.epochs", "many", "train.epochs must be int, not many"),
+        ("--train.epochs", "0", "train.epochs must be at least 1, not 0"),
+        ("--train.batch_size", "1.5", "train.batch_size must be int, not 1.5"),
+        ("--train.base_lr", ".nan", "train.base_lr must be a positive number, not nan"),
+        ("--train.base_lr", "-1", "train.base_lr must be"),
+        ("--train.warmup_epochs", "800", "train.warmup_epochs must be at least 0 and less than"),
+        ("--train.teacher_momentum", "1.1", "train.teacher_momentum must be"),
+        ("--train.max_steps", "0", "train.max_steps must be"),
+        ("--train.seed", "-1", "train.seed must be"),
+        ("--model.arch", "vit", "model.arch must be"),
+        ("--model.num_prototypes", "0", "model.num_prototypes must be"),
+        ("--model.slot_loss", "byol", "model.slot_loss must be one of ['contrastive', 'regress"),
+        ("--model.align", "features", "model.align must be one of ['assignments', 'projections"),
+        ("--model.image_loss_weight", "-1", "model.image_loss_weight must be 0 or a positive"),
+        ("--views.geometry", "maybe", "views.geometry must be bool, not maybe"),
+        ("--views.min_scale", "2", "views.min_scale must be"),
+        ("--views.blur", "[1, 2, 3]", "views.blur must be"),
+        ("--data.backend", "magic", "data.backend must be one of"),
+        ("--data.crops", "gpu", "data.crops must be one of"),
+        ("--data.order", "shuffled", "data.order must be one of"),
+        ("--data.window_gb", "0", "data.window_gb must be a positive number, not 0"),
+        ("--data.threads", "-1", "data.threads must be"),
+        ("--efficiency.precision", "fp8", "efficiency.precision must be one of"),
+        ("--efficiency.accumulation", "0", "efficiency.accumulation must be"),
+        ("--log.trackers", "[paper]", "log.trackers must be some of"),
+        ("--log.every", "0", "log.every must be"),
+        ("--log.keep", "0", "log.keep must be"),
+        ("--name", "a/b", "name must be made of"),
+        ("--name", "..", "name must be made of"),
+    ],
+)
+def test_impossible_values_are_named(argument: str, value: str, says: str) -> None:
+    """Without the key and the value in one line, a user of fifty settings does not know what to
+    change."""
+    message = refusal([*BASE, argument, value])
+    assert message.startswith(says) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"trian": {"epochs": 3}}, "unknown key trian.epochs (did you mean train.epochs?)"),
+        ({"train": {"epoch": 3}}, "unknown key train.epoch (did you mean train.epochs?)"),
+        ({"efficiency": {"precision": False}}, 'in YAML, "no" needs its quotes'),
+        ([1, 2], "--config: the file holds no keys and values"),
+        ("train: [", "--config: "),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path: Path, content: object, says: str) -> None:
+    """A typing error in a file must not leave a default in force unnoticed."""
+    file = tmp_path / "run.yaml"
+    if isinstance(content, dict):
+        content = {"name": "a", "data": {"path": "x"}} | content
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    message = refusal(["--config", str(file)])
+    assert says in message and "\n" not in message
+
+
+def test_compiled_blocks_are_not_recomputed() -> None:
+    """A compiler that keeps what it likes would leave the memory as it was, without a word."""
+    both = ["--efficiency.compile", "true", "--efficiency.checkpointing", "true"]
+    assert "checkpointing must be false with compile" in refusal([*BASE, *both])
+
+
+def test_missing_values_and_files_are_named() -> None:
+    """The data has no default; a missing --config must not start a run of defaults."""
+    assert refusal(["--name", "a"]).startswith("data.path is missing")
+    assert "does not exist" in refusal(["--config", "no/such.yaml"])
+
+
+def test_command_prints_one_line_and_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What scripts rely on: no traceback, no usage dump, exit code 2."""
+    monkeypatch.setattr("sys.argv", ["pretrain", *BASE, "--model.arch", "vit"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output = capsys.readouterr()
+    assert ended.value.code == 2 and output.out == ""
+    assert output.err.startswith("error: model.arch must be") and output.err.count("\n") == 1

@@ -1,0 +1,374 @@
+"""The run as a whole: trains, stops, goes on exactly where it stood, and refuses to go on
+wrongly."""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.beton import Beton
+from pipeline.errors import UserError
+from tests.helpers.betons import varied, write_beton
+from tests.helpers.manifests import damage
+from tests.helpers.training import (
+    TIMES,
+    assert_same_tensors,
+    launch,
+    run_dir,
+    small_beton,
+    small_run,
+    tensors,
+    trainer,
+    with_accumulation,
+)
+from train.config import RunConfig, load_config
+from train.metrics import Diverged, Meter
+from train.run import checkpoint
+from train.trainer import Trainer
+
+METERED = (
+    "loss",
+    "grouping_12",
+    "grouping_21",
+    "slot_12",
+    "slot_21",
+    "active_slots",
+    "active_pairs",
+    "usage_entropy",
+    "dead_prototypes",
+    "near_duplicates",
+)
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_beton(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """An uninterrupted run of 10 steps, each of two micro-batches."""
+    config = with_accumulation(small_run(beton, tmp_path_factory.mktemp("whole")), 2)
+    trainer(config).train()
+    return config
+
+
+def curve(config: RunConfig) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (run_dir(config) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def assert_same_run(one: RunConfig, other: RunConfig) -> None:
+    assert curve(one) == curve(other)
+    latest = [checkpoint.latest(run_dir(config)) for config in (one, other)]
+    assert latest[0] and latest[1] and latest[0].name == latest[1].name
+    assert_same_tensors(latest[0], latest[1])
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: RunConfig, step: int) -> None:
+    """Train until step `step` (counted from 1) has done its first forward, then fail."""
+    add, done = Meter.add, []
+
+    def failing(meter: Meter, output: object) -> None:
+        add(meter, output)  # type: ignore[arg-type]
+        done.append(1)
+        if len(done) == step:
+            raise RuntimeError("stopped by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "add", failing)
+        with pytest.raises(RuntimeError, match="stopped by the test"):
+            trainer(config).train()
+
+
+def test_a_run_writes_what_it_promises(whole: RunConfig) -> None:
+    """The files and keys that the report, the evaluation and the README rely on."""
+    folder = run_dir(whole)
+    assert [line["step"] for line in curve(whole)] == [3, 6, 9, 10]
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    expected = ["step", "epoch", *METERED, "lr", "teacher_momentum", *TIMES]
+    assert list(line) == expected and all(np.isfinite(list(line.values())))
+    assert line["epoch"] == 0.6 and 0 <= line["wait_share"] <= 1
+    assert load_config(["--config", str(folder / "config.yaml")]) == (whole, None)
+    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert saved == {"step_8", "step_10", "latest"}  # keep: 2, and the last step always
+    assert (folder / "checkpoints" / "latest").resolve().name == "step_10"
+
+
+def test_training_learns(whole: RunConfig) -> None:
+    """The loss must fall: a trainer that never steps the optimiser passes most other tests."""
+    losses = [line["loss"] for line in curve(whole)]
+    assert losses[-1] < losses[0]
+    model, _ = checkpoint.load_model(run_dir(whole))
+    student, teacher = model.student.state_dict(), model.teacher.state_dict()
+    moved = [name for name in student if not torch.equal(student[name], teacher[name])]
+    assert len(moved) > len(student) / 2  # the teacher lags behind
+
+
+def test_killed_in_mid_step_and_resumed_is_exact(
+    whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL between the two micro-batches of step 7, after a log line (6) that is younger than
+    the newest checkpoint (4, in mid-epoch and in the middle of that line's average): what is on
+    the disk must be enough to repeat steps 5 and 6 bit for bit, and no line may appear twice."""
+    config = replace(whole, log=replace(whole.log, dir=str(tmp_path)))
+    monkeypatch.setenv("KILL_AT", "13")
+    killed = launch(config)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    newest = checkpoint.latest(run_dir(config))
+    assert newest and newest.name == "step_4" and len(curve(config)) == 2
+    with (run_dir(config) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a torn line, as a power cut leaves it
+    trainer(config, "auto").train()
+    assert_same_run(config, whole)
+
+
+def test_stopping_early_and_going_on_is_exact(whole: RunConfig, tmp_path: Path) -> None:
+    """max_steps must not touch the schedules, and may be lifted later; so may speed and log
+    settings."""
+    log = replace(whole.log, dir=str(tmp_path))
+    config = replace(whole, log=log, train=replace(whole.train, max_steps=6))
+    trainer(config).train()
+    newest = checkpoint.latest(run_dir(config))
+    assert newest and newest.name == "step_6"
+    config = replace(whole, log=replace(log, keep=9), data=replace(whole.data, threads=2))
+    trainer(config, "auto").train()
+    assert_same_run(config, whole)
+
+
+def test_two_processes(beton: Path, tmp_path: Path) -> None:
+    """Both ranks must know each other, end with the same weights, and leave one checkpoint that a
+    single process can load."""
+    config = small_run(beton, tmp_path, max_steps=3)
+    ended = launch(config, processes=2)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 x cpu" in ended.stdout and ended.stdout.count("step 3/3") == 1
+    ranks = [torch.load(tmp_path / f"run.rank{rank}", weights_only=True) for rank in (0, 1)]
+    model, _ = checkpoint.load_model(run_dir(config))
+    parameters = dict(model.named_parameters())
+    for name, value in parameters.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]) and torch.equal(ranks[0][name], value)
+    assert torch.equal(ranks[0]["center"], ranks[1]["center"])
+    with pytest.raises(UserError, match="a batch of 4 images cannot be shared"):
+        trainer(with_accumulation(replace(config, name="odd"), 3))
+    trainer(replace(config, train=replace(config.train, max_steps=5)), "auto").train()
+    assert [line["step"] for line in curve(config)] == [3, 5]
+
+
+def test_death_of_one_process_ends_the_others(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that the system kills for memory must not leave the others waiting for its share
+    of a step. Data are loaded by threads, so they cannot die alone.
+    """
+    monkeypatch.setenv("KILL_AT", "2")
+    monkeypatch.setenv("KILL_RANK", "1")
+    ended = launch(small_run(beton, tmp_path), processes=2)
+    assert ended.returncode not in (0, None) and "SIGKILL" in ended.stderr
+    assert not (tmp_path / "run.rank0").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"backend": "triton"}, "data.backend: triton needs a GPU"),
+        ({"order": "sequential"}, "data.order was random"),
+    ],
+)
+def test_data_settings_that_cannot_work_are_refused(
+    whole: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    change: dict[str, str],
+    says: str,
+) -> None:
+    """Before hours of work, not in their midst: another order would show images twice."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = replace(whole, data=replace(whole.data, **change))
+    with pytest.raises(UserError, match=says):
+        trainer(config, "auto")
+
+
+@pytest.mark.parametrize("order", ["quasi-random", "sequential"])
+def test_orders_and_host_crops_train_and_resume(beton: Path, tmp_path: Path, order: str) -> None:
+    """The settings reach the loader, and mid-epoch resume goes through the same images."""
+    config = small_run(beton, tmp_path, max_steps=3)
+    config = replace(config, data=replace(config.data, crops="host", order=order))
+    trainer(config).train()
+    resumed = replace(config, train=replace(config.train, max_steps=4))
+    trainer(resumed, "auto").train()
+    straight = replace(resumed, name="straight")
+    trainer(straight).train()
+    names = [run_dir(c) / "checkpoints" / "step_4" for c in (resumed, straight)]
+    assert_same_tensors(*names)
+
+
+def test_divergence_stops_before_a_checkpoint(beton: Path, tmp_path: Path) -> None:
+    """A rate of 1e25 makes the second step infinite: the run must say so and keep step 1 as it
+    is."""
+    config = small_run(beton, tmp_path, base_lr=1e25)
+    config = replace(config, log=replace(config.log, every=100, checkpoint_every=1))
+    with pytest.raises(Diverged, match=r"not finite at step \d+; last good checkpoint: .*step_\d+"):
+        trainer(config).train()
+    for name in checkpoint.latest(run_dir(config)), checkpoint.find(run_dir(config)):
+        assert name and all(t.isfinite().all() for t in tensors(name).values())
+
+
+def test_infinite_weights_are_never_saved(whole: RunConfig, tmp_path: Path) -> None:
+    """The loss of a step is that before its update, so a finite loss does not yet mean finite
+    weights."""
+    run = trainer(replace(whole, log=replace(whole.log, dir=str(tmp_path))))
+    with torch.no_grad():
+        run.slotcon.student.grouping.prototypes[0, 0] = torch.inf
+    with pytest.raises(Diverged, match="a weight is not finite"):
+        run._checkpoint()
+    assert checkpoint.latest(run.run_dir) is None
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "says"),
+    [
+        ("views", {"size": 96}, "views.size was 64"),
+        ("model", {"num_prototypes": 9}, "model.num_prototypes was 8"),
+        ("train", {"epochs": 9}, "train.epochs was 2"),
+        ("train", {"seed": 1}, "train.seed was 0"),
+    ],
+)
+def test_resume_keeps_the_science(
+    whole: RunConfig, section: str, change: dict[str, int], says: str
+) -> None:
+    """A curve made of two recipes would be reported as one."""
+    config = replace(whole, **{section: replace(getattr(whole, section), **change)})
+    with pytest.raises(UserError, match=says):
+        trainer(config, "auto")
+
+
+def test_resume_keeps_the_data(whole: RunConfig, tmp_path: Path) -> None:
+    """Other images under the same name: positions and indices would mean something else."""
+    other = write_beton(tmp_path / "other.beton", varied(23))
+    config = replace(whole, data=replace(whole.data, path=str(other)))
+    with pytest.raises(UserError, match=r"data.path: .* is not what .* was trained on"):
+        trainer(config, "auto")
+
+
+def test_checkpoints_are_not_overwritten(whole: RunConfig, beton: Path, tmp_path: Path) -> None:
+    """Starting the same command twice must not destroy the first run; nor may runs be mixed."""
+    with pytest.raises(UserError, match="already holds checkpoints, up to step_10"):
+        trainer(whole)
+    with pytest.raises(UserError, match="not the checkpoint to resume from"):
+        trainer(whole, str(run_dir(whole) / "checkpoints" / "step_8"))
+    with pytest.raises(UserError, match="no such checkpoint"):
+        trainer(whole, str(tmp_path / "nothing"))
+
+
+def test_a_new_run_may_start_from_another_ones_checkpoint(whole: RunConfig, tmp_path: Path) -> None:
+    """--resume PATH with a new name repeats the steps after that checkpoint, exactly."""
+    config = replace(whole, log=replace(whole.log, dir=str(tmp_path)))
+    run = trainer(config, str(run_dir(whole) / "checkpoints" / "step_8"))
+    assert run.step == 8
+    run.train()
+    assert curve(config) == curve(whole)[-2:]
+
+
+def test_damaged_images_stop_the_run(beton: Path, tmp_path: Path) -> None:
+    """An error of a decoding thread must surface, with the file's name, instead of hanging."""
+    damaged = tmp_path / "damaged.beton"
+    damaged.write_bytes(beton.read_bytes())
+    pointer, size = Beton(beton).records[7, :2]
+    with damaged.open("r+b") as file:
+        file.seek(pointer)
+        file.write(bytes(size))
+    with pytest.raises(UserError, match=r"damaged.beton"):
+        trainer(small_run(damaged, tmp_path)).train()
+
+
+def test_fp16_needs_a_gpu(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU fp16 would be slow at best; the authors' configs ask for it, so the line must be
+    clear."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = small_run(beton, tmp_path)
+    config = replace(config, efficiency=replace(config.efficiency, precision="fp16"))
+    with pytest.raises(UserError, match="fp16 needs a CUDA GPU"):
+        trainer(config)
+
+
+def test_bf16_trains(beton: Path, tmp_path: Path) -> None:
+    """Autocast must reach the whole step, and weights must stay float32."""
+    config = small_run(beton, tmp_path, max_steps=2)
+    config = replace(config, efficiency=replace(config.efficiency, precision="bf16"))
+    run: Trainer = trainer(config)
+    run.train()
+    assert all(p.dtype == torch.float32 for p in run.slotcon.parameters())
+    assert np.isfinite(curve(config)[0]["loss"])
+
+
+def test_tensorboard_gets_the_curve_once(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default tracker must hold each log line, and a resumed run must not double any."""
+    config = small_run(beton, tmp_path)
+    config = replace(config, log=replace(config.log, trackers=("tensorboard",)))
+    stop_in_step(monkeypatch, config, 7)
+    config = replace(config, train=replace(config.train, max_steps=6))
+    trainer(config, "auto").train()
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    events = event_accumulator.EventAccumulator(str(run_dir(config) / "slotstream"))
+    events.Reload()
+    points = events.Scalars("loss")
+    assert [point.step for point in points] == [3, 6]
+    losses = [line["loss"] for line in curve(config)]
+    np.testing.assert_allclose([point.value for point in points], losses, rtol=1e-6)
+
+
+def test_corrupt_image_stops_the_run_or_is_replaced(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Hours of work must neither end without a name nor go on without a word."""
+    path = small_beton(tmp_path)
+    damage(path, int(Beton(path).records[3, 0]), bytes(20))
+    config = small_run(path, tmp_path, "stop", max_steps=5)
+    with pytest.raises(UserError, match="record 3: not a JPEG"):
+        trainer(replace(config, train=replace(config.train, max_steps=10))).train()
+    data = replace(config.data, on_corrupt="replace")
+    run = trainer(replace(config, name="replace", data=data))
+    run.train()
+    assert run.step == 5
+    assert curve(replace(config, name="replace"))[-1]["replaced"] == 1
+    assert "record 3: not a JPEG" in capfd.readouterr().err
+
+
+def variants(beton: Path, folder: Path, **train: int) -> RunConfig:
+    """A run of the ablated method, every part at once."""
+    config = small_run(beton, folder, **train)
+    model = replace(
+        config.model, slot_loss="regression", align="projections", image_loss_weight=0.5
+    )
+    return replace(config, model=model, views=replace(config.views, geometry=False))
+
+
+def test_a_variant_trains_and_resumes(beton: Path, tmp_path: Path) -> None:
+    """Its term must reach the log, its predictor the checkpoint, and both come back."""
+    config = variants(beton, tmp_path, max_steps=2)
+    trainer(replace(config, train=replace(config.train, max_steps=1))).train()
+    before, _ = checkpoint.load_model(run_dir(config))
+    trainer(config, "auto").train()
+    after, found = checkpoint.load_model(run_dir(config))
+    assert found == config
+    assert before.image_predictor and after.image_predictor
+    weights = [list(model.image_predictor.parameters()) for model in (before, after)]
+    assert not any(torch.equal(*pair) for pair in zip(*weights, strict=True) if pair[0].ndim > 1)
+    assert all(line["image"] > 0 for line in curve(config))
+
+
+def test_one_image_has_no_batch_statistics(beton: Path, tmp_path: Path) -> None:
+    """The image-level predictor's BatchNorm would say so in mid-run, and name no setting."""
+    with pytest.raises(UserError, match=r"train\.batch_size: .* leave one image"):
+        trainer(variants(beton, tmp_path, batch_size=1))

@@ -1,0 +1,237 @@
+"""COCO's annotations as training examples, and what is said of those that are wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from tests.helpers.coco_sets import (
+    annotation,
+    box_mask,
+    compressed,
+    polygon,
+    run_lengths,
+    varied_set,
+    write_coco,
+)
+from transfer.detection.dataset import CocoInstances, TrainingExamples, open_instances, resized
+from transfer.detection.evaluate import ground_truth
+from transfer.examples import generator
+
+BOX = (10, 5, 20, 30)
+
+
+def opened(root: Path, split: str = "train2017") -> CocoInstances:
+    return open_instances(root, "annotations/instances_{split}.json", "{split}", split)
+
+
+def examples(source: CocoInstances, *sides: int, flip: float = 0.0) -> TrainingExamples:
+    return TrainingExamples(source, sides, 1000, flip)
+
+
+def test_all_ways_to_write_a_mask_are_the_same_mask(tmp_path: Path) -> None:
+    """Polygons and both kinds of run lengths are in COCO's files; a transposed or shifted one
+    would train and score another object."""
+    mask = box_mask(BOX, 50, 60)
+    shapes = [polygon(BOX), run_lengths(mask), compressed(mask)]
+    write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, s) for s in shapes])
+    source = opened(tmp_path)
+    masks = source.masks(source.records[0])
+    assert masks.shape == (3, 50, 60)
+    assert all((one == mask).all() for one in masks)
+
+
+def test_labels_follow_the_order_of_the_ids(tmp_path: Path) -> None:
+    """COCO's 80 categories have ids up to 90; a label that is not the id's place trains one class
+    as another."""
+    objects = [annotation(1, c, BOX, polygon(BOX)) for c in (90, 2, 7)]
+    write_coco(tmp_path, "train2017", [(50, 60)], objects)
+    source = opened(tmp_path)
+    assert source.categories == {2: "box", 7: "disc", 90: "bar"}
+    assert source.records[0].labels.tolist() == [3, 1, 2]
+
+
+def test_crowds_and_empty_images_do_not_train(tmp_path: Path) -> None:
+    """A crowd's box is no object's, and torchvision's heads have nothing to learn from an image
+    without objects; the evaluation sees all images."""
+    crowd = annotation(2, 7, BOX, run_lengths(box_mask(BOX, 50, 60)), iscrowd=1)
+    one = annotation(1, 7, BOX, polygon(BOX))
+    write_coco(tmp_path, "train2017", [(50, 60)] * 3, [one, crowd])
+    source = opened(tmp_path)
+    assert [len(record.boxes) for record in source.records] == [1, 0, 0]
+    assert len(examples(source, 50)) == 1
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_image_boxes_and_masks_are_resized_and_mirrored_alike(tmp_path: Path, flip: float) -> None:
+    """Boxes that do not follow their pixels train a detector that is off by the difference."""
+    write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, polygon(BOX))])
+    one = examples(opened(tmp_path), 100, flip=flip).load(0, np.random.default_rng(0))
+    assert one["image"].shape == (3, 100, 120)
+    x1, y1, x2, y2 = one["boxes"][0].tolist()
+    assert (x1, x2) == ((60, 100) if flip else (20, 60))
+    assert (y1, y2) == (10, 70)
+    bright = one["image"][0] > 60
+    assert (bright == one["masks"][0].bool()).float().mean() > 0.97  # edges are blurred
+    rows, columns = np.nonzero(one["masks"][0].numpy())
+    assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == [x1, y1, x2, y2]
+
+
+def test_the_longer_side_has_a_limit() -> None:
+    """A panorama at 800 pixels of height would not fit the GPU."""
+    assert resized(480, 640, 800, 1333) == (800, 1067)
+    assert resized(200, 1000, 800, 1333) == (267, 1333)
+    assert resized(1000, 200, 800, 1333) == (1333, 267)
+
+
+def test_examples_follow_from_their_generator(tmp_path: Path) -> None:
+    """Sizes and mirrorings that came from elsewhere would differ between workers and resumes."""
+    varied_set(tmp_path)
+    data = examples(opened(tmp_path), 40, 48, 56, 64, flip=0.5)
+
+    def seen(epoch: int) -> list[tuple[Any, ...]]:
+        found = [data.load(i, generator(3, epoch, i)) for i in range(len(data))]
+        return [(*one["image"].shape, one["boxes"][0, 0].item()) for one in found]
+
+    assert seen(0) == seen(0)
+    assert len({tuple(seen(epoch)) for epoch in range(4)}) == 4
+
+
+def test_boxes_without_area_in_the_image_are_left_out_and_counted(tmp_path: Path) -> None:
+    """One such box ends a training of days with a loss that is not finite."""
+    boxes = [(10, 5, 20, 30), (10, 5, 0, 30), (10, 5, 20, -3), (60, 0, 9, 9), (-5, -5, 20, 20)]
+    objects = [annotation(1, 7, box, polygon(BOX)) for box in boxes]
+    write_coco(tmp_path, "train2017", [(50, 60)], objects)
+    source = opened(tmp_path)
+    assert source.dropped == 3
+    assert source.records[0].boxes.tolist() == [[10, 5, 30, 35], [0, 0, 15, 15]]
+    assert len(source.masks(source.records[0])) == 2
+
+
+def test_masks_without_area_are_left_out_and_counted(tmp_path: Path) -> None:
+    """COCO's tools leave polygons of two points out; one must not refuse the whole set."""
+    empty = compressed(np.zeros((50, 60), np.uint8))
+    shapes = [polygon(BOX), [*polygon(BOX), [1, 2, 3, 4]], [[1, 2, 3, 4]], empty]
+    write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, s) for s in shapes])
+    source = opened(tmp_path)
+    assert source.dropped == 2
+    first, second = source.masks(source.records[0])
+    assert first.any()
+    assert (first == second).all()
+    assert len(ground_truth(source).anns) == 4
+
+
+def test_another_layout_is_told(tmp_path: Path) -> None:
+    """Whoever points at the wrong folder has to see what is expected and what is there."""
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match=r"expected COCO's layout, ROOT/annotations/.*found images"):
+        opened(tmp_path)
+    varied_set(tmp_path)
+    with pytest.raises(UserError, match=r"instances_val2017.json: no such file.*found instances_t"):
+        opened(tmp_path, "val2017")
+    with pytest.raises(UserError, match="no such folder"):
+        opened(tmp_path / "elsewhere")
+
+
+def test_braces_in_places_are_just_braces(tmp_path: Path) -> None:
+    """Only {split} stands for something; other text is a name."""
+    file = varied_set(tmp_path)
+    file.rename(tmp_path / "{0}-{train2017.json")
+    assert len(open_instances(tmp_path, "{0}-{{split}.json", "{split}", "train2017").records) == 6
+    with pytest.raises(UserError, match=r"\{foo\}.json: no such file"):
+        open_instances(tmp_path, "{foo}.json", "{split}", "train2017")
+
+
+def test_missing_images_are_counted(tmp_path: Path) -> None:
+    """Found at the start, not after an hour."""
+    varied_set(tmp_path)
+    for name in ("000000000002.png", "000000000004.png"):
+        (tmp_path / "train2017" / name).unlink()
+    with pytest.raises(UserError, match=r"2 of its 6 images are not in .*first: 000000000002.png"):
+        opened(tmp_path)
+
+
+def test_an_image_of_another_size_is_refused(tmp_path: Path) -> None:
+    """Its boxes would be somewhere else."""
+    write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, polygon(BOX))])
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    file.write_text(file.read_text().replace('"height": 50', '"height": 51'))
+    with pytest.raises(UserError, match=r"0001.png: 60×50 pixels, but instances_.* says 60×51"):
+        examples(opened(tmp_path), 50).load(0, np.random.default_rng(0))
+
+
+def _first(content: dict[str, Any]) -> dict[str, Any]:
+    return content["annotations"][0]  # type: ignore[no-any-return]
+
+
+def _crowd(content: dict[str, Any]) -> dict[str, Any]:
+    """Its run lengths: no training looks at them, so they would be found after its last step."""
+    return content["annotations"][-1]["segmentation"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: _first(c).update(category_id=3), "1 of .* category_id .* first: 3"),
+        (lambda c: _first(c).update(image_id=99), r"annotations\[0\] is of image 99"),
+        (lambda c: _first(c).update(image_id="1"), r"annotations\[0\]: image_id must be a whole"),
+        (lambda c: _first(c).update(category_id=[2]), "category_id must be a whole number"),
+        (lambda c: _first(c).pop("segmentation"), r"annotations\[0\] has no segmentation"),
+        (lambda c: _first(c).update(bbox=[1, 2, 3]), "bbox must be .x, y, width, height., not .1,"),
+        (lambda c: _first(c).update(bbox=[1, 2, 3, float("nan")]), "bbox must be"),
+        (lambda c: _first(c).update(bbox=["a", 2, 3, 4]), "bbox must be"),
+        (lambda c: _first(c).update(bbox=[[1], 2, 3, 4]), "bbox must be"),
+        (lambda c: _first(c).update(area="x"), "area must be a number, not 'x'"),
+        (lambda c: _first(c).update(area=10**400), "area must be a number, not 1000"),
+        (lambda c: _first(c).update(iscrowd="0"), "iscrowd must be 0 or 1, not '0'"),
+        (lambda c: _first(c).update(segmentation=[]), "segmentation must be RLE or polygons"),
+        (lambda c: _first(c).update(segmentation=[[1, 2, 3]]), "segmentation must be"),
+        (lambda c: _first(c).update(segmentation=[["a"] * 6]), "segmentation must be"),
+        (lambda c: _first(c).update(segmentation=[[float("nan")] * 6]), "segmentation must be"),
+        (lambda c: _first(c).update(segmentation=[[1e30] * 6]), "segmentation must be"),
+        (
+            lambda c: _first(c).update(segmentation={"size": [9, 8], "counts": "0"}),
+            r"a mask of size \[9, 8\] for an image of \[48, 72\]",
+        ),
+        (lambda c: _crowd(c).update(counts=[10, 20]), "run lengths of 30 pixels for .* of 3456"),
+        (lambda c: _crowd(c).update(counts="zzzz"), "run lengths of 50 pixels for an image of"),
+        (lambda c: _crowd(c).update(counts=[-1, "a"]), "segmentation: not run lengths"),
+        (lambda c: _crowd(c).pop("counts"), "segmentation: not run lengths"),
+        (lambda c: c["images"][0].pop("file_name"), r"images\[0\] has no file_name"),
+        (lambda c: c["images"][0].update(file_name=7), "file_name must be a text, not 7"),
+        (lambda c: c["images"][0].update(id="1"), "id must be a whole number from 0, not '1'"),
+        (lambda c: c["images"][0].update(id=-1), "id must be a whole number from 0, not -1"),
+        (lambda c: c["images"][0].update(id=2**64), "id must be a whole number from 0, not 18446"),
+        (lambda c: c["images"][0].update(file_name="x" * 300), "1 of its 6 .* first: xxx"),
+        (lambda c: c["images"][0].update(file_name="a\nb.png"), r"first: 'a\\nb.png'"),
+        (lambda c: c["images"][0].update(height=0), r"images\[0\]: 72×0 pixels"),
+        (lambda c: c["images"][0].update(height=10**7), r"images\[0\]: 72×10000000 pixels"),
+        (lambda c: c["categories"][0].update(name=None), r"categories\[0\]: name must be a text"),
+        (lambda c: c.pop("categories"), "not COCO instance annotations"),
+        (lambda c: c.update(images=[], annotations=[]), "names no images"),
+        (lambda c: c.update(categories=c["categories"] * 2), "3 of 6 categories have another's id"),
+        (lambda c: c.update(annotations=[7]), "must be an object with fields, not 7"),
+    ],
+)
+def test_wrong_annotations_are_named(
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    """Each of these would otherwise be a traceback, or train on nonsense."""
+    file = varied_set(tmp_path)
+    content = json.loads(file.read_text())
+    spoil(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        opened(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
+    """A set of which all annotations are crowds, say."""
+    write_coco(tmp_path, "train2017", [(50, 60)], [])
+    with pytest.raises(UserError, match="no image with an object"):
+        examples(opened(tmp_path), 50)

@@ -1,0 +1,202 @@
+"""The sets of a segmentation run, in their makers' layouts, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.datasets.layouts import ADE20K_CLASSES, LabelledImages, open_labelled
+from pipeline.errors import UserError
+from tests.helpers.labelled_sets import save_png, write_folder_set
+from transfer.segmentation.config import DataConfig
+from transfer.segmentation.dataset import fingerprint, open_part, open_sets
+
+SHAPE = (4, 6)
+
+
+def grid(*values: int) -> np.ndarray:
+    """[4, 6] of these values in turn."""
+    return np.resize(np.array(values), SHAPE)
+
+
+def photograph(path: Path) -> None:
+    save_png(path, np.zeros((*SHAPE, 3)))
+
+
+def folder_config(root: Path) -> DataConfig:
+    parts = {
+        f"{part}_{what}": str(root / part / what)
+        for part in ("train", "val")
+        for what in ("images", "labels")
+    }
+    return DataConfig(**parts)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> DataConfig:
+    write_folder_set(tmp_path, 2, 1, SHAPE)
+    return folder_config(tmp_path)
+
+
+# ---- ADE20K ---------------------------------------------------------------------------------
+
+
+def ade20k(root: Path) -> None:
+    for part, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
+        photograph(root / f"images/{part}/{name}.jpg")
+        save_png(root / f"annotations/{part}/{name}.png", grid(0, 1, 150))
+
+
+def test_ade20k_ids_begin_at_one(tmp_path: Path) -> None:
+    """Unshifted, each class would be its neighbour, and "other" would be learnt as a class."""
+    ade20k(tmp_path)
+    train, val = open_sets(DataConfig("ade20k", str(tmp_path)))
+    assert (train.paths[0].stem, val.paths[0].stem) == ("ADE_train_00000001", "ADE_val_00000001")
+    assert val.num_classes == ADE20K_CLASSES
+    assert val.names is not None
+    assert (val.names[0], val.names[-1]) == ("class 1", "class 150")
+    np.testing.assert_array_equal(val.labels(0, *SHAPE), grid(255, 0, 149))
+    assert len(open_labelled("ade20k", root=tmp_path, split="validation")) == 1
+    with pytest.raises(UserError, match=r"expected images/training, found annotations, images$"):
+        (tmp_path / "images/training").rename(tmp_path / "images/other")
+        open_sets(DataConfig("ade20k", str(tmp_path)))
+
+
+def test_ade20k_takes_names_from_its_table(tmp_path: Path) -> None:
+    """Without it results are of classes 1 to 150, which nobody knows by number."""
+    ade20k(tmp_path)
+    table = tmp_path / "objectInfo150.txt"
+    rows = [f"{n}\t0.1\t5\t1\t0\t" + ("wall" if n == 1 else f"n{n}, x") for n in range(1, 151)]
+    table.write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "\n".join(rows) + "\n")
+    names = open_labelled("ade20k", root=tmp_path).names
+    assert names is not None
+    assert names[:2] == ["wall", "n2"]
+    table.write_text("Idx\n" + "\n".join(rows[1:]))
+    with pytest.raises(UserError, match="expected ADE20K's table of 150 classes"):
+        open_labelled("ade20k", root=tmp_path)
+
+
+# ---- VOC with more labels ---------------------------------------------------------------------
+
+
+def voc(root: Path) -> Path:
+    """Images a to e; VOC labels a (train) and b (val), the other folder c and d, and a too."""
+    for name in "abcde":
+        photograph(root / f"JPEGImages/{name}.jpg")
+    for name in "ab":
+        save_png(root / f"SegmentationClass/{name}.png", grid(0, 20, 255), palette=True)
+    for name in "acd":
+        save_png(root / f"SegmentationClassAug/{name}.png", grid(7))
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\n")
+    (lists / "val.txt").write_text("b\n")
+    (lists / "aug.txt").write_text("c\nd\n")
+    return lists
+
+
+def names_of(data: LabelledImages) -> list[str]:
+    return [path.stem for path in data.paths]
+
+
+def test_voc_aug_learns_from_both_folders_and_scores_vocs_own(tmp_path: Path) -> None:
+    """Of an image that both have labelled, VOC's own label map is taken, as the authors do."""
+    lists = voc(tmp_path / "VOCdevkit/VOC2012")
+    config = DataConfig("voc-aug", str(tmp_path))
+    train, val = open_sets(config)
+    assert (names_of(train), names_of(val)) == (["a", "c", "d"], ["b"])
+    np.testing.assert_array_equal(train.labels(0, *SHAPE), grid(0, 20, 255))
+    np.testing.assert_array_equal(train.labels(1, *SHAPE), grid(7))
+
+    (lists / "train_aug.txt").write_text("d\na\n")
+    assert names_of(open_sets(config)[0]) == ["d", "a"]
+    (lists / "train_aug.txt").rename(lists / "trainaug.txt")
+    assert names_of(open_sets(config)[0]) == ["d", "a"]
+    (lists / "trainaug.txt").unlink()
+    with pytest.raises(UserError, match="no list of the split test of voc-aug there"):
+        open_part(replace(config, val_split="test"), "val")
+    (lists / "aug.txt").unlink()
+    with pytest.raises(
+        UserError,
+        match=r"or train\.txt and aug\.txt: found train\.txt alone$",
+    ):
+        open_sets(config)
+    assert names_of(open_sets(replace(config, dataset="voc"))[0]) == ["a"]
+
+
+def test_voc_aug_names_label_maps_that_are_missing(tmp_path: Path) -> None:
+    """Images without labels would be left out without a word, and the figures be of other data."""
+    lists = voc(tmp_path)
+    (lists / "aug.txt").write_text("c\ne\n")
+    with pytest.raises(UserError, match=r"no label map for 1 of 3 images \(the first: e\.png\)"):
+        open_sets(DataConfig("voc-aug", str(tmp_path)))
+
+
+# ---- any folder, and what is refused ----------------------------------------------------------
+
+
+def test_folders_need_a_class_table(folder: DataConfig, tmp_path: Path) -> None:
+    """A head needs to know how many classes there are."""
+    train, val = open_sets(folder)
+    assert train.names == val.names == ["red", "green", "blue"]
+    assert train.num_classes == 3
+    (tmp_path / "classes.json").rename(tmp_path / "names.json")
+    with pytest.raises(UserError, match=r"no class table: give data\.classes"):
+        open_sets(folder)
+    given = replace(folder, classes=str(tmp_path / "names.json"), void=[2, 255])
+    train, _ = open_sets(given)
+    assert 2 not in train.labels(0, *SHAPE)
+    with pytest.raises(UserError, match=r"^--data\.dataset folder needs --data\.train_images$"):
+        open_sets(DataConfig())
+    with pytest.raises(UserError, match=r"^--data\.classes and --data\.void are for --data\.datas"):
+        open_sets(replace(given, dataset="voc"))
+
+
+def test_what_is_learnt_is_not_scored(folder: DataConfig, tmp_path: Path) -> None:
+    """Scores on training images are no scores."""
+    both = replace(folder, val_images=folder.train_images, val_labels=folder.train_labels)
+    with pytest.raises(UserError, match=r"train00\.png: to be learnt from and to be scored"):
+        open_sets(both)
+    (tmp_path / "val/classes.json").write_text(json.dumps(["a", "b"]))
+    with pytest.raises(UserError, match="other classes than those of"):
+        open_sets(folder)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.zeros((*SHAPE, 3)), "not a label map: its pixels are RGB, not class ids"),
+        (np.full(SHAPE, 3), "class id 3 is not in the table of 3 classes"),
+        (np.zeros((5, 6)), "label map of 6×5 pixels for an image of 6×4"),
+    ],
+)
+def test_bad_label_maps_are_named(folder: DataConfig, pixels: np.ndarray, message: str) -> None:
+    """Each would train on wrong labels, or end in a CUDA assertion."""
+    assert folder.train_labels is not None
+    path = Path(folder.train_labels) / "train00.png"
+    save_png(path, pixels)
+    with pytest.raises(UserError, match=f"{path}: {message}"):
+        open_part(folder, "train").labels(0, *SHAPE)
+    if "class id" not in message:  # headers tell the others before the first step
+        with pytest.raises(UserError, match=f"{path}: {message}"):
+            open_sets(folder)
+
+
+def test_palettes_hold_ids(folder: DataConfig) -> None:
+    """Converted to grey or RGB, the ids of a palette PNG are lost."""
+    assert folder.train_labels is not None
+    save_png(Path(folder.train_labels) / "train00.png", grid(2, 1, 255), palette=True)
+    np.testing.assert_array_equal(open_sets(folder)[0].labels(0, *SHAPE), grid(2, 1, 255))
+
+
+def test_fingerprint_tells_sets_apart_wherever_they_lie(folder: DataConfig, tmp_path: Path) -> None:
+    """A resumed run on other images would go on without a word."""
+    first = fingerprint(open_sets(folder)[0])
+    write_folder_set(tmp_path / "copy", 2, 1, SHAPE)
+    copy = folder_config(tmp_path / "copy")
+    assert fingerprint(open_sets(copy)[0]) == first
+    (tmp_path / "one.txt").write_text("train01\n")
+    fewer = replace(copy, train_list=str(tmp_path / "one.txt"))
+    assert fingerprint(open_sets(fewer)[0]) != first

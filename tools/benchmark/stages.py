@@ -1,0 +1,422 @@
+"""The stages of the road from a beton to a trained step, each measured alone on the same images.
+
+Nothing here needs ffcv's native library before a stage reads a beton.
+"""
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from model import SlotCon
+from pipeline.augment import get_backend
+from pipeline.choices import CROPS, Crops
+from pipeline.errors import UserError
+from pipeline.ffcv_format import JPEG
+from pipeline.views import ViewConfig, ViewParams, sample_views
+from pipeline.views_array import sample_views_numpy, sample_views_torch
+from tools.benchmark.step import Step, make_step, step
+from tools.benchmark.timing import Bench, Work, generated, to_result
+from train.metrics import Stopwatch
+
+if TYPE_CHECKING:
+    from pipeline.beton import Beton
+    from pipeline.loader import Batch, RecordLoader
+
+PER_IMAGE = 32
+"""Batch of the reference backend, which goes image by image: more would only take longer."""
+EPOCH = 8
+"""Batches of the shortest epoch; the images of a smaller beton are taken several times."""
+COPY = {"cpu": 1 << 28, "cuda": 1 << 30}
+"""Bytes of the buffers that are copied: far larger than any cache."""
+
+
+def repeated(beton: "Beton", count: int) -> "Beton":
+    """The beton, its images taken several times over if they are fewer than `count`."""
+    if len(beton) >= count:
+        return beton
+    longer = copy.copy(beton)
+    longer.file = os.dup(beton.file)  # each closes its own
+    times = -(-count // len(beton))
+    longer.records = np.tile(beton.records, (times, 1))
+    longer.height, longer.width = np.tile(beton.height, times), np.tile(beton.width, times)
+    longer.index = np.arange(len(longer.records))
+    longer.label = None
+    return longer
+
+
+def read(bench: Bench) -> None:
+    """Bytes of the records into memory, no decoding: from the page cache, and from the disk, as far
+    as the system forgets what it has read when told to. Bytes: those of the records.
+    """
+    beton = _beton(bench)
+    records = np.unique(beton.records[: bench.images, :2], axis=0).tolist()
+    size = sum(count for _, count in records)
+
+    def part(records: Iterator[list[int]]) -> None:
+        for pointer, count in records:
+            os.pread(beton.file, count, pointer)
+
+    def call() -> None:
+        _in_threads(part, records, bench.cores)
+
+    def forget_first() -> None:
+        for pointer, count in records:
+            os.posix_fadvise(beton.file, pointer, count, os.POSIX_FADV_DONTNEED)
+        call()
+
+    for backend, read_all in (("page cache", call), ("disk", forget_first)):
+        work = Work("read", backend, read_all, len(records), bench.batch, bench.cores, size)
+        bench.measure([work])
+
+
+def decode(bench: Bench) -> None:
+    """Bare libjpeg-turbo on bytes in memory, the ceiling; the loader, which reads and decodes the
+    same images into canvases; the same with both crops cut on its threads; DALI's decoder. Bytes:
+    those of the images' pixels.
+    """
+    from pipeline.loader import CanvasLoader, CropLoader
+
+    beton = _beton(bench)
+    images = np.arange(min(bench.images, len(beton)))
+    batches = np.array_split(images, max(1, len(images) // bench.batch))
+    jpegs = _jpegs(beton, images)
+    pixels = int((beton.height[images] * beton.width[images]).sum()) * 3
+    pin, views = bench.device.type == "cuda", bench.config.views
+    for threads in bench.threads:
+        made = partial(Work, "decode", images=len(images), batch=bench.batch, threads=threads)
+        whole = CanvasLoader(beton, threads, pin)
+        cut = CropLoader(beton, threads, pin, views=views, seed=0, size_of=lambda _: views.size)
+        works = [
+            made("loader", partial(_decode_all, whole, batches), bytes=pixels),
+            made("loader", partial(_decode_all, cut, batches), bytes=pixels, crops="host"),
+        ]
+        if jpegs:
+            bare = partial(_in_threads, partial(_decode_part, beton), jpegs, threads)
+            works.insert(0, made("libjpeg-turbo", bare, bytes=pixels))
+            if _has_dali(bench, "decode"):
+                call = _dali_decoder(bench, [jpeg for jpeg, *_ in jpegs], threads)
+                works.append(made("dali", call, bytes=pixels))
+        bench.measure(works, ratio_to="libjpeg-turbo")
+
+
+def _decode_all(loader: "RecordLoader", batches: Sequence[np.ndarray]) -> None:
+    for _ in loader.decode(batches):
+        pass
+
+
+def _jpegs(beton: "Beton", images: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
+    """Bytes, height and width of each; nothing where not all of them are JPEGs."""
+    records = beton.records[images].tolist()
+    if any(mode != JPEG for *_, mode in records):
+        return []
+    return [
+        (np.frombuffer(os.pread(beton.file, size, pointer), np.uint8), height, width)
+        for pointer, size, height, width, _ in records
+    ]
+
+
+def _decode_part(beton: "Beton", own: Iterator[tuple[np.ndarray, int, int]]) -> None:
+    from pipeline import turbojpeg
+
+    decoder = turbojpeg.Decoder(0)
+    pixels = np.empty(int((beton.height * beton.width).max()) * 3, np.uint8)
+    for jpeg, height, width in own:
+        code = turbojpeg.decompress(
+            decoder.handle, jpeg.ctypes.data, jpeg.size, pixels.ctypes.data,
+            width, 0, height, turbojpeg.RGB, turbojpeg.ACCURATE_DCT,
+        )  # fmt: skip
+        if code != 0:
+            raise UserError(f"{beton.path}: {decoder.error()}")
+
+
+def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callable[[], object]:
+    """DALI's decoder on bytes in memory, with the same DCT; on the GPU where there is one.
+
+    One batch at a time: what it decodes ahead takes the time of whoever is measured next.
+    """
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import Pipeline
+
+    on_gpu = bench.device.type == "cuda"
+    batch = min(bench.batch, len(jpegs))
+    batches = [jpegs[begin : begin + batch] for begin in range(0, len(jpegs), batch)]
+    stream = (files for _ in iter(int, 1) for files in batches)  # without end
+    pipe = Pipeline(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=0 if on_gpu else None,
+        exec_async=False,
+        exec_pipelined=False,
+    )
+    with pipe:
+        pipe.set_outputs(
+            fn.decoders.image(
+                fn.external_source(source=lambda: next(stream), no_copy=True),
+                device="mixed" if on_gpu else "cpu",
+                use_fast_idct=False,
+                jpeg_fancy_upsampling=True,
+                affine=False,
+            )
+        )
+    pipe.build()
+
+    def call() -> None:
+        for _ in batches:
+            pipe.run()
+        if on_gpu:
+            torch.cuda.synchronize(bench.device)
+
+    return call
+
+
+def params(bench: Bench) -> None:
+    """All random numbers of a batch's pairs of views: on one core by Numba, as in training, and by
+    NumPy; by PyTorch on the device.
+    """
+    samplers: dict[str, Callable[..., ViewParams]] = {
+        "numba": sample_views,
+        "numpy": sample_views_numpy,
+        "torch": partial(sample_views_torch, device=bench.device),
+    }
+    images, views = _sizes(bench), bench.config.views
+    count = len(images[0])
+    works = []
+    for name, sample in samplers.items():
+        call = partial(sample, 0, 0, *images, views)
+        works.append(Work("params", name, call, count, bench.batch, _threads(bench, name)))
+    bench.measure(works, ratio_to="numba")
+
+
+def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if bench.beton is None:
+        which, _, height, width = generated(bench.batch)
+        return which, height, width
+    which = np.random.default_rng(0).permutation(len(bench.beton))[: bench.batch]
+    return which, bench.beton.height[which], bench.beton.width[which]
+
+
+def transfer(bench: Bench) -> None:
+    """Canvases from pinned host memory to the device, and the ceiling of every pass over memory: a
+    plain copy. Bytes: those of the canvases; of a plain copy, read and written.
+    """
+    if bench.device.type == "cuda":
+        _, canvas, *_ = bench.sample()
+        pinned, there = canvas.pin_memory(), torch.empty_like(canvas, device=bench.device)
+        call = partial(there.copy_, pinned, non_blocking=True)
+        size = canvas.numel()
+        work = Work("transfer", "host to device", call, len(canvas), bench.batch, 1, size)
+        bench.measure([work])
+    else:
+        bench.skip("transfer, host to device", "there is no device; a copy in memory instead")
+    _copy(bench)
+
+
+def _copy(bench: Bench) -> None:
+    """Images: as many as could get their views if the bytes of those only had to be copied."""
+    which, height, width = _sizes(bench)
+    drawn = sample_views(0, 0, which, height, width, bench.config.views)
+    kind = bench.device.type
+    source = torch.randint(0, 256, (COPY[kind] // 8,), device=bench.device)
+    call = partial(torch.empty_like(source).copy_, source)
+    moved = 2 * COPY[kind]
+    images = moved / (least_bytes(drawn, bench.config.views.size, bench.dtype) / bench.batch)
+    name = "device copy" if kind == "cuda" else "memory copy"
+    bench.measure([Work("transfer", name, call, images, bench.batch, 1, moved)])
+
+
+def least_bytes(drawn: ViewParams, size: int, dtype: torch.dtype) -> int:
+    """What augmentation must move: the crops' pixels read, the views written."""
+    x0, y0, x1, y1 = np.moveaxis(drawn.crops.astype(np.int64), -1, 0)
+    return int(((x1 - x0) * (y1 - y0)).sum() * 3) + drawn.grey.size * 3 * size**2 * dtype.itemsize
+
+
+def operations(views: ViewConfig) -> dict[str, ViewConfig]:
+    """Each operation alone: all others but crop and resize off."""
+    off = {"jitter": 0, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
+    off |= {"flip": 0, "grey": 0}
+    plain: Mapping[str, Any] = {**off, "blur": (0, 0), "solarize": (0, 0)}
+    alone: dict[str, dict[str, Any]] = {"crop + resize": {}, "flip": {"flip": 1}}
+    for amount in ("brightness", "contrast", "saturation", "hue"):
+        alone[amount] = {"jitter": 1, amount: getattr(views, amount)}
+    alone |= {"grey": {"grey": 1}, "blur": {"blur": (1, 1)}, "solarize": {"solarize": (1, 1)}}
+    return {name: replace(views, **{**plain, **on}) for name, on in alone.items()}
+
+
+def augment(bench: Bench) -> None:
+    """Both views of decoded images by each backend: the whole recipe, then crop and resize with one
+    operation more, then the last one alone, which turns levels into numbers. Bytes: `least_bytes`.
+    """
+    if bench.find("transfer", "device copy", "memory copy") is None:
+        _copy(bench)
+    backends = _usable(bench, "augment")
+    which, host, height, width = bench.sample()
+    canvas = host.to(bench.device)
+    sizes = torch.from_numpy(np.stack([height, width], axis=1))
+    size, device, dtype = bench.config.views.size, bench.device, bench.dtype
+
+    def work(name: str, operation: str | None, views: ViewConfig) -> Work:
+        few = slice(min(bench.batch, PER_IMAGE) if name == "reference" else bench.batch)
+        drawn = sample_views(0, 0, which[few], height[few], width[few], views)
+        call = partial(get_backend(name).apply, canvas[few], sizes[few], drawn, size, device, dtype)
+        count, least = len(which[few]), least_bytes(drawn, size, dtype)
+        return Work("augment", name, call, count, count, _threads(bench, name), least, operation)
+
+    def normalise(name: str) -> Work:
+        count = min(bench.batch, PER_IMAGE) if name == "reference" else bench.batch
+        drawn = sample_views(
+            0, 0, which[:count], height[:count], width[:count], alone["crop + resize"]
+        )
+        pixels = torch.randint(0, 256, (2, count, size, size, 3), dtype=torch.uint8, device=device)
+        call = partial(get_backend(name).colour, pixels, drawn, device, dtype)
+        moved = pixels.numel() * (1 + dtype.itemsize)
+        threads = _threads(bench, name)
+        return Work("augment", name, call, count, count, threads, moved, "normalise")
+
+    alone = operations(bench.config.views)
+    for operation, views in ((None, bench.config.views), *alone.items()):
+        bench.measure([work(name, operation, views) for name in backends], ratio_to="kornia")
+    bench.measure([normalise(name) for name in backends], ratio_to="kornia")
+
+
+def pipeline(bench: Bench) -> None:
+    """The whole data path, from the beton to views on the device: each backend, wherever it can
+    crop; and training from the fastest of each. Bytes: those of the records.
+    """
+    beton = _beton(bench)
+    backends = _usable(bench, "pipeline")
+    model = SlotCon(bench.config.model).to(bench.device)
+    train = make_step(model, bench.config, "fast", bench.dtype)
+    for crops in CROPS:
+        if crops == "dali" and not _has_dali(bench, "pipeline"):
+            continue
+        found = []
+        for name in backends:
+            batch = min(bench.batch, PER_IMAGE) if name == "reference" else bench.batch
+            with closing(batches(bench, name, crops, batch)) as stream:
+                size = int(beton.records[:, 1].mean() * batch)
+                call = partial(next, stream)
+                work = Work("pipeline", name, call, batch, batch, bench.cores, size, crops=crops)
+                found += bench.measure([work])
+        fastest = max(found, key=lambda result: result.images_per_s)
+        _overlap(bench, train, fastest.backend, crops)
+
+
+def batches(bench: Bench, backend: str, crops: Crops, batch: int) -> Generator["Batch", None, None]:
+    """Batches without end, from a loader that is running already."""
+    from pipeline.loader import make_loader
+
+    beton = _beton(bench)
+    data = bench.config.data
+    loader = make_loader(
+        beton, bench.config.views, batch, seed=0, backend=backend, crops=crops, order=data.order,
+        window_bytes=int(data.window_gb * 1e9), device=bench.device, dtype=bench.dtype,
+        threads=bench.cores,
+    )  # fmt: skip
+    # DALI's source checks a record when it first meets it; a run of many epochs does that once.
+    warm = loader.steps_per_epoch if crops == "dali" and len(beton) <= EPOCH * bench.batch else 4
+
+    def without_end() -> Generator["Batch", None, None]:
+        epoch = 0
+        while True:
+            yield from loader.epoch(epoch)
+            epoch += 1
+
+    stream = without_end()
+    for _ in range(warm):
+        next(stream)
+    return stream
+
+
+def _overlap(bench: Bench, train: Step, name: str, crops: Crops) -> None:
+    """Training steps on what the loader brings, and how long they waited for it: the trainer's own
+    measure of "data wait".
+    """
+    batch = bench.batch
+    work = Work(
+        "pipeline", name, lambda: None, batch, batch, bench.cores, operation="overlap", crops=crops
+    )
+    bench.tell(work)
+    stopwatch = Stopwatch(bench.device)
+    rates, waits = [], []
+    with closing(batches(bench, name, crops, batch)) as stream:
+        for turn in range(bench.repeats + 1):
+            stopwatch.restart()
+            began = time.perf_counter()
+            while stopwatch.steps < 2 or time.perf_counter() - began < bench.seconds:
+                with stopwatch.waiting():
+                    views = next(stream)
+                train(views.views, views.overlap, views.flipped)
+                stopwatch.steps += 1
+            if bench.device.type == "cuda":
+                torch.cuda.synchronize(bench.device)
+            steps, seconds, wait = stopwatch.read()
+            if turn:  # the first one warms up
+                rates.append(steps * batch / seconds)
+                waits.append(wait)
+    result = replace(
+        to_result(work, rates, [batch / rate for rate in rates]),
+        wait_share=statistics.median(waits),
+    )
+    if cached := bench.find("step", "fast"):
+        ratio = result.images_per_s / cached.images_per_s
+        result = replace(result, ratio=ratio, ratio_to="step")
+    bench.results.append(result)
+
+
+STAGES: dict[str, Callable[[Bench], None]] = {
+    "read": read,
+    "decode": decode,
+    "params": params,
+    "transfer": transfer,
+    "augment": augment,
+    "step": step,
+    "pipeline": pipeline,
+}
+FROM_A_FILE = ("read", "decode", "pipeline")
+"""Stages that generated canvases are not enough for."""
+
+
+def _threads(bench: Bench, name: str) -> int:
+    """Of the host: what is PyTorch's uses as many as that was given, unless a GPU does the work."""
+    on_host = bench.device.type == "cpu" and name in ("torch", "kornia")
+    return torch.get_num_threads() if on_host else 1
+
+
+def _beton(bench: Bench) -> "Beton":
+    if bench.beton is None:
+        raise UserError(f"--synthetic: {', '.join(FROM_A_FILE)} need a beton")
+    return bench.beton
+
+
+def _usable(bench: Bench, stage: str) -> list[str]:
+    """Backends that can be measured here."""
+    if bench.device.type == "cuda" or "triton" not in bench.backends:
+        return list(bench.backends)
+    bench.skip(f"{stage} by triton", "without a GPU it runs in an interpreter, for tests only")
+    return [name for name in bench.backends if name != "triton"]
+
+
+def _has_dali(bench: Bench, stage: str) -> bool:
+    there = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    if not there:
+        bench.skip(f"{stage} by dali", "NVIDIA DALI is not installed")
+    return there
+
+
+def _in_threads(part: Callable[[Iterator[Any]], None], items: Sequence[Any], threads: int) -> None:
+    """Let threads take from `items` until nothing is left; raises what a thread raises."""
+    left = iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(part, left) for _ in range(threads)]:
+            done.result()

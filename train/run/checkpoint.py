@@ -1,0 +1,416 @@
+"""Checkpoints: directories that are either whole or not there.
+
+runs/NAME/checkpoints/step_N/ holds model.safetensors, optimizer.bin, scaler.pt (with fp16) and
+run.json: the step, the configuration, the data's identity, the machine. It is written as
+step_N.partial, flushed to the disk, then renamed; `latest` is a symbolic link to the newest.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.utils import _pytree
+
+from model import SlotCon
+from pipeline.errors import UserError
+from train.config import SETTINGS, RunConfig
+from train.run.background import Background
+from train.run.settings import Settings
+
+_MODEL, _OPTIMIZER, _SCALER, _RECORD = "model.safetensors", "optimizer.bin", "scaler.pt", "run.json"
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+class Damaged(UserError):
+    """A checkpoint from which nothing can go on, but perhaps from the one before."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What run.json says beside the tensors."""
+
+    step: int
+    """Optimiser steps done; the position in the data and in the schedules follows from it."""
+    config: dict[str, Any]
+    """The run's configuration, see train.run.settings."""
+    data: dict[str, Any]
+    """The data's identity: how many `images`, and its `fingerprint`."""
+    seconds: float
+    """Training time so far, over all resumes."""
+    meter: list[list[float]]
+    """For each process, what has come together for the next log line, see train.metrics.Meter.
+    """
+    provenance: dict[str, Any]
+    """What wrote it: hardware, versions, command."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of each of the other files, known once they are written."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a run stay: the `newest`, and the last of each of `parts` equal parts of
+    its `total_steps`.
+    """
+
+    newest: int
+    parts: int
+    total_steps: int
+
+    def outdated(self, checkpoints: Sequence[Path]) -> list[Path]:
+        """Those of all `checkpoints`, oldest first, that may go."""
+        last_of = {self._part(step_of(one)): one for one in checkpoints} if self.parts else {}
+        stay = {*checkpoints[-self.newest :], *last_of.values()}
+        return [one for one in checkpoints if one not in stay]
+
+    def _part(self, step: int) -> int:
+        """A part's last step belongs to it."""
+        return -(-step * self.parts // self.total_steps)
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    steps = whole_ones(run_dir)
+    return steps[-1] if steps else None
+
+
+def all_of(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, also those that lack a file."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    return sorted((p for p in found if p.name.removeprefix("step_").isdecimal()), key=step_of)
+
+
+def whole_ones(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run that look whole, oldest first."""
+    return [path for path in all_of(run_dir) if is_checkpoint(path)]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """It is one's, and was written to the end."""
+    return (folder / _RECORD).is_file()
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, a link to one, or a run's newest.
+
+    Raises UserError.
+    """
+    if is_checkpoint(path):
+        return path.resolve()
+    if found := latest(path):
+        return found.resolve()
+    reason = "holds no whole checkpoint" if path.is_dir() else "no such checkpoint or run folder"
+    raise UserError(f"{path}: {reason}")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The N of step_N."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is in nobody's way and counts for nothing."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    checkpoint.replace(aside)
+    if newest := latest(checkpoint.parent.parent):
+        _link(checkpoint.parent / "latest", newest.name)
+    return aside
+
+
+class Writer:
+    """Writes checkpoints on a thread, from a copy of the tensors, while training goes on.
+
+    The copy takes as much memory of the host (pinned, for a GPU's tensors) as all that is saved;
+    it is kept and used again. What goes wrong surfaces in `problem`, and in the next `save` or
+    `wait`.
+    """
+
+    def __init__(self, run_dir: Path, retention: Retention, timeout_s: float) -> None:
+        self._run_dir, self._retention = run_dir, retention
+        self._thread = Background(f"{run_dir / 'checkpoints'}: writing", timeout_s)
+        self._copies: list[Tensor] = []
+
+    def save(
+        self, record: Record, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None
+    ) -> None:
+        """Begin to write checkpoints/step_N; the tensors may change as soon as this returns.
+
+        Waits for the checkpoint before this one. Raises UserError for what went wrong there.
+        """
+        self._thread.wait()
+        state = {
+            _MODEL: model.state_dict(),
+            _OPTIMIZER: optimizer.state_dict(),
+            _SCALER: scaler and scaler.state_dict(),
+        }
+        copy = self._copy(state)
+        self._thread.submit(lambda: write(self._run_dir, record, copy, self._retention))
+
+    def problem(self) -> Exception | None:
+        """What went wrong, if anything."""
+        return self._thread.problem()
+
+    def wait(self) -> None:
+        """Until all is written. Raises UserError."""
+        self._thread.wait()
+
+    def close(self) -> None:
+        """Give the thread back, once it is done."""
+        self._thread.close()
+
+    def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        leaves, structure = _pytree.tree_flatten(state)
+        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        sources = [leaves[i].detach() for i in where]
+        if [each.shape for each in self._copies] != [each.shape for each in sources]:
+            self._copies = [
+                torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for each in sources
+            ]
+        for copy, source in zip(self._copies, sources, strict=True):
+            copy.copy_(source, non_blocking=True)
+        if any(each.is_cuda for each in sources):
+            torch.cuda.current_stream().synchronize()
+        for i, copy in zip(where, self._copies, strict=True):
+            leaves[i] = copy
+        return dict(_pytree.tree_unflatten(leaves, structure))
+
+
+def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Retention) -> None:
+    """Write checkpoints/step_N, point `latest` to it and delete those that are outdated then.
+
+    `state` holds what goes into each file. Killed at any moment, it leaves the checkpoints from
+    before, and at most a step_N.partial that nobody reads. Raises UserError if it cannot write.
+    """
+    folder = run_dir / "checkpoints"
+    partial, whole = folder / f"step_{record.step}.partial", folder / f"step_{record.step}"
+    with _writing(partial, run_dir):
+        for leftover in folder.glob("*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        weights = {name: value.contiguous() for name, value in state[_MODEL].items()}
+        save_file(weights, partial / _MODEL, {"format": "pt"})
+        for name in (_OPTIMIZER, _SCALER):
+            if state[name] is not None:
+                torch.save(state[name], partial / name)
+        record = replace(record, sha256={file.name: _sha256(file) for file in partial.iterdir()})
+        (partial / _RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+        for file in partial.iterdir():
+            _flush(file)
+        _flush(partial)
+        curve = run_dir / "metrics.jsonl"
+        if curve.exists():  # no checkpoint may be younger than its curve
+            _flush(curve)
+        if whole.exists():  # a damaged one, or it would not have been made again
+            _discard(whole)
+        partial.replace(whole)
+        _link(folder / "latest", whole.name)
+        _flush(folder)
+        for old in retention.outdated(whole_ones(run_dir)):
+            _discard(old)
+
+
+def write_model(run_dir: Path, record: Record, model: nn.Module) -> None:
+    """Write checkpoints/step_N of a trained model, from which no training goes on. Raises
+    UserError if it cannot.
+    """
+    state = {_MODEL: model.state_dict(), _OPTIMIZER: None, _SCALER: None}
+    write(run_dir, record, state, Retention(newest=1, parts=0, total_steps=1))
+
+
+def restore(
+    checkpoint: Path,
+    record: Record,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler | None,
+) -> None:
+    """Load weights, optimiser and loss scale of a checkpoint with that record; nothing is changed
+    if any of them cannot be loaded.
+
+    Raises Damaged.
+    """
+    for name in [_MODEL, _OPTIMIZER] + ([_SCALER] if scaler else []):
+        if not (checkpoint / name).is_file():
+            raise Damaged(f"{checkpoint}: {name} is missing, so the run cannot go on from it")
+        _check_content(checkpoint / name, record)
+    with _reading(checkpoint / _MODEL):
+        weights = load_file(checkpoint / _MODEL)
+        check_weights(weights, model.state_dict())
+    with _reading(checkpoint / _OPTIMIZER):
+        momenta = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
+        _check_optimizer(momenta, optimizer)
+    if scaler:
+        with _reading(checkpoint / _SCALER):
+            scale = torch.load(checkpoint / _SCALER, weights_only=True)
+            scaler.load_state_dict(scale)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(momenta)
+
+
+def read_record(checkpoint: Path, settings: Settings[Any] = SETTINGS) -> Record:
+    """run.json of a checkpoint whose configuration `settings` read. Raises Damaged."""
+    with _reading(checkpoint / _RECORD):
+        record = Record(**json.loads((checkpoint / _RECORD).read_text()))
+        _check_record(record, checkpoint, settings)
+        return record
+
+
+def load_model(path: Path | str) -> tuple[SlotCon, RunConfig]:
+    """The trained model, on the CPU in eval mode, and the configuration of its run.
+
+    `path` is a checkpoint (step_N or `latest`) or a run's folder. Raises UserError if anything is
+    missing, damaged, or does not fit together.
+    """
+    checkpoint = find(Path(path))
+    record = read_record(checkpoint)
+    config = SETTINGS.from_dict(record.config)
+    model = SlotCon(config.model)
+    load_weights(checkpoint, record, model)
+    return model.eval(), config
+
+
+def load_weights(checkpoint: Path, record: Record, model: nn.Module) -> None:
+    """Load the weights of a checkpoint with that record, all of them. Raises Damaged."""
+    _check_content(checkpoint / _MODEL, record)
+    with _reading(checkpoint / _MODEL):
+        weights = load_file(checkpoint / _MODEL)
+        check_weights(weights, model.state_dict())
+    model.load_state_dict(weights)
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal names and shapes, no NaN. Raises ValueError."""
+    if different := sorted(weights.keys() ^ expected.keys()):
+        raise ValueError(f"{different[0]} is missing or unknown")
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise ValueError(
+                f"{name} has shape {list(weights[name].shape)}, not {list(value.shape)}"
+            )
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
+def all_finite(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether all parameters and buffers are finite, on every process."""
+    tensors = [*model.parameters(), *model.buffers()]
+    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    largest = torch.stack(torch._foreach_norm(floats, ord=math.inf))
+    return bool(accelerator.gather(largest).isfinite().all())
+
+
+@contextmanager
+def _writing(partial: Path, run_dir: Path) -> Iterator[None]:
+    """A full disk, say, leaves the checkpoints from before, room to go on, and one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        last = latest(run_dir) or "none"
+        raise UserError(
+            f"{partial}: cannot be written ({reason}); last good checkpoint: {last}"
+        ) from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a missing, damaged or ill-fitting file raises into one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _UNREADABLE as error:
+        if isinstance(error, FileNotFoundError):
+            raise Damaged(f"{path}: no such file") from None
+        reason = " ".join(str(error).split())[:200]
+        raise Damaged(f"{path}: damaged, or of another model ({reason})") from None
+
+
+def _check_record(record: Record, checkpoint: Path, settings: Settings[Any]) -> None:
+    """Raises ValueError, or what values of another kind raise."""
+    step = checkpoint.name.removeprefix("step_")
+    if record.step < 0 or (step.isdecimal() and int(step) != record.step):
+        raise ValueError(f"it says that it is of step {record.step}")
+    if not record.data.keys() >= {"images", "fingerprint"}:
+        raise ValueError("it does not say which data it is of")
+    torch.tensor([record.seconds, *(value for row in record.meter for value in row)])
+    try:
+        settings.from_dict(record.config)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_content(file: Path, record: Record) -> None:
+    """Raises Damaged unless `file` is what was written with `record`."""
+    with _reading(file):
+        if file.name in record.sha256 and _sha256(file) != record.sha256[file.name]:
+            raise ValueError("its content has changed since it was written")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """As many weights as `optimizer` has, each momentum of its weight's shape. Raises ValueError,
+    or what reading another file's content raises."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(numbers) != len(weights):
+        raise ValueError(f"it is of {len(numbers)} weights, not {len(weights)}")
+    for number, weight in zip(numbers, weights, strict=True):
+        for value in saved["state"].get(number, {}).values():
+            if isinstance(value, Tensor) and value.ndim and value.shape != weight.shape:
+                raise ValueError(f"a momentum has shape {list(value.shape)}")
+
+
+def _discard(whole: Path) -> None:
+    """Delete a checkpoint; half-deleted, it does not look whole."""
+    gone = whole.with_name(f"{whole.name}.old.partial")
+    whole.replace(gone)
+    shutil.rmtree(gone)
+
+
+def _link(link: Path, target: str) -> None:
+    """Point `link` to `target` in one step."""
+    beside = link.with_name(f"{link.name}.partial_link")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target)
+    beside.replace(link)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
