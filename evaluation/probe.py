@@ -34,7 +34,8 @@ from evaluation.probes.overclustering import Overclustering
 from evaluation.probes.retrieval import Retrieval
 from evaluation.segment import assign
 from evaluation.unsupervised_segmentation import summarise
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import UserError
+from train.run.cli import CommandParser, check_writable, run
 from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:

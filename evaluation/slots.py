@@ -24,9 +24,10 @@ from evaluation.pictures.prototypes import cut_tiles, draw_rows
 from evaluation.prototypes import NearestSegments, segment_similarity
 from evaluation.segment import Segmented, Segmenter, segment_images
 from model.grouping import won_cells
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import UserError
 from train.health import DUPLICATE, prototype_cosines, usage_entropy
 from train.run.checkpoint import find, step_of
+from train.run.cli import CommandParser, check_writable, run
 from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:

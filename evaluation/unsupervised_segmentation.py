@@ -38,7 +38,8 @@ from evaluation.networks import (
 from evaluation.pictures.drawing import check_picture, write_picture
 from evaluation.pictures.segmentation import Column, Sample, draw_segmentations
 from evaluation.segment import Segmenter, assign, square_batches
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import UserError
+from train.run.cli import CommandParser, check_writable, run
 from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:

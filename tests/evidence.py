@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import CommandParser, UserError, run
+from pipeline.errors import UserError
+from train.run.cli import CommandParser, run
 from transfer.table import mean_and_deviation
 
 VARIANTS = {

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from pipeline.augment import BACKENDS, IMAGENET_MEAN, IMAGENET_STD, get_backend
 from pipeline.beton import Beton
-from pipeline.errors import run
 from pipeline.loader import make_loader
 from pipeline.views import ViewConfig, sample_views
+from train.run.cli import run
 from train.run.provenance import provenance
 
 WAYS = (*(name for name in BACKENDS if name != "reference"), "host", "dali")

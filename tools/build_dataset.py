@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import UserError
 from pipeline.manifest import manifest_path
 from tools.packing import scenes
 from tools.packing.budget import SAMPLE, choose
@@ -24,6 +24,7 @@ from tools.packing.run import (
     shard_path,
 )
 from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source, listed
+from train.run.cli import CommandParser, check_writable, run
 
 EPILOG = """examples:
   python -m tools.build_dataset coco --root /data/coco --out coco.beton

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import UserError
 from tools.report.charts import line_chart, short
 from tools.report.page import PAGE
 from tools.report.parts import METRICS, score_note, section, share_table, text_table
@@ -23,6 +23,7 @@ from tools.report.results import (
     slot_values,
 )
 from train.metrics import duration
+from train.run.cli import CommandParser, check_writable, run
 from train.run.provenance import write_bytes
 
 EXAMPLES = """examples:

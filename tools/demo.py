@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.errors import CommandParser, UserError, run
+from pipeline.errors import UserError
+from train.run.cli import CommandParser, run
 
 RUN = Path("runs/demo")
 BETON = RUN / "sample.beton"

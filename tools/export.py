@@ -14,11 +14,12 @@ from pathlib import Path
 from evaluation.features import encoder_dim
 from model.names import to_detectron2
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import UserError
 from tools.weights.model_card import model_card, of_slotcon
 from tools.weights.official_settings import official_settings
 from train.pickles import pickle_arrays, torch_bytes
 from train.run.checkpoint import find, load_model, read_record
+from train.run.cli import CommandParser, check_writable, run
 from train.run.provenance import new_folder, write_bytes
 from train.weights import (
     FOLDER_CONFIG,

@@ -20,10 +20,11 @@ from model import ModelConfig, SlotCon
 from model.config import ARCHITECTURES
 from model.names import Branch, arch_of, backbone_of
 from model.official import from_official
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import UserError
 from tools.weights.official_settings import with_official_settings
 from train.config import DataConfig, RunConfig, from_dict, to_dict, to_yaml
 from train.run.checkpoint import Record, check_weights, write_model
+from train.run.cli import CommandParser, check_writable, run
 from train.run.provenance import new_folder, provenance, write_bytes
 from train.weights import read_backbone, read_file, safetensors_bytes, state_in
 

@@ -13,13 +13,14 @@ import psutil
 from PIL import Image
 
 from pipeline.beton import Beton
-from pipeline.errors import CommandParser, UserError, check_writable, printable, run
+from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG
 from pipeline.manifest import Manifest, manifest_path
 from tools.packing import check as dataset_check
 from tools.packing import pictures as dataset_pictures
 from tools.packing.check import Outcome, Problem
 from tools.packing.pictures import size_text
+from train.run.cli import CommandParser, check_writable, run
 
 MAX_NAMED = 50  # problems printed one by one; the rest are counted, and all are in the JSON
 QUANTILES = (0, 0.05, 0.5, 0.95, 1)

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.errors import CommandParser, UserError
+from pipeline.errors import UserError
 from train.run import checkpoint
+from train.run.cli import CommandParser
 from train.run.command import EXIT_CODES, run_training
 from train.run.settings import RESUME, Settings
 from train.run.signals import StopSignals

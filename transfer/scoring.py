@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from pipeline.errors import UserError, check_writable
+from pipeline.errors import UserError
 from train.run import checkpoint
+from train.run.cli import check_writable
 from train.run.launch import launch
 from train.run.provenance import provenance, write_json
 from train.run.settings import Settings, to_dict

@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import CommandParser, UserError, check_writable, printable, run
+from pipeline.errors import UserError, printable
+from train.run.cli import CommandParser, check_writable, run
 from train.run.provenance import provenance, read_json, write_bytes, write_json
 from train.run.settings import Settings, flatten, to_dict
 from transfer.command import settings_of

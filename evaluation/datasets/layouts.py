@@ -19,9 +19,10 @@ from evaluation.datasets.coco_classes import CLASSES as COCO_CLASSES
 from evaluation.datasets.coco_classes import stuff_map_table
 from evaluation.datasets.images import FolderImages, centre_square, open_image, readable
 from evaluation.segment import DECODE_THREADS, Squares
-from pipeline.errors import CommandParser, UserError
+from pipeline.errors import UserError
 from pipeline.formats import IMAGE_SUFFIXES
 from pipeline.parallel import ordered_map
+from train.run.cli import CommandParser
 from train.run.provenance import read_json
 
 VOID = 255

@@ -26,8 +26,9 @@ from evaluation.pictures.prototypes import cut_tiles, draw_rows
 from evaluation.pictures.views import draw_pairs, picture_of_views
 from evaluation.prototypes import gather_nearest
 from evaluation.segment import Segmenter, assign, segment_images
-from pipeline.errors import CommandParser, UserError, run
+from pipeline.errors import UserError
 from train.run.checkpoint import find, step_of, whole_ones
+from train.run.cli import CommandParser, run
 
 EXAMPLES = """examples:
   python -m evaluation.pictures prototypes --checkpoint runs/demo --data sample.beton \\

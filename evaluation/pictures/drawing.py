@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.errors import UserError, check_writable
+from pipeline.errors import UserError
+from train.run.cli import check_writable
 from train.run.provenance import write_bytes
 
 INK, FAINT, PAPER, OUTLINE = "#1b1f24", "#6b7280", "#ffffff", "#ff4d2e"

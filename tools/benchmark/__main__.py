@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.augment import BACKENDS
-from pipeline.errors import CommandParser, UserError, check_writable, run
+from pipeline.errors import UserError
 from tools.benchmark import cost as benchmark_cost
 from tools.benchmark.cost import CO2_PER_KWH
 from tools.benchmark.picture import draw
@@ -24,6 +24,7 @@ from tools.benchmark.step import VARIANTS
 from tools.benchmark.timing import Bench
 from tools.benchmark.verdict import aligned, compare, step_table, table, targets, verdict
 from train.config import load_config
+from train.run.cli import CommandParser, check_writable, run
 from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.errors import CommandParser, UserError, run
+from pipeline.errors import UserError
 from pipeline.parallel import ordered_map
+from train.run.cli import CommandParser, run
 
 Array = NDArray[np.floating]
 Texture = Callable[[Generator, Array, Array], tuple[Array, Array]]

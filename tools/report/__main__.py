@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import CommandParser, check_writable, run
 from tools.report.charts import dot_chart, line_chart, short
 from tools.report.page import PAGE
 from tools.report.parts import (
@@ -43,6 +42,7 @@ from tools.report.results import (
     wait_share,
 )
 from train.metrics import duration
+from train.run.cli import CommandParser, check_writable, run
 from train.run.provenance import write_bytes
 
 EXAMPLES = """examples:
