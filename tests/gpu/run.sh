@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Measures slotstream on a machine with one GPU, in at most BUDGET seconds, in parts that cannot lose
+# each other: each has a time limit of its own and writes its results by itself. See README.md.
+#   bash tests/gpu/run.sh                 all parts, in the order below
+#   bash tests/gpu/run.sh step largest    only these; installation and data come first in any case
+# DEVICE=cpu runs the same script without a GPU, on small sizes, to try the script itself.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
+
+export OUT=${OUT:-/tmp/gpu/out} WORK=${WORK:-/tmp/gpu/work} DEVICE=${DEVICE:-cuda}
+DATA=${DATA:-.gpu} WHEELS=${WHEELS:-.whl} PYTHON=${PYTHON:-python3}
+BUDGET=${BUDGET:-590}      # seconds for everything
+PATIENCE=${PATIENCE:-1}    # multiplies the limit of every part
+SITE=$WORK/site BETON=$DATA/coco.beton RUNS=$WORK/runs
+PARTS=("$@")
+BEGAN=$(date +%s)
+export PYTHONPATH="$SITE:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export TRITON_CACHE_DIR="$WORK/triton" TORCHINDUCTOR_CACHE_DIR="$WORK/inductor" NUMBA_CACHE_DIR="$WORK/numba"
+[ -f "$BETON" ] || { echo "error: $BETON: no such file (tests/gpu/README.md says how to make it)" >&2; exit 2; }
+mkdir -p "$OUT" "$WORK/logs"
+: >"$WORK/parts"
+
+if [ "$DEVICE" = cpu ]; then
+    recipe=configs/demo_cpu.yaml batch=4 threads=1 repeats=1 seconds=0.05 steps=4 images=8
+    backends=(kornia) count=8 side=64 workers=() fp16=no
+    small=(--model.arch resnet18 --model.dim_hidden 64 --model.dim_out 32 --model.num_prototypes 16 --views.size 64)
+else
+    recipe=configs/coco_r50_800ep.yaml batch=512 threads=$(nproc) repeats=3 seconds=0.3 steps=90 images=51200
+    backends=(kornia triton) count=64 side=224 workers=(-n 8) fp16=fp16
+    small=()
+fi
+
+# Seconds that the parts after this one need at least.
+declare -A LATER=([checks]=245 [pytest]=225 [fidelity]=200 [fp16]=135 [all]=75 [bf16]=30)
+
+# part NAME LIMIT COMMAND…: run the command, if it was asked for, for at most LIMIT seconds.
+part() {
+    local name=$1 limit=$(($2 * PATIENCE)) left began status
+    shift 2
+    [ ${#PARTS[@]} = 0 ] || [[ " ${PARTS[*]} " == *" $name "* ]] || return 0
+    began=$(date +%s)
+    left=$((BUDGET - (began - BEGAN) - ${LATER[$name]:-0}))
+    [ "$left" -lt "$limit" ] && limit=$left
+    if [ "$limit" -lt 10 ]; then
+        echo "$name skipped: no time left" | tee -a "$WORK/parts"
+        return
+    fi
+    timeout -k 8 "$limit" "$@" >"$WORK/logs/$name.log" 2>&1
+    status=$?
+    echo "$name rc=$status $(($(date +%s) - began)) s (limit $limit)" | tee -a "$WORK/parts"
+    [ $status = 0 ] || tail -n 4 "$WORK/logs/$name.log" | cut -c1-300
+}
+
+# pretrain NAME LIMIT PRECISION: some steps of the recipe; its curve is a result.
+pretrain() {
+    part "$1" "$2" "$PYTHON" -m tests.gpu.pretrain "$images" --config "$recipe" --data.path "$BETON" --name "$1" \
+        --train.batch_size "$batch" --train.max_steps "$steps" --train.epochs 800 --data.threads "$threads" \
+        --log.every $((steps > 10 ? 10 : 1)) --log.checkpoint_every 0 --log.trackers '[]' --log.dir "$RUNS" \
+        --efficiency.precision "$3" "${small[@]}"
+    cp "$RUNS/$1/metrics.jsonl" "$OUT/$1.jsonl" 2>/dev/null
+}
+
+# benchmark NAME LIMIT ARGUMENTS…: tools.benchmark with the sizes of this machine.
+benchmark() {
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$PYTHON" -m tools.benchmark "$@" --config "$recipe" --batch "$batch" --device "$DEVICE" \
+        --repeats "$repeats" --seconds "$seconds" --json "$OUT/$name.json"
+}
+
+# Wheels that the machine lacks, into a folder of their own.
+if ls "$WHEELS"/*.whl >/dev/null 2>&1; then
+    timeout 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" \
+        "$WHEELS"/*.whl >"$WORK/logs/install.log" 2>&1
+    echo "install rc=$?" | tee -a "$WORK/parts"
+fi
+# Without ffcv any libturbojpeg stands in for its native library: slotstream calls nothing else in it.
+if ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("ffcv") is None)'; then
+    jpeg=$(ls "$SITE"/turbojpeg.libs/libturbojpeg*.so* /usr/lib/x86_64-linux-gnu/libturbojpeg.so.0 2>/dev/null | head -n 1)
+    if [ -n "$jpeg" ]; then
+        mkdir -p "$SITE/ffcv" && cp "$jpeg" "$SITE/ffcv/_libffcv_stand_in.so"
+    fi
+    echo "no ffcv; in its place: ${jpeg:-nothing, so betons cannot be read}" | tee -a "$WORK/parts"
+fi
+timeout $((60 * PATIENCE)) "$PYTHON" -m tests.gpu.machine 2>&1 | tail -n 3
+timeout $((60 * PATIENCE)) "$PYTHON" -m tests.gpu.extract "$BETON" "$WORK/images" 128 2>&1 | tail -n 2
+
+mapfile -t cuda_tests < <(grep -rlE 'mark\.cuda' tests --include='test_*.py') # collecting all would take a minute
+part checks 60 "$PYTHON" -m tests.gpu.checks "$BETON"
+part pytest 120 "$PYTHON" -m pytest -m cuda -q "${workers[@]}" --continue-on-collection-errors -p no:cacheprovider \
+    --timeout 100 "${cuda_tests[@]}"
+part fidelity 45 "$PYTHON" -m tests.fidelity --images "$WORK/images" --device "$DEVICE" --ways "${backends[@]}" host \
+    --count "$count" --size "$side" --cases geometry contrast hue "all colour" recipe --json "$OUT/fidelity.json"
+pretrain fp16 75 "$fp16"
+benchmark all 150 all --data "$BETON" --threads "$threads" --backends "${backends[@]}"
+pretrain bf16 75 bf16
+benchmark step 110 step --synthetic --also checkpointing
+[ "$DEVICE" = cpu ] || part largest 110 "$PYTHON" -m tests.gpu.checks largest "$batch"
+benchmark compile 150 step --synthetic --also compile
+
+tar -czf "$OUT/logs.tar.gz" -C "$WORK" logs parts
+"$PYTHON" -m tests.gpu.table
