@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import record_function
 from torchvision.ops import roi_align
 
 from model import ModelConfig, SlotCon
@@ -76,25 +77,37 @@ class PlainStep:
     ) -> Tensor:
         """Forward of both networks, with the teacher's update in between; a scalar."""
         model, config = self.model, self.model.config
-        student = [features_of(model.student, view) for view in views]
-        with torch.no_grad():
+        with record_function("slotcon.student"):
+            student = [features_of(model.student, view) for view in views]
+        with record_function("slotcon.teacher update"):
             update_teacher(model, teacher_momentum)
+        with record_function("slotcon.teacher"), torch.no_grad():
             teacher = [features_of(model.teacher, view) for view in views]
-        temperature = config.teacher_temp
-        prototypes = model.student.grouping.prototypes
-        slots, scores = zip(*(group(x, prototypes, temperature) for x in student), strict=True)
-        with torch.no_grad():
-            prototypes = model.teacher.grouping.prototypes
-            targets, marks = zip(*(group(x, prototypes, temperature) for x in teacher), strict=True)
-            marks_aligned = [align(marks[v], overlap[v], flipped[v]) for v in (0, 1)]
-        scores_aligned = [align(scores[v], overlap[v], flipped[v]) for v in (0, 1)]
+        with record_function("slotcon.grouping"):
+            slots, scores = self._grouped(model.student, student)
+            with torch.no_grad():
+                targets, marks = self._grouped(model.teacher, teacher)
+        with record_function("slotcon.geometry"):
+            scores_aligned = [align(scores[v], overlap[v], flipped[v]) for v in (0, 1)]
+            with torch.no_grad():
+                marks_aligned = [align(marks[v], overlap[v], flipped[v]) for v in (0, 1)]
 
         weight = config.group_loss_weight
-        loss = weight * self._grouping(scores_aligned[0], marks_aligned[1])
-        loss = loss + weight * self._grouping(scores_aligned[1], marks_aligned[0])
-        self._update_center(torch.cat(marks))
-        loss = loss + (1 - weight) * self._contrast(slots[0], targets[1], scores[0], marks[1])
-        return loss + (1 - weight) * self._contrast(slots[1], targets[0], scores[1], marks[0])
+        with record_function("slotcon.losses"):
+            loss = weight * self._grouping(scores_aligned[0], marks_aligned[1])
+            loss = loss + weight * self._grouping(scores_aligned[1], marks_aligned[0])
+            self._update_center(torch.cat(marks))
+        with record_function("slotcon.slots"):
+            loss = loss + (1 - weight) * self._contrast(slots[0], targets[1], scores[0], marks[1])
+            return loss + (1 - weight) * self._contrast(slots[1], targets[0], scores[1], marks[0])
+
+    def _grouped(
+        self, branch: Branch, views: list[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Slots and scores of both views' features."""
+        prototypes, temperature = branch.grouping.prototypes, self.model.config.teacher_temp
+        slots, scores = zip(*(group(x, prototypes, temperature) for x in views), strict=True)
+        return slots, scores
 
     def _grouping(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Cross-entropy between aligned scores [B, K, H, W], mean over all cells."""

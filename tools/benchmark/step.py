@@ -206,7 +206,7 @@ def _profiled(
     images, side = min(bench.batch, 8), bench.config.views.size
     with torch.no_grad():
         seen = model(*step_views(images, side, device=bench.device))
-    found = profile_step(call, model, bench.device)
+    found = profile_step(call, bench.device)
     whole = None if found.launches is None else result.ms
     return replace(
         known,

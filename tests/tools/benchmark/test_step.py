@@ -40,7 +40,7 @@ def test_every_part_of_a_step_is_found(backend: str) -> None:
     call = partial(make_step(model, configured(), backend, torch.float32), *data)
     call()
     forward = type(model.student).forward
-    found = profile_step(call, model, CPU)
+    found = profile_step(call, CPU)
     assert set(found.parts) == set(PARTS) - {"image level"}
     assert found.parts["student backward"] > found.parts["geometry"]
     assert 0 < beside_networks(found.parts) < 1
@@ -58,7 +58,7 @@ def test_the_plain_step_waits_and_a_static_one_does_not() -> None:
         model = copy.deepcopy(start)
         call = partial(make_step(model, configured(), backend, torch.float32, variant), *data)
         call()
-        waits[variant] = profile_step(call, model, CPU).host_waits
+        waits[variant] = profile_step(call, CPU).host_waits
     assert "tolist" not in vars(torch.Tensor)  # nothing stays wrapped
     assert waits["static"] == 0
     assert waits["exact"] == 1
@@ -77,7 +77,7 @@ def kernel(ms: float) -> Any:
 
 def test_backward_operators_belong_to_the_part_of_their_forward() -> None:
     """The autograd engine runs them outside of every mark, on a thread of its own."""
-    student, geometry = event("part: student", 0), event("part: geometry", 4)
+    student, geometry = event("slotcon.student", 0), event("slotcon.geometry", 4)
     events = [
         student,
         event("aten::conv2d", 1, 1, cpu_parent=student, sequence_nr=7, kernels=[kernel(10)]),
@@ -245,7 +245,7 @@ def test_a_gpu_s_kernels_are_counted_by_part() -> None:
         call = partial(make_step(model, configured(), backend, torch.float16), *data)
         for _ in range(3):
             call()
-        found[backend] = profile_step(call, model, device)
+        found[backend] = profile_step(call, device)
         assert set(found[backend].parts) >= {*NETWORKS, "geometry", "slots", "LARS"}
     assert found["fast"].host_waits == 0 < found["plain"].host_waits
     assert 0 < (found["fast"].launches or 0) < (found["plain"].launches or 0)
