@@ -16,15 +16,16 @@ WIDTH, NAMES = 1005, 310
 def draw(results: Sequence[Result], caption: str) -> Image.Image:
     """The stages' rates and, below, where the time of profiled training steps goes."""
     charts = [image(rate_chart(results), caption)]
-    steps = {r.name: r.detail.parts for r in results if r.detail and r.detail.parts}
+    steps = {
+        r.operation or r.backend: {part: r.detail.parts.get(part, 0.0) for part in PARTS}
+        for r in results
+        if r.detail and r.detail.parts
+    }
     if steps:
-        ordered = {
-            name: {part: parts.get(part, 0.0) for part in PARTS} for name, parts in steps.items()
-        }
-        about = "shares of a step in the profiler, each part with its backward; ms beside the names"
         title = "where the time of a step goes"
-        chart = share_chart(title, ordered, unit="ms", width=WIDTH, names=NAMES)
-        charts.append(image(chart, about))
+        about = "shares of a step in the profiler, each part with its backward; ms beside the names"
+        shares = share_chart(title, steps, unit="ms", width=WIDTH, names=NAMES)
+        charts.append(image(shares, about))
     picture = Image.new("RGB", (charts[0].width, sum(chart.height for chart in charts)), PAPER)
     top = 0
     for chart in charts:

@@ -136,12 +136,13 @@ def dot_chart(
     axis. `ceilings` are named vertical lines; `names` is the width of the rows' names.
     """
     rows, lines = list(rows), sorted((ceilings or {}).items(), key=lambda line: -line[1])
-    top = TOP + 18 * len(lines)
+    top = TOP + 18.0 * len(lines)
     bottom = top + ROW * len(rows)
     marks = decades(
         min([lowest for _, _, lowest, _ in rows] + [value for _, value in lines]),
         max([highest for *_, highest in rows] + [value for _, value in lines]),
     )
+    marks = marks if len(marks) > 3 else ticks(marks[0], marks[-1])
 
     def at(value: float) -> float:
         return names + (width - names - VALUES) * math.log(value / marks[0], marks[-1] / marks[0])
@@ -151,7 +152,7 @@ def dot_chart(
         parts.append(_line(at(mark), top - 6, at(mark), bottom + 2, "grid"))
         parts.append(_text(at(mark), bottom + 18, short(mark), "tick", "middle"))
     for number, (name, value) in enumerate(lines):
-        v = TOP + 18 * number
+        v = TOP + 18.0 * number
         parts.append(_line(at(value), v - 12, at(value), bottom + 2, "reference"))
         parts.append(_text(at(value) - 6, v - 2, f"{name} {short(value)}", "tick", "end"))
     for number, (name, value, lowest, highest) in enumerate(rows):
@@ -171,7 +172,7 @@ def share_chart(
     order = dict.fromkeys(part for row in rows.values() for part in row)
     parts = []
     for number, (name, row) in enumerate(rows.items()):
-        v, left, total = TOP + 2 * ROW * number, names, sum(row.values())
+        v, left, total = TOP + 2.0 * ROW * number, names, sum(row.values())
         parts.append(_text(names - 12, v + 25, name, "name", "end"))
         for series, part in enumerate(order):
             wide = (width - names - VALUES) * row.get(part, 0.0) / total
@@ -198,9 +199,9 @@ def image(figure: str, caption: str) -> Image.Image:
     picture = Image.new("RGB", (round(SCALE * size[0]), round(SCALE * size[1])), PAPER)
     pen = ImageDraw.Draw(picture)
     heading = ((svg.attrib["aria-label"], 18, 36, INK), (caption, 12, 58, FAINT))
-    for text, font_size, y, colour in heading:
+    for text, font_size, baseline, colour in heading:
         font = ImageFont.load_default(SCALE * font_size)
-        pen.text((SCALE * MARGIN, SCALE * y), text, colour, font, anchor="ls")
+        pen.text((SCALE * MARGIN, SCALE * baseline), text, colour, font, anchor="ls")
     for mark in svg:
         colour, at = COLOURS[mark.attrib["class"].split()[-1]], mark.attrib
 
