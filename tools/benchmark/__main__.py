@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -38,23 +39,11 @@ EXAMPLES = """examples:
   python -m tools.benchmark --compare before.json after.json
 
 Stages
-  read      bytes of the records, from the page cache and from the disk
-  decode    bare libjpeg-turbo on bytes in memory (the upper bound); the loader, which reads the
-            same records and decodes them into padded canvases; the loader that also cuts both
-            crops on its threads; DALI's decoder
-  params    all random numbers of a batch's views, on one core
-  transfer  canvases to the GPU; a plain copy in the memory where views are made
-  augment   both views of decoded images by each backend, then each operation alone (with crop
-            and resize)
-  step      a training step on views that are already there: the recipe written plainly, and the
-            trainer's step; for each its parts, operators, launches, memory
-  pipeline  the whole data path by each backend, with crops on the device, on the host, by DALI;
-            then training from the fastest of each ("overlap"), and its wait for data
+{stages}
   cost      alone: step and loader for a minute, then hours, energy and CO2e of the whole recipe
 
 images/s are medians; lowest and highest are those of the repeats. GB/s count the bytes that must
-move at least: of a record (read, pipeline), of decoded pixels (decode), of a canvas (transfer), of
-crops read and views written (augment); a plain copy counts the bytes it reads and writes.
+move at least.
 """
 
 MOST_THREADS = 1024  # more than any machine needs; the system kills processes with far more
@@ -62,7 +51,20 @@ MOST_THREADS = 1024  # more than any machine needs; the system kills processes w
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; `config` becomes the arguments of `load_config`."""
-    parser = CommandParser(prog="python -m tools.benchmark", description=__doc__, epilog=EXAMPLES)
+    stages = "\n".join(
+        textwrap.fill(
+            " ".join(str(stage.__doc__).split()),
+            width=100,
+            initial_indent=f"  {name:10}",
+            subsequent_indent=" " * 12,
+        )
+        for name, stage in STAGES.items()
+    )
+    parser = CommandParser(
+        prog="python -m tools.benchmark",
+        description=__doc__,
+        epilog=EXAMPLES.format(stages=stages),
+    )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}, or all")
     _add_subject(parser)
     _add_extent(parser)

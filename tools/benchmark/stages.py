@@ -196,8 +196,8 @@ def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def transfer(bench: Bench) -> None:
-    """Canvases from pinned host memory to the device, and a plain copy, the upper bound of every
-    pass over memory. Bytes: the canvases'; of a plain copy, read and written.
+    """Canvases from pinned host memory to the device; a plain copy in the memory where views are
+    made, the upper bound of every pass over it. Bytes: the canvases'; of a copy, read and written.
     """
     if bench.device.type == "cuda":
         _, canvas, *_ = bench.sample()
@@ -244,7 +244,7 @@ def operations(views: ViewConfig) -> dict[str, ViewConfig]:
 
 def augment(bench: Bench) -> None:
     """Both views of decoded images by each backend: the whole recipe; crop and resize with one
-    operation more; normalisation of finished crops. Bytes: `least_bytes`.
+    operation more; normalisation of finished crops. Bytes: crops read, views written.
     """
     if plain_copy(bench.results) is None:
         _copy(bench)
@@ -277,8 +277,9 @@ def augment(bench: Bench) -> None:
 
 
 def pipeline(bench: Bench) -> None:
-    """The whole data path, from the beton to views on the device, by each backend and place of
-    cropping; then training from the fastest backend of each place. Bytes: the records'.
+    """The whole data path, from the beton to views on the device, by each backend, with crops on
+    the device, on the host, by DALI; then training from the fastest of each ("overlap"), and its
+    wait for data. Bytes: the records'.
     """
     beton = _beton(bench)
     backends = _usable(bench, "pipeline")

@@ -189,7 +189,9 @@ def step_works(bench: Bench, start: SlotCon, ways: Sequence[Way]) -> Iterator[Wo
 
 
 def step(bench: Bench) -> None:
-    """Both backends and the variants of `--also`, by turns; then a profile of each."""
+    """A training step on views that are already there: the plain recipe, the trainer's step, and
+    the variants of --also, by turns; then parts, operators, launches and memory of each.
+    """
     ways, start = ways_of(bench.config.model), start_of(bench)
     if len(ways) == 1:
         bench.skip("step, plain", "this configuration is a variant of the method")

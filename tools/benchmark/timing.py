@@ -148,22 +148,18 @@ class Bench:
             once, _ = self._time(work, 1)
             calls.append(max(1, round(self.seconds / once)))
         rounds = [
-            [
-                tuple(seconds / count for seconds in self._time(work, count))
-                for work, count in zip(works, calls, strict=True)
-            ]
+            [self._time(work, count) for work, count in zip(works, calls, strict=True)]
             for _ in range(self.repeats)
         ]
-        speeds = [
-            [work.images / seconds for work, (seconds, _) in zip(works, turn, strict=True)]
-            for turn in rounds
+        rates = [
+            [count * work.images / turn[i][0] for turn in rounds]
+            for i, (work, count) in enumerate(zip(works, calls, strict=True))
         ]
-        base = next((i for i, work in enumerate(works) if work.backend == ratio_to), None)
+        base = next((rates[i] for i, work in enumerate(works) if work.backend == ratio_to), None)
         for i, work in enumerate(works):
-            rates = [turn[i] for turn in speeds]
-            result = to_result(work, rates, [turn[i][1] for turn in rounds])
-            if base is not None and base != i:
-                ratio = statistics.median(turn[i] / turn[base] for turn in speeds)
+            result = to_result(work, rates[i], [turn[i][1] / calls[i] for turn in rounds])
+            if base is not None and base is not rates[i]:
+                ratio = statistics.median(a / b for a, b in zip(rates[i], base, strict=True))
                 result = replace(result, ratio=ratio, ratio_to=ratio_to)
             self.results.append(result)
         return self.results[-len(works) :]
