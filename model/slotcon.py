@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from model import official
 from model.alignment import align_to_overlap, has_area
@@ -71,7 +72,8 @@ class Branch(nn.Module):
     def forward(self, images: Tensor) -> Grouped:
         """Group one view [B, 3, S, S]; the batch is one BatchNorm batch."""
         features = self.projector(self.encoder(images))
-        slots, scores = self.grouping(features)
+        with record_function("slotcon.grouping"):
+            slots, scores = self.grouping(features)
         return Grouped(features, slots, scores)
 
 
@@ -79,7 +81,8 @@ class SlotCon(nn.Module):
     """Student, teacher, predictor and centre; `forward` computes the loss of one batch.
 
     The trainer calls `update_teacher` once before a step's first forward. BatchNorm is plain;
-    `nn.SyncBatchNorm.convert_sync_batchnorm` makes it span processes.
+    `nn.SyncBatchNorm.convert_sync_batchnorm` makes it span processes. `record_function` names the
+    parts of a step for profilers; `tools.benchmark` sums the time of each.
     """
 
     center: Tensor
@@ -110,23 +113,27 @@ class SlotCon(nn.Module):
         In training (train mode, gradients on) the centre is updated, after its use.
         """
         _check_batch(views, overlap, flipped, micro_batches)
-        student = [self.student(view) for view in views]
-        with torch.no_grad():
+        with record_function("slotcon.student"):
+            student = [self.student(view) for view in views]
+        with record_function("slotcon.teacher"), torch.no_grad():
             teacher = [self.teacher(view) for view in views]
 
-        terms = self._grouping_terms(student, teacher, overlap, flipped)
-        if self.training and torch.is_grad_enabled():
-            self._update_center(teacher, micro_batches)
+        with record_function("slotcon.losses"):
+            terms = self._grouping_terms(student, teacher, overlap, flipped)
+            if self.training and torch.is_grad_enabled():
+                self._update_center(teacher, micro_batches)
 
-        won = torch.stack([won_cells(view.scores) for view in teacher])
-        slot_terms, stats = self._slot_terms(student, teacher, won > 0)
+        with record_function("slotcon.slots"):
+            won = torch.stack([won_cells(view.scores) for view in teacher])
+            slot_terms, stats = self._slot_terms(student, teacher, won > 0)
         terms |= slot_terms
         weight = self.config.group_loss_weight
         loss = weight * (terms["grouping_12"] + terms["grouping_21"]) + (1 - weight) * (
             terms["slot_12"] + terms["slot_21"]
         )
         if self.image_predictor is not None:
-            terms["image"] = self._image_term(student, teacher, self.image_predictor)
+            with record_function("slotcon.image level"):
+                terms["image"] = self._image_term(student, teacher, self.image_predictor)
             loss = loss + self.config.image_loss_weight * terms["image"]
         terms = {name: term.detach() for name, term in terms.items()}
         return ModelOutput(loss, terms, stats, won.sum(dim=(0, 1)))
@@ -137,6 +144,7 @@ class SlotCon(nn.Module):
         names = tuple(f"{kind}_{name}" for kind in ("grouping", "slot") for name, *_ in DIRECTIONS)
         return names if self.image_predictor is None else (*names, "image")
 
+    @record_function("slotcon.teacher update")
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Teacher = momentum·teacher + (1 − momentum)·student, parameters only.
@@ -190,10 +198,11 @@ class SlotCon(nn.Module):
     def _grouping_terms(
         self, student: list[Grouped], teacher: list[Grouped], overlap: Tensor, flipped: Tensor
     ) -> dict[str, Tensor]:
-        student_aligned, teacher_aligned = (
-            [self._aligned(branch, views[v], overlap[v], flipped[v]) for v in (0, 1)]
-            for branch, views in ((self.student, student), (self.teacher, teacher))
-        )
+        with record_function("slotcon.geometry"):
+            student_aligned, teacher_aligned = (
+                [self._aligned(branch, views[v], overlap[v], flipped[v]) for v in (0, 1)]
+                for branch, views in ((self.student, student), (self.teacher, teacher))
+            )
         # The authors let a pair that shares no pixels in as all-zero maps; here it is left out.
         overlapping = has_area(overlap).all(dim=0)
         return {
@@ -217,7 +226,8 @@ class SlotCon(nn.Module):
         if self.config.align == "assignments":
             return align_to_overlap(view.scores, overlap, flipped)
         features = align_to_overlap(view.features, overlap, flipped)
-        return cosine_scores(features, branch.grouping.prototypes)
+        with record_function("slotcon.grouping"):
+            return cosine_scores(features, branch.grouping.prototypes)
 
     @torch.no_grad()
     def _update_center(self, teacher: list[Grouped], micro_batches: int) -> None:

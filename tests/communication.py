@@ -1,12 +1,12 @@
-"""What a step sends between processes: counted on two of them, beside what follows from the model.
+"""Bytes that a training step sends between processes: counted on two, or computed from the model.
 
     python -m tests.communication [--config configs/coco_r50_800ep.yaml] [--batch 4]
 
-Counted are the tensors that each process hands to a collective, by purpose: gradients, keys of the
-slot loss, counts, centre. How many bytes then cross the wire is the library's choice; a ring sends
-2·(W − 1)/W times a summed tensor from each of W processes. On CPUs there is no SyncBatchNorm, so
-its part is computed: for each layer with C channels and each view, 2C + 1 values gathered from each
-process in the forward, 2C summed in the backward.
+It counts the tensors that each process passes to a collective, by purpose: gradients, keys of the
+slot loss, counts, centre. The library decides how many bytes cross the wire: a ring sends
+2·(W − 1)/W times a summed tensor from each of W processes. CPUs have no SyncBatchNorm, so its part
+is computed. For each layer with C channels and each view it gathers 2C + 1 values from each process
+in the forward, and sums 2C in the backward.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from model import ModelConfig, SlotCon
 from tests.helpers.processes import run_workers
 from train.config import load_config
 
-SIDE = 64  # of the views; what is sent does not depend on it, but for how many slots are active
+SIDE = 64  # of the views; it changes the bytes only through the number of active slots
 
 
 def count(model_config: ModelConfig, batch: int) -> Counter[str]:
-    """Bytes that a process hands to each kind of collective in one step."""
+    """Bytes that a process passes to each kind of collective in one step."""
     with TemporaryDirectory() as folder:
         run_workers(_worker, Path(folder), model_config, batch, limit_s=600)
-        found: Counter[str] = torch.load(Path(folder) / "0.pt", weights_only=False)
-    return found
+        sent: Counter[str] = torch.load(Path(folder) / "0.pt", weights_only=False)
+    return sent
 
 
 def _worker(rank: int, folder: Path, config: ModelConfig, batch: int) -> None:
@@ -77,7 +77,7 @@ def statistics(model: SlotCon) -> tuple[int, int]:
         return sum(2 * width + 1 for width in widths), sum(2 * width for width in widths)
 
     student, predictor = channels(model.student), channels(model.predictor)
-    gathered = 2 * (2 * student[0] + predictor[0])  # the teacher's as well
+    gathered = 2 * (2 * student[0] + predictor[0])  # the teacher gathers as much
     return 4 * gathered, 4 * 2 * (student[1] + predictor[1])
 
 
@@ -91,13 +91,13 @@ def main() -> None:
     sent = count(config.model, args.batch)
     gathered, summed = statistics(SlotCon(config.model))
     rows = [
-        *((what, size, "counted") for what, size in sorted(sent.items())),
+        *((purpose, size, "counted") for purpose, size in sorted(sent.items())),
         ("gathered: batch statistics", gathered, "computed"),
         ("summed: batch statistics", summed, "computed"),
     ]
     print(f"{args.config}, {args.batch} images a process, views of {SIDE} pixels", file=sys.stderr)
-    for what, size, how in rows:
-        print(f"{what:30} {size:13,} bytes  {how}")
+    for purpose, size, how in rows:
+        print(f"{purpose:30} {size:13,} bytes  {how}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""How near each way of making views comes to PIL, given the same images and view parameters.
+"""Errors against PIL of each way to make views, given the same images and view parameters.
 
     python -m tests.fidelity --images /data/coco/train2017
     python -m tests.fidelity --images /data/coco/train2017 --ways triton --count 8 --size 32 \\
         --cases geometry "all colour" recipe
 
-A way is a backend, which crops and colours whole images, or "host" or "dali", which crop (DALI
-decodes as well) before the reference colours. Geometry is crop, resize and flip, with everything
-else off; a single colour operation gets PIL's own crops, so its row holds no other error. Without a
-GPU triton runs in its interpreter, which takes seconds for each small view.
+A way is a backend, which crops and colours whole images; or it is "host" or "dali", which crop
+(DALI also decodes) before the reference colours. Geometry is crop, resize and flip, with everything
+else off. A single colour operation gets PIL's crops, so its row holds no other error. Without a GPU
+triton runs in its interpreter, which takes seconds for each small view.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from train.run.provenance import provenance
 
 WAYS = (*(name for name in BACKENDS if name != "reference"), "host", "dali")
 EDGE = 8
-"""Levels of 255. Values that are further off are counted: what a threshold or an edge may do."""
+"""Levels of 255. Larger errors are counted: thresholds and edges may cause a few."""
 BATCH = 8
 
 OFF: dict[str, Any] = {
@@ -63,7 +63,7 @@ HEAD = (
 
 
 class Error(NamedTuple):
-    """Over all views of a case; errors in levels of 255."""
+    """Errors over all views of a case, in levels of 255."""
 
     way: str
     case: str
@@ -99,7 +99,7 @@ def measure(way: str, case: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Erro
 def views_of(
     beton: Beton, way: str, views: ViewConfig, count: int, device: torch.device
 ) -> list[Tensor]:
-    """The first `count` images' views through the loader: each a batch [2, B, 3, S, S]."""
+    """Batches [2, B, 3, S, S] of the first `count` images' views, through the loader."""
     crops, backend = (way, "reference") if way in ("host", "dali") else ("device", way)
     loader = make_loader(
         beton, views, BATCH, crops=crops, backend=backend, device=device, seed=0,
@@ -121,7 +121,7 @@ def compare(
     count: int,
     device: torch.device,
 ) -> Iterator[Error]:
-    """Every case of every way."""
+    """The errors of every case of every way."""
     cpu = torch.device("cpu")
     for case, changes in ((case, WHOLE[case]) for case in cases if case in WHOLE):
         views = ViewConfig(size=size, **changes)

@@ -1,10 +1,10 @@
-"""SlotCon's training step written down plainly: the baseline of the benchmark, and of parity.
+"""SlotCon's training step in one process, written plainly: the baseline of the benchmark.
 
-It is the recipe as the paper and the authors' published implementation have it: NCHW, autocast with
-loss scaling on CUDA, a loop over tensors for the teacher and for LARS, a Python branch on each
-image's flip flag, `nonzero` for the active slots, the loss read by the host at every step, all
-teacher slots gathered whether active or not. The network's modules are those of a `SlotCon`; of its
-losses, selection and optimiser nothing is used here.
+It follows the paper and the authors' published implementation: NCHW, autocast with loss scaling on
+CUDA, a loop over tensors for the teacher and for LARS, a Python branch on each image's flip flag,
+`nonzero` for the active slots, all teacher slots normalised whether active or not, the loss read by
+the host at every step. It uses the network's modules of a `SlotCon`, but not its losses, selection
+or optimiser.
 
 B images, K prototypes, D features, H W cells, S side of a view, N queries, M keys.
 """
@@ -12,9 +12,9 @@ B images, K prototypes, D features, H W cells, S side of a view, N queries, M ke
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import record_function
 from torchvision.ops import roi_align
 
 from model import ModelConfig, SlotCon
@@ -22,10 +22,10 @@ from model.slotcon import Branch
 
 
 class PlainStep:
-    """One training step after another on a model that stays in NCHW; `model` is changed in place.
+    """Training steps in NCHW. Changes `model` in place.
 
-    `dtype` is that of autocast; float32 is without, float16 with loss scaling. `ValueError` where
-    the model's settings make it a variant, of which there is no plain version.
+    `dtype` is that of autocast: float32 turns autocast off, float16 adds loss scaling. ValueError
+    for a variant of the method, which has no plain version.
     """
 
     def __init__(
@@ -54,11 +54,12 @@ class PlainStep:
         lr: float = 1e-6,
         teacher_momentum: float = 0.99,
     ) -> float:
-        """The loss of a batch, and one step down: views [2, B, 3, S, S], overlap [2, B, 4],
-        flipped bool [2, B], as `SlotCon.forward` takes them.
+        """One step on a batch; returns its loss.
+
+        views [2, B, 3, S, S], overlap [2, B, 4], flipped bool [2, B]: as for `SlotCon.forward`.
         """
         views = views.contiguous()
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # as the authors' run has it
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # as in the authors' run
             mixed = self.dtype != torch.float32
             with torch.autocast(self.device.type, self.dtype if mixed else None, enabled=mixed):
                 loss = self.loss(views, overlap, flipped, teacher_momentum)
@@ -74,27 +75,42 @@ class PlainStep:
     def loss(
         self, views: Tensor, overlap: Tensor, flipped: Tensor, teacher_momentum: float
     ) -> Tensor:
-        """Forward of both networks, with the teacher's update in between; a scalar."""
+        """Forward of both networks, with the teacher's update in between. Returns a scalar."""
         model, config = self.model, self.model.config
-        student = [features_of(model.student, view) for view in views]
-        with torch.no_grad():
+        with record_function("slotcon.student"):
+            student = [features_of(model.student, view) for view in views]
+        with record_function("slotcon.teacher update"):
             update_teacher(model, teacher_momentum)
+        with record_function("slotcon.teacher"), torch.no_grad():
             teacher = [features_of(model.teacher, view) for view in views]
-        temperature = config.teacher_temp
-        prototypes = model.student.grouping.prototypes
-        slots, scores = zip(*(group(x, prototypes, temperature) for x in student), strict=True)
-        with torch.no_grad():
-            prototypes = model.teacher.grouping.prototypes
-            targets, marks = zip(*(group(x, prototypes, temperature) for x in teacher), strict=True)
-            marks_aligned = [align(marks[v], overlap[v], flipped[v]) for v in (0, 1)]
-        scores_aligned = [align(scores[v], overlap[v], flipped[v]) for v in (0, 1)]
+        with record_function("slotcon.grouping"):
+            slots, scores = self._grouped(model.student, student)
+            with torch.no_grad():
+                targets, teacher_scores = self._grouped(model.teacher, teacher)
+        with record_function("slotcon.geometry"):
+            predicted = [align(scores[v], overlap[v], flipped[v]) for v in (0, 1)]
+            with torch.no_grad():
+                expected = [align(teacher_scores[v], overlap[v], flipped[v]) for v in (0, 1)]
 
         weight = config.group_loss_weight
-        loss = weight * self._grouping(scores_aligned[0], marks_aligned[1])
-        loss = loss + weight * self._grouping(scores_aligned[1], marks_aligned[0])
-        self._update_center(torch.cat(marks))
-        loss = loss + (1 - weight) * self._contrast(slots[0], targets[1], scores[0], marks[1])
-        return loss + (1 - weight) * self._contrast(slots[1], targets[0], scores[1], marks[0])
+        with record_function("slotcon.losses"):
+            terms = [weight * self._grouping(predicted[v], expected[1 - v]) for v in (0, 1)]
+            self._update_center(torch.cat(teacher_scores))
+        with record_function("slotcon.slots"):
+            terms += [
+                (1 - weight)
+                * self._contrast(slots[v], targets[1 - v], scores[v], teacher_scores[1 - v])
+                for v in (0, 1)
+            ]
+        return sum(terms[1:], start=terms[0])
+
+    def _grouped(
+        self, branch: Branch, views: list[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Slots and scores of both views' features."""
+        prototypes, temperature = branch.grouping.prototypes, self.model.config.teacher_temp
+        slots, scores = zip(*(group(x, prototypes, temperature) for x in views), strict=True)
+        return slots, scores
 
     def _grouping(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Cross-entropy between aligned scores [B, K, H, W], mean over all cells."""
@@ -106,37 +122,35 @@ class PlainStep:
 
     @torch.no_grad()
     def _update_center(self, scores: Tensor) -> None:
-        """scores [2B, K, H, W] of the teacher, before they were aligned."""
+        """From the teacher's scores [2B, K, H, W], not aligned."""
         rows = rows_of(scores)
-        total = rows.sum(dim=0, keepdim=True)
-        if _processes() > 1:
-            dist.all_reduce(total)
-        mean = total / (len(rows) * _processes())
+        mean = rows.sum(dim=0, keepdim=True) / len(rows)
         kept = self.model.config.center_momentum
         self.model.center = self.model.center * kept + mean * (1 - kept)
 
-    def _contrast(self, slots: Tensor, targets: Tensor, scores: Tensor, marks: Tensor) -> Tensor:
-        """InfoNCE of the student's slots [B, K, D] against the teacher's [B, K, D] of all
-        processes; scores and marks [B, K, H, W] say which are active. Fewer than two pairs have no
-        batch statistics: then zero, where the authors' code fails.
+    def _contrast(
+        self, slots: Tensor, targets: Tensor, scores: Tensor, teacher_scores: Tensor
+    ) -> Tensor:
+        """InfoNCE of the student's slots [B, K, D] against the teacher's targets [B, K, D].
+
+        scores and teacher_scores [B, K, H, W] say which are active. Fewer than two pairs have no
+        batch statistics: then the loss is zero, where the authors' code fails.
         """
         temperature = self.model.config.contrast_temp
         queries, keys = slots.flatten(0, 1), F.normalize(targets.flatten(0, 1), dim=1)
-        held = wins(marks).flatten()
-        pairs = (wins(scores).flatten() & held).nonzero().squeeze(1)
-        keys, held = _gather(keys), _gather(held)
+        active = wins(teacher_scores).flatten()
+        pairs = (wins(scores).flatten() & active).nonzero().squeeze(1)
         if len(pairs) < 2:
             weights = [weight.sum() for weight in self.model.predictor.parameters()]
             return 0 * torch.stack([queries.sum(), *weights]).sum()
         predicted = F.normalize(self.model.predictor(queries[pairs]), dim=1)
-        logits = predicted @ keys[held.nonzero().squeeze(1)].T / temperature
-        offset = _rank() * len(queries)
-        positive = held.long().cumsum(0)[pairs + offset] - 1
+        logits = predicted @ keys[active.nonzero().squeeze(1)].T / temperature
+        positive = active.long().cumsum(0)[pairs] - 1
         return F.cross_entropy(logits, positive) * (2 * temperature)
 
 
 def is_plain(config: ModelConfig) -> bool:
-    """Whether a model is SlotCon itself, none of its variants."""
+    """Whether a model is SlotCon itself, not a variant."""
     standard = ("slot_loss", "align", "image_loss_weight")
     return all(getattr(config, name) == getattr(ModelConfig, name) for name in standard)
 
@@ -181,7 +195,7 @@ def update_teacher(model: SlotCon, momentum: float) -> None:
 
 
 def features_of(branch: Branch, view: Tensor) -> Tensor:
-    """What a network makes of a view [B, 3, S, S]: [B, D, H, W]."""
+    """Projected features [B, D, H, W] of a view [B, 3, S, S]."""
     features: Tensor = branch.projector(branch.encoder(view))
     return features
 
@@ -198,7 +212,7 @@ def group(features: Tensor, prototypes: Tensor, temperature: float) -> tuple[Ten
 
 
 def align(scores: Tensor, overlap: Tensor, flipped: Tensor) -> Tensor:
-    """Scores [B, K, H, W] on the pixels that both views share, [B, K, H, W]."""
+    """Scores [B, K, H, W] resampled to the pixels that both views share: [B, K, H, W]."""
     height, width = scores.shape[2:]
     corners = overlap.clone()
     corners[:, 0::2] *= width
@@ -211,7 +225,7 @@ def align(scores: Tensor, overlap: Tensor, flipped: Tensor) -> Tensor:
 
 
 def wins(scores: Tensor) -> Tensor:
-    """Which slots [B, K] have the highest of the scores [B, K, H, W] in one cell or more."""
+    """Slots with the highest score [B, K, H, W] in at least one cell: bool [B, K]."""
     best = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
     return best.sum(dim=(2, 3)) > 0
 
@@ -219,21 +233,3 @@ def wins(scores: Tensor) -> Tensor:
 def rows_of(scores: Tensor) -> Tensor:
     """[B, K, H, W] as [B·H·W, K]."""
     return scores.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-@torch.no_grad()
-def _gather(tensor: Tensor) -> Tensor:
-    """Those of all processes, one after the other."""
-    if _processes() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(_processes())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)

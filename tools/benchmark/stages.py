@@ -1,6 +1,6 @@
-"""The stages of the road from a beton to a trained step, each measured alone on the same images.
+"""The stages from a beton to a training step, each measured alone on the same images.
 
-Nothing here needs ffcv's native library before a stage reads a beton.
+Only stages that read a beton need ffcv's native library.
 """
 
 import copy
@@ -24,9 +24,9 @@ from pipeline.choices import CROPS, Crops
 from pipeline.errors import UserError
 from pipeline.ffcv_format import JPEG
 from pipeline.views import ViewConfig, ViewParams, sample_views
-from pipeline.views_array import sample_views_numpy, sample_views_torch
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
+from tools.benchmark.verdict import find, plain_copy
 from train.metrics import Stopwatch
 
 if TYPE_CHECKING:
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from pipeline.loader import Batch, RecordLoader
 
 PER_IMAGE = 32
-"""Batch of the reference backend, which goes image by image: more would only take longer."""
+"""Batch of the reference backend: it works image by image, so a larger batch only takes longer."""
 EPOCH = 8
-"""Batches of the shortest epoch; the images of a smaller beton are taken several times."""
+"""Batches of the shortest epoch; the images of a smaller beton are repeated."""
 COPY = {"cpu": 1 << 28, "cuda": 1 << 30}
-"""Bytes of the buffers that are copied: far larger than any cache."""
+"""Bytes of the copied buffers: far larger than any cache."""
 
 
 def repeated(beton: "Beton", count: int) -> "Beton":
-    """The beton, its images taken several times over if they are fewer than `count`."""
+    """The beton, its images repeated until they are at least `count`."""
     if len(beton) >= count:
         return beton
     longer = copy.copy(beton)
-    longer.file = os.dup(beton.file)  # each closes its own
+    longer.file = os.dup(beton.file)  # each of the two closes its file
     times = -(-count // len(beton))
     longer.records = np.tile(beton.records, (times, 1))
     longer.height, longer.width = np.tile(beton.height, times), np.tile(beton.width, times)
@@ -56,8 +56,8 @@ def repeated(beton: "Beton", count: int) -> "Beton":
 
 
 def read(bench: Bench) -> None:
-    """Bytes of the records into memory, no decoding: from the page cache, and from the disk, as far
-    as the system forgets what it has read when told to. Bytes: those of the records.
+    """Records into memory, not decoded: from the page cache, then from the disk, if the system
+    follows the advice to forget the pages. Bytes: the records'.
     """
     beton = _beton(bench)
     records = np.unique(beton.records[: bench.images, :2], axis=0).tolist()
@@ -81,9 +81,9 @@ def read(bench: Bench) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """Bare libjpeg-turbo on bytes in memory, the ceiling; the loader, which reads and decodes the
-    same images into canvases; the same with both crops cut on its threads; DALI's decoder. Bytes:
-    those of the images' pixels.
+    """Bare libjpeg-turbo on bytes in memory, the upper bound; the loader, which reads and decodes
+    the same images into canvases; the loader that cuts both crops too; DALI's decoder. Bytes: the
+    images' pixels.
     """
     from pipeline.loader import CanvasLoader, CropLoader
 
@@ -116,7 +116,7 @@ def _decode_all(loader: "RecordLoader", batches: Sequence[np.ndarray]) -> None:
 
 
 def _jpegs(beton: "Beton", images: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
-    """Bytes, height and width of each; nothing where not all of them are JPEGs."""
+    """Bytes, height and width of each image; empty unless all are JPEGs."""
     records = beton.records[images].tolist()
     if any(mode != JPEG for *_, mode in records):
         return []
@@ -126,12 +126,12 @@ def _jpegs(beton: "Beton", images: np.ndarray) -> list[tuple[np.ndarray, int, in
     ]
 
 
-def _decode_part(beton: "Beton", own: Iterator[tuple[np.ndarray, int, int]]) -> None:
+def _decode_part(beton: "Beton", jpegs: Iterator[tuple[np.ndarray, int, int]]) -> None:
     from pipeline import turbojpeg
 
     decoder = turbojpeg.Decoder(0)
     pixels = np.empty(int((beton.height * beton.width).max()) * 3, np.uint8)
-    for jpeg, height, width in own:
+    for jpeg, height, width in jpegs:
         code = turbojpeg.decompress(
             decoder.handle, jpeg.ctypes.data, jpeg.size, pixels.ctypes.data,
             width, 0, height, turbojpeg.RGB, turbojpeg.ACCURATE_DCT,
@@ -141,9 +141,9 @@ def _decode_part(beton: "Beton", own: Iterator[tuple[np.ndarray, int, int]]) -> 
 
 
 def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callable[[], object]:
-    """DALI's decoder on bytes in memory, with the same DCT; on the GPU where there is one.
+    """DALI's decoder on bytes in memory, with the same DCT, on the GPU if there is one.
 
-    One batch at a time: what it decodes ahead takes the time of whoever is measured next.
+    One batch at a time: decoding ahead would take its time from the next measurement.
     """
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
@@ -181,21 +181,10 @@ def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callab
 
 
 def params(bench: Bench) -> None:
-    """All random numbers of a batch's pairs of views: on one core by Numba, as in training, and by
-    NumPy; by PyTorch on the device.
-    """
-    samplers: dict[str, Callable[..., ViewParams]] = {
-        "numba": sample_views,
-        "numpy": sample_views_numpy,
-        "torch": partial(sample_views_torch, device=bench.device),
-    }
-    images, views = _sizes(bench), bench.config.views
-    count = len(images[0])
-    works = []
-    for name, sample in samplers.items():
-        call = partial(sample, 0, 0, *images, views)
-        works.append(Work("params", name, call, count, bench.batch, _threads(bench, name)))
-    bench.measure(works, ratio_to="numba")
+    """All random numbers of a batch's pairs of views, on one core."""
+    images = _sizes(bench)
+    call = partial(sample_views, 0, 0, *images, bench.config.views)
+    bench.measure([Work("params", "numba", call, len(images[0]), bench.batch, 1)])
 
 
 def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -207,8 +196,8 @@ def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def transfer(bench: Bench) -> None:
-    """Canvases from pinned host memory to the device, and the ceiling of every pass over memory: a
-    plain copy. Bytes: those of the canvases; of a plain copy, read and written.
+    """Canvases from pinned host memory to the device; a plain copy in the memory where views are
+    made, the upper bound of every pass over it. Bytes: the canvases'; of a copy, read and written.
     """
     if bench.device.type == "cuda":
         _, canvas, *_ = bench.sample()
@@ -223,7 +212,7 @@ def transfer(bench: Bench) -> None:
 
 
 def _copy(bench: Bench) -> None:
-    """Images: as many as could get their views if the bytes of those only had to be copied."""
+    """A plain copy; its images/s are the upper bound that memory bandwidth sets for views."""
     which, height, width = _sizes(bench)
     drawn = sample_views(0, 0, which, height, width, bench.config.views)
     kind = bench.device.type
@@ -236,13 +225,13 @@ def _copy(bench: Bench) -> None:
 
 
 def least_bytes(drawn: ViewParams, size: int, dtype: torch.dtype) -> int:
-    """What augmentation must move: the crops' pixels read, the views written."""
+    """Bytes that augmentation must move: the crops' pixels read, the views written."""
     x0, y0, x1, y1 = np.moveaxis(drawn.crops.astype(np.int64), -1, 0)
     return int(((x1 - x0) * (y1 - y0)).sum() * 3) + drawn.grey.size * 3 * size**2 * dtype.itemsize
 
 
 def operations(views: ViewConfig) -> dict[str, ViewConfig]:
-    """Each operation alone: all others but crop and resize off."""
+    """Each operation alone: all others are off, except crop and resize."""
     off = {"jitter": 0, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
     off |= {"flip": 0, "grey": 0}
     plain: Mapping[str, Any] = {**off, "blur": (0, 0), "solarize": (0, 0)}
@@ -254,44 +243,43 @@ def operations(views: ViewConfig) -> dict[str, ViewConfig]:
 
 
 def augment(bench: Bench) -> None:
-    """Both views of decoded images by each backend: the whole recipe, then crop and resize with one
-    operation more, then the last one alone, which turns levels into numbers. Bytes: `least_bytes`.
+    """Both views of decoded images by each backend: the whole recipe; crop and resize with one
+    operation more; normalisation of finished crops. Bytes: crops read, views written.
     """
-    if bench.find("transfer", "device copy", "memory copy") is None:
+    if plain_copy(bench.results) is None:
         _copy(bench)
     backends = _usable(bench, "augment")
     which, host, height, width = bench.sample()
     canvas = host.to(bench.device)
     sizes = torch.from_numpy(np.stack([height, width], axis=1))
-    size, device, dtype = bench.config.views.size, bench.device, bench.dtype
+    side, device, dtype = bench.config.views.size, bench.device, bench.dtype
+    shape = (2, len(which), side, side, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
     def work(name: str, operation: str | None, views: ViewConfig) -> Work:
-        few = slice(min(bench.batch, PER_IMAGE) if name == "reference" else bench.batch)
+        few = slice(_batch(bench, name))
+        count = len(which[few])
         drawn = sample_views(0, 0, which[few], height[few], width[few], views)
-        call = partial(get_backend(name).apply, canvas[few], sizes[few], drawn, size, device, dtype)
-        count, least = len(which[few]), least_bytes(drawn, size, dtype)
-        return Work("augment", name, call, count, count, _threads(bench, name), least, operation)
-
-    def normalise(name: str) -> Work:
-        count = min(bench.batch, PER_IMAGE) if name == "reference" else bench.batch
-        drawn = sample_views(
-            0, 0, which[:count], height[:count], width[:count], alone["crop + resize"]
-        )
-        pixels = torch.randint(0, 256, (2, count, size, size, 3), dtype=torch.uint8, device=device)
-        call = partial(get_backend(name).colour, pixels, drawn, device, dtype)
-        moved = pixels.numel() * (1 + dtype.itemsize)
-        threads = _threads(bench, name)
-        return Work("augment", name, call, count, count, threads, moved, "normalise")
+        backend = get_backend(name)
+        if operation == "normalise":
+            crops = pixels[:, few].contiguous()
+            call = partial(backend.colour, crops, drawn, device, dtype)
+            moved = crops.numel() * (1 + dtype.itemsize)
+        else:
+            call = partial(backend.apply, canvas[few], sizes[few], drawn, side, device, dtype)
+            moved = least_bytes(drawn, side, dtype)
+        return Work("augment", name, call, count, count, _threads(bench, name), moved, operation)
 
     alone = operations(bench.config.views)
-    for operation, views in ((None, bench.config.views), *alone.items()):
+    recipes: list[tuple[str | None, ViewConfig]] = [(None, bench.config.views), *alone.items()]
+    for operation, views in (*recipes, ("normalise", alone["crop + resize"])):
         bench.measure([work(name, operation, views) for name in backends], ratio_to="kornia")
-    bench.measure([normalise(name) for name in backends], ratio_to="kornia")
 
 
 def pipeline(bench: Bench) -> None:
-    """The whole data path, from the beton to views on the device: each backend, wherever it can
-    crop; and training from the fastest of each. Bytes: those of the records.
+    """The whole data path, from the beton to views on the device, by each backend, with crops on
+    the device, on the host, by DALI; then training from the fastest of each ("overlap"), and its
+    wait for data. Bytes: the records'.
     """
     beton = _beton(bench)
     backends = _usable(bench, "pipeline")
@@ -300,20 +288,20 @@ def pipeline(bench: Bench) -> None:
     for crops in CROPS:
         if crops == "dali" and not _has_dali(bench, "pipeline"):
             continue
-        found = []
+        results = []
         for name in backends:
-            batch = min(bench.batch, PER_IMAGE) if name == "reference" else bench.batch
+            batch = _batch(bench, name)
             with closing(batches(bench, name, crops, batch)) as stream:
                 size = int(beton.records[:, 1].mean() * batch)
                 call = partial(next, stream)
                 work = Work("pipeline", name, call, batch, batch, bench.cores, size, crops=crops)
-                found += bench.measure([work])
-        fastest = max(found, key=lambda result: result.images_per_s)
+                results += bench.measure([work])
+        fastest = max(results, key=lambda result: result.images_per_s)
         _overlap(bench, train, fastest.backend, crops)
 
 
 def batches(bench: Bench, backend: str, crops: Crops, batch: int) -> Generator["Batch", None, None]:
-    """Batches without end, from a loader that is running already."""
+    """Endless batches from a loader that has started."""
     from pipeline.loader import make_loader
 
     beton = _beton(bench)
@@ -323,30 +311,28 @@ def batches(bench: Bench, backend: str, crops: Crops, batch: int) -> Generator["
         window_bytes=int(data.window_gb * 1e9), device=bench.device, dtype=bench.dtype,
         threads=bench.cores,
     )  # fmt: skip
-    # DALI's source checks a record when it first meets it; a run of many epochs does that once.
+    # DALI's source checks each record in the first epoch only, of many in a run.
     warm = loader.steps_per_epoch if crops == "dali" and len(beton) <= EPOCH * bench.batch else 4
 
-    def without_end() -> Generator["Batch", None, None]:
+    def endless() -> Generator["Batch", None, None]:
         epoch = 0
         while True:
             yield from loader.epoch(epoch)
             epoch += 1
 
-    stream = without_end()
+    stream = endless()
     for _ in range(warm):
         next(stream)
     return stream
 
 
 def _overlap(bench: Bench, train: Step, name: str, crops: Crops) -> None:
-    """Training steps on what the loader brings, and how long they waited for it: the trainer's own
-    measure of "data wait".
-    """
+    """Training steps on the loader's batches; the trainer's stopwatch measures their data wait."""
     batch = bench.batch
     work = Work(
         "pipeline", name, lambda: None, batch, batch, bench.cores, operation="overlap", crops=crops
     )
-    bench.tell(work)
+    bench.progress(work)
     stopwatch = Stopwatch(bench.device)
     rates, waits = [], []
     with closing(batches(bench, name, crops, batch)) as stream:
@@ -368,7 +354,7 @@ def _overlap(bench: Bench, train: Step, name: str, crops: Crops) -> None:
         to_result(work, rates, [batch / rate for rate in rates]),
         wait_share=statistics.median(waits),
     )
-    if cached := bench.find("step", "fast"):
+    if cached := find(bench.results, "step", "fast"):
         ratio = result.images_per_s / cached.images_per_s
         result = replace(result, ratio=ratio, ratio_to="step")
     bench.results.append(result)
@@ -384,13 +370,16 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "pipeline": pipeline,
 }
 FROM_A_FILE = ("read", "decode", "pipeline")
-"""Stages that generated canvases are not enough for."""
+"""Stages that need a beton."""
 
 
 def _threads(bench: Bench, name: str) -> int:
-    """Of the host: what is PyTorch's uses as many as that was given, unless a GPU does the work."""
-    on_host = bench.device.type == "cpu" and name in ("torch", "kornia")
-    return torch.get_num_threads() if on_host else 1
+    """Threads of the host: kornia uses PyTorch's, unless a GPU does the work."""
+    return torch.get_num_threads() if bench.device.type == "cpu" and name == "kornia" else 1
+
+
+def _batch(bench: Bench, name: str) -> int:
+    return min(bench.batch, PER_IMAGE) if name == "reference" else bench.batch
 
 
 def _beton(bench: Bench) -> "Beton":
@@ -400,7 +389,7 @@ def _beton(bench: Bench) -> "Beton":
 
 
 def _usable(bench: Bench, stage: str) -> list[str]:
-    """Backends that can be measured here."""
+    """Backends that run on this device."""
     if bench.device.type == "cuda" or "triton" not in bench.backends:
         return list(bench.backends)
     bench.skip(f"{stage} by triton", "without a GPU it runs in an interpreter, for tests only")
@@ -408,14 +397,14 @@ def _usable(bench: Bench, stage: str) -> list[str]:
 
 
 def _has_dali(bench: Bench, stage: str) -> bool:
-    there = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    if not there:
+    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    if not installed:
         bench.skip(f"{stage} by dali", "NVIDIA DALI is not installed")
-    return there
+    return installed
 
 
 def _in_threads(part: Callable[[Iterator[Any]], None], items: Sequence[Any], threads: int) -> None:
-    """Let threads take from `items` until nothing is left; raises what a thread raises."""
+    """Let threads take from `items` until none is left. An error of a thread is raised here."""
     left = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(part, left) for _ in range(threads)]:

@@ -1,22 +1,23 @@
-"""The training step on views that are already there: the plain recipe and what the trainer runs, by
-turns; where the time goes, how many operators and launches it takes, how much memory.
+"""The training step on views that are already there: the plain recipe and the trainer's step, by
+turns, and the time of its parts, its operators, launches and memory.
 """
 
 import copy
 import gc
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from model import ModelOutput, SlotCon, prepare
+from model import ModelConfig, ModelOutput, SlotCon, prepare
 from model.encoder import cells_of
 from pipeline.errors import UserError
 from pipeline.views import ViewConfig, sample_views
@@ -28,10 +29,10 @@ from train.lars import LARS
 from train.metrics import Meter
 
 LOG_EVERY = 10
-"""Steps between two log lines, where the trainer adapts the slots' buffers."""
+"""Steps between two log lines, at which the trainer adapts the slots' buffers."""
 SMALL = 1e-6
-"""Learning rate of the steps that are timed: they cost the same, and the weights stay as they are,
-with as many active slots in the last step as in the first."""
+"""Learning rate of the timed steps. The weights hardly change, so that as many slots are active in
+the last step as in the first."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "compile": {"compile": True, "checkpointing": False},
     "checkpointing": {"checkpointing": True, "compile": False},
@@ -39,19 +40,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "static": {"slot_selection": "static"},
     "nchw": {"channels_last": False},
 }
-"""Settings of `efficiency` that can be measured beside the configuration's own."""
+"""Settings of `efficiency` that can be measured besides the configuration's."""
+
+Way = tuple[str, str | None]
+"""A backend, "plain" or "fast", and one of `VARIANTS` or None."""
 
 
-class Step(Protocol):
-    """One training step."""
-
-    def __call__(self, views: Tensor, overlap: Tensor, flipped: Tensor) -> object: ...
+Step = Callable[[Tensor, Tensor, Tensor], object]
+"""One training step on views, overlap and flipped."""
 
 
 class FastStep:
-    """What the trainer does in a step of one process, by the same functions: teacher, forward,
-    metrics, backward, LARS, and at log lines the size of the slots' buffers. `model` is changed in
-    place.
+    """The trainer's step in one process, by the same functions. Changes `model` in place.
+
+    Teacher, forward, metrics, backward, LARS, and at log lines the size of the slots' buffers.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class FastStep:
             weights, lr=0.0, momentum=momentum, weight_decay=weight_decay, eta=eta
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        accelerator = cast(Accelerator, _OneProcess(device))
+        accelerator = cast(Accelerator, SimpleNamespace(device=device))  # all that `add` needs
         self.meter = Meter(accelerator, model.term_names, model.config.num_prototypes)
         self.adapts = efficiency.selects_statically(device.type)
         self.steps = 0
@@ -113,17 +115,10 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
-class _OneProcess:
-    """All that adding to a `Meter` needs of an accelerator."""
-
-    device: torch.device
-
-
 def make_step(
     model: SlotCon, config: RunConfig, backend: str, dtype: torch.dtype, variant: str | None = None
 ) -> Step:
-    """The step of a backend, "plain" or "fast", on a model that is its own from now on."""
+    """The step of a backend, "plain" or "fast". It changes `model`."""
     train = config.train
     efficiency = replace(config.efficiency, **(VARIANTS[variant] if variant else {}))
     make = PlainStep if backend == "plain" else partial(FastStep, efficiency=efficiency)
@@ -144,8 +139,9 @@ def step_views(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of noise, alike within a pair, with overlaps and flips as training draws them: views
-    [2, B, 3, S, S], overlap [2, B, 4], flipped [2, B].
+    """Views of noise, alike within a pair, with overlaps and flips as training draws them.
+
+    Returns views [2, B, 3, S, S], overlap [2, B, 4], flipped bool [2, B].
     """
     sides = np.full(images, 480)
     drawn = sample_views(seed, 0, np.arange(images), sides, sides, ViewConfig(size=side))
@@ -158,10 +154,10 @@ def step_views(
 
 @torch.no_grad()
 def spread_prototypes(model: SlotCon, views: Tensor) -> None:
-    """Make prototypes of features of cells of `views` [2, B, 3, S, S], the same for both networks.
+    """Take the prototypes of both networks from features of cells of `views` [2, B, 3, S, S].
 
-    Prototypes drawn at random all lose to one, since the features of an untrained network are much
-    alike: the loss would have one slot an image to contrast, where training has several.
+    The features of an untrained network are much alike, so that one random prototype wins all
+    cells. The loss would contrast one slot an image, where training contrasts several.
     """
     features = model.student(views[0]).features
     cells = features.permute(0, 2, 3, 1).flatten(0, 2)
@@ -171,51 +167,67 @@ def spread_prototypes(model: SlotCon, views: Tensor) -> None:
         branch.grouping.prototypes.copy_(chosen + 0.01 * chosen.std() * torch.randn_like(chosen))
 
 
-def step(bench: Bench) -> None:
-    """Both backends and what else was asked for, by turns; then a profile of each."""
-    config = bench.config
-    ways: list[tuple[str, str | None]] = [("plain", None), ("fast", None)]
-    if not is_plain(config.model):
-        bench.skip("step, plain", "this configuration is a variant of the method")
-        ways = ways[1:]
-    ways += [("fast", variant) for variant in bench.also]
-    start = SlotCon(config.model)
-    spread_prototypes(start, step_views(min(bench.batch, 8), config.views.size)[0])
-    works, models, details = [], [], []
+def ways_of(config: ModelConfig) -> list[Way]:
+    """Plain and fast; a variant of the method has no plain step."""
+    return [("plain", None), ("fast", None)] if is_plain(config) else [("fast", None)]
+
+
+def start_of(bench: Bench) -> SlotCon:
+    """A model with several active slots an image, on the CPU."""
+    model = SlotCon(bench.config.model)
+    spread_prototypes(model, _few_views(bench)[0])
+    return model
+
+
+def step_works(bench: Bench, start: SlotCon, ways: Sequence[Way]) -> Iterator[Work]:
+    """The step of each way, on a copy of `start` and a batch that are on the device already."""
     for backend, variant in ways:
+        model = copy.deepcopy(start).to(bench.device)
+        data = step_data(bench, bench.config.views.size, bench.batch, backend)
+        train = make_step(model, bench.config, backend, bench.dtype, variant)
+        yield _work(bench, backend, variant, partial(train, *data))
+
+
+def step(bench: Bench) -> None:
+    """A training step on views that are already there: the plain recipe, the trainer's step, and
+    the variants of --also, by turns; then parts, operators, launches and memory of each.
+    """
+    ways, start = ways_of(bench.config.model), start_of(bench)
+    if len(ways) == 1:
+        bench.skip("step, plain", "this configuration is a variant of the method")
+    ways += [("fast", variant) for variant in bench.also]
+    works, details, before = [], [], _allocated(bench.device)
+    for work in step_works(bench, start, ways):
+        works.append(work)
+        details.append(_warm_up(bench, work.call, before))
         before = _allocated(bench.device)
-        models.append(copy.deepcopy(start).to(bench.device))
-        data = step_data(bench, config.views.size, bench.batch, backend)
-        call = partial(make_step(models[-1], config, backend, bench.dtype, variant), *data)
-        works.append(_work(bench, backend, variant, call))
-        details.append(_warm_up(bench, call, before))
     results = bench.measure(works, ratio_to="plain")
-    for place, result in enumerate(results):
-        known = details[place]
-        if result.operation != "compile":  # of which the profiler would see one call
-            known = _profiled(bench, works[place].call, models[place], result, known)
-        bench.results[place - len(results)] = replace(result, detail=known)
-    del works, models, data, call  # all that holds the GPU's memory
+    with torch.no_grad():
+        pairs = float(start(*_few_views(bench)).stats["active_pairs"])
+    for number, (work, result, detail) in enumerate(zip(works, results, details, strict=True)):
+        if work.operation == "compile":  # the profiler would see one call
+            known = detail
+        else:
+            known = replace(_profiled(bench, work, result, detail), active_pairs=pairs)
+        bench.results[number - len(works)] = replace(result, detail=known)
+    del works, work  # they hold the GPU's memory
     if bench.largest:
         _find_largest(bench, ways)
 
 
-def _profiled(
-    bench: Bench, call: Callable[[], object], model: SlotCon, result: Result, known: StepDetail
-) -> StepDetail:
-    images, side = min(bench.batch, 8), bench.config.views.size
-    with torch.no_grad():
-        seen = model(*step_views(images, side, device=bench.device))
-    found = profile_step(call, model, bench.device)
-    whole = None if found.launches is None else result.ms
+def _few_views(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
+    return step_views(min(bench.batch, 8), bench.config.views.size)
+
+
+def _profiled(bench: Bench, work: Work, result: Result, detail: StepDetail) -> StepDetail:
+    profile = profile_step(work.call, bench.device)
     return replace(
-        known,
-        parts=found.parts,
-        beside=beside_networks(found.parts, whole),
-        operators=found.operators,
-        launches=found.launches,
-        host_waits=found.host_waits,
-        active_pairs=float(seen.stats["active_pairs"]),
+        detail,
+        parts=profile.parts,
+        beside=beside_networks(profile.parts, profile.launches and result.ms),
+        operators=profile.operators,
+        launches=profile.launches,
+        host_waits=profile.host_waits,
     )
 
 
@@ -225,7 +237,7 @@ def _work(bench: Bench, backend: str, variant: str | None, call: Callable[[], ob
 
 
 def step_data(bench: Bench, side: int, batch: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch in the layout that a backend is given in training. Raises UserError."""
+    """A batch in the layout that a backend gets in training. Raises UserError."""
     if batch * cells_of(side) < 2:
         raise UserError(f"--batch {batch}: one cell of {side} pixels has no variance")
     views, overlap, flipped = step_views(batch, side, device=bench.device, dtype=bench.dtype)
@@ -236,7 +248,7 @@ def step_data(bench: Bench, side: int, batch: int, backend: str) -> tuple[Tensor
 
 
 def _warm_up(bench: Bench, call: Callable[[], object], before: int) -> StepDetail:
-    """Two calls. `before`: bytes on the GPU before what is called was there."""
+    """Two calls. `before`: bytes on the GPU before the step's model was built."""
     began = time.perf_counter()
     call()
     if bench.device.type != "cuda":
@@ -257,8 +269,9 @@ def _allocated(device: torch.device) -> int:
 
 
 def largest_batch(fits: Callable[[int], bool], start: int) -> int:
-    """The largest batch that fits, to an eighth: doubled until one does not, then bisected; 0 if
-    one image does not.
+    """The largest batch that fits, to an eighth; 0 if none does.
+
+    Doubles the batch until it does not fit, then bisects.
     """
     low, high = 0, start
     while fits(high):
@@ -269,19 +282,18 @@ def largest_batch(fits: Callable[[int], bool], start: int) -> int:
     return low
 
 
-def _find_largest(bench: Bench, ways: list[tuple[str, str | None]]) -> None:
-    """Two steps of each batch, in memory that nothing else holds."""
-    for place, (backend, variant) in enumerate(ways):
-        fits = partial(_fits, bench, backend, variant)
-        found = largest_batch(fits, bench.batch)
-        row = bench.results[place - len(ways)]
+def _find_largest(bench: Bench, ways: Sequence[Way]) -> None:
+    """Add the largest batch to the last results, which are those of `ways`."""
+    for number, (backend, variant) in enumerate(ways, len(bench.results) - len(ways)):
+        largest = largest_batch(partial(_fits, bench, backend, variant), bench.batch)
+        row = bench.results[number]
         assert row.detail is not None
-        detail = replace(row.detail, largest_batch=found)
-        bench.results[place - len(ways)] = replace(row, detail=detail)
+        bench.results[number] = replace(row, detail=replace(row.detail, largest_batch=largest))
 
 
 def _fits(bench: Bench, backend: str, variant: str | None, batch: int) -> bool:
-    bench.tell(_work(bench, backend, variant or f"batch {batch}", lambda: None))
+    """Whether two steps fit the GPU's memory, of which nothing else is used."""
+    bench.progress(_work(bench, backend, variant or f"batch {batch}", lambda: None))
     gc.collect()
     torch.cuda.empty_cache()
     try:

@@ -1,4 +1,4 @@
-"""How a stage of the benchmark is timed, what it is timed on, and what comes out."""
+"""How the benchmark times a stage: the work, the settings, the result."""
 
 import statistics
 import sys
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepDetail:
-    """What else is known of a training step."""
+    """Further figures of a training step."""
 
     first_s: float
-    """Seconds of the first one, which compiles and allocates."""
+    """Seconds of the first step, which compiles and allocates."""
     peak_bytes: int | None
-    """Most memory that it had on the GPU, weights included; None without one."""
+    """Its peak memory on the GPU, weights included; None without a GPU."""
     parts: dict[str, float] | None = None
-    """ms of each part, of one step in the profiler, whose own work makes it slower."""
+    """ms of each part of one step in the profiler, which slows the step down."""
     beside: float | None = None
-    """Share that is not the networks' own forward and backward."""
+    """Share that is not the networks' forward and backward."""
     operators: int | None = None
-    """ATen operators that no other one calls."""
+    """ATen operators that no other operator calls."""
     launches: int | None = None
     """Kernels and copies on the GPU."""
     host_waits: int | None = None
-    """Times that a value is brought to the host, which on a GPU waits for it; without a GPU, by
-    operators whose result's shape or value the host needs."""
+    """How often a value is copied to the host. On a GPU the host waits for it; on a CPU these are
+    the operators whose result's shape or value the host needs."""
     active_pairs: float | None = None
-    """Per image and view: slots that were contrasted."""
+    """Contrasted slots, per image and view."""
     largest_batch: int | None = None
-    """That fits the GPU, to an eighth."""
+    """The largest batch that fits the GPU, to an eighth."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,19 @@ class Result:
     ms: float
     """Of a batch."""
     host_ms: float
-    """Until the calls for a batch returned; less than `ms` where a device works on."""
+    """Until the calls for a batch returned; less than `ms` where a device is still working."""
     batch: int
     threads: int
     repeats: int
     bytes_per_s: float | None = None
-    """Of the bytes that must move at least; each stage says which those are."""
+    """Of the bytes that must move at least; each stage's docstring names them."""
     operation: str | None = None
-    """The one augmentation operation that was on; "overlap": a pipeline while training; the one
-    setting in which a step differs from the configuration."""
+    """The one augmentation operation that was on; or "overlap", a pipeline while training; or the
+    one setting in which a step differs from the configuration."""
     crops: str | None = None
     """Where a pipeline crops."""
     ratio: float | None = None
-    """Speed as a multiple of `ratio_to`'s, by turns in the same run."""
+    """Rate divided by that of `ratio_to`, measured by turns in the same run."""
     ratio_to: str | None = None
     wait_share: float | None = None
     """Share of the time in which a training step waited for data."""
@@ -75,15 +75,15 @@ class Result:
 
     @property
     def name(self) -> str:
-        """What it is called in a table."""
-        what = "while training" if self.operation == "overlap" else self.operation
-        parts = (self.stage, self.backend, self.crops and f"crops {self.crops}", what)
+        """In tables and pictures."""
+        operation = "while training" if self.operation == "overlap" else self.operation
+        parts = (self.stage, self.backend, self.crops and f"crops {self.crops}", operation)
         return " · ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed. One call handles `images` images, for which `bytes` must move at least."""
+    """A call to time. It handles `images` images, for which `bytes` must move at least."""
 
     stage: str
     backend: str
@@ -98,7 +98,7 @@ class Work:
 
 @dataclass
 class Bench:
-    """What is measured and on what, and what has come out so far."""
+    """The settings of a benchmark, and its results so far."""
 
     config: RunConfig
     beton: "Beton | None"
@@ -107,81 +107,77 @@ class Bench:
     threads: tuple[int, ...]
     repeats: int
     seconds: float
-    """How long a repeat lasts; at least one call."""
+    """Length of a repeat; at least one call."""
     images: int
-    """How many are read and decoded at a time."""
+    """Most images to read and decode at a time."""
     device: torch.device
     backends: tuple[str, ...]
     also: tuple[str, ...] = ()
-    """What the step is measured with beside the configuration's own settings."""
+    """Variants of the step to measure besides the configuration's settings."""
     largest: bool = False
-    """Whether to look for the largest batch."""
+    """Whether to find the largest batch."""
     results: list[Result] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the views and of the step's products, as in training; fp16 needs a GPU."""
+        """Of the views and of autocast, as in training; fp16 needs a GPU."""
         types = {"bf16": torch.bfloat16}
         if self.device.type == "cuda":
             types["fp16"] = torch.float16
         return types.get(self.config.efficiency.precision, torch.float32)
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def cores(self) -> int:
-        """The threads of every stage but the decoding, which is measured with each number."""
+        """Threads of every stage except decode, which is measured with each of `threads`."""
         return max(self.threads)
 
     def measure(self, works: Sequence[Work], ratio_to: str | None = None) -> list[Result]:
-        """Time ways of doing the same by turns: what disturbs one disturbs the others. Ratios are
-        medians of those within a round.
+        """Time alternatives by turns, so that a disturbance slows all of them down.
+
+        A ratio is the median of the rounds' ratios to the backend `ratio_to`.
         """
         calls = []
         for work in works:
-            self.tell(work)
+            self.progress(work)
             work.call()  # compiles, allocates
             once, _ = self._time(work, 1)
             calls.append(max(1, round(self.seconds / once)))
         rounds = [
-            [
-                tuple(seconds / count for seconds in self._time(work, count))
-                for work, count in zip(works, calls, strict=True)
-            ]
+            [self._time(work, count) for work, count in zip(works, calls, strict=True)]
             for _ in range(self.repeats)
         ]
-        speeds = [
-            [work.images / seconds for work, (seconds, _) in zip(works, turn, strict=True)]
-            for turn in rounds
+        rates = [
+            [count * work.images / turn[i][0] for turn in rounds]
+            for i, (work, count) in enumerate(zip(works, calls, strict=True))
         ]
-        base = next((i for i, work in enumerate(works) if work.backend == ratio_to), None)
+        base = next((rates[i] for i, work in enumerate(works) if work.backend == ratio_to), None)
         for i, work in enumerate(works):
-            rates = [turn[i] for turn in speeds]
-            result = to_result(work, rates, [turn[i][1] for turn in rounds])
-            if base is not None and base != i:
-                ratio = statistics.median(turn[i] / turn[base] for turn in speeds)
+            result = to_result(work, rates[i], [turn[i][1] / calls[i] for turn in rounds])
+            if base is not None and base is not rates[i]:
+                ratio = statistics.median(a / b for a, b in zip(rates[i], base, strict=True))
                 result = replace(result, ratio=ratio, ratio_to=ratio_to)
             self.results.append(result)
         return self.results[-len(works) :]
 
-    def find(self, stage: str, *backends: str) -> Result | None:
-        """The whole stage's first result by one of `backends`."""
-        found = (r for r in self.results if r.stage == stage and r.operation is None)
-        return next((r for r in found if r.backend in backends), None)
+    def skip(self, measurement: str, reason: str) -> None:
+        """Record that a measurement is skipped, and print it."""
+        self.skipped.append(f"{measurement}: {reason}")
+        print(f"skipped {measurement}: {reason}", file=sys.stderr, flush=True)
 
-    def skip(self, what: str, reason: str) -> None:
-        """Say and record what is not measured here."""
-        self.skipped.append(f"{what}: {reason}")
-        print(f"skipped {what}: {reason}", file=sys.stderr, flush=True)
-
-    def tell(self, work: Work) -> None:
-        """A line of progress."""
+    def progress(self, work: Work) -> None:
+        """Print a line."""
         parts = (work.backend, work.crops and f"crops {work.crops}", work.operation)
-        what = ", ".join(part for part in parts if part)
-        print(f"{work.stage}: {what}, {work.threads} threads", file=sys.stderr, flush=True)
+        name = ", ".join(part for part in parts if part)
+        print(f"{work.stage}: {name}, {work.threads} threads", file=sys.stderr, flush=True)
 
     def _time(self, work: Work, calls: int) -> tuple[float, float]:
-        """Seconds of `calls` calls, on the device's clock where there is one, and the host's until
-        the last call returned.
+        """Seconds of `calls` calls on the device's clock, and on the host's until the last call
+        returned.
         """
         if self.device.type != "cuda":
             began = time.perf_counter()
@@ -201,8 +197,8 @@ class Bench:
         return first.elapsed_time(last) / 1e3, host
 
     def sample(self) -> tuple[np.ndarray, Tensor, np.ndarray, np.ndarray]:
-        """A batch: which records int64 [B], canvas uint8 [B, Hmax, Wmax, 3] on the host, height and
-        width int64 [B].
+        """A batch on the host: record numbers int64 [B], canvas uint8 [B, Hmax, Wmax, 3], height
+        and width int64 [B].
         """
         if self.beton is None:
             return generated(self.batch)
@@ -215,7 +211,7 @@ class Bench:
 
 
 def to_result(work: Work, rates: list[float], host_seconds: list[float]) -> Result:
-    """From images/s and the host's seconds a call, of each repeat."""
+    """From the images/s and the host's seconds a call of each repeat."""
     rate = statistics.median(rates)
     return Result(
         stage=work.stage,
@@ -235,7 +231,7 @@ def to_result(work: Work, rates: list[float], host_seconds: list[float]) -> Resu
 
 
 def generated(batch: int) -> tuple[np.ndarray, Tensor, np.ndarray, np.ndarray]:
-    """`Bench.sample` without a file: noise in COCO's commonest sizes."""
+    """`Bench.sample` without a beton: noise in COCO's most frequent sizes."""
     generator = np.random.default_rng(0)
     sizes = np.array([(480, 640), (640, 480), (427, 640), (640, 427)])
     height, width = sizes[generator.integers(0, len(sizes), batch)].T

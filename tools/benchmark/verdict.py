@@ -1,10 +1,9 @@
-"""What the benchmark's figures say: a table, the targets, a verdict, two runs compared."""
+"""What the benchmark's figures say: tables, a verdict, a comparison of two runs."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.errors import UserError
 from tools.benchmark.timing import Result
@@ -21,13 +20,13 @@ STEP_HEADS = (
 
 
 def table(results: Sequence[Result]) -> str:
-    """One row a measurement. "of copy": the bytes that must move, as a share of what a plain copy
-    moves in that time.
-    """
+    """One row for each measurement. "of copy" is its bytes/s as a share of a plain copy's."""
+    copy = plain_copy(results)
     rows = [HEADS]
     for result in results:
-        moved, copied = result.bytes_per_s, copy_rate(results)
-        share = moved / copied if moved and copied and result.stage == "augment" else None
+        moved, share = result.bytes_per_s, None
+        if moved and copy and copy.bytes_per_s and result.stage == "augment":
+            share = moved / copy.bytes_per_s
         rows.append(
             (
                 result.name,
@@ -56,7 +55,7 @@ def _beside(result: Result) -> str:
 
 
 def step_table(results: Sequence[Result]) -> str:
-    """What else is known of the training steps, and ms by part; empty without a step."""
+    """The counts of the training steps, and ms by part. Empty without a step."""
     steps = [(result.name, result.detail) for result in results if result.detail]
     rows: list[Sequence[str]] = [STEP_HEADS]
     for name, detail in steps:
@@ -79,7 +78,7 @@ def step_table(results: Sequence[Result]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, all others to the right, two spaces between."""
+    """A table: the first column is aligned left, all others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -90,173 +89,123 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def find(
-    results: Sequence[Result], stage: str, backend: str, crops: str | None = None
+    results: Sequence[Result], stage: str, *backends: str, crops: str | None = None
 ) -> Result | None:
-    """A whole stage by a backend, with the most threads that were measured."""
-    wanted = (stage, backend, crops, None)
-    found = [r for r in results if (r.stage, r.backend, r.crops, r.operation) == wanted]
-    return max(found, key=lambda result: result.threads, default=None)
+    """A whole stage by the first of `backends` that was measured, with the most threads."""
+    for backend in backends:
+        wanted = (stage, backend, crops, None)
+        rows = [r for r in results if (r.stage, r.backend, r.crops, r.operation) == wanted]
+        if rows:
+            return max(rows, key=lambda result: result.threads)
+    return None
 
 
-def copy_rate(results: Sequence[Result]) -> float | None:
-    """Bytes/s of a plain copy, read and written, in the memory where the views are made."""
-    found = find(results, "transfer", "device copy") or find(results, "transfer", "memory copy")
-    return found.bytes_per_s if found else None
-
-
-# ---- Targets ----
-
-
-class Target(NamedTuple):
-    """A claim of the project, and what this run has to say to it."""
-
-    claim: str
-    figure: str
-    state: str
-
-
-def targets(results: Sequence[Result], settings: Mapping[str, Any]) -> list[Target]:
-    """The targets; those for an H200 are judged on whichever GPU is there, none on a CPU."""
-    gpu = settings["device"] == "cuda"
-    whole = settings["batch"] == 512 and settings["size"] == 224
-    triton = find(results, "augment", "triton") if gpu else None
-    paths = [r for r in results if r.stage == "pipeline" and gpu]
-    path = max((r for r in paths if not r.operation), key=lambda r: r.images_per_s, default=None)
-    waits = [r.wait_share for r in paths if r.wait_share is not None]
-    loader, drawn = find(results, "decode", "loader"), find(results, "params", "numba")
-    ms = triton.ms if triton and whole else None
-    ratio = triton.ratio if triton and triton.ratio_to == "kornia" else None
-    rate = path.images_per_s if path and path.threads == 16 else None
-    of_bare = loader.ratio if loader else None
-    pairs = drawn.images_per_s if drawn and settings["batch"] >= 512 else None
-    step = find(results, "step", "fast") if gpu and whole else None
-    times = step.ratio if step and step.ratio_to == "plain" else None
-    beside = step.detail.beside if step and step.detail else None
-    speed = step.images_per_s if step else None
-    return [
-        _judge("both views of 512 images at 224 pixels: at most 5 ms", ms, "{:.2f} ms", _below(5)),
-        _judge("augmentation: at least 40 x kornia", ratio, "{:.1f} x", _above(40)),
-        _judge("data path, 16 threads: 4,000 images/s", rate, "{:,.0f} images/s", _above(4000)),
-        _judge("data wait: at most 1 %", min(waits, default=None), "{:.2%}", _below(0.01)),
-        _judge("loader: at least 95 % of bare decoding", of_bare, "{:.1%}", _above(0.95)),
-        _judge("parameters, 512 images: 1 million pairs/s", pairs, "{:,.0f} pairs/s", _above(1e6)),
-        _judge("step, 512 images: at least 2.5 x plain", times, "{:.2f} x", _above(2.5)),
-        _judge("step beside the networks: at most 8 %", beside, "{:.1%}", _below(0.08)),
-        _judge("step: at least 1,500 images/s", speed, "{:,.0f} images/s", _above(1500)),
-    ]
-
-
-def _judge(claim: str, value: float | None, text: str, holds: Callable[[float], bool]) -> Target:
-    if value is None:
-        return Target(claim, "", "not measured here")
-    return Target(claim, text.format(value), "met" if holds(value) else "not met")
-
-
-def _above(limit: float) -> Callable[[float], bool]:
-    return lambda value: value >= limit
-
-
-def _below(limit: float) -> Callable[[float], bool]:
-    return lambda value: value <= limit
+def plain_copy(results: Sequence[Result]) -> Result | None:
+    """A plain copy in the memory where the views are made."""
+    return find(results, "transfer", "device copy", "memory copy")
 
 
 # ---- Verdict ----
 
 
 def verdict(results: Sequence[Result], cores: int) -> str:
-    """What limits training, by how much, and what would help; from the measured figures alone."""
+    """Which stage limits training, by how much, and what would help; from measured rates alone."""
     paths = [r for r in results if r.stage == "pipeline" and not r.operation]
     step = find(results, "step", "fast")
     if not paths:
         return "To learn what limits training, measure step and pipeline together."
     path = max(paths, key=lambda result: result.images_per_s)
-    source = f"data.backend={path.backend}, data.crops={path.crops}, {path.threads} threads"
-    brings = f"{_rate(path)} images/s ({source})"
-    if step is None:
-        name, advice = _bottleneck(results, path, cores, math.inf)
-        return f"The data path brings {brings}; what limits it is {name}: {advice}."
-    if path.images_per_s >= step.images_per_s:
-        times = path.images_per_s / step.images_per_s
-        text = (
-            f"The training step limits, at {_rate(step)} images/s:"
-            f" the data path brings {times:.2g} times as many, {brings}."
-        )
-        return text + _for_the_step(results, step) + _while_training(results, path)
-    name, advice = _bottleneck(results, path, cores, step.images_per_s)
-    share = path.images_per_s / step.images_per_s
-    return (
-        f"The data path limits: it brings {brings}, {share:.0%} of the {_rate(step)} that the"
-        f" training step could take; what limits it is {name}: {advice}."
-        + _while_training(results, path)
+    delivers = (
+        f"{_rate(path)} images/s"
+        f" (data.backend={path.backend}, data.crops={path.crops}, {path.threads} threads)"
     )
+    if step is None:
+        limit = _path_limit(results, path, cores, math.inf)
+        return f"The data path delivers {delivers}. {limit}"
+    ratio = path.images_per_s / step.images_per_s
+    if ratio >= 1:
+        text = (
+            f"The training step limits, at {_rate(step)} images/s: the data path delivers"
+            f" {ratio:.2g} times as many, {delivers}. {_step_advice(results, step)}"
+        )
+    else:
+        text = (
+            f"The data path limits: it delivers {delivers}, {ratio:.0%} of the {_rate(step)} that"
+            f" the training step can process. "
+            + _path_limit(results, path, cores, step.images_per_s)
+        )
+    return text + _while_training(results, path)
 
 
-def _for_the_step(results: Sequence[Result], step: Result) -> str:
-    """What would help a step that limits: a setting that was measured to, or else fewer pixels."""
+def _step_advice(results: Sequence[Result], step: Result) -> str:
+    """What speeds up a step that limits: a measured setting, or else fewer pixels."""
     variants = [r for r in results if (r.stage, r.backend) == ("step", "fast") and r.operation]
     best = max(variants, key=lambda result: result.images_per_s, default=step)
     if best.images_per_s > 1.05 * step.images_per_s:
-        return f" Of its settings, {best.operation} helps: {_rate(best)} images/s."
-    tried = " (--also compile measures what efficiency.compile does)" if not variants else ""
-    return f" Smaller views at first (train.view_sizes) or more GPUs would help{tried}."
+        return f"Of its settings, {best.operation} helps: {_rate(best)} images/s."
+    hint = "" if variants else " (--also compile measures what efficiency.compile does)"
+    return f"Smaller views at first (train.view_sizes) or more GPUs would help{hint}."
 
 
 def _while_training(results: Sequence[Result], path: Result) -> str:
-    """What became of both together, with crops made where the fastest path makes them."""
-    found = [r for r in results if r.operation == "overlap" and r.crops == path.crops]
-    if not found:
+    """The rate of step and data path together, cropped where the fastest path crops."""
+    rows = [r for r in results if r.operation == "overlap" and r.crops == path.crops]
+    if not rows:
         return ""
-    best = found[0]
+    both, wait = rows[0], rows[0].wait_share or 0
     text = (
-        f" Together ({best.backend}, crops {best.crops}) they ran at {_rate(best)} images/s"
-        f" with a data wait of {best.wait_share or 0:.1%}"
+        f" Together ({both.backend}, crops {both.crops}) they ran at {_rate(both)} images/s"
+        f" with a data wait of {wait:.1%}"
     )
-    if best.ratio is not None and best.ratio < 0.95 and (best.wait_share or 0) < 0.02:
+    if both.ratio is not None and both.ratio < 0.95 and wait < 0.02:
         text += ": a step that shares its processor with the data path takes longer"
     return text + "."
 
 
-def _bottleneck(
-    results: Sequence[Result], path: Result, cores: int, wanted: float
-) -> tuple[str, str]:
-    """The slowest part of a data path, and what would help."""
-    parts = {
+_ADVICE = {
+    "reading": "smaller records (pack with --store jpeg --max-side) or a faster disk",
+    "parameters": "nothing that this benchmark measures",
+    "transfer": "data.crops=host, which moves views instead of whole images, or smaller images"
+    " (pack with --max-side)",
+}
+
+
+def _path_limit(results: Sequence[Result], path: Result, cores: int, needed: float) -> str:
+    """The slowest stage of a data path that should deliver `needed` images/s, and what helps."""
+    stages = {
         "reading": find(results, "read", "page cache"),
         "parameters": find(results, "params", "numba"),
     }
     if path.crops == "device":
-        parts["decoding"] = find(results, "decode", "loader")
-        parts["transfer"] = find(results, "transfer", "host to device")
-        parts["augmentation"] = find(results, "augment", path.backend)
-    else:  # decoding and cropping are one: at least as slow as the path, where DALI does both
-        parts["decoding"] = find(results, "decode", "loader", path.crops) or path
-    measured = {name: part for name, part in parts.items() if part}
+        stages["decoding"] = find(results, "decode", "loader")
+        stages["transfer"] = find(results, "transfer", "host to device")
+        stages["augmentation"] = find(results, "augment", path.backend)
+    else:  # these threads decode and crop; DALI's stage is never measured alone
+        stages["decoding"] = find(results, "decode", "loader", crops=path.crops) or path
+    measured = {name: stage for name, stage in stages.items() if stage}
     if not measured:
-        return "unknown", "measure its stages too"
-    name = min(measured, key=lambda part: measured[part].images_per_s)
+        return "Measure its stages too, to learn which one limits it."
+    name = min(measured, key=lambda stage: measured[stage].images_per_s)
     rate = measured[name].images_per_s
-    text = f"{name} ({rate:,.0f} images/s)"
-    if path.images_per_s < 0.7 * rate:
-        text += ", with which the other stages take turns"
-    if name != "decoding":
-        advice = {
-            "reading": "smaller records (pack with --store jpeg --max-side) or a faster disk",
-            "parameters": "nothing that this benchmark measures",
-            "augmentation": "a GPU with data.backend=triton"
-            if path.backend != "triton"
-            else "smaller images (pack with --max-side)",
-            "transfer": "data.crops=host, which moves views instead of whole images, or smaller"
-            " images (pack with --max-side)",
-        }
-        return text, advice[name]
-    each = path.images_per_s / path.threads
-    need = math.ceil(wanted / each) if math.isfinite(wanted) else cores
+    turns = ", which takes turns with the other stages" if path.images_per_s < 0.7 * rate else ""
+    if name == "decoding":
+        advice = _decoding_advice(path, cores, needed)
+    elif name == "augmentation" and path.backend != "triton":
+        advice = "a GPU with data.backend=triton"
+    else:
+        advice = _ADVICE.get(name, "smaller images (pack with --max-side)")
+    return f"Its slowest stage is {name} ({rate:,.0f} images/s{turns}). What helps: {advice}."
+
+
+def _decoding_advice(path: Result, cores: int, needed: float) -> str:
+    """More threads as long as there are cores, then more cores."""
+    per_thread = path.images_per_s / path.threads
+    enough = math.ceil(needed / per_thread) if math.isfinite(needed) else cores
     if cores > path.threads:
-        threads = min(cores, max(need, path.threads + 1))
-        return text, f"{threads} threads, about {each * threads:,.0f} images/s"
-    if math.isfinite(wanted):
-        return text, f"at this rate a core, {need} cores, or smaller images (pack with --max-side)"
-    return text, "more cores, or smaller images (pack with --max-side)"
+        threads = min(cores, max(enough, path.threads + 1))
+        return f"{threads} threads, about {per_thread * threads:,.0f} images/s"
+    more = f"{enough} cores at this rate per core" if math.isfinite(needed) else "more cores"
+    return f"{more}, or smaller images (pack with --max-side)"
 
 
 def _rate(result: Result) -> str:
@@ -270,48 +219,42 @@ _Row = Mapping[str, Any]
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[Path]) -> str:
-    """A table of ratios between two runs' files, and a warning for whatever differs but speed.
+    """A table of the ratios between two --json files, under a warning for every other difference.
 
     Raises UserError for files of another kind.
     """
-    warnings = [
+    runs = list(zip((first, second), names, strict=True))
+    lines = [
         f"warning: {key} differs: {a!r} and {b!r}"
         for part in ("hardware", "versions", "settings")
-        for key, a, b in _differences(
-            *(_part(run, part, name) for run, name in zip((first, second), names, strict=True))
-        )
+        for key, a, b in _differences(*(_mapping(run, part, name) for run, name in runs))
     ]
     rows = [("stage", *(name.name for name in names), "ratio", "")]
-    groups = [
-        _groups(run["results"], name) for run, name in zip((first, second), names, strict=True)
-    ]
-    for key in groups[0]:
-        if key not in groups[1]:
-            continue
-        for a, b in _matched(groups[0][key], groups[1][key]):
-            notes = [
-                f"{field} {a.get(field)} and {b.get(field)}"
-                for field in ("batch", "threads")
-                if a.get(field) != b.get(field)
-            ]
-            ratio = b["images_per_s"] / a["images_per_s"]
-            speeds = (f"{row['images_per_s']:,.1f}" for row in (a, b))
-            label = " · ".join(part for part in key if part)
-            rows.append(
-                (label, *speeds, f"{ratio:.3g}", "differs: " * bool(notes) + ", ".join(notes))
-            )
+    groups = [_groups(run["results"], name) for run, name in runs]
+    for label in groups[0]:
+        if label in groups[1]:
+            pairs = _matched(groups[0][label], groups[1][label])
+            rows += [_ratio_row(label, a, b) for a, b in pairs]
     if len(rows) == 1:
         raise UserError(f"{names[0]} and {names[1]} have no measurement in common")
-    once = [
-        f"only in {name.name}: {' · '.join(part for part in key if part)}"
-        for name, own, other in zip(names, groups, reversed(groups), strict=True)
-        for key in own
-        if key not in other
+    lines.append(aligned(rows))
+    for name, group, other in zip(names, groups, reversed(groups), strict=True):
+        lines += [f"only in {name.name}: {label}" for label in group if label not in other]
+    return "\n".join(lines)
+
+
+def _ratio_row(label: str, a: _Row, b: _Row) -> tuple[str, ...]:
+    notes = [
+        f"{field} {a.get(field)} and {b.get(field)}"
+        for field in ("batch", "threads")
+        if a.get(field) != b.get(field)
     ]
-    return "\n".join((*warnings, aligned(rows), *once))
+    rates = (a["images_per_s"], b["images_per_s"])
+    note = "differs: " + ", ".join(notes) if notes else ""
+    return (label, *(f"{rate:,.1f}" for rate in rates), f"{rates[1] / rates[0]:.3g}", note)
 
 
-def _part(run: Mapping[str, Any], part: str, name: Path) -> _Row:
+def _mapping(run: Mapping[str, Any], part: str, name: Path) -> _Row:
     values = run.get(part) or {}
     if not isinstance(values, dict):
         raise UserError(f"{name}: its {part} are no mapping")
@@ -319,26 +262,23 @@ def _part(run: Mapping[str, Any], part: str, name: Path) -> _Row:
 
 
 def _differences(first: _Row, second: _Row) -> list[tuple[str, Any, Any]]:
-    keys = [*first, *(key for key in second if key not in first)]
+    keys = dict.fromkeys((*first, *second))
     return [(k, first.get(k), second.get(k)) for k in keys if first.get(k) != second.get(k)]
 
 
-def _groups(rows: Sequence[_Row], name: Path) -> dict[tuple[str, ...], list[_Row]]:
-    """Rows by what they measured, in their order; those of one group differ in threads only."""
-
-    def key(row: _Row) -> tuple[str, ...]:
-        return tuple(str(row.get(k) or "") for k in ("stage", "backend", "crops", "operation"))
-
+def _groups(rows: Sequence[_Row], name: Path) -> dict[str, list[_Row]]:
+    """Rows by what they measured, in their order. Rows of a group differ in threads only."""
+    groups: dict[str, list[_Row]] = {}
     for row in rows:
         if not isinstance(row.get("images_per_s"), int | float) or not row["images_per_s"] > 0:
             raise UserError(f"{name}: a measurement without images_per_s")
-    order = list(dict.fromkeys(map(key, rows)))
-    ordered = sorted(rows, key=lambda row: order.index(key(row)))
-    return {k: list(group) for k, group in groupby(ordered, key)}
+        parts = (str(row.get(key) or "") for key in ("stage", "backend", "crops", "operation"))
+        groups.setdefault(" · ".join(part for part in parts if part), []).append(row)
+    return groups
 
 
 def _matched(first: list[_Row], second: list[_Row]) -> list[tuple[_Row, _Row]]:
-    """Those with equal threads; where there are none, those with the most."""
+    """Pairs with equal threads. Without any: the rows with the most threads."""
     pairs = [(a, b) for a in first for b in second if a.get("threads") == b.get("threads")]
     most = [max(rows, key=lambda row: row.get("threads") or 0) for rows in (first, second)]
     return pairs or [(most[0], most[1])]

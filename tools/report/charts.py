@@ -1,16 +1,32 @@
 """Charts as inline SVG: no scripts, no files, colours from the page's CSS variables.
 
-Classes used: `grid`, `axis`, `tick`, `name`, and `s0` … `s3` for the series' colours.
+Classes used: `grid`, `axis`, `reference`, `tick`, `name`, `line`, `dot`, and `s0`, `s1`, … for the
+series' colours. `image` draws a chart as a picture instead.
 """
 
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from xml.etree import ElementTree
+
+from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 560, 256
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 30, 40
+ROW, NAMES, VALUES = 26, 190, 96
 MAX_POINTS = 240
 LARGEST = 1e30
+
+# Of pictures, whose pixels are half as large as the page's.
+SCALE, MARGIN, TITLE = 2, 24, 56
+INK, FAINT, RULE, PAPER = "#1b1f24", "#6b7280", "#e5e7eb", "#ffffff"
+SERIES = (
+    "#2f6fde", "#1d4a9c", "#8fb4f0", "#1a936f", "#88d498", "#e9c46a", "#c8553d", "#b56576",
+    "#6a4c93", "#111111", "#c4c9d1",
+)  # fmt: skip
+COLOURS = {"grid": RULE, "axis": FAINT, "reference": FAINT, "tick": FAINT, "name": INK}
+COLOURS |= {f"s{number}": colour for number, colour in enumerate(SERIES)}
+ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 
 Points = Sequence[tuple[float, float]]
 
@@ -24,6 +40,19 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [n * step for n in range(first, last + 1)]
+
+
+def decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten around positive `low` to `high`, two numbers or more.
+
+    Over more than two decades only the powers of ten.
+    """
+    factors = (1, 2, 5) if high < 100 * low else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
+    numbers = [factor * 10.0**power for power in powers for factor in factors]
+    first = sum(number <= low for number in numbers) - 1
+    last = sum(number < high for number in numbers)
+    return numbers[first : max(last, first + 1) + 1]
 
 
 def short(value: float) -> str:
@@ -55,8 +84,8 @@ def line_chart(
     from_zero: bool = False,
     percent: bool = False,
 ) -> str:
-    """Lines over a common axis. `reference` is a named horizontal line; points that are not finite,
-    or hardly, are left out.
+    """Lines over a common axis, without points beyond `LARGEST` or not finite. `reference` is a
+    named horizontal line.
     """
     lines = {
         name: thin([p for p in points if abs(p[1]) < LARGEST]) for name, points in series.items()
@@ -94,38 +123,111 @@ def line_chart(
     return _figure(title, parts, _legend(lines) if len(lines) > 1 else "", HEIGHT)
 
 
-def dot_chart(title: str, rows: Iterable[tuple[str, float, float, float]], *, unit: str) -> str:
+def dot_chart(
+    title: str,
+    rows: Iterable[tuple[str, float, float, float]],
+    *,
+    unit: str,
+    ceilings: Mapping[str, float] | None = None,
+    width: float = WIDTH,
+    names: float = NAMES,
+) -> str:
     """Rows (name, value, lowest, highest), all positive, as dots with their range on a logarithmic
-    axis.
+    axis. `ceilings` are named vertical lines; `names` is the width of the rows' names.
     """
-    rows = list(rows)
-    row_height, names, values = 26, 190, 96
-    height = TOP + row_height * len(rows) + 24
-    low = math.floor(math.log10(min(lowest for _, _, lowest, _ in rows)))
-    high = max(low + 1, math.ceil(math.log10(max(highest for *_, highest in rows))))
+    rows, lines = list(rows), sorted((ceilings or {}).items(), key=lambda line: -line[1])
+    top = TOP + 18.0 * len(lines)
+    bottom = top + ROW * len(rows)
+    marks = decades(
+        min([lowest for _, _, lowest, _ in rows] + [value for _, value in lines]),
+        max([highest for *_, highest in rows] + [value for _, value in lines]),
+    )
+    marks = marks if len(marks) > 3 else ticks(marks[0], marks[-1])
 
     def at(value: float) -> float:
-        return names + (WIDTH - names - values) * (math.log10(value) - low) / (high - low)
+        return names + (width - names - VALUES) * math.log(value / marks[0], marks[-1] / marks[0])
 
     parts = []
-    for power in range(low, high + 1):
-        parts.append(_line(at(10**power), TOP - 6, at(10**power), height - 22, "grid"))
-        parts.append(_text(at(10**power), height - 6, short(10**power), "tick", "middle"))
-    for place, (name, value, lowest, highest) in enumerate(rows):
-        v = TOP + row_height * (place + 0.5)
+    for mark in marks:
+        parts.append(_line(at(mark), top - 6, at(mark), bottom + 2, "grid"))
+        parts.append(_text(at(mark), bottom + 18, short(mark), "tick", "middle"))
+    for number, (name, value) in enumerate(lines):
+        v = TOP + 18.0 * number
+        parts.append(_line(at(value), v - 12, at(value), bottom + 2, "reference"))
+        parts.append(_text(at(value) - 6, v - 2, f"{name} {short(value)}", "tick", "end"))
+    for number, (name, value, lowest, highest) in enumerate(rows):
+        v = top + ROW * (number + 0.5)
         parts.append(_text(names - 12, v + 4, name, "name", "end"))
         parts.append(_line(at(lowest), v, at(highest), v, "line s0"))
         parts.append(f'<circle class="dot s0" cx="{at(value):.1f}" cy="{v:.1f}" r="5"/>')
-        parts.append(_text(WIDTH, v + 4, short(value), "name", "end"))
-    parts.append(_text(WIDTH, TOP - 10, unit, "tick", "end"))
-    return _figure(title, parts, "", height)
+        parts.append(_text(width, v + 4, short(value), "name", "end"))
+    parts.append(_text(width, TOP - 10, unit, "tick", "end"))
+    return _figure(title, parts, "", bottom + 24, width)
 
 
-def _figure(title: str, parts: list[str], legend: str, height: float) -> str:
+def share_chart(
+    title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str, width: float, names: float
+) -> str:
+    """A bar for each row, divided by its parts' shares; under the bars each part's values."""
+    order = dict.fromkeys(part for row in rows.values() for part in row)
+    parts = []
+    for number, (name, row) in enumerate(rows.items()):
+        v, left, total = TOP + 2.0 * ROW * number, names, sum(row.values())
+        parts.append(_text(names - 12, v + 25, name, "name", "end"))
+        for series, part in enumerate(order):
+            wide = (width - names - VALUES) * row.get(part, 0.0) / total
+            parts.append(_box(left, v, wide, 1.6 * ROW, f"dot s{series}"))
+            left += wide
+        parts.append(_text(width, v + 25, f"{total:,.0f} {unit}", "name", "end"))
+    v = TOP + 2.0 * ROW * len(rows) - 4
+    for series, part in enumerate(order):
+        if not any(row.get(part) for row in rows.values()):
+            continue
+        v += 20
+        values = (f"{name} {row.get(part, 0.0):,.1f}" for name, row in rows.items())
+        parts.append(_box(names, v - 10, 12, 12, f"dot s{series}"))
+        parts.append(_text(names + 20, v, part, "name", "start"))
+        parts.append(_text(names + 160, v, "   ".join(values), "tick", "start"))
+    return _figure(title, parts, "", v + 8, width)
+
+
+def image(figure: str, caption: str) -> Image.Image:
+    """A dot chart or a share chart as a picture, under its title and a caption."""
+    svg = ElementTree.fromstring(figure)[1]
+    *_, width, height = map(float, svg.attrib["viewBox"].split())
+    size = (width + 2 * MARGIN, TITLE + height + MARGIN)
+    picture = Image.new("RGB", (round(SCALE * size[0]), round(SCALE * size[1])), PAPER)
+    pen = ImageDraw.Draw(picture)
+    heading = ((svg.attrib["aria-label"], 18, 36, INK), (caption, 12, 58, FAINT))
+    for text, font_size, baseline, colour in heading:
+        font = ImageFont.load_default(SCALE * font_size)
+        pen.text((SCALE * MARGIN, SCALE * baseline), text, colour, font, anchor="ls")
+    for mark in svg:
+        colour, at = COLOURS[mark.attrib["class"].split()[-1]], mark.attrib
+
+        def place(x: str, y: str, at: Mapping[str, str] = at) -> tuple[float, float]:
+            return SCALE * (MARGIN + float(at[x])), SCALE * (TITLE + float(at[y]))
+
+        if mark.tag == "text":
+            font = ImageFont.load_default(SCALE * 12)
+            pen.text(place("x", "y"), mark.text or "", colour, font, ANCHORS[at["text-anchor"]])
+        elif mark.tag == "circle":
+            pen.circle(place("cx", "cy"), SCALE * float(at["r"]), colour)
+        elif mark.tag == "rect":
+            x, y = place("x", "y")
+            pen.rectangle(
+                (x, y, x + SCALE * float(at["width"]), y + SCALE * float(at["height"])), colour
+            )
+        else:
+            pen.line((place("x1", "y1"), place("x2", "y2")), colour, SCALE)
+    return picture
+
+
+def _figure(title: str, parts: list[str], legend: str, height: float, width: float = WIDTH) -> str:
     label = html.escape(title, quote=True)
     return (
         f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">'
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg></figure>"
     )
 
@@ -147,3 +249,8 @@ def _text(x: float, y: float, text: str, style: str, anchor: str) -> str:
         f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
         f"{html.escape(text)}</text>"
     )
+
+
+def _box(x: float, y: float, width: float, height: float, style: str) -> str:
+    size = f'width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect class="{style}" x="{x:.1f}" y="{y:.1f}" {size}/>'

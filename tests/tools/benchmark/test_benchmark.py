@@ -19,8 +19,8 @@ from pipeline.views import ViewConfig, sample_views
 from tests.helpers.betons import varied, write_beton
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark.stages import COPY, least_bytes, operations, repeated
-from tools.benchmark.timing import Bench, Result, StepDetail, Work
-from tools.benchmark.verdict import compare, targets, verdict
+from tools.benchmark.timing import Bench, Result, Work
+from tools.benchmark.verdict import compare, verdict
 from train.config import load_config
 from train.metrics import Stopwatch
 
@@ -58,7 +58,7 @@ def result(stage: str, backend: str, rate: float, **more: Any) -> Result:
 def test_every_stage_is_measured_and_written_down(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The reports and later comparisons read this file; a stage that is lost would go unseen."""
+    """Reports and later comparisons read this file: nobody would notice a lost stage."""
     monkeypatch.setitem(COPY, "cpu", 1 << 16)
     run(
         monkeypatch, "all", "--data", folder / "small.beton", "--config", folder / "tiny.yaml",
@@ -77,7 +77,7 @@ def test_every_stage_is_measured_and_written_down(
         ("decode", "libjpeg-turbo", None, None),
         ("decode", "loader", None, None),
         ("decode", "loader", "host", None),
-        *(("params", name, None, None) for name in ("numba", "numpy", "torch")),
+        ("params", "numba", None, None),
         ("transfer", "memory copy", None, None),
         ("step", "plain", None, None),
         ("step", "fast", None, None),
@@ -102,12 +102,13 @@ def test_every_stage_is_measured_and_written_down(
     table = printed.out.split("\n\n")[0].splitlines()
     assert len(table) == len(rows) + 1
     assert content["verdict"] in printed.out
+    assert all(part in printed.out for part in ("student backward", "grouping", "slots"))
     with Image.open(folder / "bench.png") as picture:
         assert picture.format == "PNG" and picture.height > 600
 
 
-def test_only_the_stages_asked_for_run_and_no_file_is_needed(tmp_path: Path) -> None:
-    """A machine without ffcv's native library must still be able to measure its GPU."""
+def test_only_the_named_stages_run_and_no_file_is_needed(tmp_path: Path) -> None:
+    """A machine without ffcv's native library can still measure its GPU."""
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     code = f"""
 import sys
@@ -123,7 +124,7 @@ benchmark.main()
     assert {row["stage"] for row in content["results"]} == {"transfer", "augment"}  # the copy
 
 
-def bench(**changes: Any) -> Bench:
+def make_bench(**changes: Any) -> Bench:
     config, _ = load_config(["--name", "tiny", "--data.path", "none"])
     known: dict[str, Any] = {
         "config": config, "beton": None, "batch": 4, "threads": (2,), "repeats": 3, "seconds": 1.0,
@@ -133,8 +134,8 @@ def bench(**changes: Any) -> Bench:
 
 
 def test_medians_ratios_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ratios are taken within a round: a disturbance that lasts a round must not show in them."""
-    own = bench()
+    """Ratios are taken within a round: a disturbance of one round does not change them."""
+    bench = make_bench()
     # Warm-up of both, then three rounds of (fast, slow); the second is disturbed.
     seconds = iter([0.5, 2.0, 1.0, 2.0, 10.0, 20.0, 1.0, 2.0])
     calls = []
@@ -146,15 +147,15 @@ def test_medians_ratios_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Bench, "_time", time)
     works = [Work("augment", name, lambda: None, 8, 8, 1, 80) for name in ("fast", "slow")]
-    fast, slow = own.measure(works, ratio_to="slow")
-    assert calls == [1, 1, 2, 1, 2, 1, 2, 1]  # as many as fill a repeat, at least one
+    fast, slow = bench.measure(works, ratio_to="slow")
+    assert calls == [1, 1, 2, 1, 2, 1, 2, 1]  # enough to fill a repeat, at least one
     assert (fast.images_per_s, fast.slowest, fast.fastest) == (16.0, 1.6, 16.0)
     assert (fast.ms, fast.host_ms, fast.bytes_per_s) == (500.0, 250.0, 160.0)
     assert fast.ratio == 4.0 and fast.ratio_to == "slow" and slow.ratio is None
 
 
 def test_an_operation_alone_is_alone() -> None:
-    """Its time would otherwise be that of others as well."""
+    """Otherwise its time would include that of other operations."""
     sides = np.full(64, 100)
     for name, views in operations(ViewConfig()).items():
         drawn = sample_views(0, 0, np.arange(64), sides, sides, views)
@@ -170,15 +171,15 @@ def test_an_operation_alone_is_alone() -> None:
 
 
 def test_the_least_bytes() -> None:
-    """The share of the copy bandwidth is one of these: crops of 3 bytes, views in their type."""
+    """The share of the copy bandwidth counts crops of 3 bytes a pixel and views in their type."""
     views = ViewConfig(size=10, min_scale=1, min_aspect=1, max_aspect=1)
     drawn = sample_views(0, 0, [0, 1], [20, 20], [20, 20], views)
     assert least_bytes(drawn, 10, torch.float16) == 2 * 2 * (20 * 20 * 3 + 10 * 10 * 3 * 2)
 
 
 def test_a_small_beton_is_repeated(folder: Path) -> None:
-    """A batch larger than the set must be measurable, on the same pixels, and leave no file open
-    or closed twice.
+    """A batch larger than the set can be measured, on the same pixels; no file stays open or is
+    closed twice.
     """
     beton = Beton(folder / "small.beton")
     longer = repeated(beton, 20)
@@ -216,8 +217,8 @@ class _Device:
 
 
 def test_data_wait_on_a_gpu_is_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host runs ahead of the device: its own waiting is no loss. The trainer and the benchmark
-    show what this measures.
+    """The host runs ahead of the device, so its own waiting costs nothing. The trainer and the
+    benchmark both show this figure.
     """
     device = _Device()
     monkeypatch.setattr(torch.cuda, "Event", device.event)
@@ -247,7 +248,7 @@ def path(rate: float, backend: str = "triton", crops: str = "device", **more: An
 
 VERDICTS: dict[str, tuple[list[Result], int, list[str]]] = {
     "nothing to compare": ([DECODE], 2, ["measure step and pipeline"]),
-    "no step": ([DECODE, path(900)], 2, ["brings 900", "decoding (1,000", "more cores"]),
+    "no step": ([DECODE, path(900)], 2, ["delivers 900", "decoding (1,000", "more cores"]),
     "the step": (
         [DECODE, STEP, path(6000, wait_share=None)],
         2,
@@ -271,7 +272,10 @@ VERDICTS: dict[str, tuple[list[Result], int, list[str]]] = {
     "decoding, and no core is left": (
         [DECODE, STEP, path(900)],
         2,
-        ["decoding (1,000", "5 cores, or smaller images (pack with --max-side)"],
+        [
+            "decoding (1,000",
+            "5 cores at this rate per core, or smaller images (pack with --max-side)",
+        ],
     ),
     "augmentation": (
         [
@@ -286,7 +290,7 @@ VERDICTS: dict[str, tuple[list[Result], int, list[str]]] = {
     "stages that share the cores": (
         [DECODE, STEP, path(500)],
         2,
-        ["decoding (1,000 images/s), with which the other stages take turns", "8 cores"],
+        ["decoding (1,000 images/s, which takes turns with the other stages)", "8 cores"],
     ),
     "the copy to the device": (
         [
@@ -322,48 +326,12 @@ VERDICTS: dict[str, tuple[list[Result], int, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", VERDICTS)
-def test_the_verdict_names_what_limits_and_what_would_help(case: str) -> None:
-    """It is what a user acts on: a wrong one sends him to buy cores for a slow network."""
+def test_the_verdict_names_the_limit_and_what_would_help(case: str) -> None:
+    """Users act on it: a wrong verdict makes them buy cores for a slow network."""
     results, cores, parts = VERDICTS[case]
-    said = verdict(results, cores)
+    text = verdict(results, cores)
     for part in parts:
-        assert part in said, said
-
-
-H200 = {"device": "cuda", "batch": 512, "size": 224}
-FAST = [
-    result("augment", "triton", 1e5, ms=4.9, ratio=41.0, ratio_to="kornia"),
-    result("decode", "loader", 7000, ratio=0.96, ratio_to="libjpeg-turbo", threads=16),
-    result("params", "numba", 2e6),
-    path(4100, threads=16),
-    path(900, operation="overlap", wait_share=0.004, threads=16),
-    result(
-        "step", "fast", 1600, ratio=2.6, ratio_to="plain", detail=StepDetail(1.0, 1, beside=0.07)
-    ),
-]
-
-
-def states(results: list[Result], settings: dict[str, Any]) -> list[str]:
-    return [target.state for target in targets(results, settings)]
-
-
-def test_targets_are_judged_only_where_they_were_measured() -> None:
-    """A target that is called met on another machine or batch would be a false claim."""
-    assert states(FAST, H200) == ["met"] * 9
-    slow = [
-        replace(row, ms=5.1, ratio=0.9 * (row.ratio or 1), images_per_s=0.5 * row.images_per_s)
-        for row in FAST
-    ]
-    slow[-1] = replace(slow[-1], detail=StepDetail(1.0, 1, beside=0.09))
-    slow[-2] = replace(slow[-2], wait_share=0.02)
-    slow[-4] = replace(slow[-4], images_per_s=9e5)
-    assert states(slow, H200) == ["not met"] * 9
-    other = {"device": "cuda", "batch": 64, "size": 224}
-    fewer = [replace(row, threads=8) for row in FAST]
-    unknown = "not measured here"
-    assert states(fewer, other) == [unknown, "met", unknown, *["met"] * 2, *[unknown] * 4]
-    assert states(FAST, {**H200, "device": "cpu"}) == [*[unknown] * 4, "met", "met", *[unknown] * 3]
-    assert states([], H200) == [unknown] * 9
+        assert part in text, text
 
 
 def file_of(*results: Result, **more: Any) -> dict[str, Any]:
@@ -374,24 +342,24 @@ def file_of(*results: Result, **more: Any) -> dict[str, Any]:
 NAMES = (Path("a.json"), Path("runs/b.json"))
 
 
-def test_two_runs_are_compared_and_what_differs_is_said() -> None:
-    """A ratio between different batches or machines must not pass for a gain."""
+def test_two_runs_are_compared_and_differences_are_named() -> None:
+    """A ratio between different batches or machines must not look like a gain."""
     before = file_of(DECODE, replace(DECODE, threads=1), STEP, result("params", "numba", 10))
     again = replace(DECODE, images_per_s=1500)
     after = file_of(again, replace(STEP, images_per_s=3000, batch=128), hardware={"cores": 16})
-    said = compare(before, after, NAMES).splitlines()
-    assert said[0] == "warning: cores differs: 2 and 16"
-    (decode,) = [line for line in said if line.startswith("decode · loader")]
+    lines = compare(before, after, NAMES).splitlines()
+    assert lines[0] == "warning: cores differs: 2 and 16"
+    (decode,) = [line for line in lines if line.startswith("decode · loader")]
     assert decode.split()[-3:] == ["1,000.0", "1,500.0", "1.5"]
-    (step,) = [line for line in said if line.startswith("step")]
+    (step,) = [line for line in lines if line.startswith("step")]
     assert "1.5" in step.split() and "differs: batch 64 and 128" in step
-    assert said[-1] == "only in a.json: params · numba"
+    assert lines[-1] == "only in a.json: params · numba"
     wide = compare(before, file_of(replace(again, threads=16)), NAMES)
-    assert "differs: threads 2 and 16" in wide  # where none are equal, those with the most
+    assert "differs: threads 2 and 16" in wide  # without equal threads, the most
 
 
 def test_files_that_cannot_be_compared_are_refused() -> None:
-    """One line instead of an empty table or a traceback."""
+    """One line says why, instead of an empty table or a traceback."""
     with pytest.raises(UserError, match="no measurement in common"):
         compare(file_of(DECODE), file_of(STEP), NAMES)
     with pytest.raises(UserError, match=r"a\.json: a measurement without images_per_s"):
@@ -435,7 +403,7 @@ def test_files_that_cannot_be_compared_are_refused() -> None:
 def test_bad_input_is_one_clear_line(
     arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is measured: minutes later is too late."""
+    """Before the first measurement: minutes later is too late."""
     with pytest.raises(UserError) as caught:
         run(monkeypatch, *arguments.split())
     assert message in str(caught.value) and "\n" not in str(caught.value)

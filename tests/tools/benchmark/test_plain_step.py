@@ -16,11 +16,11 @@ from train.config import EfficiencyConfig
 BATCHES = 3
 TOLERANCE = 2e-4
 BEFORE_A_NORM = ("projector.0.bias", "projector.3.bias", "predictor.0.bias", "predictor.3.bias")
-"""Their true gradient is zero: what moves them is rounding."""
+"""Their true gradient is zero: only rounding moves them."""
 
 
 def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Noise, with overlaps and flips as they are drawn in training."""
+    """Noise, with overlaps and flips as training draws them."""
     return (step_views(5, 64, seed=number) for number in range(BATCHES))
 
 
@@ -43,21 +43,21 @@ def trained(model: SlotCon, kind: str, **efficiency: Any) -> tuple[list[float], 
 
 @pytest.fixture(scope="module")
 def plain_run() -> tuple[SlotCon, list[float], SlotCon]:
-    """A model, and the plain steps' losses and what became of the model."""
-    began = start()
-    return began, *trained(copy.deepcopy(began), "plain")
+    """A model, the losses of plain steps, and the model after them."""
+    before = start()
+    return before, *trained(copy.deepcopy(before), "plain")
 
 
 @pytest.mark.parametrize("selection", ["exact", "static"])
 def test_the_plain_step_and_the_fast_one_agree(
     plain_run: tuple[SlotCon, list[float], SlotCon], selection: str
 ) -> None:
-    """A ratio of speeds means nothing if the two do not compute the same."""
-    began, expected, plain = plain_run
-    got, fast = trained(copy.deepcopy(began), "fast", slot_selection=selection)
-    assert max(expected) - min(expected) > 100 * TOLERANCE  # they were not standing still
-    assert got == pytest.approx(expected, rel=TOLERANCE)
-    theirs, before = plain.state_dict(), began.state_dict()
+    """A ratio of speeds means nothing unless the two compute the same."""
+    model, expected, plain = plain_run
+    losses, fast = trained(copy.deepcopy(model), "fast", slot_selection=selection)
+    assert max(expected) - min(expected) > 100 * TOLERANCE  # training changed them
+    assert losses == pytest.approx(expected, rel=TOLERANCE)
+    theirs, before = plain.state_dict(), model.state_dict()
     for name, value in fast.state_dict().items():
         if value.is_floating_point() and not name.endswith(BEFORE_A_NORM):
             moved = (value - before[name]).norm()
@@ -65,13 +65,13 @@ def test_the_plain_step_and_the_fast_one_agree(
 
 
 def test_the_plain_step_has_slots_to_contrast() -> None:
-    """Without active pairs the parity above would hold for half of the loss only."""
+    """Without active pairs the test above would compare only half of the loss."""
     out = start()(*next(batches()))
     assert float(out.stats["active_pairs"]) > 1
     assert float(out.terms["slot_12"]) > 0
 
 
 def test_a_variant_has_no_plain_step() -> None:
-    """It would be compared with something else."""
+    """A variant would be compared with another method."""
     with pytest.raises(ValueError, match="no plain version"):
         PlainStep(tiny_model(slot_loss="regression"))

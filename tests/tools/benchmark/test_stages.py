@@ -1,4 +1,4 @@
-"""The benchmark's stages do what their names say."""
+"""The benchmark's stages do the work that their names say."""
 
 import os
 from pathlib import Path
@@ -23,10 +23,10 @@ def beton(tmp_path: Path) -> Beton:
     return Beton(write_beton(tmp_path / "photos.beton", varied(IMAGES)))
 
 
-def test_whole_records_are_read_and_the_disk_is_asked(
+def test_whole_records_are_read_and_pages_are_forgotten_for_the_disk(
     beton: Beton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rate of half the bytes, or of the page cache under the disk's name, would be a lie."""
+    """Half the bytes, or the page cache under the disk's name, would give a false rate."""
     log: list[tuple[str, int, int]] = []
     pread = os.pread
 
@@ -59,7 +59,7 @@ def test_whole_records_are_read_and_the_disk_is_asked(
 def test_the_ceiling_decodes_as_the_loader_does(
     beton: Beton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every image in full and with the same DCT, or 95 % of it would mean something else."""
+    """Every image in full and with the same DCT; otherwise the two rates are not comparable."""
     made: list[tuple[int, int, int, int]] = []
     decompress = turbojpeg.decompress
 

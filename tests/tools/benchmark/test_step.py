@@ -1,7 +1,8 @@
-"""The step's profile, the search for the largest batch, and what a recipe costs."""
+"""The step's profile, the search for the largest batch, and the cost of a recipe."""
 
 import copy
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from tests.helpers.tiny_slotcon import tiny_model
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import cost as benchmark_cost
 from tools.benchmark.cost import Recipe, Size, costs, gflop_of, peak_of, recipe_of
-from tools.benchmark.profile import NETWORKS, PARTS, beside_networks, by_part, profile_step
+from tools.benchmark.plain_step import PlainStep
+from tools.benchmark.profile import NETWORKS, PARTS, _part, beside_networks, by_part, profile_step
 from tools.benchmark.step import largest_batch, make_step, spread_prototypes, step_views
 from train.config import RunConfig, load_config
 
@@ -32,25 +34,59 @@ def configured(*arguments: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("backend", ["plain", "fast"])
-def test_every_part_of_a_step_is_found(backend: str) -> None:
-    """A function that is renamed would have its time counted as something else."""
+def test_every_part_of_a_step_is_measured(backend: str) -> None:
+    """The time of a part whose mark is missing or renamed would count as another part's."""
     model = tiny_model()
     data = step_views(2, 64)
     spread_prototypes(model, data[0])
     call = partial(make_step(model, configured(), backend, torch.float32), *data)
     call()
-    forward = type(model.student).forward
-    found = profile_step(call, model, CPU)
-    assert set(found.parts) == set(PARTS) - {"image level"}
-    assert found.parts["student backward"] > found.parts["geometry"]
-    assert 0 < beside_networks(found.parts) < 1
-    assert found.launches is None
-    assert found.operators > 500
-    assert type(model.student).forward is forward  # nothing stays wrapped
+    profile = profile_step(call, CPU)
+    assert set(profile.parts) == set(PARTS) - {"image level"}
+    assert profile.parts["student backward"] > profile.parts["geometry"]
+    assert 0 < beside_networks(profile.parts) < 1
+    assert profile.launches is None
+    assert profile.operators > 500
+
+
+def marks_of(backend: str, **model_settings: Any) -> dict[str, set[str]]:
+    """The innermost marks around each kind of operator in the forward pass of a loss."""
+    model = tiny_model(**model_settings)
+    data = step_views(2, 64)
+    spread_prototypes(model, data[0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        if backend == "plain":
+            PlainStep(model).loss(*data, 0.99)
+        else:
+            model.update_teacher(0.99)
+            model(*data)
+    marks = defaultdict(set)
+    for event in recorded.events():
+        marks[event.name].add(_part(event, {})[0])
+    return marks
+
+
+FAST_VARIANTS: tuple[dict[str, Any], ...] = ({}, {"align": "projections", "image_loss_weight": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings"), [("plain", {}), *(("fast", more) for more in FAST_VARIANTS)]
+)
+def test_each_mark_is_around_its_operators(backend: str, settings: dict[str, Any]) -> None:
+    """A mark around the wrong lines would give the time of a part to another part."""
+    marks = marks_of(backend, **settings)
+    assert marks["aten::conv2d"] == {"student", "teacher"}
+    assert marks["aten::einsum"] == {"grouping"}
+    assert marks["torchvision::roi_align"] == {"geometry"}
+    assert marks["aten::log_softmax"] >= {"losses"}
+    assert marks["aten::argmax"] == {"slots"}
+    assert marks["aten::cross_entropy_loss"] == {"slots"} | ({"image level"} if settings else set())
+    update = "aten::mul" if backend == "plain" else "aten::_foreach_lerp_"
+    assert "teacher update" in marks[update]
 
 
 def test_the_plain_step_waits_and_a_static_one_does_not() -> None:
-    """The count of host synchronisations is what the fast step is for."""
+    """The fast step exists to avoid host synchronisations."""
     start, data = tiny_model(), step_views(2, 64)
     spread_prototypes(start, data[0])
     waits = {}
@@ -58,8 +94,8 @@ def test_the_plain_step_waits_and_a_static_one_does_not() -> None:
         model = copy.deepcopy(start)
         call = partial(make_step(model, configured(), backend, torch.float32, variant), *data)
         call()
-        waits[variant] = profile_step(call, model, CPU).host_waits
-    assert "tolist" not in vars(torch.Tensor)  # nothing stays wrapped
+        waits[variant] = profile_step(call, CPU).host_waits
+    assert "tolist" not in vars(torch.Tensor)  # the patch is gone
     assert waits["static"] == 0
     assert waits["exact"] == 1
     assert waits[None] >= 2 * 4 + 2 + 1  # flips, nonzero, the loss
@@ -76,8 +112,8 @@ def kernel(ms: float) -> Any:
 
 
 def test_backward_operators_belong_to_the_part_of_their_forward() -> None:
-    """The autograd engine runs them outside of every mark, on a thread of its own."""
-    student, geometry = event("part: student", 0), event("part: geometry", 4)
+    """The autograd engine runs them on another thread, outside every mark."""
+    student, geometry = event("slotcon.student", 0), event("slotcon.geometry", 4)
     events = [
         student,
         event("aten::conv2d", 1, 1, cpu_parent=student, sequence_nr=7, kernels=[kernel(10)]),
@@ -112,7 +148,7 @@ def test_the_networks_are_parts() -> None:
 @pytest.mark.parametrize("room", [0, 1, 7, 64, 100, 1000])
 @pytest.mark.parametrize("start", [1, 64])
 def test_the_largest_batch_is_found_to_an_eighth(room: int, start: int) -> None:
-    """Each try takes minutes on a large GPU, so there may be few, and none may end it."""
+    """A try takes minutes on a large GPU, so few are allowed, and a failed one ends nothing."""
     tried: list[int] = []
 
     def fits(batch: int) -> bool:
@@ -137,39 +173,39 @@ def size(side: int, epochs: int, **more: Any) -> Size:
 
 
 def test_the_cost_follows_from_what_was_measured() -> None:
-    """A bill that is off by the number of views, GPUs or a thousand is worse than none."""
+    """A bill that is wrong by the number of views, of GPUs or by a thousand is worse than none."""
     faster = {"plain": 100.0, "fast": 200.0}
     watts = {"plain": 360.0, "fast": 720.0}
     sizes = [size(160, 1, images_per_s=faster, watts=watts), size(224, 3, watts=watts)]
-    found = {(cost.backend, cost.gpus): cost for cost in costs(RECIPE, sizes, 200.0, 500.0)}
-    one, eight = found["fast", 1], found["fast", 8]
-    assert one.hours * 3600 == pytest.approx(1000 / 200 + 3000 / 100)
-    assert one.images_per_s == pytest.approx(4000 / 35)
-    assert one.share_of_peak == pytest.approx(4000 * 100e9 / 35 / 200e12)
-    assert one.kwh == pytest.approx(35 * 720 / 3.6e6)
-    assert one.co2_kg == pytest.approx(35 * 720 / 3.6e6 * 0.5)
-    assert eight.hours == one.hours / 8
-    assert (eight.gpu_hours, eight.kwh) == (one.gpu_hours, one.kwh)
-    assert one.measured
-    assert not eight.measured
-    assert found["plain", 1].hours == pytest.approx(2 * one.hours)
+    rows = {(row["backend"], row["gpus"]): row for row in costs(RECIPE, sizes, 200.0, 500.0)}
+    one, eight = rows["fast", 1], rows["fast", 8]
+    assert one["hours"] * 3600 == pytest.approx(1000 / 200 + 3000 / 100)
+    assert one["images_per_s"] == pytest.approx(4000 / 35)
+    assert one["share_of_peak"] == pytest.approx(4000 * 100e9 / 35 / 200e12)
+    assert one["kwh"] == pytest.approx(35 * 720 / 3.6e6)
+    assert one["co2_kg"] == pytest.approx(35 * 720 / 3.6e6 * 0.5)
+    assert eight["hours"] == one["hours"] / 8
+    assert (eight["gpu_hours"], eight["kwh"]) == (one["gpu_hours"], one["kwh"])
+    assert one["measured"]
+    assert not eight["measured"]
+    assert rows["plain", 1]["hours"] == pytest.approx(2 * one["hours"])
 
 
 def test_a_slow_loader_holds_the_step_back() -> None:
-    """GPU-hours are paid while it waits."""
+    """GPU-hours are paid while a step waits."""
     sizes = [size(224, 4, loader=160.0)]
     plain, fast = (
-        next(c for c in costs(RECIPE, sizes, None, 500.0, loaders=2) if c.backend == backend)
+        next(row for row in costs(RECIPE, sizes, None, 500.0, 2) if row["backend"] == backend)
         for backend in ("plain", "fast")
     )
-    assert plain.images_per_s == 50
-    assert fast.images_per_s == 80  # half of a loader that two GPUs share
-    assert fast.share_of_peak is None
-    assert fast.kwh is None
+    assert plain["images_per_s"] == 50
+    assert fast["images_per_s"] == 80  # half of a loader that two GPUs share
+    assert fast["share_of_peak"] is None
+    assert fast["kwh"] is None
 
 
 def test_the_recipe_s_images_and_sizes() -> None:
-    """Dropped images and earlier, smaller views are part of what a run costs."""
+    """Dropped images and smaller views in early epochs make a run cheaper."""
     sizes = ["--train.view_sizes", "[[0, 160], [0.5, 224]]", "--train.epochs", "8"]
     recipe = recipe_of(configured(*sizes, "--train.batch_size", "100"), 1234)
     assert (recipe.images, recipe.epochs) == (1200, {160: 4, 224: 4})
@@ -180,7 +216,7 @@ def test_the_recipe_s_images_and_sizes() -> None:
 
 
 def test_operations_are_counted() -> None:
-    """The share of peak is a multiple of this: two forwards and a backward of both views."""
+    """The share of peak follows from them: two forwards and a backward of both views."""
     config = ModelConfig("resnet18", dim_hidden=8, dim_out=8, num_prototypes=4)
     resnet18 = 2 * 1.81  # GFLOP of a forward at 224 pixels, as torchvision's documentation has it
     student_and_teacher = (1 + 2 + 1) * 2 * resnet18
@@ -188,7 +224,7 @@ def test_operations_are_counted() -> None:
 
 
 def test_the_peak_is_the_gpu_s_own() -> None:
-    """A PCIe card with the peak of its larger brother would look lazy."""
+    """A PCIe card would look slow beside the peak of the larger card."""
     assert peak_of("NVIDIA H200", torch.float16) == 989.4
     assert peak_of("NVIDIA H100 PCIe", torch.bfloat16) == 756.4
     assert peak_of("NVIDIA H100 80GB HBM3", torch.float16) == 989.4
@@ -218,10 +254,10 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
     return run
 
 
-def test_the_cost_of_a_recipe_is_told_and_written(
+def test_the_cost_of_a_recipe_is_printed_and_written(
     tiny: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was not measured must say so: the loader, energy, the peak, more than one machine."""
+    """Figures that were not measured say so: the loader, the peak, more than one machine."""
     content = tiny("--watts", "100")
     printed = capsys.readouterr().out
     assert [(row["side"], row["epochs"]) for row in content["sizes"]] == [(32, 2), (64, 2)]
@@ -229,23 +265,23 @@ def test_the_cost_of_a_recipe_is_told_and_written(
         (backend, gpus) for backend in ("plain", "fast") for gpus in (1, 8)
     }
     assert all(row["kwh"] > 0 for row in content["cost"])
-    for said in ("not measured", "if it scaled perfectly", "share of peak: unknown", "watts given"):
-        assert said in printed
+    for text in ("not measured", "if it scaled perfectly", "share of peak: unknown", "watts given"):
+        assert text in printed
 
 
 @pytest.mark.cuda
 def test_a_gpu_s_kernels_are_counted_by_part() -> None:
-    """Launches and shares on the GPU come from other fields of the profiler than a CPU's."""
+    """Launches and shares on a GPU come from other fields of the profiler than on a CPU."""
     device = torch.device("cuda")
     start, data = tiny_model(), step_views(4, 64, device=device, dtype=torch.float16)
     spread_prototypes(start, data[0].cpu().float())
-    found = {}
+    profiles = {}
     for backend in ("plain", "fast"):
         model = copy.deepcopy(start).to(device)
         call = partial(make_step(model, configured(), backend, torch.float16), *data)
         for _ in range(3):
             call()
-        found[backend] = profile_step(call, model, device)
-        assert set(found[backend].parts) >= {*NETWORKS, "geometry", "slots", "LARS"}
-    assert found["fast"].host_waits == 0 < found["plain"].host_waits
-    assert 0 < (found["fast"].launches or 0) < (found["plain"].launches or 0)
+        profiles[backend] = profile_step(call, device)
+        assert set(profiles[backend].parts) >= {*NETWORKS, "geometry", "slots", "LARS"}
+    assert profiles["fast"].host_waits == 0 < profiles["plain"].host_waits
+    assert 0 < (profiles["fast"].launches or 0) < (profiles["plain"].launches or 0)
