@@ -21,9 +21,10 @@ from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported import CONFIG, call, trained_model
 from tests.helpers.training import small_run, trainer
 from tools.export import main as export
-from tools.import_official import Official, configured, loaded, main
+from tools.import_official import main
 from tools.report.__main__ import main as report
 from tools.weights.model_card import model_card
+from tools.weights.official import Official, configured, loaded
 from tools.weights.official_settings import official_settings, with_official_settings
 from train.config import DataConfig, RunConfig, TrainConfig
 from train.run.checkpoint import find, load_model, read_record
