@@ -1,27 +1,17 @@
-"""The comparison of several runs: what it shows, from the files in the runs' folders."""
+"""The comparison of several runs: charts and tables from the files in their folders."""
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
 from tools.report.charts import line_chart, short
-from tools.report.page import PAGE
-from tools.report.parts import METRICS, score_note, section, share_table, text_table
-from tools.report.results import (
-    SCORES,
-    SLOTS,
-    Line,
-    Part,
-    Run,
-    network_values,
-    read_run,
-    slot_values,
-)
+from tools.report.page import Table, render
+from tools.report.results import SCORES, Line, Part, Run, read_run, slot_values
+from tools.report.scores import METRICS, Evaluation, network_values, note
 from train.metrics import duration
 
 MOST = 8
-"""Runs that a chart tells apart."""
+"""The largest number of runs that a person can tell apart in a chart."""
 CURVES = (
     ("Total loss", ("loss",), False),
     ("Grouping loss, both directions", ("grouping_12", "grouping_21"), False),
@@ -32,15 +22,25 @@ CURVES = (
     ("Images a second", ("images_per_s",), True),
 )
 """Title, the logged values whose mean is drawn, whether the axis starts at 0."""
+LAST = {
+    "steps": "step",
+    "epochs": "epoch",
+    "loss": "loss",
+    "active slots": "active_slots",
+    "usage entropy": "usage_entropy",
+    "dead prototypes": "dead_prototypes",
+}
+"""Title and logged value of each row of the table of last values."""
 NAMES = {"name", "log.dir"}
-"""Settings that always differ and say nothing."""
+"""Settings that differ between any two runs and do not affect the training."""
 
 Runs = dict[str, Run]
 
 
 def read_runs(folders: Sequence[Path]) -> Runs:
-    """The runs, each under its folder's name, or its path where names are the same. Raises
-    UserError.
+    """The runs by the names of their folders, or by their paths if two names are the same.
+
+    Raises UserError.
     """
     if not 2 <= len(folders) <= MOST:
         raise UserError(f"compares 2 to {MOST} runs, not {len(folders)}")
@@ -53,39 +53,31 @@ def read_runs(folders: Sequence[Path]) -> Runs:
 
 
 def build(runs: Runs) -> str:
-    """The whole page."""
-    differing = differences(runs)
-    return PAGE.substitute(
+    """The page as HTML."""
+    evaluations = (evaluation(runs, part) for part in SCORES)
+    return render(
+        "comparison.html",
         name=f"{len(runs)} runs",
-        summary=html.escape(" · ".join(runs)),
-        body="\n".join(
-            (
-                section("Training", f'<div class="charts">{charts(runs)}</div>'),
-                section("At the end of the log", last_table(runs)),
-                section("Against label maps", *(scores(runs, part) for part in SCORES)),
-                section(SLOTS.title, slots_table(runs)),
-                section(
-                    "What differs in their configurations",
-                    text_table("", ("", *runs), differing)
-                    if differing
-                    else "<p>Nothing but their names.</p>",
-                ),
-            )
-        ),
+        summary=" · ".join(runs),
+        charts=charts(runs),
+        last=last_values(runs),
+        evaluations=list(filter(None, evaluations)),
+        slots=slots(runs),
+        differences=differences(runs),
     )
 
 
-def charts(runs: Runs) -> str:
-    """A chart a value that any of the runs logs, a line a run."""
-    return "".join(
+def charts(runs: Runs) -> list[str]:
+    """A chart for each value that a run logs, as SVG; a line for each run."""
+    return [
         line_chart(title, lines, from_zero=from_zero)
         for title, names, from_zero in CURVES
         if any((lines := {name: curve(run.lines, names) for name, run in runs.items()}).values())
-    )
+    ]
 
 
 def curve(lines: Sequence[Line], names: Sequence[str]) -> list[tuple[float, float]]:
-    """(step, mean of the values `names`) of the lines that log them all."""
+    """(step, mean of the values `names`) of the lines that have all these values."""
     return [
         (line["step"], sum(line[name] for name in names) / len(names))
         for line in lines
@@ -93,61 +85,51 @@ def curve(lines: Sequence[Line], names: Sequence[str]) -> list[tuple[float, floa
     ]
 
 
-def last_table(runs: Runs) -> str:
-    """Length, time and the last logged values."""
-    shown = {
-        "steps": "step",
-        "epochs": "epoch",
-        "loss": "loss",
-        "active slots": "active_slots",
-        "usage entropy": "usage_entropy",
-        "dead prototypes": "dead_prototypes",
-    }
+def last_values(runs: Runs) -> Table:
+    """Length, last logged values and time of each run."""
     rows = [
         (title, *(text(run.lines[-1].get(name)) for run in runs.values()))
-        for title, name in shown.items()
+        for title, name in LAST.items()
     ]
     spent = (run.lines[-1].get("seconds") for run in runs.values())
     rows.append(("time", *("–" if seconds is None else duration(seconds) for seconds in spent)))
-    return text_table("", ("", *runs), rows)
+    return Table(("", *runs), rows)
 
 
-def scores(runs: Runs, part: Part) -> str:
-    """One measure's figures: a row a network and metric, a column a run."""
-    values = [network_values(run.rows(part)) for run in runs.values()]
-    keys = dict.fromkeys(key for found in values for key in found if key[1] in METRICS)
+def evaluation(runs: Runs, part: Part) -> Evaluation | None:
+    """The scores of one evaluation: a row for each network and metric, a column for each run."""
+    results = [run.rows(part) for run in runs.values()]
+    values = [network_values(rows) for rows in results]
+    keys = dict.fromkeys(key for scores in values for key in scores if key[1] in METRICS)
     if not keys:
-        return ""
+        return None
     rows = [
-        (f"{network}: {METRICS[metric]}", [found.get((network, metric)) for found in values])
+        (f"{network}: {METRICS[metric]}", *(scores.get((network, metric)) for scores in values))
         for network, metric in keys
     ]
-    notes = dict.fromkeys(score_note(own) for run in runs.values() if (own := run.rows(part)))
-    return (
-        f'<h3>{html.escape(part.title)}</h3><p class="note">{html.escape("; ".join(notes))}</p>'
-        f"{share_table(('', *runs), rows)}"
-    )
+    notes = dict.fromkeys(note(rows) for rows in results if rows)
+    return Evaluation(part.title, "; ".join(notes), Table(("", *runs), rows))
 
 
-def slots_table(runs: Runs) -> str:
-    """The whole-set figures of evaluation.slots, where there are any."""
+def slots(runs: Runs) -> Table:
+    """The figures of evaluation.slots over a whole data set."""
     values = [slot_values(run) for run in runs.values()]
-    keys = dict.fromkeys(key for found in values for key in found)
+    keys = dict.fromkeys(key for figures in values for key in figures)
     rows = [
         (key.replace("_", " ").replace(" sd", ", deviation"), *(text(f.get(key)) for f in values))
         for key in keys
     ]
-    return text_table("", ("", *runs), rows) if rows else ""
+    return Table(("", *runs), rows)
 
 
-def differences(runs: Runs) -> list[tuple[str, ...]]:
-    """Settings that are not the same in all runs: (name, value of each)."""
+def differences(runs: Runs) -> Table:
+    """The settings that differ between the runs."""
     settings = [run.settings for run in runs.values()]
-    names = dict.fromkeys(name for found in settings for name in found if name not in NAMES)
-    rows = [(name, *(str(found.get(name, "–")) for found in settings)) for name in names]
-    return [row for row in rows if len(set(row[1:])) > 1]
+    names = dict.fromkeys(name for one in settings for name in one if name not in NAMES)
+    rows = [(name, *(str(one.get(name, "–")) for one in settings)) for name in names]
+    return Table(("", *runs), [row for row in rows if len(set(row[1:])) > 1])
 
 
 def text(value: float | None) -> str:
-    """– for what was not measured."""
+    """A short number, or – if it was not measured."""
     return "–" if value is None else short(value)

@@ -1,25 +1,17 @@
-"""The report of one run: what it shows, from the files in the run's folder."""
+"""The report of one run: figures, charts and tables from the files in its folder."""
 
-import html
 import math
+import shlex
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tools.report.charts import dot_chart, line_chart, short
-from tools.report.page import PAGE
-from tools.report.parts import (
-    listed,
-    picture,
-    quoted,
-    score_tables,
-    section,
-    text_table,
-    tiles,
-)
+from tools.report.page import ChartAndTable, Table, picture, render
 from tools.report.results import (
     BENCHMARK,
     COST,
@@ -27,155 +19,122 @@ from tools.report.results import (
     RESULTS,
     SCORES,
     SLOTS,
+    Part,
     Run,
-    network_values,
     slot_values,
     wait_share,
 )
+from tools.report.scores import evaluation, network_values
 from train.metrics import duration
 
 STAGES = ("read", "decode", "params", "augment", "transfer", "step", "pipeline")
+"""The order in which the page shows the stages of the benchmark."""
 
 
-def build(report: Run) -> str:
-    """The whole page."""
-    pictures = (
-        f"<h3>{html.escape(part.title)}</h3>{picture(report.pictures[part.name], part.title)}"
-        for part in PICTURES
-        if part.name in report.pictures
-    )
-    return PAGE.substitute(
-        name=html.escape(str(report.settings.get("name", report.folder.name))),
-        summary=html.escape(summary(report)),
-        body="\n".join(
-            (
-                f'<div class="tiles">{tiles(figures(report))}</div>',
-                section("Training", training_charts(report)),
-                section(
-                    "Against label maps",
-                    *(score_tables(part.title, report.rows(part)) for part in SCORES),
-                ),
-                section(SLOTS.title, slots_part(report)),
-                section("Pictures", *pictures),
-                section("Speed", speed_charts(report), stages(report)),
-                section("Cost", cost_part(report)),
-                section("How it was run", setting_part(report)),
-                section("Not here yet", missing(report)),
-            )
-        ),
+def build(run: Run) -> str:
+    """The page as HTML. Raises UserError for a picture that cannot be read."""
+    evaluations = (evaluation(part.title, run.rows(part)) for part in SCORES)
+    return render(
+        "one_run.html",
+        name=run.settings.get("name", run.folder.name),
+        summary=summary(run),
+        figures=figures(run),
+        chart=partial(chart, run),
+        uniform=uniform_student(run),
+        evaluations=list(filter(None, evaluations)),
+        slots=slots(run),
+        pictures=[
+            (part.title, picture(run.pictures[part.name]))
+            for part in PICTURES
+            if part.name in run.pictures
+        ],
+        stages=stages(run),
+        cost=cost(run),
+        recipe=recipe(run),
+        origins=origins(run),
+        configuration=yaml.safe_dump(run.config, sort_keys=False),
+        missing=missing(run),
     )
 
 
-def summary(report: Run) -> str:
+def summary(run: Run) -> str:
     """One line: network, data, length."""
-    config, last = report.settings, report.lines[-1]
+    config, last = run.settings, run.lines[-1]
     arch, prototypes = config.get("model.arch", "?"), config.get("model.num_prototypes", "?")
     side, data = config.get("views.size", "?"), Path(str(config.get("data.path", "?"))).name
     parts = [f"{arch}, {prototypes} prototypes", f"{side}-pixel views of {data}"]
-    if report.record and "images" in report.record.data:
-        parts[-1] += f" ({report.record.data['images']:,} images)"
+    if run.record and "images" in run.record.data:
+        parts[-1] += f" ({run.record.data['images']:,} images)"
     parts.append(f"{last['step']:,.0f} steps, {last.get('epoch', math.nan):.3g} epochs")
     if "seconds" in last:
         parts.append(f"{duration(last['seconds'])} of training")
     return " · ".join(parts)
 
 
-def figures(report: Run) -> list[tuple[str, str, str]]:
-    """The figures to take away: (figure, name, note)."""
-    last = report.lines[-1]
-    found: list[tuple[str, str, str]] = []
-    values = network_values(report.rows(SCORES[0]))
-    if ("trained", "miou") in values:
-        before = values.get(("untrained", "miou"))
+def figures(run: Run) -> list[tuple[str, str, str]]:
+    """The most important figures: (figure, title, note)."""
+    last = run.lines[-1]
+    shown: list[tuple[str, str, str]] = []
+    scores = network_values(run.rows(SCORES[0]))
+    if ("trained", "miou") in scores:
+        before = scores.get(("untrained", "miou"))
         note = f"untrained: {statistics.mean(before):.1%}" if before else "no baseline"
-        found.append((f"{statistics.mean(values['trained', 'miou']):.1%}", "grouping mIoU", note))
+        shown.append((f"{statistics.mean(scores['trained', 'miou']):.1%}", "grouping mIoU", note))
     if "loss" in last:
-        first = next(line["loss"] for line in report.lines if "loss" in line)
-        found.append((f"{last['loss']:.3f}", "loss", f"at the first log line: {first:.3f}"))
+        first = next(line["loss"] for line in run.lines if "loss" in line)
+        shown.append((f"{last['loss']:.3f}", "loss", f"at the first log line: {first:.3f}"))
     if "active_slots" in last:
-        total = report.settings.get("model.num_prototypes", "?")
-        found.append((f"{last['active_slots']:.1f}", "active slots an image", f"of {total}"))
+        total = run.settings.get("model.num_prototypes", "?")
+        shown.append((f"{last['active_slots']:.1f}", "active slots an image", f"of {total}"))
     if "usage_entropy" in last:
         dead = f"{last.get('dead_prototypes', math.nan):.0f} dead prototypes"
-        found.append((f"{last['usage_entropy']:.2f}", "usage entropy", f"of 1; {dead}"))
+        shown.append((f"{last['usage_entropy']:.2f}", "usage entropy", f"of 1; {dead}"))
     if "images_per_s" in last:
-        note = "median of training"
-        found.append((short(round(median_rate(report), 1)), "images a second", note))
+        shown.append((median_rate(run), "images a second", "median of training"))
     if "wait_share" in last:
-        found.append((f"{wait_share(report.lines):.1%}", "data wait", "share of training time"))
-    return found
+        shown.append((f"{wait_share(run.lines):.1%}", "data wait", "share of training time"))
+    return shown
 
 
-def median_rate(report: Run) -> float:
-    """images/s of training."""
-    return statistics.median(line.get("images_per_s", math.nan) for line in report.lines)
+def median_rate(run: Run) -> str:
+    """Images a second in training: the median over the log lines."""
+    rates = (line.get("images_per_s", math.nan) for line in run.lines)
+    return short(round(statistics.median(rates), 1))
 
 
-def training_charts(report: Run) -> str:
-    """Loss terms, slots and the health of the prototypes over the steps; those that are logged."""
-    prototypes = report.settings.get("model.num_prototypes")
-    uniform = (
-        (f"ln {prototypes}: uniform student", math.log(prototypes))
-        if isinstance(prototypes, int) and prototypes > 0
-        else None
-    )
-    both = ("view 1 → 2", "view 2 → 1")
-    charts = (
-        chart(report, "Grouping loss", grouping_12=both[0], grouping_21=both[1], reference=uniform),
-        chart(report, "Slot loss", slot_12=both[0], slot_21=both[1]),
-        chart(report, "Image-level loss", image="both directions"),
-        chart(report, "Total loss", loss="loss"),
-        chart(
-            report,
-            "Slots per image",
-            active_slots="active",
-            active_pairs="in both views",
-            from_zero=True,
-        ),
-        chart(
-            report,
-            "Usage entropy of the prototypes (1: all win equally often)",
-            usage_entropy="usage entropy",
-            from_zero=True,
-        ),
-        chart(
-            report,
-            "Dead prototypes and near-duplicates",
-            dead_prototypes="dead",
-            near_duplicates="near-duplicates",
-            from_zero=True,
-        ),
-    )
-    return f'<div class="charts">{"".join(charts)}</div>'
+def uniform_student(run: Run) -> tuple[str, float] | None:
+    """The grouping loss of a student that gives each prototype the same share, with its label."""
+    prototypes = run.settings.get("model.num_prototypes")
+    if not isinstance(prototypes, int) or prototypes < 1:
+        return None
+    return f"ln {prototypes}: uniform student", math.log(prototypes)
 
 
 def chart(
-    report: Run,
+    run: Run,
     title: str,
     *,
     reference: tuple[str, float] | None = None,
     from_zero: bool = False,
     percent: bool = False,
-    **names: str,
+    **labels: str,
 ) -> str:
-    """The logged values of `names`, each under its label, over the steps; nothing if none is
-    logged.
-    """
+    """Logged values over the steps as SVG, each under its label; empty if none is logged."""
     lines = {
-        label: [(line["step"], line[name]) for line in report.lines if name in line]
-        for name, label in names.items()
+        label: [(line["step"], line[name]) for line in run.lines if name in line]
+        for name, label in labels.items()
     }
     if not any(lines.values()):
         return ""
     return line_chart(title, lines, reference=reference, from_zero=from_zero, percent=percent)
 
 
-def slots_part(report: Run) -> str:
-    """How the prototypes are used over whole images: figures, and each one's share."""
-    values, rows = slot_values(report), report.rows(SLOTS)
+def slots(run: Run) -> ChartAndTable | None:
+    """How the prototypes are used over whole images: figures, and the share of each prototype."""
+    values, rows = slot_values(run), run.rows(SLOTS)
     if not values:
-        return ""
-    total = report.settings.get("model.num_prototypes", "?")
+        return None
+    total = run.settings.get("model.num_prototypes", "?")
     spread = f" ± {values['active_slots_sd']:.2f}" if "active_slots_sd" in values else ""
     shown = {
         "active_slots": ("active slots an image", f"{{:.2f}}{spread}"),
@@ -183,14 +142,13 @@ def slots_part(report: Run) -> str:
         "dead_prototypes": ("dead prototypes", f"{{:.0f}} of {total}"),
         "near_duplicates": ("pairs of near-duplicates", "{:.0f}"),
     }
-    table = text_table(
-        "",
+    table = Table(
         ("", f"{rows[0].get('images', 0):,} whole images"),
         [(name, form.format(values[key])) for key, (name, form) in shown.items() if key in values],
     )
     shares = {
-        name: list(enumerate(sorted(row["value"] for row in rows if row["metric"] == key)[::-1]))
-        for key, name in (("image_share", "of images"), ("cell_share", "of cells"))
+        label: list(enumerate(sorted(row["value"] for row in rows if row["metric"] == key)[::-1]))
+        for key, label in (("image_share", "of images"), ("cell_share", "of cells"))
     }
     curve = line_chart(
         "Share in which each prototype is active",
@@ -199,60 +157,28 @@ def slots_part(report: Run) -> str:
         from_zero=True,
         percent=True,
     )
-    return f'<div class="charts">{curve}{table}</div>'
+    return ChartAndTable(curve, table)
 
 
-def speed_charts(report: Run) -> str:
-    """Speed and data wait over training."""
-    charts = (
-        chart(report, "Images a second, in training", images_per_s="images/s", from_zero=True),
-        chart(
-            report,
-            "Share of time waiting for data",
-            wait_share="data wait",
-            from_zero=True,
-            percent=True,
-        ),
-    )
-    return f'<div class="charts">{"".join(charts)}</div>'
-
-
-def stages(report: Run) -> str:
-    """Throughput of each stage alone, as a chart and a table."""
+def stages(run: Run) -> ChartAndTable | None:
+    """Throughput of each stage alone."""
     measured = [
         row
-        for row in report.rows(BENCHMARK)
+        for row in run.rows(BENCHMARK)
         if row.get("images_per_s", 0) > 0 and not row.get("operation")
     ]
     if not measured:
-        return ""
+        return None
     order = {stage: number for number, stage in enumerate(STAGES)}
     measured.sort(key=lambda row: order.get(str(row.get("stage")), len(order)))
-    dots = dot_chart(
-        BENCHMARK.title,
-        (
-            (
-                stage_name(row),
-                row["images_per_s"],
-                row.get("slowest") or row["images_per_s"],
-                row.get("fastest") or row["images_per_s"],
-            )
-            for row in measured
-        ),
-        unit="images/s",
-    )
+    dots, rows = [], []
+    for row in measured:
+        name, rate = stage_name(row), row["images_per_s"]
+        dots.append((name, rate, row.get("slowest") or rate, row.get("fastest") or rate))
+        numbers = (f"{rate:,.1f}", f"{1e3 / rate:,.3g}")
+        rows.append((name, *numbers, row.get("batch", "–"), row.get("threads", "–")))
     head = ("stage", "images/s", "ms an image", "batch", "threads")
-    rows = [
-        (
-            stage_name(row),
-            f"{row['images_per_s']:,.1f}",
-            f"{1e3 / row['images_per_s']:,.3g}",
-            str(row.get("batch", "–")),
-            str(row.get("threads", "–")),
-        )
-        for row in measured
-    ]
-    return f'<div class="charts">{dots}{text_table("numbers", head, rows)}</div>'
+    return ChartAndTable(dot_chart(BENCHMARK.title, dots, unit="images/s"), Table(head, rows))
 
 
 def stage_name(row: Mapping[str, Any]) -> str:
@@ -261,9 +187,9 @@ def stage_name(row: Mapping[str, Any]) -> str:
     return " · ".join(str(part) for part in (row.get("stage"), row.get("backend"), crops) if part)
 
 
-def cost_part(report: Run) -> str:
-    """Time so far and to come, and what the benchmark says of the whole recipe."""
-    last, epochs = report.lines[-1], report.settings.get("train.epochs")
+def cost(run: Run) -> Table:
+    """Training time so far, and the time that is left at this speed."""
+    last, epochs = run.lines[-1], run.settings.get("train.epochs")
     rows = []
     if "seconds" in last:
         rows.append(("training so far", duration(last["seconds"])))
@@ -271,62 +197,61 @@ def cost_part(report: Run) -> str:
             rest = last["seconds"] * (epochs / last["epoch"] - 1)
             rows.append(("left at this pace", f"{duration(rest)} to epoch {epochs}"))
     if "images_per_s" in last:
-        rows.append(("images a second (median)", short(round(median_rate(report), 1))))
-    table = text_table("", ("", "this run"), rows) if rows else ""
-    return table + recipe_table(report)
+        rows.append(("images a second (median)", median_rate(run)))
+    return Table(("", "this run"), rows)
 
 
-def recipe_table(report: Run) -> str:
-    """Hours, energy and CO2e of the whole recipe on some numbers of GPUs."""
-    found = report.results.get(COST.name, {}).get("cost") or []
-    head = ("", "GPUs", "images/s", "hours", "kWh", "kg CO2e", "measured")
+def recipe(run: Run) -> Table:
+    """Hours, energy and CO2e of the whole recipe on several numbers of GPUs."""
     rows = [
         (
-            str(cost.get("backend", "")),
-            str(cost.get("gpus", "?")),
+            cost.get("backend", ""),
+            cost.get("gpus", "?"),
             *(
                 "unknown" if cost.get(name) is None else short(cost[name])
                 for name in ("images_per_s", "hours", "kwh", "co2_kg")
             ),
             "yes" if cost.get("measured") else "scaled",
         )
-        for cost in found
+        for cost in run.results.get(COST.name, {}).get("cost") or []
     ]
-    return f"<h3>{COST.title}</h3>{text_table('numbers', head, rows)}" if rows else ""
+    return Table(("", "GPUs", "images/s", "hours", "kWh", "kg CO2e", "measured"), rows)
 
 
-def setting_part(report: Run) -> str:
-    """Where every number comes from: machines, versions, commands, the whole configuration."""
-    measured = {"training": report.record.provenance} if report.record else {}
-    measured |= report.results
+def origins(run: Run) -> tuple[Table, Table]:
+    """Where the numbers come from: hardware and versions (one row for each machine), commands."""
+    contents = {"training": run.record.provenance} if run.record else {}
+    contents |= run.results
     machines: dict[tuple[str, ...], list[str]] = {}
-    for name, content in measured.items():
+    for name, content in contents.items():
         machine = tuple(listed(content.get(key) or {}) for key in ("hardware", "versions"))
         machines.setdefault(machine, []).append(name)
     rows = [(", ".join(names), *machine) for machine, names in machines.items()]
-    commands = [(name, str(content.get("command", ""))) for name, content in measured.items()]
-    tables = (
-        text_table("", ("", "hardware", "versions"), rows)
-        + text_table("commands", ("", "command"), commands)
-        if measured
-        else ""
-    )
-    text = html.escape(yaml.safe_dump(report.config, sort_keys=False))
-    return f"{tables}<details><summary>Configuration</summary><pre>{text}</pre></details>"
+    commands = [(name, content.get("command", "")) for name, content in contents.items()]
+    return Table(("", "hardware", "versions"), rows), Table(("", "command"), commands)
 
 
-def missing(report: Run) -> str:
-    """The commands that make what is not in the page, each in the place where it is found."""
-    names = {
-        "run": quoted(report.folder),
-        "data": quoted(report.settings.get("data.path", "FILE.beton")),
-        "config": quoted(report.folder / "config.yaml"),
+def listed(values: Mapping[str, Any]) -> str:
+    """{"cores": 2, "gpus": []} as "cores 2"."""
+    parts = []
+    for name, value in values.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if text:
+            parts.append(f"{name.replace('_gib', ' in GiB').replace('_', ' ')} {text}")
+    return ", ".join(parts)
+
+
+def missing(run: Run) -> list[tuple[str, str]]:
+    """What the page lacks: (title, command). The command writes the file where it is looked for."""
+    paths = {
+        "run": run.folder,
+        "data": run.settings.get("data.path", "FILE.beton"),
+        "config": run.folder / "config.yaml",
     }
-    there = report.results.keys() | report.pictures.keys()
-    return "".join(
-        f"<p>{html.escape(part.title)}<br><code>"
-        f"{html.escape(part.command.format(**names, out=quoted(report.folder / part.file)))}"
-        "</code></p>"
-        for part in (*RESULTS, *PICTURES)
-        if part.name not in there
-    )
+
+    def command(part: Part) -> str:
+        shown = {**paths, "out": run.folder / part.file}
+        return part.command.format(**{key: shlex.quote(str(path)) for key, path in shown.items()})
+
+    there = run.results.keys() | run.pictures.keys()
+    return [(part.title, command(part)) for part in (*RESULTS, *PICTURES) if part.name not in there]

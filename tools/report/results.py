@@ -2,8 +2,6 @@
 
 import json
 import math
-import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,21 +255,6 @@ def has_values(rows: Sequence[Mapping[str, Any]], metric: str) -> bool:
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def network_values(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[float]]:
-    """Values of each (network, metric) over the seeds; a class's IoU is the metric "iou CLASS"."""
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in rows:
-        metric = f"iou {row['class']}" if row.get("metric") == "iou" else str(row.get("metric"))
-        values[str(row.get("network", "trained")), metric].append(float(row["value"]))
-    return dict(values)
-
-
-def share(values: list[float]) -> str:
-    """The mean as a percentage, ± its deviation over the seeds: 40.0% ± 1.2"""
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1%}{deviation}"
 
 
 def slot_values(run: Run) -> dict[str, float]:

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from tools import compare
 from tools.report import __main__ as report
 from tools.report.charts import MAX_POINTS, line_chart, short, thin, ticks
-from tools.report.parts import listed
+from tools.report.one_run import listed
 from tools.report.results import PICTURES, RESULTS, wait_share
 
 VOID_ELEMENTS = {"meta", "img", "br", "line", "circle", "polyline"}
