@@ -242,7 +242,7 @@ def listed(values: Mapping[str, Any]) -> str:
 
 
 def missing(run: Run) -> list[tuple[str, str]]:
-    """What the page lacks: (title, command). The command writes the file where it is looked for."""
+    """What the page lacks, as (title, what follows `python -m` to make it)."""
     paths = {
         "run": run.folder,
         "data": run.settings.get("data.path", "FILE.beton"),
@@ -250,8 +250,8 @@ def missing(run: Run) -> list[tuple[str, str]]:
     }
 
     def command(part: Part) -> str:
-        shown = {**paths, "out": run.folder / part.file}
-        return part.command.format(**{key: shlex.quote(str(path)) for key, path in shown.items()})
+        values = {**paths, "out": run.folder / part.file}
+        return part.command.format(**{k: shlex.quote(str(path)) for k, path in values.items()})
 
     there = run.results.keys() | run.pictures.keys()
     return [(part.title, command(part)) for part in (*RESULTS, *PICTURES) if part.name not in there]
