@@ -1,7 +1,7 @@
-"""Write a pre-trained encoder as the file that another library reads.
+"""Write a pre-trained encoder in the file format of another library.
 
-The teacher's, unless --student is given; how it was made is written into the file where the format
-has room for that.
+Writes the teacher's encoder, or the student's with --student. If the format has room for metadata,
+the file also says how the weights were made.
 """
 
 import argparse
@@ -12,10 +12,7 @@ from pipeline.errors import UserError
 from tools.weights.formats import FILES, SUFFIXES, check_out, huggingface, official
 from train.run.cli import CommandParser, run
 from train.run.provenance import new_folder, write_bytes
-from train.weights import (
-    Backbone,
-    read_backbone,
-)
+from train.weights import Backbone, read_backbone
 
 EXAMPLES = """examples:
   python -m tools.export runs/coco --to torchvision --out slotcon_r50.safetensors
@@ -44,15 +41,15 @@ def main() -> None:
         write_bytes(args.out, official(args.checkpoint, licence))
     elif args.to == "huggingface":
         with new_folder(args.out) as folder:
-            for name, content in huggingface(chosen(args, licence)).items():
+            for name, content in huggingface(read(args, licence)).items():
                 (folder / name).write_bytes(content)
     else:
-        write_bytes(args.out, FILES[args.to](chosen(args, licence), args.out.suffix))
+        write_bytes(args.out, FILES[args.to](read(args, licence), args.out.suffix))
     print(f"{args.out}: for {args.to}")
 
 
-def chosen(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
-    """The encoder that the command line names. Raises UserError."""
+def read(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
+    """The encoder that the options choose, with the licence in its metadata. Raises UserError."""
     backbone = read_backbone(args.checkpoint, branch="student" if args.student else "teacher")
     return replace(backbone, metadata=backbone.metadata | licence)
 
@@ -62,12 +59,12 @@ def parse_args() -> argparse.Namespace:
         prog="python -m tools.export", description=__doc__, epilog=EXAMPLES, allow_abbrev=False
     )
     parser.add_argument(
-        "checkpoint", type=Path, help="a run, a checkpoint, or any file of a ResNet's weights"
+        "checkpoint", type=Path, help="a run, a checkpoint, or any file with weights of a ResNet"
     )
     parser.add_argument("--to", required=True, choices=tuple(SUFFIXES), help="format, see below")
-    parser.add_argument("--out", required=True, type=Path, help="file, or new folder, to write")
-    parser.add_argument("--student", action="store_true", help="the student, not the teacher")
-    parser.add_argument("--license", metavar="TEXT", help="of the images it was trained on")
+    parser.add_argument("--out", required=True, type=Path, help="file or new folder to write")
+    parser.add_argument("--student", action="store_true", help="write the student's encoder")
+    parser.add_argument("--license", metavar="TEXT", help="licence of the training images")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
-"""Read a checkpoint of the authors' code (github.com/CVMI-Lab/SlotCon).
+"""Convert a checkpoint of the authors' code (github.com/CVMI-Lab/SlotCon).
 
-A full one becomes the folder of a run, for evaluation, export and transfer; one of a backbone
-alone becomes a file of weights under torchvision's names. Nothing in the file is run: it may hold
-tensors, plain values and argparse's settings.
+A full checkpoint becomes the folder of a run, for evaluation, export and transfer. A checkpoint of
+a backbone becomes a file of weights under torchvision's names. The file may hold tensors, plain
+values and settings of argparse; no code in it is executed.
 """
 
 import argparse
@@ -21,9 +21,9 @@ EXAMPLES = """examples:
   python -m tools.import_official slotcon_coco_r50_800ep_backbone.pth --out backbone.safetensors \\
       --data COCO --epochs 800
 
-A full checkpoint does not say which images it saw: the run's data are the name of the set and the
-number of its images, where the file gives them, and its fingerprint is "unknown". The optimiser is
-left behind: training cannot go on from it.
+A full checkpoint does not identify its training images. The run records the name of the data set
+and the number of images if the file gives them, and the fingerprint "unknown". The state of the
+optimiser is not imported: training cannot resume from the run.
 """
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     if PROTOTYPES in state:
         if args.student or any(stated.values()):
             raise UserError(
-                f"--student, --data, --epochs: are for a backbone alone, and {args.file} is more"
+                f"--student, --data, --epochs: only for a backbone, and {args.file} holds more"
             )
         official = read_official(args.file, state, content, metadata)
         import_run(official, args.out)
@@ -65,13 +65,19 @@ def parse_args() -> argparse.Namespace:
         "--out",
         required=True,
         type=Path,
-        help="a full checkpoint's new folder; a backbone's .safetensors file",
+        help="new folder for a full checkpoint, .safetensors file for a backbone",
     )
-    text = "that a backbone was trained on, which its file does not say: transfer.table asks"
-    parser.add_argument("--data", metavar="NAME", help=f"set of images (COCO, ImageNet, …) {text}")
-    parser.add_argument("--epochs", metavar="N", type=int, help="passes over them")
     parser.add_argument(
-        "--student", action="store_true", help="of two backbones, the one that learns (encoder_q)"
+        "--data",
+        metavar="NAME",
+        help="data set (COCO, ImageNet, …) of a backbone whose file does not name it;"
+        " transfer.table needs it",
+    )
+    parser.add_argument(
+        "--epochs", metavar="N", type=int, help="epochs of a backbone; transfer.table needs them"
+    )
+    parser.add_argument(
+        "--student", action="store_true", help="take the student (encoder_q) of two backbones"
     )
     return parser.parse_args()
 

@@ -25,10 +25,8 @@ from train.weights import (
 
 
 def check_out(to: str, out: Path, source: Path) -> None:
-    """Refuse an output that cannot be written, is `source` itself or a file that is in it, or has
-    a suffix that its readers would misunderstand.
-
-    Raises UserError.
+    """Raise UserError if the output cannot be written, is `source` or a file in it, or has a wrong
+    suffix: its readers choose the format by the suffix.
     """
     suffixes = SUFFIXES[to]
     if suffixes and out.suffix not in suffixes:
@@ -36,18 +34,18 @@ def check_out(to: str, out: Path, source: Path) -> None:
     if suffixes:
         check_writable("--out", out, source)
         if source.is_dir() and out.exists() and out.resolve().is_relative_to(source.resolve()):
-            raise UserError(f"--out {out}: is a file of {source}: give the name of a new one")
+            raise UserError(f"--out {out}: is a file of {source}: give the name of a new file")
 
 
 def state_dict(backbone: Backbone, suffix: str) -> bytes:
-    """Weights under torchvision's names, which are timm's: safetensors, or a plain state dict."""
+    """Weights under the names of torchvision and timm: safetensors, or a plain state dict."""
     if suffix == ".safetensors":
         return safetensors_bytes(backbone)
     return torch_bytes(backbone.weights)
 
 
 def detectron2(backbone: Backbone, suffix: str) -> bytes:
-    """The dictionary that detectron2's DetectionCheckpointer reads from a .pkl."""
+    """The dictionary that detectron2's DetectionCheckpointer reads from a .pkl file."""
     arrays = {name: value.numpy() for name, value in to_detectron2(backbone.weights).items()}
     return pickle_arrays(
         {
@@ -65,7 +63,7 @@ def mmseg(backbone: Backbone, suffix: str) -> bytes:
 
 
 def huggingface(backbone: Backbone) -> dict[str, bytes]:
-    """The files of a model on the hub as timm reads them, by name."""
+    """The files of a model on Hugging Face's hub, as timm reads them: content by file name."""
     size = backbone.metadata.get("view_size", "")
     side = int(size) if size.isdecimal() else 224
     config = {
@@ -96,12 +94,12 @@ def huggingface(backbone: Backbone) -> dict[str, bytes]:
 
 
 def official(checkpoint: Path, metadata: dict[str, str]) -> bytes:
-    """The whole model as the authors' scripts read it, with its settings under their names.
+    """The whole model and its settings, under the names of the authors' code.
 
     Raises UserError.
     """
     if checkpoint.is_file():
-        raise UserError(f"{checkpoint}: a file: --to official needs a run or its checkpoint")
+        raise UserError(f"{checkpoint}: a file: --to official needs a run or a checkpoint")
     record = read_record(find(checkpoint))
     model, config = load_model(checkpoint)
     return torch_bytes(
@@ -119,7 +117,7 @@ FILES: dict[str, Callable[[Backbone, str], bytes]] = {
     "detectron2": detectron2,
     "mmseg": mmseg,
 }
-"""The formats that are one file of a backbone."""
+"""The formats that are a single file with a backbone."""
 SUFFIXES = {
     "torchvision": (".safetensors", ".pth"),
     "timm": (".safetensors", ".pth"),
@@ -128,4 +126,4 @@ SUFFIXES = {
     "huggingface": (),
     "official": (".pth",),
 }
-"""What a file of each format must end with; none: it is a folder."""
+"""Allowed suffixes of each format; empty: the format is a folder."""

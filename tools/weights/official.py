@@ -31,25 +31,25 @@ class Official:
 
     source: Path
     state: dict[str, Tensor]
-    """By their names, without `module.`."""
+    """Weights by the authors' names, without `module.`."""
     args: dict[str, Any]
-    """Their command line; empty where the file has none."""
+    """The authors' command line; empty if the file has none."""
     step: int
-    """Optimiser steps done; 0: it does not say."""
+    """Optimiser steps done; 0: unknown."""
     epoch: int
-    """Epochs done; 0: it does not say."""
+    """Epochs done; 0: unknown."""
     data: dict[str, Any]
-    """Its data's identity, as far as it says."""
+    """Identity of the training data, as far as known: see Record.data."""
 
 
 def read_official(
     source: Path, state: dict[str, Tensor], content: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> Official:
-    """What a full checkpoint says of itself, `metadata` being what tools.export wrote into it."""
+    """All that is known about a full checkpoint. `metadata`: the facts that tools.export wrote."""
     args, scheduler = content.get("args"), content.get("scheduler")
     settings = vars(args) if isinstance(args, argparse.Namespace) else args
     settings = dict(settings) if isinstance(settings, dict) else {}
-    # Their scheduler counts steps, whatever it calls them.
+    # The authors' scheduler counts steps under the name last_epoch.
     steps = scheduler.get("last_epoch") if isinstance(scheduler, dict) else None
     identity = {
         "images": count(settings.get("num_instances") or metadata.get("data_images")),
@@ -62,13 +62,13 @@ def read_official(
 
 
 def count(value: object) -> int:
-    """A number of something that a file may hold as a number or text; 0 if it does not."""
+    """A count that the file holds as a number or as text; 0 if it holds anything else."""
     return int(str(value)) if str(value).isdecimal() else 0
 
 
 def import_run(official: Official, out: Path) -> None:
-    """Write the folder of a run: one checkpoint, its configuration, and a line of metrics that
-    says how far it is. Raises UserError.
+    """Write the folder of a run: one checkpoint, its configuration, and a line of metrics with the
+    steps and epochs done. Raises UserError.
     """
     model = loaded(official)
     config = configured(official, model.config, run_name(out))
@@ -82,42 +82,42 @@ def import_run(official: Official, out: Path) -> None:
 
 
 def loaded(official: Official) -> SlotCon:
-    """SlotCon of the sizes that the weights have. Raises UserError."""
+    """SlotCon with these weights; its sizes follow from their shapes. Raises UserError."""
     state, source = official.state, official.source
     arch = arch_of(backbone_of(state, "teacher"))
     if arch not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"{source}: damaged, or its encoder is none of {known}")
     if HIDDEN not in state or state[PROTOTYPES].ndim != 2:
-        raise UserError(f"{source}: damaged: no {HIDDEN}, or other prototypes")
+        raise UserError(f"{source}: damaged: no {HIDDEN}, or prototypes of a wrong shape")
     prototypes, dim = state[PROTOTYPES].shape
     model = SlotCon(ModelConfig(arch, len(state[HIDDEN]), dim, prototypes))
     expected = model.state_dict()
     try:
         model.load_state_dict(from_official(state, expected))
-        check_weights(model.state_dict(), expected)  # as loaded: float64 may become infinite
+        check_weights(model.state_dict(), expected)  # float64 may become infinite in float32
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     return model
 
 
 def configured(official: Official, model: ModelConfig, name: str) -> RunConfig:
-    """The configuration that the file tells of, and defaults for the rest. Raises UserError."""
+    """The run's configuration: settings from the file, defaults for the rest. Raises UserError."""
     try:
         config = RunConfig(name, DataConfig("unknown"), model=model)
-        # Read back, for a dataclass takes values of any type.
+        # Read back to check the types: a dataclass accepts values of any type.
         return from_dict(to_dict(with_official_settings(config, official.args, model)))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{official.source}: its settings make no run: {error}") from None
+        raise UserError(f"{official.source}: impossible settings: {error}") from None
 
 
 def run_name(out: Path) -> str:
-    """The folder's, less what a run's name cannot have."""
+    """The name of the folder, without characters that a run's name cannot have."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name).lstrip(".") or "official"
 
 
 def origin(official: Official) -> dict[str, Any]:
-    """Provenance: this import, and the authors' command line as far as JSON can hold it."""
+    """Provenance: this import, and the settings of the authors' command line that JSON can hold."""
     plain = {
         name: value
         for name, value in official.args.items()
@@ -130,11 +130,12 @@ def origin(official: Official) -> dict[str, Any]:
 
 
 def import_backbone(source: Path, out: Path, branch: Branch, stated: Mapping[str, str]) -> None:
-    """Write a backbone under torchvision's names, with what is `stated` of it where the file itself
-    does not say. Raises UserError.
+    """Write a backbone under torchvision's names. `stated` holds facts that the file may lack.
+
+    Raises UserError, also if the file contradicts `stated`.
     """
     if out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: {source} is a backbone alone: give a .safetensors file")
+        raise UserError(f"--out {out}: {source} is only a backbone: give a .safetensors file")
     check_writable("--out", out, source)
     backbone = read_backbone(source, branch=branch)
     known = backbone.metadata
