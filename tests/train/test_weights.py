@@ -82,8 +82,8 @@ def detectron2_resnet(arch: str) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("arch", BLOCKS)
 def test_detectron2_names(arch: str) -> None:
-    """detectron2 skips weights of unknown names, with only a line in its log: a detector would start
-    from a half-random backbone.
+    """detectron2 skips weights of unknown names, with only a line in its log: a detector would
+    start from a half-random backbone.
     """
     state = meta_state(arch)
     theirs = to_detectron2(state)
@@ -216,7 +216,7 @@ def test_names_say_which_encoder_it_is(
 
 
 def test_both_of_dino(model: SlotCon, tmp_path: Path) -> None:
-    """DINO's files hold two state dicts with the same names; only the keys above tell them apart."""
+    """DINO's files hold two state dicts with equal names; only the keys above tell them apart."""
     both = {
         side: dict(getattr(model, side).encoder.state_dict()) for side in ("teacher", "student")
     }

@@ -35,7 +35,7 @@ IMAGES, STEPS, EPOCHS = 118_287, 184_800, 800
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_flush() -> Iterator[None]:
-    """Flushing models of 100 MB to the disk takes long, and these files need not survive a crash."""
+    """Flushing models of 100 MB to the disk is slow, and these files need not survive a crash."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.run.checkpoint._flush", lambda _: None)
         yield
@@ -110,9 +110,7 @@ def test_the_record_holds_only_known_facts(imported: Path) -> None:
     assert json.loads((imported / "metrics.jsonl").read_text()) == line
     metadata = read_backbone(imported).metadata
     assert (metadata["data"], metadata["epochs"], metadata["step"]) == ("COCO", "800", str(STEPS))
-    assert (
-        metadata["imported"] == "ckpt_epoch_800.pth"
-    )  # without it the card would say that slotstream trained it
+    assert metadata["imported"] == "ckpt_epoch_800.pth"  # else the card would say "by slotstream"
 
 
 def test_commands_run_on_it(imported: Path, tmp_path: Path) -> None:
@@ -148,8 +146,8 @@ def test_there_and_back(model: SlotCon, imported: Path, tmp_path: Path) -> None:
 
 
 def test_facts_about_the_data_are_kept(model: SlotCon, tmp_path: Path) -> None:
-    """Only the fingerprint distinguishes two data sets of the same name and size. The licence of the
-    images also binds those who get the weights in another format."""
+    """Only the fingerprint distinguishes two data sets of the same name and size. The licence of
+    the images also binds those who get the weights in another format."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
     record = json.loads((checkpoint / "run.json").read_text())
     record["data"] = {"images": 8, "fingerprint": "1234abcd"}
