@@ -58,9 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser = CommandParser(
         prog="python -m tools.export", description=__doc__, epilog=EXAMPLES, allow_abbrev=False
     )
-    parser.add_argument(
-        "checkpoint", type=Path, help="a run, a checkpoint, or any file with weights of a ResNet"
-    )
+    parser.add_argument("checkpoint", type=Path, help="run, checkpoint, or any file of a ResNet")
     parser.add_argument("--to", required=True, choices=tuple(SUFFIXES), help="format, see below")
     parser.add_argument("--out", required=True, type=Path, help="file or new folder to write")
     parser.add_argument("--student", action="store_true", help="write the student's encoder")

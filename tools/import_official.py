@@ -24,6 +24,9 @@ EXAMPLES = """examples:
 A full checkpoint does not identify its training images. The run records the name of the data set
 and the number of images if the file gives them, and the fingerprint "unknown". The state of the
 optimiser is not imported: training cannot resume from the run.
+
+The file of a backbone often does not say how it was trained: --data and --epochs add this for
+transfer.table. If it holds two backbones, the teacher (encoder_k) is taken by default.
 """
 
 
@@ -61,24 +64,10 @@ def parse_args() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, help="the checkpoint")
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        help="new folder for a full checkpoint, .safetensors file for a backbone",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="NAME",
-        help="data set (COCO, ImageNet, …) of a backbone whose file does not name it;"
-        " transfer.table needs it",
-    )
-    parser.add_argument(
-        "--epochs", metavar="N", type=int, help="epochs of a backbone; transfer.table needs them"
-    )
-    parser.add_argument(
-        "--student", action="store_true", help="take the student (encoder_q) of two backbones"
-    )
+    parser.add_argument("--out", required=True, type=Path, help="new folder, or .safetensors file")
+    parser.add_argument("--data", metavar="NAME", help="data set of a backbone, such as COCO")
+    parser.add_argument("--epochs", metavar="N", type=int, help="epochs on this data set")
+    parser.add_argument("--student", action="store_true", help="of two backbones, take encoder_q")
     return parser.parse_args()
 
 

@@ -59,7 +59,7 @@ def build(runs: Runs) -> str:
         "comparison.html",
         name=f"{len(runs)} runs",
         summary=" · ".join(runs),
-        charts=charts(runs),
+        drawn=charts(runs),
         last=last_values(runs),
         evaluations=list(filter(None, evaluations)),
         slots=slots(runs),

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tools.report.charts import dot_chart, line_chart, short
-from tools.report.page import ChartAndTable, Table, picture, render
+from tools.report.page import Table, picture, render
 from tools.report.results import (
     BENCHMARK,
     COST,
@@ -129,7 +129,7 @@ def chart(
     return line_chart(title, lines, reference=reference, from_zero=from_zero, percent=percent)
 
 
-def slots(run: Run) -> ChartAndTable | None:
+def slots(run: Run) -> tuple[list[str], Table] | None:
     """How the prototypes are used over whole images: figures, and the share of each prototype."""
     values, rows = slot_values(run), run.rows(SLOTS)
     if not values:
@@ -157,10 +157,10 @@ def slots(run: Run) -> ChartAndTable | None:
         from_zero=True,
         percent=True,
     )
-    return ChartAndTable(curve, table)
+    return [curve], table
 
 
-def stages(run: Run) -> ChartAndTable | None:
+def stages(run: Run) -> tuple[list[str], Table] | None:
     """Throughput of each stage alone."""
     measured = [
         row
@@ -178,7 +178,7 @@ def stages(run: Run) -> ChartAndTable | None:
         numbers = (f"{rate:,.1f}", f"{1e3 / rate:,.3g}")
         rows.append((name, *numbers, row.get("batch", "–"), row.get("threads", "–")))
     head = ("stage", "images/s", "ms an image", "batch", "threads")
-    return ChartAndTable(dot_chart(BENCHMARK.title, dots, unit="images/s"), Table(head, rows))
+    return [dot_chart(BENCHMARK.title, dots, unit="images/s")], Table(head, rows)
 
 
 def stage_name(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Fills the HTML templates. A page is one file that opens offline."""
+"""Fills the HTML templates. Each page is one file that opens offline."""
 
 import base64
 import io
@@ -25,22 +25,6 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[Any]]
 
 
-class ChartAndTable(NamedTuple):
-    """A chart, and figures that belong to it."""
-
-    chart: str
-    """SVG."""
-    table: Table
-
-
-class Picture(NamedTuple):
-    """A WebP picture."""
-
-    width: int
-    height: int
-    base64: str
-
-
 def render(template: str, **values: Any) -> str:
     """A page. Every value is escaped, except where the template marks it as `safe`."""
     return _TEMPLATES.get_template(template).render(values)
@@ -53,19 +37,24 @@ def write_page(path: Path, text: str) -> None:
     print(f"wrote {path} ({len(content) / 1e3:,.0f} kB)")
 
 
-def picture(path: Path) -> Picture:
-    """Read a picture. Raises UserError if that is not possible."""
+def picture(path: Path) -> tuple[int, int, str]:
+    """A picture as WebP: (width, height, content in base64). Raises UserError."""
     image = open_image(path).convert("RGB")
     image.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=82)
-    return Picture(image.width, image.height, base64.b64encode(stream.getvalue()).decode())
+    return image.width, image.height, base64.b64encode(stream.getvalue()).decode()
 
 
 def share(values: Sequence[float]) -> str:
     """The mean in percent, ± the standard deviation over the seeds: 40.0% ± 1.2"""
     deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1%}{deviation}"
+
+
+def width(values: Sequence[float]) -> str:
+    """The mean in percent, as the width of a bar."""
+    return f"{statistics.mean(values):.1%}"
 
 
 _TEMPLATES = Environment(
@@ -75,5 +64,5 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {"mean": statistics.mean, "share": share}
+_TEMPLATES.filters |= {"share": share, "width": width}
 _TEMPLATES.globals["titles"] = {part.name: part.title for part in (*RESULTS, *PICTURES)}

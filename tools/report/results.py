@@ -38,11 +38,23 @@ class Part(NamedTuple):
         return self.command.split(" --")[0]
 
 
+def _probe(name: str, title: str) -> Part:
+    labels = "--train-images DIR --train-labels DIR --images DIR --labels DIR"
+    command = f"evaluation.probe {name} --checkpoint {{run}} {labels} --json {{out}}"
+    return Part(name, title, f"{name}.json", command)
+
+
+def _picture(name: str, title: str, run: str = "--checkpoint") -> Part:
+    command = f"evaluation.pictures {name} {run} {{run}} --data {{data}} --out {{out}}"
+    return Part(name, title, f"{name}.png", command)
+
+
 _SEGMENTATION = "evaluation.unsupervised_segmentation --checkpoint {run} --images DIR --labels DIR"
-_LABELS = "--train-images DIR --train-labels DIR --images DIR --labels DIR"
-_PROBE = f"--checkpoint {{run}} {_LABELS} --json {{out}}"
-_SLOTS = "evaluation.slots --checkpoint {run} --data {data}"
-_PICTURE = "--checkpoint {run} --data {data} --out {out}"
+_SEGMENTATION_PICTURE = _SEGMENTATION + " --picture {out}"
+_SLOTS = "evaluation.slots --checkpoint {run} --data {data} --json {out}"
+_SLOTS_PICTURE = "evaluation.slots --checkpoint {run} --data {data} --picture {out}"
+_STAGES = "tools.benchmark all --data {data} --json {out}"
+_COST = "tools.benchmark cost --config {config} --data {data} --json {out}"
 
 SCORES = (
     Part(
@@ -51,64 +63,24 @@ SCORES = (
         "eval.json",
         f"{_SEGMENTATION} --baseline untrained --json {{out}}",
     ),
-    Part("knn", "Dense k-NN retrieval", "knn.json", f"evaluation.probe knn {_PROBE}"),
-    Part("linear", "Linear probe", "linear.json", f"evaluation.probe linear {_PROBE}"),
-    Part("clusters", "Over-clustering", "clusters.json", f"evaluation.probe clusters {_PROBE}"),
+    _probe("knn", "Dense k-NN retrieval"),
+    _probe("linear", "Linear probe"),
+    _probe("clusters", "Over-clustering"),
 )
 """Scores against label maps."""
 
-SLOTS = Part("slots", "Use of the prototypes", "slots.json", f"{_SLOTS} --json {{out}}")
-BENCHMARK = Part(
-    "benchmark",
-    "Throughput of each stage alone",
-    "bench.json",
-    "tools.benchmark all --data {data} --json {out}",
-)
-COST = Part(
-    "cost",
-    "Cost of the whole recipe",
-    "cost.json",
-    "tools.benchmark cost --config {config} --data {data} --json {out}",
-)
+SLOTS = Part("slots", "Use of the prototypes", "slots.json", _SLOTS)
+BENCHMARK = Part("benchmark", "Throughput of each stage alone", "bench.json", _STAGES)
+COST = Part("cost", "Cost of the whole recipe", "cost.json", _COST)
 RESULTS = (*SCORES, SLOTS, BENCHMARK, COST)
 
 PICTURES = (
-    Part(
-        "prototypes",
-        "Prototypes and their nearest segments",
-        "prototypes.png",
-        f"evaluation.pictures prototypes {_PICTURE}",
-    ),
-    Part(
-        "ends",
-        "Prototypes of the most and the fewest images",
-        "slots.png",
-        f"{_SLOTS} --picture {{out}}",
-    ),
-    Part(
-        "grouping",
-        "Images under the colours of their prototypes",
-        "grouping.png",
-        f"evaluation.pictures grouping {_PICTURE}",
-    ),
-    Part(
-        "attention",
-        "Grouping over the training",
-        "attention.png",
-        "evaluation.pictures attention --run {run} --data {data} --out {out}",
-    ),
-    Part(
-        "segmentation",
-        "Clusters beside label maps",
-        "eval.png",
-        f"{_SEGMENTATION} --picture {{out}}",
-    ),
-    Part(
-        "views",
-        "The two views that it trains on",
-        "views.png",
-        f"evaluation.pictures views {_PICTURE}",
-    ),
+    _picture("prototypes", "Prototypes and their nearest segments"),
+    Part("ends", "Prototypes of the most and the fewest images", "slots.png", _SLOTS_PICTURE),
+    _picture("grouping", "Images under the colours of their prototypes"),
+    _picture("attention", "Grouping over the training", "--run"),
+    Part("segmentation", "Clusters beside label maps", "eval.png", _SEGMENTATION_PICTURE),
+    _picture("views", "The two views that it trains on"),
 )
 
 
