@@ -1,6 +1,6 @@
-"""The whole road in a few minutes on a CPU: pack, pre-train, benchmark, evaluate, report.
+"""The whole way in a few minutes on a CPU: pack, pre-train, benchmark, evaluate, report.
 
-Runs the commands that a user would, one after the other, and names the report at the end.
+Runs the same commands as a user, one after the other, and prints the path of the report at the end.
 """
 
 import shlex
@@ -38,7 +38,7 @@ STEPS = {
 
 
 def main() -> None:
-    """Run all steps from the project's folder; an earlier demo is replaced."""
+    """Run all steps in the project's folder. Replaces an earlier demo."""
     parser = CommandParser(
         prog="python -m tools.demo",
         description=__doc__,
@@ -46,7 +46,7 @@ def main() -> None:
     )
     parser.parse_args()
     if not Path("configs/demo_cpu.yaml").is_file():
-        raise UserError("configs/demo_cpu.yaml is not here: run the demo from slotstream's folder")
+        raise UserError("configs/demo_cpu.yaml not found: run the demo from slotstream's folder")
     shutil.rmtree(RUN, ignore_errors=True)
     RUN.mkdir(parents=True)
     began = time.perf_counter()

@@ -1,32 +1,19 @@
-"""Read a checkpoint of the authors' code (github.com/CVMI-Lab/SlotCon).
+"""Convert a checkpoint of the authors' code (github.com/CVMI-Lab/SlotCon).
 
-A full one becomes the folder of a run, for evaluation, export and transfer; one of a backbone
-alone becomes a file of weights under torchvision's names. Nothing in the file is run: it may hold
-tensors, plain values and argparse's settings.
+A full checkpoint becomes the folder of a run, for evaluation, export and transfer. A checkpoint of
+a backbone becomes a file of weights under torchvision's names. The file may hold tensors, plain
+values and settings of argparse; no code in it is executed.
 """
 
 import argparse
-import json
-import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from model import ModelConfig, SlotCon
-from model.config import ARCHITECTURES
-from model.names import Branch, arch_of, backbone_of
-from model.official import from_official
+from model.names import Branch
 from pipeline.errors import UserError
-from tools.weights.official_settings import with_official_settings
-from train.config import DataConfig, RunConfig, from_dict, to_dict, to_yaml
-from train.run.checkpoint import Record, check_weights, write_model
-from train.run.cli import CommandParser, check_writable, run
-from train.run.provenance import new_folder, provenance, write_bytes
-from train.weights import read_backbone, read_file, safetensors_bytes, state_in
+from tools.weights.official import PROTOTYPES, import_backbone, import_run, read_official
+from train.run.cli import CommandParser, run
+from train.weights import read_file, state_in
 
 EXAMPLES = """examples:
   python -m tools.import_official ckpt_epoch_800.pth --out runs/slotcon_coco
@@ -34,28 +21,13 @@ EXAMPLES = """examples:
   python -m tools.import_official slotcon_coco_r50_800ep_backbone.pth --out backbone.safetensors \\
       --data COCO --epochs 800
 
-A full checkpoint does not say which images it saw: the run's data are the name of the set and the
-number of its images, where the file gives them, and its fingerprint is "unknown". The optimiser is
-left behind: training cannot go on from it.
+A full checkpoint does not identify its training images. The run records the name of the data set
+and the number of images if the file gives them, and the fingerprint "unknown". The state of the
+optimiser is not imported: training cannot resume from the run.
+
+The file of a backbone often does not say how it was trained: --data and --epochs add this for
+transfer.table. If it holds two backbones, the teacher (encoder_k) is taken by default.
 """
-PROTOTYPES, HIDDEN = "grouping_k.slot_embed.weight", "projector_k.mlp.0.weight"
-
-
-@dataclass(frozen=True)
-class Official:
-    """A full checkpoint of the authors' code."""
-
-    source: Path
-    state: dict[str, Tensor]
-    """By their names, without `module.`."""
-    args: dict[str, Any]
-    """Their command line; empty where the file has none."""
-    step: int
-    """Optimiser steps done; 0: it does not say."""
-    epoch: int
-    """Epochs done; 0: it does not say."""
-    data: dict[str, Any]
-    """Its data's identity, as far as it says."""
 
 
 def main() -> None:
@@ -69,7 +41,7 @@ def main() -> None:
     if PROTOTYPES in state:
         if args.student or any(stated.values()):
             raise UserError(
-                f"--student, --data, --epochs: are for a backbone alone, and {args.file} is more"
+                f"--student, --data, --epochs: only for a backbone, and {args.file} holds more"
             )
         official = read_official(args.file, state, content, metadata)
         import_run(official, args.out)
@@ -92,122 +64,11 @@ def parse_args() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, help="the checkpoint")
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        help="a full checkpoint's new folder; a backbone's .safetensors file",
-    )
-    text = "that a backbone was trained on, which its file does not say: transfer.table asks"
-    parser.add_argument("--data", metavar="NAME", help=f"set of images (COCO, ImageNet, …) {text}")
-    parser.add_argument("--epochs", metavar="N", type=int, help="passes over them")
-    parser.add_argument(
-        "--student", action="store_true", help="of two backbones, the one that learns (encoder_q)"
-    )
+    parser.add_argument("--out", required=True, type=Path, help="new folder, or .safetensors file")
+    parser.add_argument("--data", metavar="NAME", help="data set of a backbone, such as COCO")
+    parser.add_argument("--epochs", metavar="N", type=int, help="epochs on this data set")
+    parser.add_argument("--student", action="store_true", help="of two backbones, take encoder_q")
     return parser.parse_args()
-
-
-def read_official(
-    source: Path, state: dict[str, Tensor], content: Mapping[str, Any], metadata: Mapping[str, str]
-) -> Official:
-    """What a full checkpoint says of itself, `metadata` being what tools.export wrote into it."""
-    args, scheduler = content.get("args"), content.get("scheduler")
-    settings = vars(args) if isinstance(args, argparse.Namespace) else args
-    settings = dict(settings) if isinstance(settings, dict) else {}
-    # Their scheduler counts steps, whatever it calls them.
-    steps = scheduler.get("last_epoch") if isinstance(scheduler, dict) else None
-    identity = {
-        "images": count(settings.get("num_instances") or metadata.get("data_images")),
-        "fingerprint": metadata.get("data_fingerprint", "unknown"),
-    }
-    if licence := metadata.get("data_license"):
-        identity["license"] = licence
-    step = count(steps or metadata.get("step"))
-    return Official(source, state, settings, step, count(content.get("epoch")), identity)
-
-
-def count(value: object) -> int:
-    """A number of something that a file may hold as a number or text; 0 if it does not."""
-    return int(str(value)) if str(value).isdecimal() else 0
-
-
-def import_run(official: Official, out: Path) -> None:
-    """Write the folder of a run: one checkpoint, its configuration, and a line of metrics that
-    says how far it is. Raises UserError.
-    """
-    model = loaded(official)
-    config = configured(official, model.config, run_name(out))
-    settings = to_dict(config)
-    record = Record(official.step, settings, official.data, 0.0, [], origin(official))
-    line = {"step": official.step} | ({"epoch": official.epoch} if official.epoch else {})
-    with new_folder(out) as folder:
-        write_model(folder, record, model)
-        (folder / "config.yaml").write_text(to_yaml(config))
-        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-
-
-def loaded(official: Official) -> SlotCon:
-    """SlotCon of the sizes that the weights have. Raises UserError."""
-    state, source = official.state, official.source
-    arch = arch_of(backbone_of(state, "teacher"))
-    if arch not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{source}: damaged, or its encoder is none of {known}")
-    if HIDDEN not in state or state[PROTOTYPES].ndim != 2:
-        raise UserError(f"{source}: damaged: no {HIDDEN}, or other prototypes")
-    prototypes, dim = state[PROTOTYPES].shape
-    model = SlotCon(ModelConfig(arch, len(state[HIDDEN]), dim, prototypes))
-    expected = model.state_dict()
-    try:
-        model.load_state_dict(from_official(state, expected))
-        check_weights(model.state_dict(), expected)  # as loaded: float64 may become infinite
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
-    return model
-
-
-def configured(official: Official, model: ModelConfig, name: str) -> RunConfig:
-    """The configuration that the file tells of, and defaults for the rest. Raises UserError."""
-    try:
-        config = RunConfig(name, DataConfig("unknown"), model=model)
-        # Read back, for a dataclass takes values of any type.
-        return from_dict(to_dict(with_official_settings(config, official.args, model)))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{official.source}: its settings make no run: {error}") from None
-
-
-def run_name(out: Path) -> str:
-    """The folder's, less what a run's name cannot have."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name).lstrip(".") or "official"
-
-
-def origin(official: Official) -> dict[str, Any]:
-    """Provenance: this import, and the authors' command line as far as JSON can hold it."""
-    plain = {
-        name: value
-        for name, value in official.args.items()
-        if value is None or isinstance(value, int | float | str)
-    }
-    facts: dict[str, Any] = {"imported": official.source.name, "args": plain}
-    if not plain:
-        facts["assumed"] = "the recipe: the file holds no settings, these are the defaults"
-    return provenance() | facts
-
-
-def import_backbone(source: Path, out: Path, branch: Branch, stated: Mapping[str, str]) -> None:
-    """Write a backbone under torchvision's names, with what is `stated` of it where the file itself
-    does not say. Raises UserError.
-    """
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: {source} is a backbone alone: give a .safetensors file")
-    check_writable("--out", out, source)
-    backbone = read_backbone(source, branch=branch)
-    known = backbone.metadata
-    for name, value in stated.items():
-        if known.get(name, value) != value:
-            raise UserError(f"--{name} {value}: {source} says that it is {known[name]}")
-    facts = {"arch": backbone.arch, "imported": source.name}
-    write_bytes(out, safetensors_bytes(replace(backbone, metadata={**facts, **stated, **known})))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Pickles that others wrote, read without running what is in them; and arrays pickled for others.
+"""Reads pickles of others without executing code in them, and pickles arrays for others.
 
-A pickle may name any function of Python's and have it called. Here it may name what tensors and
-arrays are made of, and argparse's Namespace, in which the authors' code keeps its settings.
+A pickle can call any Python function by its name. Here it may only name the constructors of tensors
+and arrays, and argparse's Namespace, which holds the settings of the authors' code.
 """
 
 import argparse
@@ -42,11 +42,11 @@ _TORCH_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *_DTYPES,
     *((made, name) for name, made in _ALLOWED.items()),
 ]
-"""The same for torch, which also asks for the classes of NumPy's types."""
+"""The same for torch, which also needs the classes of NumPy's types."""
 
 
 class Foreign(pickle.UnpicklingError):
-    """A pickle names something that is not allowed."""
+    """A pickle names a class or function that is not allowed."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -58,7 +58,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _ArrayPickler(pickle.Pickler):
-    """Arrays by what NumPy 1 and 2 have in common: its own way names NumPy 2's modules."""
+    """Pickles arrays so that NumPy 1 can read them: NumPy 2 would name modules that 1 lacks."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
@@ -67,10 +67,12 @@ class _ArrayPickler(pickle.Pickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """What a .pkl file of arrays, or a file of torch's (any other suffix), holds.
+    """The content of a .pkl file of arrays, or of a file of torch's (any other suffix).
 
-    Raises UserError where it names a foreign class or function, with that name; OSError; and
-    whatever damage makes of it.
+    Raises:
+        UserError: the file names a class or function that is not allowed; the message says which.
+        OSError: the file cannot be read.
+        Exception: almost any other one, if the file is damaged.
     """
     try:
         if path.suffix == ".pkl":
@@ -83,18 +85,18 @@ def read_pickle(path: Path) -> Any:
         name = str(error) if isinstance(error, Foreign) else foreign and foreign[1]
         if name is None:
             raise
-        raise UserError(f"{path}: refused, for it is not weights alone: it names {name}") from None
+        raise UserError(f"{path}: refused: holds more than weights: it names {name}") from None
 
 
 def pickle_arrays(content: dict[str, Any]) -> bytes:
-    """`content` (dicts, lists, plain values and arrays) as `read_pickle` and any NumPy reads it."""
+    """Pickle `content` (dicts, lists, plain values, arrays) for `read_pickle` and any NumPy."""
     buffer = io.BytesIO()
     _ArrayPickler(buffer, protocol=4).dump(content)
     return buffer.getvalue()
 
 
 def torch_bytes(content: Any) -> bytes:
-    """`content` as a file of torch's."""
+    """`content` as the bytes of a file that torch.load reads."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()

@@ -1,8 +1,7 @@
-"""Backbones: read from whatever holds one, under one set of names, torchvision's for a ResNet
-without its classifier, and written as safetensors.
+"""Backbones: read from any file that holds one, and written as safetensors.
 
-What others wrote is opened without running anything that is in it: pickles of tensors, arrays and
-plain values only.
+In memory a backbone has torchvision's names, without the classifier. No code in a file is executed:
+pickles may hold tensors, arrays and plain values only.
 """
 
 import importlib.metadata
@@ -27,44 +26,45 @@ from train.pickles import read_pickle
 from train.run.checkpoint import Record, check_weights, find, is_checkpoint, load_model, read_record
 
 META = "meta"
-"""Where the dictionaries that we write keep their metadata, as mmengine's do."""
+"""The key of the metadata in the dictionaries that we write, as in mmengine's."""
 FOLDER_WEIGHTS, FOLDER_CONFIG = "model.safetensors", "config.json"
-"""The files of a folder as Hugging Face's hub keeps it."""
+"""The files of a model on Hugging Face's hub."""
 FACTS = {
     "method", "arch", "branch", "run", "imported", "step", "optimizer", "epochs", "batch_size",
     "prototypes", "view_size", "config", "data", "data_images", "data_fingerprint", "data_license",
     "slotstream", "format",
 }  # fmt: skip
-"""What the metadata of a file of ours may say, see `describe` and tools."""
+"""The names in the metadata of files that slotstream writes, see `describe` and tools."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A ResNet's weights up to its last map, and what is known of them."""
+    """The weights of a ResNet up to its last feature map, and their metadata."""
 
     arch: str
-    """torchvision's name of it."""
+    """torchvision's name of the architecture."""
     weights: dict[str, Tensor]
-    """By torchvision's names, without fc."""
+    """Weights by torchvision's names, without fc."""
     metadata: dict[str, str]
-    """How they were made, see `describe`; empty where the file does not say."""
+    """How the weights were made, see `describe`; empty if the file does not say."""
 
 
 def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teacher") -> Backbone:
-    """The encoder of architecture `arch` (None: whichever it is) in `source`.
+    """Read the encoder in `source`.
 
     Args:
         source: a run or a checkpoint; a file or folder that tools.export writes; any state dict of
             a ResNet under the names of torchvision, timm, detectron2, MoCo or the authors' code.
-        arch: torchvision's name.
-        branch: which encoder, where `source` holds two.
+        arch: torchvision's name of the expected architecture; None: any.
+        branch: which encoder to take if `source` holds two. Teacher is the default, so a file that
+            holds only the student is also accepted for it.
 
     Raises:
-        UserError: in one line, where there is none, or it is another, or damaged, or known to be
-            the teacher where the student is asked for (the teacher is what nobody has to ask for).
+        UserError: `source` holds no encoder, or one of another architecture, or is damaged; or
+            `branch` is "student" and `source` holds the teacher.
     """
     if source.name == FOLDER_WEIGHTS and is_checkpoint(source.parent):
-        source = source.parent  # which says what they are
+        source = source.parent  # its record says what the weights are
     if (source / FOLDER_CONFIG).is_file():
         source = source / FOLDER_WEIGHTS
     if source.is_dir():
@@ -78,23 +78,25 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
     elif sides:
         metadata = metadata | {"branch": sides[0]}
     if branch == "student" and metadata.get("branch") == "teacher":
-        raise UserError(f"{source}: weights of the teacher, not of the student that was asked for")
+        raise UserError(f"{source}: weights of the teacher, not of the student")
     weights = backbone_of(state, branch)
     if not weights:
         raise UserError(f"{source}: no weights of a ResNet in it")
-    looks = arch_of(weights)
-    if arch is None and looks is None:
-        raise UserError(f"{source}: damaged, or not a ResNet of torchvision's")
-    if arch is not None and looks not in (None, arch):
-        raise UserError(f"{source}: weights of a {looks}, not of the {arch} that was asked for")
-    arch = arch or str(looks)
+    actual = arch_of(weights)
+    if arch is None and actual is None:
+        raise UserError(f"{source}: damaged, or not one of torchvision's ResNets")
+    if arch is not None and actual not in (None, arch):
+        raise UserError(f"{source}: weights of a {actual}, not of the {arch} that is needed")
+    arch = arch or str(actual)
     return Backbone(arch, fitting(weights, arch, source), metadata)
 
 
 def fitting(weights: Mapping[str, Tensor], arch: str, source: object) -> dict[str, Tensor]:
-    """All weights of an `arch`, in its order, as a new network has them: plain tensors of their own
-    memory, in its types and layout. Raises UserError, naming `source`, unless they are there, of
-    its shapes and finite.
+    """All weights of a network `arch`, as a new network has them: in its order, types and memory
+    layout, and each tensor with its own memory.
+
+    Raises UserError, which names `source`, if a weight is missing, has another shape or is not
+    finite.
     """
     with torch.device("meta"):
         expected = build_encoder(arch)[0].state_dict()
@@ -106,15 +108,15 @@ def fitting(weights: Mapping[str, Tensor], arch: str, source: object) -> dict[st
         if name in expected
     }
     try:
-        check_weights({**weights, **plain}, expected)  # as converted: float64 may become infinite
+        check_weights({**weights, **plain}, expected)  # float64 may become infinite in float32
     except ValueError as error:
         raise UserError(f"{source}: damaged, or not a {arch} ({error})") from None
     return {name: plain[name] for name in expected}
 
 
 def safetensors_bytes(backbone: Backbone) -> bytes:
-    """A .safetensors file. Its header is UTF-8, which names of files need not be: what is none is
-    escaped.
+    """The content of a .safetensors file. Its header must be UTF-8: other characters, which a file
+    name may have, are escaped.
     """
     facts = {"format": "pt", **backbone.metadata}
     header = {
@@ -124,23 +126,24 @@ def safetensors_bytes(backbone: Backbone) -> bytes:
 
 
 def published_weights(arch: str) -> dict[str, Tensor]:
-    """The backbone that torchvision publishes, trained on ImageNet's labels (IMAGENET1K_V1), from
-    its cache or downloaded into it. Raises UserError.
+    """The backbone that torchvision publishes, trained on ImageNet's labels (IMAGENET1K_V1).
+
+    Downloads it, unless torchvision's cache has it. Raises UserError.
     """
-    chosen = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
+    published = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
     try:
-        state = chosen.get_state_dict(progress=True, check_hash=True)
+        state = published.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{chosen.url} cannot be had ({error}): download it and give its file instead"
+            f"{published.url} cannot be downloaded ({error}): get it elsewhere and give its file"
         ) from None
-    return fitting(backbone_of(state, "teacher"), arch, chosen.url)
+    return fitting(backbone_of(state, "teacher"), arch, published.url)
 
 
 def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
-    """What a checkpoint's record says of how its weights were made: method, recipe, data, step.
+    """How the weights of a checkpoint were made, from its record: method, recipe, data, step.
 
-    `branch` is the encoder that they are of; None: all of the model.
+    `branch`: the encoder that the weights belong to; None: the whole model.
     """
     config = from_dict(record.config)
     facts: dict[str, Any] = {
@@ -165,24 +168,25 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
 def read_state(path: Path, branch: Branch = "teacher") -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict in a file, see `state_in`, and its metadata. Raises UserError."""
     content, metadata = read_file(path)
-    state, told = state_in(content, path, branch)
-    return state, metadata | told
+    state, which = state_in(content, path, branch)
+    return state, metadata | which
 
 
 def state_in(
     content: Any, source: Path, branch: Branch = "teacher"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict that a file's content is, or holds under one of the usual names; and, as
-    metadata, which it is in a file of DINO's kind, which holds two, or one of them: `branch`
-    chooses.
+    """The state dict in the content of a file, and metadata that name its branch, if known.
 
-    Raises UserError, naming `source`.
+    The content is the state dict, or holds it under one of the usual keys. Files like DINO's hold
+    one under "teacher" and one under "student"; `branch` chooses.
+
+    Raises UserError, which names `source`.
     """
-    told: dict[str, str] = {}
+    which: dict[str, str] = {}
     for wrapper in ("state_dict", "model", branch, "teacher", "student"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-            told = {"branch": wrapper} if wrapper in ENCODERS else {}
+            which = {"branch": wrapper} if wrapper in ENCODERS else {}
     if not isinstance(content, dict) or not content:
         raise UserError(f"{source}: no weights in it")
     state = {str(name): _tensor(value) for name, value in content.items()}
@@ -190,23 +194,23 @@ def state_in(
         if not isinstance(value, Tensor):
             raise UserError(f"{source}: no weights in it")
         if not _dense(value):
-            raise UserError(f"{source}: {printable(name)} is no plain tensor of real numbers")
-    return state, told
+            raise UserError(f"{source}: {printable(name)} is not a dense tensor of real numbers")
+    return state, which
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of any model in a file, less what wraps its names. Raises UserError."""
+    """The state dict of any model in a file, without prefixes of wrappers. Raises UserError."""
     state, _ = read_state(path)
     return {name.removeprefix("module.").removeprefix("backbone."): v for name, v in state.items()}
 
 
 def read_file(path: Path) -> tuple[Any, dict[str, str]]:
-    """What a .safetensors file, a .pkl of arrays or one of torch's holds, and its metadata.
+    """The content and the metadata of a .safetensors file, a .pkl of arrays, or a file of torch's.
 
-    Raises UserError; a pickle of anything but tensors, arrays and plain values is refused.
+    Raises UserError, also for a pickle that holds more than tensors, arrays and plain values.
     """
     try:
-        with path.open("rb"):  # safetensors' own OSError gives no reason
+        with path.open("rb"):  # the OSError of safetensors gives no reason
             pass
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -218,17 +222,18 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except Exception:  # what the unpicklers or safetensors make of another file, or of half of one
-        kind = f" of the kind that {path.suffix} says" if path.suffix else ""
+    except Exception:  # a damaged file makes unpicklers and safetensors raise almost anything
+        kind = f" in the format of {path.suffix}" if path.suffix else ""
         raise UserError(f"{path}: damaged, or not a file of weights{kind}") from None
     metadata = content.get(META) if isinstance(content, dict) else None
     return content, _ours(metadata) if isinstance(metadata, dict) else {}
 
 
 def _ours(metadata: Mapping[Any, Any]) -> dict[str, str]:
-    """What we know of `metadata` if it is of a file of ours, all of which say `arch`. What others
-    say is not carried on: mmcv the environment, and under our names what is of another kind (its
-    `config` is Python's text).
+    """The entries of `metadata` that slotstream wrote; all its files have `arch`.
+
+    Entries of others are dropped: mmcv writes the environment, and uses our names for other values
+    (its `config` is Python source).
     """
     known = FACTS if "arch" in metadata else set()
     return {name: str(value) for name, value in metadata.items() if name in known}
@@ -244,7 +249,7 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
 
 
 def _version() -> str | None:
-    """slotstream's, where it is installed."""
+    """slotstream's version, if it is installed."""
     try:
         return importlib.metadata.version("slotstream")
     except importlib.metadata.PackageNotFoundError:
@@ -252,15 +257,15 @@ def _version() -> str | None:
 
 
 def _tensor(value: Any) -> Any:
-    """An array of numbers as a tensor, whatever its byte order and strides; all else as it is."""
+    """An array of numbers, of any byte order and strides, as a tensor; other values unchanged."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
         return value
     return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
 
 
 def _dense(value: Tensor) -> bool:
-    """It has a real number at each of its places: sparse, quantised and complex ones and those
-    without content cannot be converted, or lose a part.
+    """Whether a tensor stores a real number for each element. Sparse, quantised, complex and meta
+    tensors cannot be converted, or lose a part.
     """
     odd = value.is_meta or value.is_quantized or value.is_complex()
     return value.layout is torch.strided and not odd

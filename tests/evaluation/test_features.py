@@ -96,7 +96,7 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    with pytest.raises(UserError, match=r"resnet18.*cannot be had \(no route\).*give its file"):
+    with pytest.raises(UserError, match=r"resnet18.*downloaded \(no route\).*give its file"):
         open_features("supervised:resnet18", None, CPU)
 
 

@@ -1,4 +1,4 @@
-"""A small trained-looking model, and commands called in this process."""
+"""A small model that looks trained, and a way to call commands in this process."""
 
 import sys
 from collections.abc import Callable
@@ -16,8 +16,8 @@ CONFIG = ModelConfig(arch="resnet18", dim_hidden=8, dim_out=6, num_prototypes=4)
 
 @cache
 def trained_model() -> SlotCon:
-    """A SlotCon whose student and teacher differ, with statistics and counts that are not those of
-    a new one. All tests share it: leave it as it is.
+    """A SlotCon whose student and teacher differ, with running statistics and counts unlike those
+    of a new model. All tests share it and must not change it.
     """
     torch.manual_seed(0)
     model = SlotCon(CONFIG)

@@ -1,4 +1,4 @@
-"""Backbones are read from every file that holds one, and from nothing else."""
+"""Backbones are read from every file that holds one; all other files are refused."""
 
 import argparse
 import json
@@ -31,12 +31,12 @@ def model() -> SlotCon:
 
 @pytest.fixture(scope="module")
 def encoder(model: SlotCon) -> dict[str, Tensor]:
-    """The teacher's."""
+    """The weights of the teacher's encoder."""
     return dict(model.teacher.encoder.state_dict())
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor], *, counts: bool = True) -> bool:
-    """Equal names, order and bits; BatchNorm's counts may be left out of the comparison."""
+    """Equal names, order and bits; without `counts`, BatchNorm's counts may differ."""
     return list(found) == list(expected) and all(
         torch.equal(found[name], value) and found[name].dtype == value.dtype
         for name, value in expected.items()
@@ -82,8 +82,8 @@ def detectron2_resnet(arch: str) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("arch", BLOCKS)
 def test_detectron2_names(arch: str) -> None:
-    """detectron2 skips what it has no name for, with a line in a log: a detector would start from a
-    half-random backbone.
+    """detectron2 skips weights of unknown names, with only a line in its log: a detector would
+    start from a half-random backbone.
     """
     state = meta_state(arch)
     theirs = to_detectron2(state)
@@ -95,7 +95,7 @@ def test_detectron2_names(arch: str) -> None:
 
 
 def test_detectron2_names_that_are_documented() -> None:
-    """By hand, the ones that detectron2's tutorials and its zoo's files show."""
+    """Copied by hand from detectron2's tutorials and from files of its model zoo."""
     names = {
         "conv1.weight": "stem.conv1.weight",
         "bn1.running_var": "stem.conv1.norm.running_var",
@@ -110,14 +110,14 @@ def test_detectron2_names_that_are_documented() -> None:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101"])
-def test_architectures_are_told_apart(arch: str) -> None:
-    """The message for the wrong one, and import, rest on it."""
+def test_the_weights_name_their_architecture(arch: str) -> None:
+    """The import, and the message for a wrong architecture, depend on it."""
     assert arch_of(meta_state(arch)) == arch
     assert arch_of(name for name in meta_state(arch) if not name.startswith("layer3.1.")) is None
 
 
 def test_runs_and_their_files(model: SlotCon, tmp_path: Path) -> None:
-    """A run gives the encoder that was asked for, and says how it was made."""
+    """A run gives the requested encoder, and its metadata say how it was made."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
     teacher = read_backbone(checkpoint)
     assert same(teacher.weights, dict(model.teacher.encoder.state_dict()))
@@ -147,8 +147,8 @@ def test_runs_and_their_files(model: SlotCon, tmp_path: Path) -> None:
     ],
     ids=["torchvision", "moco", "mocov3", "official", "bare", "mmseg", "dino"],
 )
-def test_what_others_write(wrap: Any, encoder: dict[str, Tensor], tmp_path: Path) -> None:
-    """Each wraps the same ResNet in a way of its own."""
+def test_files_of_others(wrap: Any, encoder: dict[str, Tensor], tmp_path: Path) -> None:
+    """Each library wraps the same ResNet in a different way."""
     torch.save(wrap(encoder), tmp_path / "w.pth")
     assert same(read_backbone(tmp_path / "w.pth", "resnet18").weights, encoder)
 
@@ -160,10 +160,10 @@ def test_what_others_write(wrap: Any, encoder: dict[str, Tensor], tmp_path: Path
 def test_of_two_encoders_the_branch_decides(
     prefixes: tuple[str, str], model: SlotCon, tmp_path: Path
 ) -> None:
-    """The other one is a silent loss of a point or two."""
+    """The wrong encoder would silently cost a point or two."""
     teacher, student = (dict(b.encoder.state_dict()) for b in (model.teacher, model.student))
     both = under(f"module.{prefixes[0]}", teacher) | under(f"module.{prefixes[1]}", student)
-    if prefixes[0] == "encoder_k.0.":  # DenseCL's have the student under a third name as well
+    if prefixes[0] == "encoder_k.0.":  # files of DenseCL hold the student twice
         both |= under("backbone.", student)
     torch.save({"model": both}, tmp_path / "w.pth")
     for branch, expected in (("teacher", teacher), ("student", student)):
@@ -173,7 +173,7 @@ def test_of_two_encoders_the_branch_decides(
 
 
 def test_files_without_counts(encoder: dict[str, Tensor], tmp_path: Path) -> None:
-    """torchvision's oldest weights and detectron2's have no num_batches_tracked."""
+    """torchvision's oldest files and those of detectron2 have no num_batches_tracked."""
     less = {name: v for name, v in encoder.items() if not name.endswith("num_batches_tracked")}
     save_file(less, tmp_path / "w.safetensors", {"arch": "resnet18"})
     found = read_backbone(tmp_path / "w.safetensors", "resnet18")
@@ -185,7 +185,7 @@ def test_files_without_counts(encoder: dict[str, Tensor], tmp_path: Path) -> Non
 def test_a_file_of_the_teacher_is_not_the_student(
     encoder: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Nor is a file of the student refused where nobody asked for either."""
+    """But a file of the student is accepted if the branch is left at its default."""
     file = tmp_path / "w.safetensors"
     save_file(encoder, file, {"arch": "resnet18", "branch": "teacher", "of a later version": "x"})
     with pytest.raises(UserError, match="of the teacher, not of the student"):
@@ -193,7 +193,7 @@ def test_a_file_of_the_teacher_is_not_the_student(
     save_file(encoder, file, {"arch": "resnet18", "branch": "student"})
     assert read_backbone(file).metadata["branch"] == "student"
     save_file(under("encoder_q.", encoder), file, {"arch": "resnet18", "branch": "teacher"})
-    assert read_backbone(file).metadata["branch"] == "student"  # names are what it is
+    assert read_backbone(file).metadata["branch"] == "student"  # names decide, not metadata
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_file_of_the_teacher_is_not_the_student(
 def test_names_say_which_encoder_it_is(
     wrap: Any, encoder: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Where they do, the teacher is not given for the student, and a table names the right one."""
+    """If the names say so, a teacher is not taken for a student, and tables name the right one."""
     torch.save(wrap(encoder), tmp_path / "w.pth")
     assert read_backbone(tmp_path / "w.pth").metadata == {"branch": "teacher"}
     with pytest.raises(UserError, match="of the teacher, not of the student"):
@@ -216,7 +216,7 @@ def test_names_say_which_encoder_it_is(
 
 
 def test_both_of_dino(model: SlotCon, tmp_path: Path) -> None:
-    """Its files hold two state dicts under the same names: they alone say whose they are."""
+    """DINO's files hold two state dicts with equal names; only the keys above tell them apart."""
     both = {
         side: dict(getattr(model, side).encoder.state_dict()) for side in ("teacher", "student")
     }
@@ -227,11 +227,9 @@ def test_both_of_dino(model: SlotCon, tmp_path: Path) -> None:
         assert found.metadata == {"branch": branch}
 
 
-def test_what_others_say_of_their_files_stays_there(
-    encoder: dict[str, Tensor], tmp_path: Path
-) -> None:
-    """mmcv writes its environment and its configuration, as Python's text, under names of which one
-    is ours: it would end in every file that is exported, and in a table that reads JSON there.
+def test_metadata_of_others_are_dropped(encoder: dict[str, Tensor], tmp_path: Path) -> None:
+    """mmcv writes its environment, and Python source under `config`, a name that we use for JSON.
+    Every exported file would contain them, and a table would fail to read the JSON.
     """
     theirs = {"config": "model = dict(pretrained='mine')", "env_info": "x", "epoch": 200}
     torch.save({"state_dict": encoder, "meta": theirs}, tmp_path / "w.pth")
@@ -240,10 +238,10 @@ def test_what_others_say_of_their_files_stays_there(
     assert read_backbone(tmp_path / "w.safetensors").metadata == {}
 
 
-def test_tensors_come_out_as_a_new_network_has_them(
+def test_tensors_are_like_those_of_a_new_network(
     encoder: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """In float32, contiguous, each of its own memory, without gradients."""
+    """In float32, contiguous, each with its own memory, without gradients."""
     weight, bias = torch.cat([encoder["bn1.weight"], encoder["bn1.bias"]]).split(64)
     odd: dict[str, Tensor] = encoder | {
         "bn1.weight": weight,
@@ -263,7 +261,7 @@ def test_tensors_come_out_as_a_new_network_has_them(
 
 
 def test_numpy_values_are_plain_values(encoder: dict[str, Tensor], tmp_path: Path) -> None:
-    """A published checkpoint's best accuracy is often one of NumPy's."""
+    """The best accuracy in a published checkpoint is often a NumPy number."""
     extras = {"best": np.float64(0.7), "epoch": np.int64(3), "curve": np.ones(3, np.float32)}
     torch.save({"state_dict": encoder} | extras, tmp_path / "w.pth")
     assert same(read_backbone(tmp_path / "w.pth").weights, encoder)
@@ -275,7 +273,7 @@ def test_numpy_values_are_plain_values(encoder: dict[str, Tensor], tmp_path: Pat
 
 
 def test_detectron2_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
-    """The authors' script pickles NumPy's way, in the protocol of the day, with counts as well."""
+    """The authors' script uses NumPy's own pickling in any protocol, and also writes counts."""
     arrays = {name: value.numpy() for name, value in to_detectron2(encoder).items()}
     counts = {
         k.replace("bn1", "conv1.norm"): v.numpy() for k, v in encoder.items() if "k.bn1.n" in k
@@ -291,7 +289,7 @@ def test_detectron2_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
 
 
 def test_arrays_are_pickled_for_any_numpy(tmp_path: Path) -> None:
-    """NumPy 2 pickles by names that NumPy 1, on which detectron2 often stands, does not have."""
+    """detectron2 often runs with NumPy 1, which lacks the module names that NumPy 2 pickles."""
     content = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(1.5), "c": True}
     data = pickle_arrays(content)
     assert b"_core" not in data
@@ -306,7 +304,7 @@ def test_arrays_are_pickled_for_any_numpy(tmp_path: Path) -> None:
 
 
 class Touch:
-    """A pickle that runs a command when it is loaded."""
+    """Its pickle executes a command when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -316,8 +314,8 @@ class Touch:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
-def test_nothing_is_run(suffix: str, encoder: dict[str, Tensor], tmp_path: Path) -> None:
-    """A file of weights from the web must not be a program."""
+def test_no_code_is_executed(suffix: str, encoder: dict[str, Tensor], tmp_path: Path) -> None:
+    """A file of weights from the web must not be able to execute code."""
     file, trace = tmp_path / f"w.{suffix}", tmp_path / "trace"
     content = {"model": encoder, "args": Touch(trace)}
     if suffix == "pth":
@@ -334,7 +332,7 @@ def test_nothing_is_run(suffix: str, encoder: dict[str, Tensor], tmp_path: Path)
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
-    """Each in one line that names the file and what is wrong."""
+    """Each error is one line that names the file and the problem."""
     file = tmp_path / "w.pth"
 
     def refused(message: str, path: Path = file, arch: str | None = "resnet18") -> None:
@@ -359,7 +357,7 @@ def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save({k: v for k, v in encoder.items() if k != "layer2.0.bn1.bias"}, file)
     refused("not a resnet18 .layer2.0.bn1.bias is missing")
     torch.save({k: v for k, v in encoder.items() if "layer3.1" not in k}, file)
-    refused("damaged, or not a ResNet of torchvision's", arch=None)
+    refused("damaged, or not one of torchvision's ResNets", arch=None)
     torch.save(encoder | {"bn1.bias": torch.full((64,), torch.nan)}, file)
     refused("bn1.bias is not finite")
     large = encoder["bn1.bias"].double() + 1e300
@@ -368,7 +366,7 @@ def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
     weight = encoder["conv1.weight"]
     for odd in (weight.to_sparse(), weight.to("meta"), weight.to(torch.complex64)):
         torch.save(encoder | {"conv1.weight": odd}, file)
-        refused("conv1.weight is no plain tensor of real numbers")
+        refused("conv1.weight is not a dense tensor of real numbers")
     save_file(encoder, tmp_path / "w.safetensors")
     whole = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(whole[:-100_000])
@@ -376,7 +374,7 @@ def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": {"conv1": np.ones(3)}})[:-5])
     refused("damaged, or not a file of weights", tmp_path / "w.pkl")
     torch.save({"bias": torch.ones(1)}, tmp_path / "w.pkl")
-    refused("of the kind that .pkl says", tmp_path / "w.pkl")
+    refused("in the format of .pkl", tmp_path / "w.pkl")
     for array in (np.array([1, "a"], dtype=object), np.array(["a"] * 64)):
         (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": {"stem.conv1.weight": array}}))
         refused("no weights in it", tmp_path / "w.pkl")
@@ -385,7 +383,7 @@ def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
 def test_published_weights_are_a_backbone(
     encoder: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchvision's come with a classifier, and some without BatchNorm's counts."""
+    """torchvision's files also hold a classifier, and some lack BatchNorm's counts."""
     state = {k: v for k, v in encoder.items() if not k.endswith("num_batches_tracked")}
     monkeypatch.setattr(
         "torchvision.models._api.load_state_dict_from_url",
@@ -395,11 +393,11 @@ def test_published_weights_are_a_backbone(
 
 
 def test_published_weights_are_the_usual_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's newer ones have four points more on ImageNet: no paper compares with them."""
+    """torchvision's newer weights are four points better on ImageNet; papers do not use them."""
 
     def offline(url: str, **_: object) -> None:
         raise OSError(f"no network for {url}")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(UserError, match=r"resnet50-0676ba61\.pth cannot be had"):
+    with pytest.raises(UserError, match=r"resnet50-0676ba61\.pth cannot be downloaded"):
         published_weights("resnet50")

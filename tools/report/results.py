@@ -1,10 +1,8 @@
-"""What lies in a run's folder: its configuration, its log, and what was measured of it."""
+"""The files of a run: its configuration, its log, and the results of measurements."""
 
 import json
 import math
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,133 +15,88 @@ from train.run.checkpoint import Record, find, read_record
 from train.run.provenance import read_json
 
 Line = Mapping[str, float]
+"""A line of metrics.jsonl."""
 
 LONGEST = 1e12
-"""Steps or seconds that no run has."""
+"""Steps or seconds; no run reaches this number."""
 
 
 class Part(NamedTuple):
-    """A part of a report that a command of its own makes."""
+    """A part of a report, which a command of its own measures or draws."""
 
     name: str
-    """Of the option that gives its file."""
+    """Of the option that names the file."""
     title: str
     file: str
     """Its usual name in the run's folder."""
     command: str
-    """With {run}, {data} and {out}."""
+    """What follows `python -m`, with {run}, {config}, {data} and {out}."""
 
     @property
     def made_by(self) -> str:
         """The command without its options: evaluation.probe knn"""
-        return self.command.removeprefix("python -m ").split(" --")[0]
+        return self.command.split(" --")[0]
 
 
-_SEGMENTATION = "python -m evaluation.unsupervised_segmentation --checkpoint {run}"
-_PROBE = " --checkpoint {run} --train-images DIR --train-labels DIR --images DIR --labels DIR"
-_PICTURES = "python -m evaluation.pictures"
+def _probe(name: str, title: str) -> Part:
+    labels = "--train-images DIR --train-labels DIR --images DIR --labels DIR"
+    command = f"evaluation.probe {name} --checkpoint {{run}} {labels} --json {{out}}"
+    return Part(name, title, f"{name}.json", command)
+
+
+def _picture(name: str, title: str, run: str = "--checkpoint") -> Part:
+    command = f"evaluation.pictures {name} {run} {{run}} --data {{data}} --out {{out}}"
+    return Part(name, title, f"{name}.png", command)
+
+
+_SEGMENTATION = "evaluation.unsupervised_segmentation --checkpoint {run} --images DIR --labels DIR"
+_SEGMENTATION_PICTURE = _SEGMENTATION + " --picture {out}"
+_SLOTS = "evaluation.slots --checkpoint {run} --data {data} --json {out}"
+_SLOTS_PICTURE = "evaluation.slots --checkpoint {run} --data {data} --picture {out}"
+_STAGES = "tools.benchmark all --data {data} --json {out}"
+_COST = "tools.benchmark cost --config {config} --data {data} --json {out}"
 
 SCORES = (
     Part(
         "evaluation",
         "Clusters matched to classes",
         "eval.json",
-        f"{_SEGMENTATION} --images DIR --labels DIR --baseline untrained --json {{out}}",
+        f"{_SEGMENTATION} --baseline untrained --json {{out}}",
     ),
-    Part(
-        "knn",
-        "Dense k-NN retrieval",
-        "knn.json",
-        f"python -m evaluation.probe knn{_PROBE} --json {{out}}",
-    ),
-    Part(
-        "linear",
-        "Linear probe",
-        "linear.json",
-        f"python -m evaluation.probe linear{_PROBE} --json {{out}}",
-    ),
-    Part(
-        "clusters",
-        "Over-clustering",
-        "clusters.json",
-        f"python -m evaluation.probe clusters{_PROBE} --json {{out}}",
-    ),
+    _probe("knn", "Dense k-NN retrieval"),
+    _probe("linear", "Linear probe"),
+    _probe("clusters", "Over-clustering"),
 )
 """Scores against label maps."""
 
-SLOTS = Part(
-    "slots",
-    "Use of the prototypes",
-    "slots.json",
-    "python -m evaluation.slots --checkpoint {run} --data {data} --json {out}",
-)
-BENCHMARK = Part(
-    "benchmark",
-    "Throughput of each stage alone",
-    "bench.json",
-    "python -m tools.benchmark all --data {data} --json {out}",
-)
-COST = Part(
-    "cost",
-    "Cost of the whole recipe",
-    "cost.json",
-    "python -m tools.benchmark cost --config {config} --data {data} --json {out}",
-)
+SLOTS = Part("slots", "Use of the prototypes", "slots.json", _SLOTS)
+BENCHMARK = Part("benchmark", "Throughput of each stage alone", "bench.json", _STAGES)
+COST = Part("cost", "Cost of the whole recipe", "cost.json", _COST)
 RESULTS = (*SCORES, SLOTS, BENCHMARK, COST)
 
 PICTURES = (
-    Part(
-        "prototypes",
-        "Prototypes and their nearest segments",
-        "prototypes.png",
-        f"{_PICTURES} prototypes --checkpoint {{run}} --data {{data}} --out {{out}}",
-    ),
-    Part(
-        "ends",
-        "Prototypes of the most and the fewest images",
-        "slots.png",
-        "python -m evaluation.slots --checkpoint {run} --data {data} --picture {out}",
-    ),
-    Part(
-        "grouping",
-        "Images under the colours of their prototypes",
-        "grouping.png",
-        f"{_PICTURES} grouping --checkpoint {{run}} --data {{data}} --out {{out}}",
-    ),
-    Part(
-        "attention",
-        "Grouping over the training",
-        "attention.png",
-        f"{_PICTURES} attention --run {{run}} --data {{data}} --out {{out}}",
-    ),
-    Part(
-        "segmentation",
-        "Clusters beside label maps",
-        "eval.png",
-        f"{_SEGMENTATION} --images DIR --labels DIR --picture {{out}}",
-    ),
-    Part(
-        "views",
-        "The two views that it trains on",
-        "views.png",
-        f"{_PICTURES} views --checkpoint {{run}} --data {{data}} --out {{out}}",
-    ),
+    _picture("prototypes", "Prototypes and their nearest segments"),
+    Part("ends", "Prototypes of the most and the fewest images", "slots.png", _SLOTS_PICTURE),
+    _picture("grouping", "Images under the colours of their prototypes"),
+    _picture("attention", "Grouping over the training", "--run"),
+    Part("segmentation", "Clusters beside label maps", "eval.png", _SEGMENTATION_PICTURE),
+    _picture("views", "The two views that it trains on"),
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is known of a run."""
+    """What the files of a run say."""
 
     folder: Path
     config: dict[str, Any]
     lines: list[Line]
     record: Record | None
-    """Of its newest checkpoint; None if there is none."""
+    """Of its newest checkpoint; None if it has none."""
     results: dict[str, dict[str, Any]]
-    """Contents of the --json files that are there, by the part's name."""
+    """Content of each --json file that exists, by the part's name."""
     pictures: dict[str, Path]
-    """Those that are there, by the part's name."""
+    """Each picture that exists, by the part's name."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -151,31 +104,38 @@ class Run:
         return flatten(self.config)
 
     def rows(self, part: Part) -> list[dict[str, Any]]:
-        """The results of a part; none if it was not measured."""
+        """The results of a part; empty if it was not measured."""
         return list(self.results.get(part.name, {"results": []})["results"])
 
 
 def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
-    """Read a run, the files `given` by their part's name, and what lies in the run's folder under
-    its usual name. Raises UserError.
+    """Read the files of a run.
+
+    Args:
+        folder: of the run.
+        given: files by the part's name. Any other part is read from its usual file in `folder`, if
+            this file exists.
+
+    Raises:
+        UserError: a file is missing, damaged, or made by another command.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
-
-    def found(parts: Iterable[Part]) -> dict[str, Path]:
-        paths = {part.name: given.get(part.name) or folder / part.file for part in parts}
-        return {name: path for name, path in paths.items() if given.get(name) or path.is_file()}
-
     config, lines = read_config(folder / "config.yaml"), read_lines(folder / "metrics.jsonl")
     try:
         record = read_record(find(folder))
     except UserError:
         record = None
-    paths = found(RESULTS)
-    results = {
-        part.name: read_part(part, paths[part.name]) for part in RESULTS if part.name in paths
-    }
-    return Run(folder, config, lines, record, results, found(PICTURES))
+    paths = {part: given.get(part.name) or folder / part.file for part in (*RESULTS, *PICTURES)}
+    there = {part: path for part, path in paths.items() if given.get(part.name) or path.is_file()}
+    return Run(
+        folder,
+        config,
+        lines,
+        record,
+        {part.name: read_part(part, path) for part, path in there.items() if part in RESULTS},
+        {part.name: path for part, path in there.items() if part in PICTURES},
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -192,7 +152,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of metrics.jsonl; a torn last one, of a run that was killed, is left out."""
+    """The lines of metrics.jsonl. Skips an incomplete last line: it shows that the run was killed.
+
+    Raises UserError.
+    """
     try:
         texts = path.read_text().splitlines()
     except OSError as error:
@@ -204,9 +167,9 @@ def read_lines(path: Path) -> list[Line]:
         try:
             line = {name: float(value) for name, value in json.loads(text).items()}
             if not all(abs(line.get(name, 0.0)) < LONGEST for name in ("seconds", "epoch")):
-                raise ValueError("no time of a training")
+                raise ValueError("impossible time")
             if not 0 <= line["step"] < LONGEST:
-                raise ValueError("no step of a training")
+                raise ValueError("impossible step")
             lines.append(line)
         except (ValueError, TypeError, AttributeError, KeyError):
             if number < len(texts):
@@ -217,17 +180,17 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A measuring command's --json file. Raises UserError unless it holds a list of results."""
+    """The --json file of a command that measures. Raises UserError if it holds no results."""
     content = read_json(path)
     rows = content.get("results") if isinstance(content, dict) else None
-    about = [content.get(key) or {} for key in ("hardware", "versions")] if rows else []
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in [*rows, *about]):
+    machine = [content.get(key) or {} for key in ("hardware", "versions")] if rows else []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in [*rows, *machine]):
         raise UserError(f'{path}: no measurements ("results") in this file')
     return dict(content)
 
 
 def read_part(part: Part, path: Path) -> dict[str, Any]:
-    """The --json file of a part. Raises UserError if it is another command's, or damaged."""
+    """The --json file of a part. Raises UserError if it is damaged or made by another command."""
     content = read_results(path)
     rows = content["results"]
     if part == COST:
@@ -246,7 +209,7 @@ def read_part(part: Part, path: Path) -> dict[str, Any]:
 
 
 def has_values(rows: Sequence[Mapping[str, Any]], metric: str) -> bool:
-    """Every row of an evaluation has a value, and one is of `metric`."""
+    """Whether every row of an evaluation has a value, and at least one row is of `metric`."""
     return any(row.get("metric") == metric for row in rows) and all(
         is_number(row.get("value"))
         and is_number(row.get("images", 0))
@@ -259,23 +222,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def network_values(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[float]]:
-    """Values of each (network, metric) over the seeds; a class's IoU is the metric "iou CLASS"."""
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in rows:
-        metric = f"iou {row['class']}" if row.get("metric") == "iou" else str(row.get("metric"))
-        values[str(row.get("network", "trained")), metric].append(float(row["value"]))
-    return dict(values)
-
-
-def share(values: list[float]) -> str:
-    """The mean as a percentage, ± its deviation over the seeds: 40.0% ± 1.2"""
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1%}{deviation}"
-
-
 def slot_values(run: Run) -> dict[str, float]:
-    """The whole-set figures of evaluation.slots by their metric."""
+    """The figures of evaluation.slots over the whole data set, by metric."""
     return {
         str(row["metric"]): float(row["value"])
         for row in run.rows(SLOTS)
@@ -284,9 +232,10 @@ def slot_values(run: Run) -> dict[str, float]:
 
 
 def wait_share(lines: Sequence[Line]) -> float:
-    """Share of the whole training time that was spent waiting for data, in 0..1.
+    """Share of the training time that was spent waiting for data, in 0..1.
 
-    `seconds` counts from the start of the run, so a line's share weighs as long as its own stretch.
+    Each line's share is weighted by the seconds since the line before: `seconds` counts from the
+    start of the run.
     """
     ends = [line.get("seconds", float(number)) for number, line in enumerate(lines, 1)]
     spans = [max(end - begin, 0.0) for begin, end in zip([0.0, *ends], ends, strict=False)]

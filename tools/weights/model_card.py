@@ -1,4 +1,4 @@
-"""The model card that goes with exported weights."""
+"""The model card of exported weights."""
 
 from pipeline.errors import printable
 from train.weights import Backbone
@@ -11,7 +11,7 @@ tags:
 {tags}---
 # {title}
 
-{what}
+{about}
 
 ## Use
 ```python
@@ -35,7 +35,7 @@ The {encoder} of a SlotCon model: a {arch} without classifier, pre-trained on im
 labels{by}. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
 groups (Wen et al., *Self-Supervised Visual Representation Learning with Semantic Grouping*, NeurIPS
 2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288))."""
-OTHER = "A {arch} without classifier. All that is known of how it was made is below."
+OTHER = "A {arch} without classifier. The table below holds all that is known of its training."
 TITLES = {
     "method": "Method",
     "arch": "Architecture",
@@ -56,7 +56,7 @@ TITLES = {
 
 
 def model_card(backbone: Backbone) -> str:
-    """README.md of a folder on Hugging Face's hub."""
+    """The README.md of a model on Hugging Face's hub."""
     known = backbone.metadata
     facts = "\n".join(
         f"| {title} | {_cell(known[name])} |" for name, title in TITLES.items() if name in known
@@ -66,7 +66,7 @@ def model_card(backbone: Backbone) -> str:
     return CARD.format(
         tags=SLOTCON_TAGS if ours else "",
         title=f"SlotCon {title}" if ours else title,
-        what=(SLOTCON if ours else OTHER).format(
+        about=(SLOTCON if ours else OTHER).format(
             encoder=f"{known.get('branch', '')} encoder".strip(),
             arch=backbone.arch,
             by="" if "imported" in known else " by slotstream",
@@ -77,7 +77,7 @@ def model_card(backbone: Backbone) -> str:
 
 
 def of_slotcon(backbone: Backbone) -> bool:
-    """Its metadata say that the method is SlotCon: weights of any other can be exported as well."""
+    """Whether the metadata name SlotCon: weights of other methods can be exported too."""
     return backbone.metadata.get("method", "").startswith("SlotCon")
 
 

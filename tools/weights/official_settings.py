@@ -1,4 +1,4 @@
-"""The settings of the authors' code that slotstream has as well, both ways."""
+"""Converts settings between slotstream and the authors' code, in both directions."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,13 +29,11 @@ NAMES = (
     ("epochs", "train", "epochs"),
     ("seed", "train", "seed"),
 )
-"""(the authors' name in args, our section, our name)"""
+"""(the authors' name in args, our section, our name) of each setting that both codes have."""
 
 
 def official_settings(config: RunConfig) -> dict[str, Any]:
-    """A run's settings by the authors' names; their batch_size is that of one of world_size
-    processes.
-    """
+    """A run's settings by the authors' names. Their batch_size is that of one process."""
     settings = {theirs: getattr(getattr(config, part), ours) for theirs, part, ours in NAMES}
     settings["dataset"] = Path(config.data.path).name
     return settings | {"batch_size": config.train.batch_size, "world_size": 1}
@@ -44,19 +42,19 @@ def official_settings(config: RunConfig) -> dict[str, Any]:
 def with_official_settings(
     config: RunConfig, args: Mapping[str, Any], model: ModelConfig
 ) -> RunConfig:
-    """`config` with what `args` of the authors' code say, and the sizes of `model`, which was found
-    in the weights.
+    """`config` with the settings in `args`, the authors' command line, and the sizes of `model`,
+    which were read from the weights.
 
     Raises ValueError for an impossible setting.
     """
     stated = {theirs: value for theirs, value in args.items() if value is not None}
-    found: dict[str, dict[str, Any]] = {part: {} for _, part, _ in NAMES}
+    changed: dict[str, dict[str, Any]] = {part: {} for _, part, _ in NAMES}
     for theirs, part, ours in NAMES:
         if theirs in stated:
-            found[part][ours] = stated[theirs]
+            changed[part][ours] = stated[theirs]
     if "batch_size" in stated:
-        found["train"]["batch_size"] = stated["batch_size"] * stated.get("world_size", 1)
+        changed["train"]["batch_size"] = stated["batch_size"] * stated.get("world_size", 1)
     for size in ("arch", "dim_hidden", "dim_out", "num_prototypes"):
-        found["model"][size] = getattr(model, size)
-    parts = {part: replace(getattr(config, part), **values) for part, values in found.items()}
+        changed["model"][size] = getattr(model, size)
+    parts = {part: replace(getattr(config, part), **values) for part, values in changed.items()}
     return replace(config, **parts)

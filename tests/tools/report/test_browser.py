@@ -1,5 +1,5 @@
-"""The report in a real browser: it loads nothing from outside, every chart and picture has a size,
-nothing sticks out of the window.
+"""The pages in a real browser: they load nothing from outside, every chart and picture has a size,
+and nothing is wider than the window.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.exported import call
 from tests.tools.report.test_report import write_measurements, write_run
 from tools import compare
 from tools.report import __main__ as report
@@ -45,7 +46,7 @@ addEventListener("load", () => setTimeout(() => {
 
 
 def look(page: Path, width: int = 1280, *, dark: bool = False) -> dict[str, Any]:
-    """What a browser makes of a page. The probe runs in a copy that allows this one script."""
+    """Load a page in the browser and measure it. The script runs in a copy that allows it."""
     text = page.read_text()
     probed = page.with_suffix(".probed.html")
     policy = "default-src 'none'; script-src 'unsafe-inline'"
@@ -83,18 +84,18 @@ def check_page(seen: dict[str, Any]) -> None:
     assert seen["width"][0] <= seen["width"][1]
 
 
-@pytest.fixture
-def measured_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    run = write_run(tmp_path / "run")
+@pytest.fixture(scope="module")
+def measured_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all measurements and its report."""
+    run = write_run(tmp_path_factory.mktemp("runs") / "run")
     write_measurements(run)
-    monkeypatch.setattr("sys.argv", ["report", str(run)])
-    report.main()
+    call(report.main, run)
     return run
 
 
 def test_report_in_a_browser(measured_run: Path) -> None:
-    """Markup that parses may still show nothing: a chart without a size, a picture that does not
-    decode, a table that makes a phone scroll sideways, white text on white.
+    """Valid markup may still show nothing: a chart without a size, a picture that does not decode,
+    a table that makes a phone scroll sideways, white text on white.
     """
     page = measured_run / "report.html"
     wide, narrow = look(page), look(page, 500, dark=True)
@@ -106,14 +107,11 @@ def test_report_in_a_browser(measured_run: Path) -> None:
     assert narrow["paper"] == "rgb(20, 23, 27)"
 
 
-def test_comparison_in_a_browser(measured_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for one run; wide tables must scroll in their own box."""
+def test_comparison_in_a_browser(measured_run: Path) -> None:
+    """The same for several runs. Wide tables must scroll in their own box."""
     others = [write_run(measured_run.parent / f"a_long_name_of_a_run_{n}") for n in range(7)]
     page = measured_run.parent / "compare.html"
-    monkeypatch.setattr(
-        "sys.argv", ["compare", *map(str, (measured_run, *others)), "--out", str(page)]
-    )
-    compare.main()
+    call(compare.main, measured_run, *others, "--out", page)
     seen = look(page, 500)
     check_page(seen)
     assert len(seen["charts"]) == 7
@@ -121,8 +119,8 @@ def test_comparison_in_a_browser(measured_run: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_page_that_asks_a_server_is_noticed(measured_run: Path) -> None:
     """Otherwise the tests above could not fail."""
-    page = measured_run / "report.html"
-    text = page.read_text()
+    page = measured_run / "asking.html"
+    text = (measured_run / "report.html").read_text()
     page.write_text(text.replace("</h1>", '</h1><img src="http://127.0.0.1:9/pixel.png">', 1))
     seen = look(page)
     assert any("127.0.0.1" in error for error in seen["errors"])

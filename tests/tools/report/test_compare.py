@@ -1,26 +1,22 @@
-"""The comparison of runs: side by side what was measured, what differs, and nothing else."""
+"""The comparison of runs shows measurements and differing settings side by side."""
 
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
+from tests.helpers.exported import call
 from tests.tools.report.test_report import Page, write_measurements, write_run
 from tools import compare
 
 
-def make(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr("sys.argv", ["compare", *map(str, arguments)])
-    compare.main()
-
-
-def test_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run without measurements must keep its column, or figures stand under the wrong run."""
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    """A run without measurements must keep its column: else figures stand under the wrong run."""
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
     write_measurements(one)
     config = other / "config.yaml"
     config.write_text(config.read_text().replace("resnet18", "resnet<50>"))
-    make(monkeypatch, other, one, "--out", tmp_path / "compare.html")
+    call(compare.main, other, one, "--out", tmp_path / "compare.html")
     text = (tmp_path / "compare.html").read_text()
     page = Page(text)
     assert page.sources == []
@@ -32,19 +28,17 @@ def test_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "40.0%" in row
 
 
-def test_runs_of_one_name_and_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_of_one_name_and_configuration(tmp_path: Path) -> None:
     """Two folders called `demo` must be told apart."""
     runs = [write_run(tmp_path / parent / "demo") for parent in ("a", "b")]
-    make(monkeypatch, *runs, "--out", tmp_path / "compare.html")
+    call(compare.main, *runs, "--out", tmp_path / "compare.html")
     page = Page((tmp_path / "compare.html").read_text())
     assert all(str(run) in page.text for run in runs)
     assert "Nothing but their names" in page.text
 
 
-def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of these would otherwise be a traceback, or a page that compares nothing."""
+def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
+    """Without these checks the user would get a traceback, or a page that compares nothing."""
     run, out = write_run(tmp_path / "run"), tmp_path / "compare.html"
     (tmp_path / "empty").mkdir()
     for folders, message in (
@@ -55,5 +49,5 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ((run, tmp_path / "empty" / ".." / "run"), "given twice"),
     ):
         with pytest.raises(UserError, match=message):
-            make(monkeypatch, *folders, "--out", out)
+            call(compare.main, *folders, "--out", out)
     assert not out.exists()

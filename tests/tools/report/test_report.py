@@ -1,4 +1,4 @@
-"""The report: self-contained, complete, and honest about what was not measured."""
+"""The report is one file, complete, and says which measurements are missing."""
 
 import json
 import math
@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import UserError
+from tests.helpers.exported import call
 from tools import compare
 from tools.report import __main__ as report
 from tools.report.charts import MAX_POINTS, line_chart, short, thin, ticks
-from tools.report.parts import listed
+from tools.report.one_run import listed
 from tools.report.results import PICTURES, RESULTS, wait_share
 
 VOID_ELEMENTS = {"meta", "img", "br", "line", "circle", "polyline"}
@@ -74,7 +75,7 @@ def write_run(folder: Path) -> Path:
 
 
 def write_measurements(folder: Path) -> None:
-    """Benchmark, evaluation and picture beside the run."""
+    """All results and pictures, in the folder of the run."""
     rates = [("decode", "loader", 500.0), ("step", "plain", 90.0)]
     bench = [
         {"stage": s, "backend": b, "images_per_s": r, "slowest": r / 2, "fastest": r, "batch": 8}
@@ -103,23 +104,16 @@ def write_measurements(folder: Path) -> None:
     cost = {"backend": "fast", "gpus": 8, "measured": False, "images_per_s": 99.0, "hours": 12.5}
     (folder / "cost.json").write_text(json.dumps({**MACHINE, "results": [], "cost": [cost]}))
     noise = np.random.default_rng(0).integers(0, 256, (2100, 2200, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "prototypes.png")
+    Image.fromarray(noise).save(folder / "prototypes.png", compress_level=0)
     for part in PICTURES[1:]:
         Image.new("RGB", (400, 300), "green").save(folder / part.file)
 
 
-def make(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])
-    report.main()
-
-
-def test_page_is_complete_and_self_contained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A page that asks a server for anything is blank offline; one of many MB is not sent on."""
+def test_page_is_complete_and_self_contained(tmp_path: Path) -> None:
+    """A page that loads from a server is incomplete offline; a page of many MB is hard to share."""
     run = write_run(tmp_path / "run")
     write_measurements(run)
-    make(monkeypatch, run)
+    call(report.main, run)
     text = (run / "report.html").read_text()
     page = Page(text)
     assert len(text) < 3e6
@@ -134,12 +128,32 @@ def test_page_is_complete_and_self_contained(
     assert "prefers-color-scheme: dark" in text
 
 
-def test_missing_parts_name_the_command_that_adds_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run alone makes a page, too, and a newcomer learns from it what else there is."""
+def test_texts_are_not_markup(tmp_path: Path) -> None:
+    """Without escaping, a name or a label in a file could put a script into the page."""
+    evil = '"><script src=x></script>'
+    run, other = (write_run(tmp_path / name) for name in ("run", "<script>"))
+    config = {"name": evil, "data": {"path": evil}, "model": {"arch": evil}}
+    (run / "config.yaml").write_text(json.dumps(config))
+    row = {"metric": "miou", "network": evil, "value": 0.4}
+    rows = [row, row | {"metric": "iou", "class": evil}]
+    machine = {"hardware": {evil: evil}, "command": evil}
+    (run / "eval.json").write_text(json.dumps({"results": rows} | machine))
+    stage = {"stage": evil, "images_per_s": 1.0, "batch": evil}
+    (run / "bench.json").write_text(json.dumps({"results": [stage]}))
+    (run / "cost.json").write_text(json.dumps({"results": [], "cost": [{"backend": evil}]}))
+    call(report.main, run)
+    call(compare.main, run, other, "--out", tmp_path / "compare.html")
+    for path, least in ((run / "report.html", 10), (tmp_path / "compare.html", 2)):
+        page = Page(path.read_text())
+        assert page.sources == []
+        assert page.text.count(evil) >= least
+        assert "<script" not in path.read_text()
+
+
+def test_missing_parts_name_the_command_that_adds_them(tmp_path: Path) -> None:
+    """A run without measurements has a page too, which shows a newcomer how to add them."""
     run = write_run(tmp_path / "run")
-    make(monkeypatch, run, "--out", tmp_path / "page.html")
+    call(report.main, run, "--out", tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
     for command in (
         f"tools.benchmark all --data 'my data.beton' --json {run}/bench.json",
@@ -150,43 +164,41 @@ def test_missing_parts_name_the_command_that_adds_them(
     assert all(f"{run}/{part.file}" in page.text for part in (*RESULTS, *PICTURES))
 
 
-def test_image_level_loss_is_shown_where_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An ablation's own curve must not be missing; nor stand empty on every other page."""
+def test_image_level_loss_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    """The curve of this ablation must not be missing, nor must other pages have an empty chart."""
     run = write_run(tmp_path / "run")
-    make(monkeypatch, run)
+    call(report.main, run)
     assert "Image-level loss" not in (run / "report.html").read_text()
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"lr"', '"image": 1.5, "lr"'))
-    make(monkeypatch, run)
+    call(report.main, run)
     assert "Image-level loss" in (run / "report.html").read_text()
 
 
-def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of these would otherwise be a traceback, or a page without what was asked for."""
+def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
+    """Without these checks the user would get a traceback, or a page that lacks the given file."""
     run = write_run(tmp_path / "run")
     (tmp_path / "bad.json").write_text('{"results": 3}')
     with pytest.raises(UserError, match="no such run folder"):
-        make(monkeypatch, tmp_path / "nowhere")
+        call(report.main, tmp_path / "nowhere")
     with pytest.raises(UserError, match="not the folder of a run"):
-        make(monkeypatch, tmp_path)
+        call(report.main, tmp_path)
     with pytest.raises(UserError, match="no measurements"):
-        make(monkeypatch, run, "--benchmark", tmp_path / "bad.json")
+        call(report.main, run, "--benchmark", tmp_path / "bad.json")
     (tmp_path / "other.json").write_text('{"results": [{"stage": "read"}]}')
     for option in ("--evaluation", "--knn", "--slots", "--cost"):
         with pytest.raises(UserError, match="not the --json file of"):
-            make(monkeypatch, run, option, tmp_path / "other.json")
+            call(report.main, run, option, tmp_path / "other.json")
     with pytest.raises(UserError, match="No such file"):
-        make(monkeypatch, run, "--evaluation", tmp_path / "none.json")
+        call(report.main, run, "--evaluation", tmp_path / "none.json")
     with pytest.raises(UserError, match="No such file"):
-        make(monkeypatch, run, "--prototypes", tmp_path / "none.png")
+        call(report.main, run, "--prototypes", tmp_path / "none.png")
     (run / "metrics.jsonl").write_text("nonsense\n" + log_line(1))
     with pytest.raises(UserError, match="line 1 is damaged"):
-        make(monkeypatch, run)
+        call(report.main, run)
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="nothing logged yet"):
-        make(monkeypatch, run)
+        call(report.main, run)
     assert not (run / "report.html").exists()
 
 
@@ -201,27 +213,23 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         b'{"step": "one"}',
     ],
 )
-def test_damaged_log_is_one_line(
-    line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Disks and editors do that; a page made of the rest would hide it."""
+def test_damaged_log_is_one_line(line: bytes, tmp_path: Path) -> None:
+    """Disks and editors damage files. A page made from the other lines would hide that."""
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_bytes(line + b"\n" + log_line(2).encode())
     with pytest.raises(UserError, match=r"metrics\.jsonl: (line 1 is damaged|not a text file)"):
-        make(monkeypatch, run)
+        call(report.main, run)
 
 
-def test_a_diverged_run_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the one that somebody wants to look at."""
+def test_a_diverged_run_has_a_page(tmp_path: Path) -> None:
+    """A user wants to look at exactly this run."""
     run = write_run(tmp_path / "run")
     line = json.loads(log_line(90)) | {"usage_entropy": math.nan}
     lines = [json.dumps(line | {"loss": loss}) for loss in (1e308, -1e308, math.inf, math.nan)]
     (run / "metrics.jsonl").write_text(log_line(1) + "\n".join(lines) + "\n")
-    make(monkeypatch, run)
+    call(report.main, run)
     assert "nan" in Page((run / "report.html").read_text()).text
-    both = [str(run), str(write_run(tmp_path / "b")), "--out", str(tmp_path / "c.html")]
-    monkeypatch.setattr("sys.argv", ["x", *both])
-    compare.main()
+    call(compare.main, run, write_run(tmp_path / "b"), "--out", tmp_path / "c.html")
 
 
 @pytest.mark.parametrize(
@@ -241,13 +249,13 @@ def test_a_diverged_run_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_results_of_another_command_are_refused(
-    name: str, content: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, content: dict[str, object], tmp_path: Path
 ) -> None:
-    """Scores under another measure's title would be taken for that measure."""
+    """A reader would take scores under a wrong title for scores of that measure."""
     run = write_run(tmp_path / "run")
     (run / name).write_text(json.dumps(content))
     with pytest.raises(UserError, match=name):
-        make(monkeypatch, run)
+        call(report.main, run)
 
 
 def test_wait_share_weighs_lines_by_their_time() -> None:
@@ -262,15 +270,15 @@ def test_wait_share_weighs_lines_by_their_time() -> None:
     st.integers(2, 8),
 )
 def test_ticks_are_few_and_inside(low: float, span: float, count: int) -> None:
-    """Ticks outside the axis or by the hundred would make a chart unreadable."""
+    """Ticks outside the axis, or hundreds of them, would make a chart unreadable."""
     found = ticks(low, low + span, count)
     assert len(found) <= count + 1
     slack = 1e-6 * (abs(low) + span)
     assert all(low - slack <= tick <= low + span + slack for tick in found)
 
 
-def test_charts_stand_odd_data() -> None:
-    """One point, no point, a NaN, a constant: a run at its start, or one that went wrong."""
+def test_charts_of_odd_data() -> None:
+    """One point, no point, a NaN, a constant: a run that has just begun, or has diverged."""
     for points in ([(5.0, 1.0)], [], [(1.0, float("nan")), (2.0, 3.0)], [(1.0, 2.0), (9.0, 2.0)]):
         svg = line_chart("title", {"a": points, "b": points})
         Page(svg)
@@ -279,8 +287,8 @@ def test_charts_stand_odd_data() -> None:
     assert len(thin(many)) <= MAX_POINTS
 
 
-def test_numbers_and_lists_for_people() -> None:
-    """Numbers as they stand on axes and in tables."""
+def test_numbers_and_lists_as_text() -> None:
+    """The form that they have on axes and in tables."""
     assert [short(v) for v in (0.123456, 12.0, 1234.5, 35_000, 1_200_000)] == [
         "0.123",
         "12",

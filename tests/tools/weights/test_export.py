@@ -1,4 +1,4 @@
-"""Exported files give the same features in the libraries that they are for."""
+"""Exported files give the same features in the libraries that read them."""
 
 import json
 import os
@@ -26,7 +26,7 @@ MMSEG_RESNETS = {
     "resnet34": ((3, 4, 6, 3), 2),
     "resnet50": ((3, 4, 6, 3), 3),
 }
-"""Blocks of each stage, convolutions of a block."""
+"""(blocks of each stage, convolutions of a block)"""
 FILES = {
     "torchvision": "tv.safetensors",
     "timm": "timm.pth",
@@ -49,7 +49,7 @@ def checkpoint(model: SlotCon, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def out(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every format."""
+    """A folder with an export in each format."""
     folder = tmp_path_factory.mktemp("out")
     for to, name in FILES.items():
         call(main, checkpoint, "--to", to, "--out", folder / name, "--license", LICENCE)
@@ -62,7 +62,7 @@ def last_map(model: SlotCon, branch: str = "teacher") -> Tensor:
 
 
 def torchvision_map(state: dict[str, Tensor]) -> Tensor:
-    """Of torchvision's own ResNet-18, loaded strictly once its classifier is gone."""
+    """The last map of torchvision's ResNet-18, loaded strictly after its classifier is removed."""
     resnet = torchvision.models.resnet18()
     resnet.fc = torch.nn.Identity()
     resnet.load_state_dict(state)
@@ -85,7 +85,7 @@ def test_torchvision(model: SlotCon, out: Path, checkpoint: Path, tmp_path: Path
 
 
 def test_timm(model: SlotCon, out: Path) -> None:
-    """From either file, with timm's own loading."""
+    """timm itself loads both file types."""
     timm = pytest.importorskip("timm")
     for name in (FILES["timm"], FILES["torchvision"]):
         network = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(out / name))
@@ -95,7 +95,7 @@ def test_timm(model: SlotCon, out: Path) -> None:
 
 
 def test_huggingface(model: SlotCon, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder alone is enough, without a network, and says what to feed it."""
+    """timm needs only the folder, no network connection, and reads its input settings from it."""
     timm = pytest.importorskip("timm")
 
     def refuse(*_: object, **__: object) -> None:
@@ -117,7 +117,7 @@ def test_huggingface(model: SlotCon, out: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_model_card(out: Path) -> None:
-    """Who finds the folder reads what it is, how to load it, and what its images allow."""
+    """A finder of the folder reads what it holds, how to load it, and the licence of the images."""
     card = (out / FILES["huggingface"] / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
     assert "The teacher encoder of a SlotCon model: a resnet18" in card
@@ -127,8 +127,8 @@ def test_model_card(out: Path) -> None:
 
 
 def test_model_card_of_any_weights() -> None:
-    """It goes to the web: others' weights are not SlotCon's there, nor are they ours. Names that
-    would break a table's rows.
+    """The card is published: it must not claim weights of others for SlotCon or slotstream. Names
+    must not break the rows of its table.
     """
     card = model_card(Backbone("resnet18", {}, {"data": "a|b\nc"}))
     assert "# resnet18, weights\n\nA resnet18 without classifier." in card
@@ -142,14 +142,14 @@ def test_model_card_of_any_weights() -> None:
     assert "| Imported from | ckpt_epoch_800.pth |\n" in card
 
 
-def test_the_card_names_no_place(out: Path) -> None:
-    """It goes to the web."""
+def test_the_card_holds_no_path(out: Path) -> None:
+    """The card is published, and must not reveal folders of this machine."""
     card = (out / FILES["huggingface"] / "README.md").read_text()
-    assert "/" not in card.split("| Data |")[1].split("\n")[0]  # a name, not a place
+    assert "/" not in card.split("| Data |")[1].split("\n")[0]  # a name, not a path
 
 
 def test_detectron2(model: SlotCon, out: Path) -> None:
-    """What its DetectionCheckpointer asks of a .pkl, read by plain pickle as it does."""
+    """Read by plain pickle, the way DetectionCheckpointer reads it, with the keys that it needs."""
     content = pickle.loads((out / FILES["detectron2"]).read_bytes(), encoding="latin1")
     assert content["__author__"] == "slotstream"
     assert content["matching_heuristics"] is True
@@ -179,12 +179,12 @@ def mmseg_resnet(arch: str) -> set[str]:
 
 @pytest.mark.parametrize("arch", MMSEG_RESNETS)
 def test_mmseg_names(arch: str) -> None:
-    """mmengine loads with strict=False: a wrong name is one line in a log."""
+    """mmengine loads with strict=False: a wrong name would only be a line in its log."""
     assert set(meta_state(arch)) == mmseg_resnet(arch)
 
 
 def test_mmseg(model: SlotCon, out: Path) -> None:
-    """Under the names of the encoder itself, which are mmsegmentation's."""
+    """Our names of the encoder are those of mmsegmentation."""
     content = torch.load(out / FILES["mmseg"])  # as mmengine does, by torch's default
     assert set(content["state_dict"]) == mmseg_resnet("resnet18")
     assert content["meta"]["method"].startswith("SlotCon")
@@ -194,7 +194,7 @@ def test_mmseg(model: SlotCon, out: Path) -> None:
 
 
 def test_official(model: SlotCon, out: Path) -> None:
-    """All of it comes back, and the authors' two scripts find what they look for."""
+    """The whole model is read back, and the authors' two scripts find the keys that they need."""
     content = torch.load(out / FILES["official"], weights_only=True)
     assert all(name.startswith("module.") for name in content["model"])
     assert "module.encoder_k.layer4.1.bn2.running_var" in content["model"]
@@ -207,20 +207,20 @@ def test_official(model: SlotCon, out: Path) -> None:
 
 @pytest.mark.parametrize("to", FILES)
 def test_files_come_back_bit_for_bit(to: str, model: SlotCon, checkpoint: Path, out: Path) -> None:
-    """What transfer reads is what was trained and all that is known of it, from whichever file."""
+    """From each format, transfer reads the trained weights and all their metadata."""
     found = read_backbone(out / FILES[to], "resnet18")
     expected = model.teacher.encoder.state_dict()
     assert list(found.weights) == list(expected)
     for name, value in expected.items():
         lost = to == "detectron2" and name.endswith("num_batches_tracked")
         assert lost or torch.equal(found.weights[name], value), name
-    if to != "timm":  # a plain state dict has no room for it
+    if to != "timm":  # a plain state dict has no room for metadata
         known = {"data_license": LICENCE, **read_backbone(checkpoint).metadata}
         assert {k: v for k, v in found.metadata.items() if k != "format"} == known
 
 
 def test_an_export_can_be_exported_again(out: Path, tmp_path: Path) -> None:
-    """A backbone that was imported goes on to every library; what is known of it goes along."""
+    """An imported backbone can be written for any other library, with its metadata."""
     again = tmp_path / "again.safetensors"
     call(main, out / FILES["detectron2"], "--to", "torchvision", "--out", again)
     with safe_open(again, "pt") as file:
@@ -234,7 +234,7 @@ def test_an_export_can_be_exported_again(out: Path, tmp_path: Path) -> None:
 def test_bad_input(
     checkpoint: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line each, and nothing half-written."""
+    """Each error is one line, and leaves no half-written file."""
 
     def refused(message: str, *argv: object) -> None:
         before = sorted(tmp_path.iterdir())
@@ -266,9 +266,7 @@ def test_bad_input(
 
 
 def test_files_of_the_source_stay(model: SlotCon, out: Path, tmp_path: Path) -> None:
-    """The weights of a run, under another model's names, are a damaged run; a new file may lie in
-    its folder.
-    """
+    """An export over a run's own weights would damage the run; a new file in its folder is fine."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
     (tmp_path / "latest").symlink_to(checkpoint)
     for source in (checkpoint, tmp_path / "latest", tmp_path):
@@ -278,8 +276,8 @@ def test_files_of_the_source_stay(model: SlotCon, out: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("to", FILES)
-def test_texts_that_are_no_utf8(to: str, checkpoint: Path, tmp_path: Path) -> None:
-    """Linux takes any bytes for a name or an argument; the formats do not."""
+def test_texts_that_are_not_utf8(to: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Linux allows any bytes in a name or an argument; the formats do not."""
     out = tmp_path / FILES[to]
     call(main, checkpoint, "--to", to, "--out", out, "--license", os.fsdecode(b"mine\xff"))
     found = read_backbone(out).metadata
@@ -291,7 +289,7 @@ def test_texts_that_are_no_utf8(to: str, checkpoint: Path, tmp_path: Path) -> No
 def test_unwritable_folder(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Said before the work is done."""
+    """The error comes before the work."""
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(UserError, match=r"not writable"):
         call(main, checkpoint, "--to", "mmseg", "--out", tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code become runs, or files of a backbone."""
+"""Checkpoints of the authors' code become runs or files of a backbone."""
 
 import argparse
 import json
@@ -21,9 +21,10 @@ from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported import CONFIG, call, trained_model
 from tests.helpers.training import small_run, trainer
 from tools.export import main as export
-from tools.import_official import Official, configured, loaded, main
+from tools.import_official import main
 from tools.report.__main__ import main as report
 from tools.weights.model_card import model_card
+from tools.weights.official import Official, configured, loaded
 from tools.weights.official_settings import official_settings, with_official_settings
 from train.config import DataConfig, RunConfig, TrainConfig
 from train.run.checkpoint import find, load_model, read_record
@@ -34,7 +35,7 @@ IMAGES, STEPS, EPOCHS = 118_287, 184_800, 800
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_flush() -> Iterator[None]:
-    """Nothing here outlives the machine, and the models are 100 MB each."""
+    """Flushing models of 100 MB to the disk is slow, and these files need not survive a crash."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.run.checkpoint._flush", lambda _: None)
         yield
@@ -46,7 +47,7 @@ def model() -> SlotCon:
 
 
 def full_checkpoint(trained: SlotCon, **changes: Any) -> dict[str, Any]:
-    """What main_pretrain.py's save_checkpoint writes."""
+    """The content that save_checkpoint in main_pretrain.py writes."""
     args = argparse.Namespace(
         dataset="COCO", data_dir="./datasets/coco/", image_size=224, min_scale=0.08,
         arch="resnet18", dim_hidden=8, dim_out=6, num_prototypes=4, teacher_momentum=0.99,
@@ -81,7 +82,7 @@ def full_checkpoint(trained: SlotCon, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def imported(model: SlotCon, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that a full checkpoint becomes."""
+    """The run made from a full checkpoint."""
     folder = tmp_path_factory.mktemp("official")
     torch.save(full_checkpoint(model), folder / "ckpt_epoch_800.pth")
     call(main, folder / "ckpt_epoch_800.pth", "--out", folder / "run")
@@ -89,7 +90,7 @@ def imported(model: SlotCon, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_full_checkpoint_becomes_a_run(model: SlotCon, imported: Path) -> None:
-    """Every weight, and every setting that both codes have."""
+    """With every weight, and every setting that both codes have."""
     loaded, config = load_model(imported)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
@@ -98,8 +99,8 @@ def test_a_full_checkpoint_becomes_a_run(model: SlotCon, imported: Path) -> None
     assert (config.views.size, config.data.path, config.name) == (224, "COCO", "run")
 
 
-def test_it_says_what_is_known_and_no_more(imported: Path) -> None:
-    """A digest that nobody took would be believed."""
+def test_the_record_holds_only_known_facts(imported: Path) -> None:
+    """A reader would believe an invented fingerprint."""
     record = read_record(find(imported))
     assert record.data == {"images": IMAGES, "fingerprint": "unknown"}
     assert record.step == STEPS
@@ -109,11 +110,11 @@ def test_it_says_what_is_known_and_no_more(imported: Path) -> None:
     assert json.loads((imported / "metrics.jsonl").read_text()) == line
     metadata = read_backbone(imported).metadata
     assert (metadata["data"], metadata["epochs"], metadata["step"]) == ("COCO", "800", str(STEPS))
-    assert metadata["imported"] == "ckpt_epoch_800.pth"  # or its card says that slotstream made it
+    assert metadata["imported"] == "ckpt_epoch_800.pth"  # else the card would say "by slotstream"
 
 
 def test_commands_run_on_it(imported: Path, tmp_path: Path) -> None:
-    """Evaluation, report and export take it for a run."""
+    """Evaluation, report and export accept it as a run."""
     beton = write_beton(tmp_path / "small.beton", varied(4))
     slots_json = tmp_path / "slots.json"
     call(slots, "--checkpoint", imported, "--data", beton, "--size", 64, "--json", slots_json)
@@ -125,8 +126,8 @@ def test_commands_run_on_it(imported: Path, tmp_path: Path) -> None:
     assert "| Epochs of the schedule | 800 |" in model_card(read_backbone(imported))
 
 
-def test_training_does_not_go_on_from_it(imported: Path, tmp_path: Path) -> None:
-    """Without the optimiser's momenta it would be another training."""
+def test_training_does_not_resume_from_it(imported: Path, tmp_path: Path) -> None:
+    """Without the optimiser's momenta the training would be a different one."""
     beton = write_beton(tmp_path / "small.beton", varied(4))
     config = small_run(beton, tmp_path)
     with pytest.raises(UserError, match=r"was .* in .*step_184800 and is now|is missing"):
@@ -134,7 +135,7 @@ def test_training_does_not_go_on_from_it(imported: Path, tmp_path: Path) -> None
 
 
 def test_there_and_back(model: SlotCon, imported: Path, tmp_path: Path) -> None:
-    """An official file of ours keeps what the authors' would: steps, images, settings."""
+    """An exported official file keeps steps, images and settings, as the authors' files do."""
     call(export, imported, "--to", "official", "--out", tmp_path / "full.pth")
     call(main, tmp_path / "full.pth", "--out", tmp_path / "again")
     (one, a), (other, b) = load_model(imported), load_model(tmp_path / "again")
@@ -144,9 +145,9 @@ def test_there_and_back(model: SlotCon, imported: Path, tmp_path: Path) -> None:
     assert (records[0].step, records[0].data) == (records[1].step, records[1].data)
 
 
-def test_what_is_known_of_the_data_goes_along(model: SlotCon, tmp_path: Path) -> None:
-    """Two sets of one name and size are told apart by the fingerprint alone; the licence of the
-    images binds whoever has the weights, however they came."""
+def test_facts_about_the_data_are_kept(model: SlotCon, tmp_path: Path) -> None:
+    """Only the fingerprint distinguishes two data sets of the same name and size. The licence of
+    the images also binds those who get the weights in another format."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
     record = json.loads((checkpoint / "run.json").read_text())
     record["data"] = {"images": 8, "fingerprint": "1234abcd"}
@@ -166,11 +167,11 @@ SETTINGS = {
     "warmup_epoch": 3, "warmup_multiplier": 50, "weight_decay": 2e-5, "momentum": 0.85,
     "epochs": 60, "seed": 7, "batch_size": 64, "world_size": 1,
 }  # fmt: skip
-"""None of them what it is by default (but world_size)."""
+"""All different from the defaults, except world_size."""
 
 
 def test_settings_by_the_authors_names() -> None:
-    """A setting that is left out, or takes another's place, is a recipe that nobody ran."""
+    """A missing or swapped setting would describe a training that never happened."""
     config = RunConfig(
         "x",
         DataConfig("/data/COCO"),
@@ -197,7 +198,7 @@ def test_settings_by_the_authors_names() -> None:
 def test_without_settings_the_recipe_is_not_claimed(
     model: SlotCon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Defaults in the place of what the file does not say are no recipe."""
+    """Default values must not appear as facts about the training."""
     torch.save({"model": model.official_state_dict()}, tmp_path / "w.pth")
     call(main, tmp_path / "w.pth", "--out", tmp_path / "run")
     assert "a run of an unknown number of steps" in capsys.readouterr().out
@@ -207,13 +208,13 @@ def test_without_settings_the_recipe_is_not_claimed(
     assert metadata["prototypes"] == "4"
 
 
-def test_another_optimiser_is_said(
+def test_warning_for_another_optimiser(
     model: SlotCon,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """There is only LARS here, and that is what config.yaml would be read as."""
+    """slotstream has only LARS, so a reader of config.yaml would assume LARS."""
     content = {"args": {"optimizer": "sgd"}, "model": model.official_state_dict()}
     monkeypatch.setattr("tools.import_official.read_file", lambda _: (content, {}))
     call(main, "w.pth", "--out", tmp_path / "run")
@@ -225,7 +226,7 @@ def test_another_optimiser_is_said(
     ("prefix", "wrapped"), [("", False), ("encoder_k.", False), ("module.encoder_k.", True)]
 )
 def test_backbones(prefix: str, wrapped: bool, model: SlotCon, tmp_path: Path) -> None:
-    """A file under torchvision's names, whatever the names were."""
+    """The written file has torchvision's names, whatever names the source has."""
     encoder = model.teacher.encoder.state_dict()
     state = {prefix + name: value for name, value in encoder.items()}
     torch.save({"state_dict": state} if wrapped else state, tmp_path / "w.pth")
@@ -236,10 +237,10 @@ def test_backbones(prefix: str, wrapped: bool, model: SlotCon, tmp_path: Path) -
     assert read_backbone(tmp_path / "w.safetensors").metadata["imported"] == "w.pth"
 
 
-def test_what_a_backbone_does_not_say(
+def test_facts_that_the_file_of_a_backbone_lacks(
     model: SlotCon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it no table has a place for it."""
+    """Without the data set and the epochs, a table cannot place the backbone."""
     torch.save(dict(model.teacher.encoder.state_dict()), tmp_path / "w.pth")
     out, stated = tmp_path / "w.safetensors", ("--data", "COCO", "--epochs", 800)
     call(main, tmp_path / "w.pth", "--out", out, *stated)
@@ -255,14 +256,14 @@ def test_what_a_backbone_does_not_say(
     assert not (tmp_path / "other.safetensors").exists()
     content = {"model": {"grouping_k.slot_embed.weight": torch.ones(4, 6)}}
     monkeypatch.setattr("tools.import_official.read_file", lambda _: (content, {}))
-    with pytest.raises(UserError, match="for a backbone alone"):
+    with pytest.raises(UserError, match="only for a backbone"):
         call(main, "full.pth", "--out", tmp_path / "run", *stated)
-    with pytest.raises(UserError, match="for a backbone alone"):
+    with pytest.raises(UserError, match="only for a backbone"):
         call(main, "full.pth", "--out", tmp_path / "run", "--student")
 
 
-def test_of_two_backbones_either(model: SlotCon, tmp_path: Path) -> None:
-    """MoCo's figures are those of encoder_q, the student; a file of both gives its teacher else."""
+def test_either_of_two_backbones(model: SlotCon, tmp_path: Path) -> None:
+    """MoCo's published figures are those of encoder_q, the student; the default is the teacher."""
     sides = {"encoder_k.": model.teacher.encoder, "encoder_q.": model.student.encoder}
     state = {p + k: v for p, side in sides.items() for k, v in side.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "moco.pth")
@@ -275,8 +276,8 @@ def test_of_two_backbones_either(model: SlotCon, tmp_path: Path) -> None:
         assert torch.equal(found.weights["conv1.weight"], expected)
 
 
-def test_names_that_are_no_utf8(model: SlotCon, tmp_path: Path) -> None:
-    """The header of a .safetensors file is."""
+def test_names_that_are_not_utf8(model: SlotCon, tmp_path: Path) -> None:
+    """The header of a .safetensors file must be UTF-8."""
     file = tmp_path / os.fsdecode(b"w\xff.pth")
     with file.open("wb") as stream:
         torch.save(dict(model.teacher.encoder.state_dict()), stream)
@@ -286,11 +287,11 @@ def test_names_that_are_no_utf8(model: SlotCon, tmp_path: Path) -> None:
 
 
 class Foreign:
-    """What a checkpoint has no need of."""
+    """A class that a checkpoint does not need."""
 
 
 def test_bad_files(model: SlotCon, imported: Path, tmp_path: Path) -> None:
-    """One line each, and no folder or file is left."""
+    """Each error is one line, and leaves no folder or file."""
     file = tmp_path / "w.pth"
     backbone = dict(model.teacher.encoder.state_dict())
 
@@ -328,7 +329,7 @@ def test_bad_files(model: SlotCon, imported: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_weights(changes: dict[str, Any], message: str, model: SlotCon) -> None:
-    """One line each."""
+    """Each error is one line."""
     state = {**model.official_state_dict(), **changes}
     state = {name: value for name, value in state.items() if value is not None}
     with pytest.raises(UserError, match=message) as caught:
@@ -347,6 +348,6 @@ def test_bad_weights(changes: dict[str, Any], message: str, model: SlotCon) -> N
     ],
 )
 def test_bad_settings(args: dict[str, Any], key: str) -> None:
-    """Nothing is written that could not be read again."""
-    with pytest.raises(UserError, match=f"w.pth: its settings make no run: .*{key}"):
+    """A configuration is never written if it could not be read again."""
+    with pytest.raises(UserError, match=f"w.pth: impossible settings: .*{key}"):
         configured(Official(Path("w.pth"), {}, args, 0, 0, {}), ModelConfig(), "run")

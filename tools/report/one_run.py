@@ -1,0 +1,257 @@
+"""The report of one run: figures, charts and tables from the files in its folder."""
+
+import math
+import shlex
+import statistics
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tools.report.charts import dot_chart, line_chart, short
+from tools.report.page import Table, picture, render
+from tools.report.results import (
+    BENCHMARK,
+    COST,
+    PICTURES,
+    RESULTS,
+    SCORES,
+    SLOTS,
+    Part,
+    Run,
+    slot_values,
+    wait_share,
+)
+from tools.report.scores import evaluation, network_values
+from train.metrics import duration
+
+STAGES = ("read", "decode", "params", "augment", "transfer", "step", "pipeline")
+"""The order in which the page shows the stages of the benchmark."""
+
+
+def build(run: Run) -> str:
+    """The page as HTML. Raises UserError for a picture that cannot be read."""
+    evaluations = (evaluation(part.title, run.rows(part)) for part in SCORES)
+    return render(
+        "one_run.html",
+        name=run.settings.get("name", run.folder.name),
+        summary=summary(run),
+        figures=figures(run),
+        chart=partial(chart, run),
+        uniform=uniform_student(run),
+        evaluations=list(filter(None, evaluations)),
+        slots=slots(run),
+        pictures=[
+            (part.title, picture(run.pictures[part.name]))
+            for part in PICTURES
+            if part.name in run.pictures
+        ],
+        stages=stages(run),
+        cost=cost(run),
+        recipe=recipe(run),
+        origins=origins(run),
+        configuration=yaml.safe_dump(run.config, sort_keys=False),
+        missing=missing(run),
+    )
+
+
+def summary(run: Run) -> str:
+    """One line: network, data, length."""
+    config, last = run.settings, run.lines[-1]
+    arch, prototypes = config.get("model.arch", "?"), config.get("model.num_prototypes", "?")
+    side, data = config.get("views.size", "?"), Path(str(config.get("data.path", "?"))).name
+    parts = [f"{arch}, {prototypes} prototypes", f"{side}-pixel views of {data}"]
+    if run.record and "images" in run.record.data:
+        parts[-1] += f" ({run.record.data['images']:,} images)"
+    parts.append(f"{last['step']:,.0f} steps, {last.get('epoch', math.nan):.3g} epochs")
+    if "seconds" in last:
+        parts.append(f"{duration(last['seconds'])} of training")
+    return " · ".join(parts)
+
+
+def figures(run: Run) -> list[tuple[str, str, str]]:
+    """The most important figures: (figure, title, note)."""
+    last = run.lines[-1]
+    shown: list[tuple[str, str, str]] = []
+    scores = network_values(run.rows(SCORES[0]))
+    if ("trained", "miou") in scores:
+        before = scores.get(("untrained", "miou"))
+        note = f"untrained: {statistics.mean(before):.1%}" if before else "no baseline"
+        shown.append((f"{statistics.mean(scores['trained', 'miou']):.1%}", "grouping mIoU", note))
+    if "loss" in last:
+        first = next(line["loss"] for line in run.lines if "loss" in line)
+        shown.append((f"{last['loss']:.3f}", "loss", f"at the first log line: {first:.3f}"))
+    if "active_slots" in last:
+        total = run.settings.get("model.num_prototypes", "?")
+        shown.append((f"{last['active_slots']:.1f}", "active slots an image", f"of {total}"))
+    if "usage_entropy" in last:
+        dead = f"{last.get('dead_prototypes', math.nan):.0f} dead prototypes"
+        shown.append((f"{last['usage_entropy']:.2f}", "usage entropy", f"of 1; {dead}"))
+    if "images_per_s" in last:
+        shown.append((median_rate(run), "images a second", "median of training"))
+    if "wait_share" in last:
+        shown.append((f"{wait_share(run.lines):.1%}", "data wait", "share of training time"))
+    return shown
+
+
+def median_rate(run: Run) -> str:
+    """Images a second in training: the median over the log lines."""
+    rates = (line.get("images_per_s", math.nan) for line in run.lines)
+    return short(round(statistics.median(rates), 1))
+
+
+def uniform_student(run: Run) -> tuple[str, float] | None:
+    """The grouping loss of a student that gives each prototype the same share, with its label."""
+    prototypes = run.settings.get("model.num_prototypes")
+    if not isinstance(prototypes, int) or prototypes < 1:
+        return None
+    return f"ln {prototypes}: uniform student", math.log(prototypes)
+
+
+def chart(
+    run: Run,
+    title: str,
+    *,
+    reference: tuple[str, float] | None = None,
+    from_zero: bool = False,
+    percent: bool = False,
+    **labels: str,
+) -> str:
+    """Logged values over the steps as SVG, each under its label; empty if none is logged."""
+    lines = {
+        label: [(line["step"], line[name]) for line in run.lines if name in line]
+        for name, label in labels.items()
+    }
+    if not any(lines.values()):
+        return ""
+    return line_chart(title, lines, reference=reference, from_zero=from_zero, percent=percent)
+
+
+def slots(run: Run) -> tuple[list[str], Table] | None:
+    """How the prototypes are used over whole images: figures, and the share of each prototype."""
+    values, rows = slot_values(run), run.rows(SLOTS)
+    if not values:
+        return None
+    total = run.settings.get("model.num_prototypes", "?")
+    spread = f" ± {values['active_slots_sd']:.2f}" if "active_slots_sd" in values else ""
+    shown = {
+        "active_slots": ("active slots an image", f"{{:.2f}}{spread}"),
+        "usage_entropy": ("usage entropy (1: all win equally often)", "{:.3f}"),
+        "dead_prototypes": ("dead prototypes", f"{{:.0f}} of {total}"),
+        "near_duplicates": ("pairs of near-duplicates", "{:.0f}"),
+    }
+    table = Table(
+        ("", f"{rows[0].get('images', 0):,} whole images"),
+        [(name, form.format(values[key])) for key, (name, form) in shown.items() if key in values],
+    )
+    shares = {
+        label: list(enumerate(sorted(row["value"] for row in rows if row["metric"] == key)[::-1]))
+        for key, label in (("image_share", "of images"), ("cell_share", "of cells"))
+    }
+    curve = line_chart(
+        "Share in which each prototype is active",
+        shares,
+        x_name="prototypes, each curve from often to seldom",
+        from_zero=True,
+        percent=True,
+    )
+    return [curve], table
+
+
+def stages(run: Run) -> tuple[list[str], Table] | None:
+    """Throughput of each stage alone."""
+    measured = [
+        row
+        for row in run.rows(BENCHMARK)
+        if row.get("images_per_s", 0) > 0 and not row.get("operation")
+    ]
+    if not measured:
+        return None
+    order = {stage: number for number, stage in enumerate(STAGES)}
+    measured.sort(key=lambda row: order.get(str(row.get("stage")), len(order)))
+    dots, rows = [], []
+    for row in measured:
+        name, rate = stage_name(row), row["images_per_s"]
+        dots.append((name, rate, row.get("slowest") or rate, row.get("fastest") or rate))
+        numbers = (f"{rate:,.1f}", f"{1e3 / rate:,.3g}")
+        rows.append((name, *numbers, row.get("batch", "–"), row.get("threads", "–")))
+    head = ("stage", "images/s", "ms an image", "batch", "threads")
+    return [dot_chart(BENCHMARK.title, dots, unit="images/s")], Table(head, rows)
+
+
+def stage_name(row: Mapping[str, Any]) -> str:
+    """decode · loader, or pipeline · kornia · crops host"""
+    crops = f"crops {row['crops']}" if row.get("crops") else None
+    return " · ".join(str(part) for part in (row.get("stage"), row.get("backend"), crops) if part)
+
+
+def cost(run: Run) -> Table:
+    """Training time so far, and the time that is left at this speed."""
+    last, epochs = run.lines[-1], run.settings.get("train.epochs")
+    rows = []
+    if "seconds" in last:
+        rows.append(("training so far", duration(last["seconds"])))
+        if epochs and 0 < last.get("epoch", 0) < epochs:
+            rest = last["seconds"] * (epochs / last["epoch"] - 1)
+            rows.append(("left at this pace", f"{duration(rest)} to epoch {epochs}"))
+    if "images_per_s" in last:
+        rows.append(("images a second (median)", median_rate(run)))
+    return Table(("", "this run"), rows)
+
+
+def recipe(run: Run) -> Table:
+    """Hours, energy and CO2e of the whole recipe on several numbers of GPUs."""
+    rows = [
+        (
+            cost.get("backend", ""),
+            cost.get("gpus", "?"),
+            *(
+                "unknown" if cost.get(name) is None else short(cost[name])
+                for name in ("images_per_s", "hours", "kwh", "co2_kg")
+            ),
+            "yes" if cost.get("measured") else "scaled",
+        )
+        for cost in run.results.get(COST.name, {}).get("cost") or []
+    ]
+    return Table(("", "GPUs", "images/s", "hours", "kWh", "kg CO2e", "measured"), rows)
+
+
+def origins(run: Run) -> tuple[Table, Table]:
+    """Where the numbers come from: hardware and versions (one row for each machine), commands."""
+    contents = {"training": run.record.provenance} if run.record else {}
+    contents |= run.results
+    machines: dict[tuple[str, ...], list[str]] = {}
+    for name, content in contents.items():
+        machine = tuple(listed(content.get(key) or {}) for key in ("hardware", "versions"))
+        machines.setdefault(machine, []).append(name)
+    rows = [(", ".join(names), *machine) for machine, names in machines.items()]
+    commands = [(name, content.get("command", "")) for name, content in contents.items()]
+    return Table(("", "hardware", "versions"), rows), Table(("", "command"), commands)
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """{"cores": 2, "gpus": []} as "cores 2"."""
+    parts = []
+    for name, value in values.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if text:
+            parts.append(f"{name.replace('_gib', ' in GiB').replace('_', ' ')} {text}")
+    return ", ".join(parts)
+
+
+def missing(run: Run) -> list[tuple[str, str]]:
+    """What the page lacks, as (title, what follows `python -m` to make it)."""
+    paths = {
+        "run": run.folder,
+        "data": run.settings.get("data.path", "FILE.beton"),
+        "config": run.folder / "config.yaml",
+    }
+
+    def command(part: Part) -> str:
+        values = {**paths, "out": run.folder / part.file}
+        return part.command.format(**{k: shlex.quote(str(path)) for k, path in values.items()})
+
+    there = run.results.keys() | run.pictures.keys()
+    return [(part.title, command(part)) for part in (*RESULTS, *PICTURES) if part.name not in there]

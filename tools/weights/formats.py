@@ -1,0 +1,129 @@
+"""The formats in which a pre-trained encoder is exported."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from evaluation.features import encoder_dim
+from model.names import to_detectron2
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.errors import UserError
+from tools.weights.model_card import model_card, of_slotcon
+from tools.weights.official_settings import official_settings
+from train.pickles import pickle_arrays, torch_bytes
+from train.run.checkpoint import find, load_model, read_record
+from train.run.cli import check_writable
+from train.weights import (
+    FOLDER_CONFIG,
+    FOLDER_WEIGHTS,
+    META,
+    Backbone,
+    describe,
+    safetensors_bytes,
+)
+
+
+def check_out(to: str, out: Path, source: Path) -> None:
+    """Raise UserError if the output cannot be written, is `source` or a file in it, or has a wrong
+    suffix: its readers choose the format by the suffix.
+    """
+    suffixes = SUFFIXES[to]
+    if suffixes and out.suffix not in suffixes:
+        raise UserError(f"--out {out}: --to {to} writes a {' or '.join(suffixes)} file")
+    if suffixes:
+        check_writable("--out", out, source)
+        if source.is_dir() and out.exists() and out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"--out {out}: is a file of {source}: give the name of a new file")
+
+
+def state_dict(backbone: Backbone, suffix: str) -> bytes:
+    """Weights under the names of torchvision and timm: safetensors, or a plain state dict."""
+    if suffix == ".safetensors":
+        return safetensors_bytes(backbone)
+    return torch_bytes(backbone.weights)
+
+
+def detectron2(backbone: Backbone, suffix: str) -> bytes:
+    """The dictionary that detectron2's DetectionCheckpointer reads from a .pkl file."""
+    arrays = {name: value.numpy() for name, value in to_detectron2(backbone.weights).items()}
+    return pickle_arrays(
+        {
+            "model": arrays,
+            "__author__": "slotstream",
+            "matching_heuristics": True,
+            META: backbone.metadata,
+        }
+    )
+
+
+def mmseg(backbone: Backbone, suffix: str) -> bytes:
+    """The dictionary that mmengine's load_checkpoint reads."""
+    return torch_bytes({"state_dict": backbone.weights, META: backbone.metadata})
+
+
+def huggingface(backbone: Backbone) -> dict[str, bytes]:
+    """The files of a model on Hugging Face's hub, as timm reads them: content by file name."""
+    size = backbone.metadata.get("view_size", "")
+    side = int(size) if size.isdecimal() else 224
+    config = {
+        "architecture": backbone.arch,
+        "num_classes": 0,
+        "num_features": encoder_dim(backbone.arch),
+        "pretrained_cfg": {
+            "tag": "slotcon" if of_slotcon(backbone) else "",
+            "custom_load": False,
+            "input_size": [3, side, side],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "num_classes": 0,
+            "pool_size": [math.ceil(side / 32)] * 2,
+            "first_conv": "conv1",
+            "classifier": "fc",
+        },
+    }
+    return {
+        FOLDER_WEIGHTS: state_dict(backbone, ".safetensors"),
+        FOLDER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+        "README.md": model_card(backbone).encode(errors="backslashreplace"),
+    }
+
+
+def official(checkpoint: Path, metadata: dict[str, str]) -> bytes:
+    """The whole model and its settings, under the names of the authors' code.
+
+    Raises UserError.
+    """
+    if checkpoint.is_file():
+        raise UserError(f"{checkpoint}: a file: --to official needs a run or a checkpoint")
+    record = read_record(find(checkpoint))
+    model, config = load_model(checkpoint)
+    return torch_bytes(
+        {
+            "model": {f"module.{k}": v for k, v in model.official_state_dict().items()},
+            "args": official_settings(config),
+            META: describe(record) | metadata,
+        }
+    )
+
+
+FILES: dict[str, Callable[[Backbone, str], bytes]] = {
+    "torchvision": state_dict,
+    "timm": state_dict,
+    "detectron2": detectron2,
+    "mmseg": mmseg,
+}
+"""The formats that are a single file with a backbone."""
+SUFFIXES = {
+    "torchvision": (".safetensors", ".pth"),
+    "timm": (".safetensors", ".pth"),
+    "detectron2": (".pkl",),
+    "mmseg": (".pth",),
+    "huggingface": (),
+    "official": (".pth",),
+}
+"""Allowed suffixes of each format; empty: the format is a folder."""

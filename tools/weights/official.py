@@ -1,0 +1,146 @@
+"""Checkpoints of the authors' code (github.com/CVMI-Lab/SlotCon) as runs and as backbones."""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model import ModelConfig, SlotCon
+from model.config import ARCHITECTURES
+from model.names import Branch, arch_of, backbone_of
+from model.official import from_official
+from pipeline.errors import UserError
+from tools.weights.official_settings import with_official_settings
+from train.config import DataConfig, RunConfig, from_dict, to_dict, to_yaml
+from train.run.checkpoint import Record, check_weights, write_model
+from train.run.cli import check_writable
+from train.run.provenance import new_folder, provenance, write_bytes
+from train.weights import read_backbone, safetensors_bytes
+
+PROTOTYPES, HIDDEN = "grouping_k.slot_embed.weight", "projector_k.mlp.0.weight"
+
+
+@dataclass(frozen=True)
+class Official:
+    """A full checkpoint of the authors' code."""
+
+    source: Path
+    state: dict[str, Tensor]
+    """Weights by the authors' names, without `module.`."""
+    args: dict[str, Any]
+    """The authors' command line; empty if the file has none."""
+    step: int
+    """Optimiser steps done; 0: unknown."""
+    epoch: int
+    """Epochs done; 0: unknown."""
+    data: dict[str, Any]
+    """Identity of the training data, as far as known: see Record.data."""
+
+
+def read_official(
+    source: Path, state: dict[str, Tensor], content: Mapping[str, Any], metadata: Mapping[str, str]
+) -> Official:
+    """All that is known about a full checkpoint. `metadata`: the facts that tools.export wrote."""
+    args, scheduler = content.get("args"), content.get("scheduler")
+    settings = vars(args) if isinstance(args, argparse.Namespace) else args
+    settings = dict(settings) if isinstance(settings, dict) else {}
+    # The authors' scheduler counts steps under the name last_epoch.
+    steps = scheduler.get("last_epoch") if isinstance(scheduler, dict) else None
+    identity = {
+        "images": count(settings.get("num_instances") or metadata.get("data_images")),
+        "fingerprint": metadata.get("data_fingerprint", "unknown"),
+    }
+    if licence := metadata.get("data_license"):
+        identity["license"] = licence
+    step = count(steps or metadata.get("step"))
+    return Official(source, state, settings, step, count(content.get("epoch")), identity)
+
+
+def count(value: object) -> int:
+    """A count that the file holds as a number or as text; 0 if it holds anything else."""
+    return int(str(value)) if str(value).isdecimal() else 0
+
+
+def import_run(official: Official, out: Path) -> None:
+    """Write the folder of a run: one checkpoint, its configuration, and a line of metrics with the
+    steps and epochs done. Raises UserError.
+    """
+    model = loaded(official)
+    config = configured(official, model.config, run_name(out))
+    settings = to_dict(config)
+    record = Record(official.step, settings, official.data, 0.0, [], origin(official))
+    line = {"step": official.step} | ({"epoch": official.epoch} if official.epoch else {})
+    with new_folder(out) as folder:
+        write_model(folder, record, model)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def loaded(official: Official) -> SlotCon:
+    """SlotCon with these weights; its sizes follow from their shapes. Raises UserError."""
+    state, source = official.state, official.source
+    arch = arch_of(backbone_of(state, "teacher"))
+    if arch not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"{source}: damaged, or its encoder is none of {known}")
+    if HIDDEN not in state or state[PROTOTYPES].ndim != 2:
+        raise UserError(f"{source}: damaged: no {HIDDEN}, or prototypes of a wrong shape")
+    prototypes, dim = state[PROTOTYPES].shape
+    model = SlotCon(ModelConfig(arch, len(state[HIDDEN]), dim, prototypes))
+    expected = model.state_dict()
+    try:
+        model.load_state_dict(from_official(state, expected))
+        check_weights(model.state_dict(), expected)  # float64 may become infinite in float32
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    return model
+
+
+def configured(official: Official, model: ModelConfig, name: str) -> RunConfig:
+    """The run's configuration: settings from the file, defaults for the rest. Raises UserError."""
+    try:
+        config = RunConfig(name, DataConfig("unknown"), model=model)
+        # Read back to check the types: a dataclass accepts values of any type.
+        return from_dict(to_dict(with_official_settings(config, official.args, model)))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{official.source}: impossible settings: {error}") from None
+
+
+def run_name(out: Path) -> str:
+    """The name of the folder, without characters that a run's name cannot have."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name).lstrip(".") or "official"
+
+
+def origin(official: Official) -> dict[str, Any]:
+    """Provenance: this import, and the settings of the authors' command line that JSON can hold."""
+    plain = {
+        name: value
+        for name, value in official.args.items()
+        if value is None or isinstance(value, int | float | str)
+    }
+    facts: dict[str, Any] = {"imported": official.source.name, "args": plain}
+    if not plain:
+        facts["assumed"] = "the recipe: the file holds no settings, these are the defaults"
+    return provenance() | facts
+
+
+def import_backbone(source: Path, out: Path, branch: Branch, stated: Mapping[str, str]) -> None:
+    """Write a backbone under torchvision's names. `stated` holds facts that the file may lack.
+
+    Raises UserError, also if the file contradicts `stated`.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: {source} is only a backbone: give a .safetensors file")
+    check_writable("--out", out, source)
+    backbone = read_backbone(source, branch=branch)
+    known = backbone.metadata
+    for name, value in stated.items():
+        if known.get(name, value) != value:
+            raise UserError(f"--{name} {value}: {source} says that it is {known[name]}")
+    facts = {"arch": backbone.arch, "imported": source.name}
+    write_bytes(out, safetensors_bytes(replace(backbone, metadata={**facts, **stated, **known})))
