@@ -1,5 +1,5 @@
-"""What evaluation compares, as maps of features: a run's networks, those that others trained, and
-none at all.
+"""Maps of features to compare: from networks of a run, from networks trained by others, and from
+plain pixels.
 
 Letters: B images, S their side in pixels, D features, h w cells.
 """
@@ -25,31 +25,31 @@ from train.weights import published_weights, read_backbone, read_weights
 
 SPECS = ("teacher", "student", "projector", "untrained", "supervised", "timm:NAME", "pixels")
 FEATURES_HELP = (
-    "teacher, student: a run's encoders; projector: the teacher's, up to the projector; untrained: "
-    "the run's encoder before training; supervised: torchvision's weights for the same ResNet "
-    "(supervised:resnet18: for another); timm:NAME: any timm model (needs the extra [timm]); "
-    "pixels: mean colours of blocks of 8×8 pixels"
+    "teacher, student: encoders of the run; projector: the teacher's encoder and projector; "
+    "untrained: the run's encoder before training; supervised: torchvision's weights for the same "
+    "ResNet (supervised:resnet18: for another); timm:NAME: any timm model (needs the extra "
+    "[timm]); pixels: mean colours of blocks of 8×8 pixels"
 )
 TAKE_WEIGHTS = ("supervised", "timm:")
 BLOCK = 8
 
 
 class Features(Protocol):
-    """A network, or none, that makes a map of features of an image."""
+    """Turns images into maps of features."""
 
     name: str
-    """What it is called in tables."""
+    """Name in tables."""
     dim: int
     """D."""
     cosine: bool
-    """Directions are what is compared, not distances."""
+    """k-means compares directions of features; otherwise distances."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], ImageNet-normalised, on the network's device → [B, D, h, w]."""
 
 
 class NetworkFeatures:
-    """Features made by a function of images."""
+    """Features from a network, given as a function of images."""
 
     cosine = True
 
@@ -62,7 +62,7 @@ class NetworkFeatures:
 
 
 class PixelFeatures:
-    """Mean colours of blocks of 8×8 pixels, as normalised."""
+    """Mean normalised colours of blocks of 8×8 pixels."""
 
     name, dim, cosine = "pixels", 3, False
 
@@ -80,19 +80,18 @@ def open_features(
     images: ImageSource | None = None,
     size: int | None = None,
 ) -> Features:
-    """The features that `spec`, one of SPECS, names, on `device`.
+    """The features that `spec` names.
 
     Args:
-        spec: see FEATURES_HELP.
-        checkpoint: a run's folder or checkpoint, for the run's networks and their architecture.
-        device: where the network goes.
-        weights: file of weights for "supervised" and "timm:NAME" (their own where None: downloaded
-            once, then from their cache).
-        images, size: "untrained" only: images of which its BatchNorm takes its statistics, and
-            the side at which it sees them.
+        spec: one of SPECS; FEATURES_HELP describes them.
+        checkpoint: a run folder or a checkpoint, for the run's networks and their architecture.
+        device: device of the network.
+        weights: file of weights for "supervised" and "timm:NAME". None: the published weights,
+            downloaded once, later from the cache.
+        images, size: only for "untrained": images that calibrate its BatchNorm, and their side.
 
     Raises:
-        UserError: where something is missing or does not fit.
+        UserError: if something is missing or does not fit.
     """
     kind, _, argument = spec.partition(":")
     if weights is not None and not spec.startswith(TAKE_WEIGHTS):
@@ -120,7 +119,7 @@ def open_all(
     images: ImageSource,
     size: int,
 ) -> list[Features]:
-    """`open_features` of each of `specs`; `weights` are for the one that takes a file. Raises
+    """`open_features` for each of `specs`; `weights` are for the one that takes a file. Raises
     UserError.
     """
     if weights and sum(spec.startswith(TAKE_WEIGHTS) for spec in specs) != 1:
@@ -168,7 +167,7 @@ def encoder_dim(arch: str) -> int:
 
 
 def architecture(checkpoint: Path | None) -> str:
-    """A run's encoder; ResNet-50 without a run."""
+    """The architecture of a run's encoder; ResNet-50 without a run."""
     if checkpoint is None:
         return "resnet50"
     return run_config(checkpoint).model.arch
@@ -177,8 +176,8 @@ def architecture(checkpoint: Path | None) -> str:
 def supervised_features(
     name: str, arch: str, weights: Path | None, device: torch.device
 ) -> Features:
-    """A torchvision ResNet trained on ImageNet's labels (IMAGENET1K_V1, the usual recipe, unless
-    `weights` are given), up to its last map.
+    """The last map of a torchvision ResNet trained on ImageNet's labels (IMAGENET1K_V1, the usual
+    recipe, unless `weights` are given).
     """
     try:
         encoder, dim = build_encoder(arch)
@@ -191,10 +190,11 @@ def supervised_features(
 
 
 def timm_features(name: str, weights: Path | None, device: torch.device) -> Features:
-    """The last map of a timm model, normed as before its head; a ViT's patch tokens laid out again.
+    """The last map of a timm model, after the normalisation before its head. The patch tokens of a
+    ViT are arranged as a map.
 
-    Images are resized to the nearest whole number of patches, and normalised as the model's own
-    were.
+    Images are resized to the nearest whole number of patches and normalised as in the model's
+    training.
     """
     try:
         import timm
@@ -207,9 +207,9 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
     try:
         try:
             model = create(dynamic_img_size=True)
-        except TypeError:  # not a transformer: takes images of any size as it is
+        except TypeError:  # not a transformer: accepts images of any size anyway
             model = create()
-    except Exception as error:  # whatever its hub, its registry and its models raise
+    except Exception as error:  # timm's hub, registry and models raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--features timm:{name}: {reason}") from None
     settings: dict[str, Any] = model.pretrained_cfg
@@ -221,7 +221,7 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
         load(model, {k: v for k, v in state.items() if not k.startswith(drop)}, weights)
     model = model.to(device).eval()
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-    mean, std, own_mean, own_std = (
+    mean, std, timm_mean, timm_std = (
         torch.tensor(values, device=device)[:, None, None]
         for values in (IMAGENET_MEAN, IMAGENET_STD, settings["mean"], settings["std"])
     )
@@ -229,7 +229,7 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
     def encode(images: Tensor) -> Tensor:
         sides = zip(images.shape[2:], patch, strict=True)
         whole = [max(round(side / step), 1) * step for side, step in sides]
-        images = (images * std + mean - own_mean) / own_std
+        images = (images * std + mean - timm_mean) / timm_std
         if whole != list(images.shape[2:]):
             images = F.interpolate(images, whole, mode="bilinear", antialias=True)
         maps = model.forward_intermediates(
@@ -244,7 +244,7 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
 
 
 def load(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load `state` into `module`, all of it. Raises UserError, in one line, unless it fits."""
+    """Load all of `state` into `module`. Raises UserError, in one line, unless it fits exactly."""
     try:
         check_weights(state, module.state_dict())
     except ValueError as error:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from evaluation.datasets.coco_classes import CLASSES, STUFF, THINGS, coarse_classes
-from evaluation.datasets.layouts import KINDS, LabelledImages, open_labelled
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.layouts import KINDS
+from evaluation.datasets.open import open_labelled
 from pipeline.errors import UserError
 from tests.helpers.labelled_sets import save_png
 
@@ -207,7 +209,7 @@ def test_list_chooses_and_orders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="several images called scene"):
         open_labelled("folder", **folders, listed=listed)
     listed.write_text("\n")
-    with pytest.raises(UserError, match="no image named in it"):
+    with pytest.raises(UserError, match="names no image"):
         open_labelled("folder", **folders, listed=listed)
     with pytest.raises(UserError, match="No such file"):
         open_labelled("folder", **folders, listed=tmp_path / "nowhere")
@@ -235,7 +237,7 @@ def test_one_label_map_for_two_images_is_refused(tmp_path: Path) -> None:
         photograph(tmp_path / "images" / name)
     for name in ("a.png", "b.png"):
         save_png(tmp_path / "labels" / name, grid(0))
-    with pytest.raises(UserError, match=r"a\.png would be of both a\.jpg and a\.png"):
+    with pytest.raises(UserError, match=r"a\.png would belong to both a\.jpg and a\.png"):
         open_labelled(images=tmp_path / "images", labels=tmp_path / "labels")
 
 

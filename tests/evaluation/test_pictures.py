@@ -15,9 +15,9 @@ from evaluation.datasets.images import BetonImages, FolderImages
 from evaluation.pictures import __main__ as pictures
 from evaluation.pictures.drawing import OUTLINE, distinct, overlay, prototype_colours
 from evaluation.pictures.views import CROPS, HEIGHT, DrawnPair, draw_pairs, picture_of_views, shared
-from evaluation.prototypes import NearestSegments
+from evaluation.prototypes import NearestSegments, gather_statistics
 from evaluation.segment import segment_images
-from evaluation.slots import duplicate_pairs, ends, gather_statistics, result_rows
+from evaluation.slots import duplicate_pairs, ends, result_rows
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.beton import Beton
 from pipeline.errors import UserError
@@ -231,7 +231,7 @@ def test_views_command(
         ("views --checkpoint {run} --data {data} --out v.png --epoch 800", "--epoch must be in"),
         ("views --checkpoint {run} --data {data} --out v.png --only 4", "has the images 0 to 3"),
         ("views --checkpoint {run} --data {data} --out v.gif", "must end in .png"),
-        ("grouping --checkpoint {run} --data {data} --out v.png --images 0", "at least 1"),
+        ("grouping --checkpoint {run} --data {data} --out v.png --images 0", "above 0, not 0"),
         ("attention --run {run}/checkpoints/step_1 --data {data} --out v.png", "folder of its run"),
         ("attention --run {data} --data {data} --out v.png", "no whole checkpoint"),
     ],

@@ -17,14 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation import probe
+from evaluation.datasets.squares import Squares
 from evaluation.grouping import score_classes
-from evaluation.labelled import LabelledFeatures
 from evaluation.probes import overclustering, retrieval
 from evaluation.probes.linear import fit_linear, pixel_cross_entropy
-from evaluation.probes.memory import Memory, cell_counts, draw_cells, gather_memory
+from evaluation.probes.memory import (
+    LabelledFeatures,
+    Memory,
+    cell_counts,
+    draw_cells,
+    gather_memory,
+)
 from evaluation.probes.overclustering import Overclustering, majority
 from evaluation.probes.retrieval import Retrieval, nearest
-from evaluation.segment import Squares
 from pipeline.errors import UserError
 from tests.helpers.coloured import CELL, COLOURS, write_scenes
 
@@ -360,9 +365,9 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for message, *options in (
         ("--memory must be above 0, not 0", "knn", "--memory", "0"),
         ("--temperature must be above 0", "knn", "--temperature", "nan"),
-        ("each once", "linear", "--seeds", "1", "1"),
+        ("--seeds must be different", "linear", "--seeds", "1", "1"),
         ("192 cells are fewer than 500 clusters", "clusters"),
-        ("to be learnt from and to be scored", "knn", "--images", str(train)),
+        ("is in the training set and in the set to score", "knn", "--images", str(train)),
         ("must end in .png", "knn", "--picture", str(tmp_path / "p.gif")),
         ("needs --checkpoint", "knn", "--features", "teacher"),
     ):

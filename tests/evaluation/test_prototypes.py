@@ -14,7 +14,7 @@ from evaluation.datasets.images import FolderImages
 from evaluation.pictures import __main__ as pictures
 from evaluation.pictures.drawing import MARGIN
 from evaluation.pictures.prototypes import LABEL, TILE, cut_tiles, draw_rows, draw_segment
-from evaluation.prototypes import NearestSegments, gather_nearest, segment_similarity
+from evaluation.prototypes import NearestSegments, gather_statistics, segment_similarity
 from evaluation.segment import segment_images
 from tests.helpers.coloured import CELL, COLOURS, ColourNetwork, write_scenes
 
@@ -68,9 +68,9 @@ def test_frequency_and_images_of_known_colours(tmp_path: Path) -> None:
     """A slot counts only where it wins a cell: a prototype that wins none must not be shown."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([3, 2, 1, 0])
-    nearest = gather_nearest(
+    nearest = gather_statistics(
         segment_images(network, images, 2 * CELL, device=CPU, batch_size=3), top=2
-    )
+    ).nearest
     assert nearest.active.tolist() == [0, 1, 3, 4]
     assert nearest.by_frequency().tolist() == [3, 2, 1]
     assert nearest.image.tolist() == [[-1, -1], [3, -1], [1, 2], [0, 1]]
@@ -81,7 +81,8 @@ def test_tiles_show_the_segment_and_dim_the_rest(tmp_path: Path) -> None:
     """A mask of another prototype or image would look right and be wrong."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([0, 1, 2])
-    nearest = gather_nearest(segment_images(network, images, 2 * CELL, device=CPU), top=2)
+    batches = segment_images(network, images, 2 * CELL, device=CPU)
+    nearest = gather_statistics(batches, top=2).nearest
     tiles = cut_tiles(network, images, nearest, nearest.by_frequency(), 2 * CELL, CPU)
     assert list(tiles) == [0, 1, 2]
     assert [len(row) for row in tiles.values()] == [2, 2, 1]

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 
 from evaluation import segment, unsupervised_segmentation
-from evaluation.crf import refine
+from evaluation.crf import refine, refine_clusters
 from evaluation.datasets.images import (
     FolderImages,
     centre_square,
@@ -18,10 +18,13 @@ from evaluation.datasets.images import (
     open_images,
     spread,
 )
-from evaluation.datasets.layouts import LabelledImages, open_labelled, read_classes
+from evaluation.datasets.label_maps import read_classes
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.open import open_labelled
+from evaluation.datasets.squares import square_batches
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import paint, palette
-from evaluation.segment import assign, segment_images, square_batches
+from evaluation.segment import assign, segment_images
 from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
 from tests.helpers.betons import varied, write_beton
@@ -188,7 +191,7 @@ def test_crf_of_own_clusters_only_is_the_crf_of_all() -> None:
     pixels = torch.randint(0, 256, (2, 16, 16, 3), generator=generator).to(torch.uint8)
     upsampled = torch.nn.functional.interpolate(logits, (16, 16), mode="bilinear")
     expected = refine(upsampled.softmax(dim=1), pixels).argmax(dim=1)
-    found = unsupervised_segmentation.refined(logits, assign(logits, 16), pixels.numpy())
+    found = refine_clusters(logits, assign(logits, 16), pixels.numpy())
     assert torch.equal(found, expected)
     assert not torch.equal(found, assign(logits, 16))
 
@@ -227,7 +230,7 @@ def test_kmeans_on_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "--weights needs exactly one of",
         ),
         (["--features", "pixels", "--seeds", "1", "1"], "--seeds must be different"),
-        (["--features", "pixels", "--clusters", "0"], "--clusters must be at least 1"),
+        (["--features", "pixels", "--clusters", "0"], "--clusters must be above 0, not 0"),
         (["--features", "pixels", "--picture", "x.svg"], "must end in .png"),
         (["--features", "pixels"], "k-means needs --clusters"),
         (["--features", "pixels", "--clusters", "999"], "128 cells are fewer than 999 clusters"),

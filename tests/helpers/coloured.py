@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.segment import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 
 CELL = 32
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
