@@ -6,8 +6,9 @@ Letters: B images, S their side in pixels, D features, h w cells.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,41 +35,26 @@ TAKE_WEIGHTS = ("supervised", "timm:")
 BLOCK = 8
 
 
-class Features(Protocol):
+@dataclass(frozen=True)
+class Features:
     """Turns images into maps of features."""
 
     name: str
     """Name in tables."""
-    dim: int
-    """D."""
-    cosine: bool
+    function: Callable[[Tensor], Tensor]
+    cosine: bool = True
     """k-means compares directions of features; otherwise distances."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], ImageNet-normalised, on the network's device → [B, D, h, w]."""
-
-
-class NetworkFeatures:
-    """Features from a network, given as a function of images."""
-
-    cosine = True
-
-    def __init__(self, name: str, dim: int, function: Callable[[Tensor], Tensor]) -> None:
-        self.name, self.dim, self.function = name, dim, function
-
-    def __call__(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
             return self.function(images).float()
 
 
-class PixelFeatures:
-    """Mean normalised colours of blocks of 8×8 pixels."""
-
-    name, dim, cosine = "pixels", 3, False
-
-    def __call__(self, images: Tensor) -> Tensor:
-        height, width = (math.ceil(side / BLOCK) for side in images.shape[2:])
-        return F.adaptive_avg_pool2d(images.contiguous(), (height, width))
+def block_means(images: Tensor) -> Tensor:
+    """Mean colours of blocks of 8×8 pixels: [B, 3, S, S] → [B, 3, ⌈S/8⌉, ⌈S/8⌉]."""
+    height, width = (math.ceil(side / BLOCK) for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images.contiguous(), (height, width))
 
 
 def open_features(
@@ -97,7 +83,7 @@ def open_features(
     if weights is not None and not spec.startswith(TAKE_WEIGHTS):
         raise UserError(f"--weights is for supervised and timm:NAME, not for {spec}")
     if spec == "pixels":
-        return PixelFeatures()
+        return Features("pixels", block_means, cosine=False)
     if kind == "timm" and argument:
         return timm_features(argument, weights, device)
     if kind == "supervised":
@@ -146,7 +132,6 @@ def run_features(
     device: torch.device,
 ) -> Features:
     """Features "teacher", "student", "projector" or "untrained" of a run that is loaded."""
-    dim = encoder_dim(config.model.arch)
     if spec == "untrained":
         if images is None:
             raise ValueError("untrained features need images, for BatchNorm's statistics")
@@ -155,9 +140,9 @@ def run_features(
     if spec == "projector":
         teacher = network.teacher
         encode = nn.Sequential(teacher.encoder, teacher.projector).eval()
-        return NetworkFeatures(spec, config.model.dim_out, encode)
+        return Features(spec, encode)
     branch = network.student if spec == "student" else network.teacher
-    return NetworkFeatures(spec, dim, branch.encoder.eval())
+    return Features(spec, branch.encoder.eval())
 
 
 def encoder_dim(arch: str) -> int:
@@ -180,13 +165,13 @@ def supervised_features(
     recipe, unless `weights` are given).
     """
     try:
-        encoder, dim = build_encoder(arch)
+        encoder, _ = build_encoder(arch)
     except (ValueError, TypeError, AttributeError):  # unknown to torchvision, or not a ResNet
         raise UserError(f"--features supervised:{arch}: not a ResNet of torchvision's") from None
     encoder.load_state_dict(
         read_backbone(weights, arch).weights if weights else published_weights(arch)
     )
-    return NetworkFeatures(name, dim, encoder.to(device).eval())
+    return Features(name, encoder.to(device).eval())
 
 
 def timm_features(name: str, weights: Path | None, device: torch.device) -> Features:
@@ -237,10 +222,7 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
         )
         return maps[-1]
 
-    features = NetworkFeatures(f"timm:{name}", 0, encode)
-    side = settings["input_size"][-1]
-    features.dim = features(torch.zeros(1, 3, side, side, device=device)).shape[1]
-    return features
+    return Features(f"timm:{name}", encode)
 
 
 def load(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:

@@ -12,39 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from evaluation.datasets.images import spread
-from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.commands import (
+    add_scoring_options,
+    check_scoring_options,
+    samples_of,
+    squares_of,
+    write_results,
+)
+from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, open_all
 from evaluation.grouping import score_classes
 from evaluation.kmeans import kmeans
-from evaluation.networks import default_device, evaluated_side
-from evaluation.options import add_scoring_options, check_scoring_options
-from evaluation.pictures.drawing import write_picture
-from evaluation.pictures.segmentation import (
-    SAMPLES,
-    Column,
-    draw_segmentations,
-    read_samples,
-)
+from evaluation.pictures.segmentation import Column
 from evaluation.probes.linear import fit_linear
-from evaluation.probes.memory import Memory, gather_memory, labelled_features
+from evaluation.probes.memory import LabelledFeatures, Memory, gather_memory
 from evaluation.probes.overclustering import Overclustering
 from evaluation.probes.retrieval import Retrieval
-from evaluation.scoring import (
-    Predictor,
-    Result,
-    evaluate,
-    print_scores,
-    score_rows,
-    summarise,
-)
+from evaluation.scoring import Predictor, Result, evaluate, print_scores, score_rows
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, run
-from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:
   python -m evaluation.probe knn --checkpoint runs/demo --features teacher untrained pixels \\
@@ -64,33 +53,28 @@ class Task:
     """Features, the set that probes are fitted to, and the set to score."""
 
     network: Features
-    train: LabelledImages
-    val: LabelledImages
-    size: int
-    device: torch.device
+    train: LabelledSquares
+    val: LabelledSquares
 
 
 def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
     """The cells of the training set that `seed` draws. Raises UserError."""
-    batches = labelled_features(
-        task.network,
-        task.train,
-        task.size,
-        device=task.device,
-        batch_size=args.batch,
-        progress=f"{task.network.name}: training set",
+    network, train = task.network, task.train
+    batches = (
+        LabelledFeatures(squares, network(squares.normalised(train.device)), train.labels(squares))
+        for squares in train.batches(f"{network.name}: training set")
     )
     try:
         return gather_memory(
             batches,
-            len(task.train),
-            task.train.num_classes,
+            len(train.data),
+            train.data.num_classes,
             capacity=args.memory,
             seed=seed,
             balanced=args.probe == "knn",
         )
     except ValueError as error:
-        raise UserError(f"{task.train.source}: {error}") from None
+        raise UserError(f"{train.data.source}: {error}") from None
 
 
 def fit(args: argparse.Namespace, memory: Memory, seed: int, task: Task) -> Head:
@@ -103,7 +87,7 @@ def fit(args: argparse.Namespace, memory: Memory, seed: int, task: Task) -> Head
         clusters = kmeans(memory.features, args.clusters, seed, cosine=task.network.cosine)
         return Overclustering(memory, clusters)
     except ValueError as error:
-        raise UserError(f"{task.train.source}: {error}") from None
+        raise UserError(f"{task.train.data.source}: {error}") from None
 
 
 def as_predictor(kind: str, network: Features, heads: Mapping[int, Head]) -> Predictor:
@@ -119,13 +103,14 @@ def as_predictor(kind: str, network: Features, heads: Mapping[int, Head]) -> Pre
     return Predictor(network.name, kind, [*heads], logits)
 
 
-def probe(args: argparse.Namespace, task: Task, shown: np.ndarray) -> list[Result]:
+def probe(args: argparse.Namespace, task: Task) -> list[Result]:
     """Fit and score a head for each seed; for the first seed alone if nothing is random.
 
     The training set is read again for each seed only if the memory cannot hold all of it. The other
     set is read once, but once for each seed by retrieval, since each of its heads holds a memory.
     """
     retrieval = args.probe == "knn"
+    keep = samples_of(args, task.val.data).tolist()
     memory: Memory | None = None
     results: list[Result] = []
     for seeds in [[seed] for seed in args.seeds] if retrieval else [args.seeds]:
@@ -134,15 +119,8 @@ def probe(args: argparse.Namespace, task: Task, shown: np.ndarray) -> list[Resul
             if memory is None or not memory.complete:
                 memory = gather(args, task, seed)
             heads[seed] = fit(args, memory, seed, task)
-        results += evaluate(
-            as_predictor(args.probe, task.network, heads),
-            task.val,
-            task.size,
-            score_classes,
-            device=task.device,
-            batch_size=args.batch,
-            keep=shown.tolist(),
-        )
+        predictor = as_predictor(args.probe, task.network, heads)
+        results += evaluate(predictor, task.val, score_classes, keep=keep)
         if retrieval and memory is not None and memory.complete:
             break
     return results
@@ -201,32 +179,30 @@ def main() -> None:
     args = parse(sys.argv[1:])
     counts = ("memory", "neighbours", "steps", "clusters", "temperature", "learning_rate")
     check_scoring_options(args, counts)
-    train, val = open_both(args)
-    device = default_device()
-    size = evaluated_side(args.size, args.checkpoint)
-    shown = spread(len(val), SAMPLES) if args.picture else np.array([], np.int64)
-    common = {"probe": args.probe, "images": len(val), "train_images": len(train), "size": size}
+    train, val = (squares_of(args, data) for data in open_both(args))
+    names, images, size = val.data.class_names, len(val.data), val.size
+    common = {"probe": args.probe, "images": images, "train_images": len(train.data), "size": size}
     rows: list[dict[str, Any]] = []
     columns: list[Column] = []
-    opened = open_all(
-        args.features, args.checkpoint, device, weights=args.weights, images=train, size=size
-    )
-    for network in opened:
-        results = probe(args, Task(network, train, val, size, device), shown)
+    for network in open_all(
+        args.features,
+        args.checkpoint,
+        val.device,
+        weights=args.weights,
+        images=train.data,
+        size=size,
+    ):
+        results = probe(args, Task(network, train, val))
         for result in results:
             head = common | {"network": network.name, "seed": result.seed}
-            rows += score_rows(result.score, val.class_names, head)
+            rows += score_rows(result.score, names, head)
         iou = np.mean([result.score.iou for result in results], axis=0)
-        columns.append(Column(network.name, results[0].kept, np.arange(val.num_classes), iou))
+        columns.append(Column(network.name, results[0].kept, np.arange(len(names)), iou))
         note = f"seeds: {len(results)}"
         if len(results) < len(args.seeds):
             note += " (all alike: the memory holds all cells)"
         print_scores(network.name, [result.score for result in results], note)
-    if args.json:
-        write_json(args.json, provenance() | {"results": rows, "summary": summarise(rows)})
-    if args.picture:
-        samples = read_samples(val, size, shown)
-        write_picture(args.picture, draw_segmentations(samples, columns, val.class_names))
+    write_results(args, rows, columns, val)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from evaluation.crf import refine_clusters
-from evaluation.datasets.labelled_images import LabelledImages, square_labels
-from evaluation.datasets.squares import square_batches
+from evaluation.datasets.labelled_images import LabelledSquares
 from evaluation.grouping import GroupingScore, confusion_matrix
 from evaluation.segment import assign
 from pipeline.errors import UserError
@@ -51,16 +50,13 @@ class Result:
 
 def evaluate(
     predictor: Predictor,
-    data: LabelledImages,
-    size: int,
+    images: LabelledSquares,
     rule: Callable[[np.ndarray], GroupingScore],
     *,
-    device: torch.device,
-    batch_size: int = 8,
     crf: bool = False,
     keep: Sequence[int] = (),
 ) -> list[Result]:
-    """Predict all images at `size` × `size` pixels, one batch in memory at a time.
+    """Predict all images, one batch in memory at a time.
 
     Returns a result for each seed; with `crf` it is followed by one with refined clusters. `rule`
     turns a confusion matrix into scores. `keep`: numbers of the images to show in a picture.
@@ -68,25 +64,24 @@ def evaluate(
     """
     confusions: dict[tuple[int, bool], np.ndarray] = {}
     kept: dict[tuple[int, bool], list[np.ndarray]] = defaultdict(list)
-    progress = f"{predictor.name}: scoring"
-    for squares in square_batches(data, size, batch_size=batch_size, progress=progress):
-        truth = square_labels(data, squares, size)
+    for squares in images.batches(f"{predictor.name}: scoring"):
+        truth = images.labels(squares)
+        shown = np.flatnonzero(np.isin(squares.index, list(keep)))
         with torch.inference_mode():
-            predicted = predictor.logits(squares.normalised(device))
+            predicted = predictor.logits(squares.normalised(images.device))
         for seed, logits in zip(predictor.seeds, predicted, strict=True):
-            clusters = assign(logits.float(), size)
+            clusters = assign(logits.float(), images.size)
             for refined in (False, True) if crf else (False,):
                 if refined:
                     clusters = refine_clusters(logits.float(), clusters, squares.pixels)
                 host, variant = clusters.cpu().numpy(), (seed, refined)
-                counts = confusion_matrix(host, truth, logits.shape[1], data.num_classes)
+                counts = confusion_matrix(host, truth, logits.shape[1], images.data.num_classes)
                 confusions[variant] = confusions.get(variant, 0) + counts
-                shown = np.flatnonzero(np.isin(squares.index, list(keep)))
                 kept[variant] += [host[i] for i in shown]
     try:
         scores = {variant: rule(confusion) for variant, confusion in confusions.items()}
     except ValueError as error:
-        raise UserError(f"{data.source}: {error}: the label maps are all void") from None
+        raise UserError(f"{images.data.source}: {error}: the label maps are all void") from None
     return [
         Result(
             f"{predictor.name}, CRF" if refined else predictor.name,

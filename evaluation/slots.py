@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evaluation.commands import check_outputs, require_positive
 from evaluation.datasets.images import ImageSource, evaluation_size, open_images, spread
 from evaluation.networks import default_device, load_network
-from evaluation.options import check_outputs, require_positive
 from evaluation.pictures.drawing import write_picture
 from evaluation.pictures.prototypes import cut_tiles, draw_rows
 from evaluation.prototypes import NearestSegments, SlotStatistics, gather_statistics

@@ -7,47 +7,30 @@ seeds of k-means.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from evaluation.datasets.images import spread
-from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.commands import (
+    add_scoring_options,
+    check_scoring_options,
+    samples_of,
+    squares_of,
+    write_results,
+)
+from evaluation.datasets.labelled_images import LabelledSquares
 from evaluation.datasets.open import labelled_from
-from evaluation.datasets.squares import square_batches
 from evaluation.features import Features, open_all
 from evaluation.grouping import score_grouping
 from evaluation.kmeans import kmeans, sample_cells
-from evaluation.networks import (
-    default_device,
-    evaluated_side,
-    load_network,
-    untrained_network,
-)
-from evaluation.options import add_scoring_options, check_scoring_options
-from evaluation.pictures.drawing import write_picture
-from evaluation.pictures.segmentation import (
-    SAMPLES,
-    Column,
-    draw_segmentations,
-    read_samples,
-)
-from evaluation.scoring import (
-    Predictor,
-    Result,
-    evaluate,
-    print_scores,
-    score_rows,
-    summarise,
-)
+from evaluation.networks import load_network, untrained_network
+from evaluation.pictures.segmentation import Column
+from evaluation.scoring import Predictor, Result, evaluate, print_scores, score_rows
 from evaluation.segment import Segmenter
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, run
-from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:
   python -m evaluation.unsupervised_segmentation --checkpoint runs/demo \\
@@ -68,25 +51,14 @@ def prototype_clusters(name: str, network: Segmenter, seed: int, temperature: fl
 
 
 def kmeans_clusters(
-    features: Features,
-    data: LabelledImages,
-    size: int,
-    num_clusters: int,
-    seeds: list[int],
-    *,
-    device: torch.device,
-    batch_size: int,
+    features: Features, images: LabelledSquares, num_clusters: int, seeds: list[int]
 ) -> Predictor:
-    """K = `num_clusters` clusters of `features` on the images of `data`, by k-means from a start
-    for each seed. All starts share one sample of cells. Raises UserError.
+    """K = `num_clusters` clusters of `features` on `images`, by k-means from a start for each seed.
+    All starts share one sample of cells. Raises UserError.
     """
     name = f"{features.name}, k-means"
-
-    def maps() -> Iterator[Tensor]:
-        for squares in square_batches(data, size, batch_size=batch_size, progress=f"{name}: cells"):
-            yield features(squares.normalised(device))
-
-    cells = sample_cells(maps(), len(data), seeds[0])
+    maps = (features(s.normalised(images.device)) for s in images.batches(f"{name}: cells"))
+    cells = sample_cells(maps, len(images.data), seeds[0])
     try:
         fits = [kmeans(cells, num_clusters, seed, cosine=features.cosine) for seed in seeds]
     except ValueError as error:
@@ -99,14 +71,15 @@ def kmeans_clusters(
     return Predictor(name, "k-means", seeds, logits)
 
 
-def with_mirror_image(logits: Callable[[Tensor], list[Tensor]]) -> Callable[[Tensor], list[Tensor]]:
-    """`logits` averaged over an image and its mirror image."""
+def with_mirror_image(predictor: Predictor) -> Predictor:
+    """The predictor, its logits averaged over an image and its mirror image."""
 
     def averaged(images: Tensor) -> list[Tensor]:
-        mirrored = logits(images.flip(3))
-        return [(a + b.flip(3)) / 2 for a, b in zip(logits(images), mirrored, strict=True)]
+        mirrored = predictor.logits(images.flip(3))
+        pairs = zip(predictor.logits(images), mirrored, strict=True)
+        return [(plain + mirror.flip(3)) / 2 for plain, mirror in pairs]
 
-    return averaged
+    return replace(predictor, logits=averaged)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -142,12 +115,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--baseline {args.baseline} needs --checkpoint")
 
 
-def open_predictors(
-    args: argparse.Namespace, data: LabelledImages, size: int, device: torch.device
-) -> Iterator[Predictor]:
+def open_predictors(args: argparse.Namespace, images: LabelledSquares) -> Iterator[Predictor]:
     """The clusterings that the options name, one at a time. Opens all networks first, so that a
     missing file is found before any computation.
     """
+    data, size, device = images.data, images.size, images.device
     if args.features and args.clusters is None and data.names is None:
         raise UserError("k-means needs --clusters: no class table says how many classes")
     opened = open_all(
@@ -160,11 +132,8 @@ def open_predictors(
         if args.baseline == "untrained":
             network = untrained_network(config.model, seed, data, size, device)
             yield prototype_clusters("untrained", network, seed, temperature)
-    num_clusters = args.clusters or data.num_classes
     for features in opened:
-        yield kmeans_clusters(
-            features, data, size, num_clusters, args.seeds, device=device, batch_size=args.batch
-        )
+        yield kmeans_clusters(features, images, args.clusters or data.num_classes, args.seeds)
 
 
 def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
@@ -195,34 +164,21 @@ def main() -> None:
     args = parse(sys.argv[1:])
     check(args)
     data = labelled_from(args)
-    device, size = default_device(), evaluated_side(args.size, args.checkpoint)
-    shown = spread(len(data), SAMPLES) if args.picture else np.array([], np.int64)
-    common = {"flip": args.flip, "images": len(data), "size": size, "dataset": args.dataset}
+    images, keep = squares_of(args, data), samples_of(args, data).tolist()
+    common = {"flip": args.flip, "images": len(data), "size": images.size, "dataset": args.dataset}
     results: list[Result] = []
-    for predictor in open_predictors(args, data, size, device):
-        logits = with_mirror_image(predictor.logits) if args.flip else predictor.logits
-        scored = evaluate(
-            replace(predictor, logits=logits),
-            data,
-            size,
-            score_grouping,
-            device=device,
-            batch_size=args.batch,
-            crf=args.crf,
-            keep=shown.tolist(),
-        )
+    predictors = open_predictors(args, images)
+    for predictor in map(with_mirror_image, predictors) if args.flip else predictors:
+        scored = evaluate(predictor, images, score_grouping, crf=args.crf, keep=keep)
         print_results(scored)
         results += scored
-    if args.json:
-        rows = [row for r in results for row in result_rows(r, data.class_names, common)]
-        write_json(args.json, provenance() | {"results": rows, "summary": summarise(rows)})
-    if args.picture:
-        first: dict[str, Result] = {}  # seed of each network
-        for result in results:
-            first.setdefault(result.network, result)
-        columns = [Column(n, r.kept, r.score.cluster, r.score.iou) for n, r in first.items()]
-        samples = read_samples(data, size, shown)
-        write_picture(args.picture, draw_segmentations(samples, columns, data.class_names))
+    rows = [row for result in results for row in result_rows(result, data.class_names, common)]
+    first = {result.network: result for result in reversed(results)}  # the first seed of each
+    columns = [
+        Column(name, first[name].kept, first[name].score.cluster, first[name].score.iou)
+        for name in dict.fromkeys(result.network for result in results)
+    ]
+    write_results(args, rows, columns, images)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Letters: H W a stored image's height and width, in pixels.
 """
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +129,8 @@ def table_of(ids: Collection[int], void: Collection[int]) -> np.ndarray:
 
 def read_panoptic(path: Path) -> dict[str, dict[int, int]]:
     """PNG name → segment number → class id (segment 0 is void). Raises UserError."""
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text())
         groups = {c["id"]: c["supercategory"] for c in content["categories"]}
         unknown = [group for group in groups.values() if group not in COCO_CLASSES]
         if unknown:
@@ -142,14 +141,9 @@ def read_panoptic(path: Path) -> dict[str, dict[int, int]]:
             | {s["id"]: coarse[s["category_id"]] for s in a["segments_info"]}
             for a in content["annotations"]
         }
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: expected COCO panoptic annotations, found none ({error!r})"
-        ) from None
+    except (KeyError, TypeError) as error:
+        reason = f"expected COCO panoptic annotations, found none ({error!r})"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def find_classes(given: Path | None, labels: Path) -> list[str] | None:

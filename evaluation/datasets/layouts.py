@@ -5,7 +5,7 @@ A new data set is a new function, added to `LAYOUTS`. Each function turns a `Req
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,8 +61,8 @@ class Request:
     """Only for "folder": JSON list of class names by id. None: see `find_classes`."""
     void: Collection[int] | None
     """Only for "folder": ids to ignore. None: 255."""
-    listed: Path | None
-    """File of image names or ids, one a line: only these images, in this order."""
+    lists: Sequence[Path]
+    """Files of image names or ids, one a line: only these images, in this order."""
     section: str
     part: str
     """Prefixes of the options in messages: --SECTIONdataset, --SECTIONPARTimages."""
@@ -83,13 +83,13 @@ class Request:
     def pairs(
         self, images: Sequence[str], labels: Sequence[str], *endings: str
     ) -> tuple[list[Pair], Path]:
-        """Images and label maps, those that the user listed if there is a list, and the folder of
+        """Images with their label maps, only the listed ones if there are lists, and the folder of
         the label maps. `images`, `labels`: possible folders below the root; `endings` as in `pair`.
         """
         image_folder, label_folder = self.folder("images", images), self.folder("labels", labels)
         pairs = pair(image_folder, label_folder, *endings)
-        if self.listed is not None:
-            pairs = select(pairs, [self.listed], image_folder)
+        if self.lists:
+            pairs = select(pairs, self.lists, image_folder)
         return pairs, label_folder
 
 
@@ -159,48 +159,17 @@ def cityscapes(request: Request) -> LabelledImages:
     return LabelledImages(pairs, IdReader([*CITYSCAPES.values()], table), labels)
 
 
-def voc(request: Request) -> LabelledImages:
+def voc(request: Request, more_labels: str = "") -> LabelledImages:
     """Pascal VOC: ROOT/JPEGImages/*.jpg, ROOT/SegmentationClass/*.png, and the images of a split in
     ROOT/ImageSets/Segmentation/val.txt. ROOT can also be a folder of `VOC_FOLDERS` above these.
+
+    Without a list, takes all images that have a label map. A label map that VOC lacks is taken from
+    the folder `more_labels` beside VOC's.
     """
-    return _voc(request, _voc_lists(request), more_labels=None)
-
-
-def voc_aug(request: Request) -> LabelledImages:
-    """VOC, with label maps of the Semantic Boundaries Dataset for images that VOC has not labelled
-    in ROOT/SegmentationClassAug. A file beside VOC's train.txt lists the larger training set.
-    """
-    lists = _voc_lists(request)
-    if lists and request.listed is None and request.split == "train":
-        wider, more = ("train_aug.txt", "trainaug.txt"), lists[0].with_name("aug.txt")
-        existing = [p for p in map(lists[0].with_name, wider) if p.is_file()]
-        if not existing and not more.is_file():
-            raise UserError(
-                f"{more.parent}: voc-aug learns from the images of {', '.join(wider)}, or"
-                f" {lists[0].name} and {more.name}: found {lists[0].name} alone"
-            )
-        lists = existing[:1] or [*lists, more]
-    return _voc(request, lists, more_labels="SegmentationClassAug")
-
-
-def _voc_lists(request: Request) -> list[Path]:
-    """The user's list, or VOC's list of the split if there is a root."""
-    if request.listed is not None:
-        return [request.listed]
-    if request.root is None:
-        return []
-    names = [f"{above}ImageSets/Segmentation/{request.split}.txt" for above in VOC_FOLDERS]
-    purpose = f"list of the split {request.split} of {request.kind}"
-    return [first_existing(request.root, names, purpose)]
-
-
-def _voc(request: Request, lists: list[Path], more_labels: str | None) -> LabelledImages:
-    """The images that `lists` name; without lists, all that have a label map. A label map that VOC
-    lacks is taken from the folder `more_labels` beside VOC's.
-    """
-    images = request.folder("images", [f"{above}JPEGImages" for above in VOC_FOLDERS])
-    labels = request.folder("labels", [f"{above}SegmentationClass" for above in VOC_FOLDERS])
-    pairs = pair(images, labels)
+    if not request.lists and request.root is not None:
+        request = replace(request, lists=[_voc_list(request)])
+    images = [f"{up}JPEGImages" for up in VOC_FOLDERS]
+    pairs, labels = request.pairs(images, [f"{up}SegmentationClass" for up in VOC_FOLDERS])
     if more_labels:
         more = labels.with_name(more_labels)
         others = [more / label.relative_to(labels) for _, label in pairs]
@@ -208,11 +177,33 @@ def _voc(request: Request, lists: list[Path], more_labels: str | None) -> Labell
             (image, other if other.is_file() and not label.is_file() else label)
             for (image, label), other in zip(pairs, others, strict=True)
         ]
-    if lists:
-        pairs = select(pairs, lists, images)
-    else:  # most images of VOC have no label map
+    if not request.lists:
         pairs = [each for each in pairs if each[1].is_file()] or pairs
     return LabelledImages(pairs, IdReader(VOC, table_of(range(len(VOC)), (VOID,))), labels)
+
+
+def voc_aug(request: Request) -> LabelledImages:
+    """VOC, with label maps of the Semantic Boundaries Dataset for images that VOC has not labelled
+    in ROOT/SegmentationClassAug. A file beside VOC's train.txt lists the larger training set.
+    """
+    if not request.lists and request.root is not None and request.split == "train":
+        first, wider = _voc_list(request), ("train_aug.txt", "trainaug.txt")
+        lists = [path for path in map(first.with_name, wider) if path.is_file()][:1]
+        if not lists and not first.with_name("aug.txt").is_file():
+            raise UserError(
+                f"{first.parent}: voc-aug learns from the images of {', '.join(wider)}, or"
+                f" {first.name} and aug.txt: found {first.name} alone"
+            )
+        request = replace(request, lists=lists or [first, first.with_name("aug.txt")])
+    return voc(request, more_labels="SegmentationClassAug")
+
+
+def _voc_list(request: Request) -> Path:
+    """VOC's list of the split. Raises UserError."""
+    assert request.root is not None
+    names = [f"{up}ImageSets/Segmentation/{request.split}.txt" for up in VOC_FOLDERS]
+    purpose = f"list of the split {request.split} of {request.kind}"
+    return first_existing(request.root, names, purpose)
 
 
 def ade20k(request: Request) -> LabelledImages:

@@ -31,7 +31,8 @@ def open_labelled(
             f"--{section}classes and --{section}void are for --{section}dataset folder: {kind} has"
             " its own"
         )
-    request = Request(kind, root, split, images, labels, classes, void, listed, section, part)
+    lists = [] if listed is None else [listed]
+    request = Request(kind, root, split, images, labels, classes, void, lists, section, part)
     return LAYOUTS[kind](request)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from evaluation.commands import require_positive
 from evaluation.datasets.images import ImageSource, evaluation_size, open_images, spread
 from evaluation.networks import default_device, load_network, run_config
-from evaluation.options import require_positive
 from evaluation.pictures.drawing import (
     check_picture,
     overlay,
@@ -79,7 +79,7 @@ def draw_prototypes(args: argparse.Namespace) -> Image.Image:
 
 
 def draw_grouping(args: argparse.Namespace) -> Image.Image:
-    """Each image, and beside it the image under the colours of the prototypes that win."""
+    """Images beside themselves under the colours of the prototypes that win their pixels."""
     images = open_images(args.data)
     device = default_device()
     network, config = load_network(args.checkpoint, device)
@@ -98,7 +98,7 @@ def draw_grouping(args: argparse.Namespace) -> Image.Image:
 
 
 def draw_views(args: argparse.Namespace) -> Image.Image:
-    """Crops, flips and overlaps of the pairs of views that the run trains on."""
+    """Both views of images as in training: crops, flips, overlap."""
     images = open_images(args.data)
     config = run_config(args.checkpoint)
     if not 0 <= args.epoch < config.train.epochs:
@@ -111,7 +111,7 @@ def draw_views(args: argparse.Namespace) -> Image.Image:
 
 
 def draw_attention(args: argparse.Namespace) -> Image.Image:
-    """The grouping of the same images at each checkpoint; a prototype keeps its colour."""
+    """The grouping of the same images at several checkpoints. A prototype keeps its colour."""
     checkpoints = whole_ones(args.run)
     if not checkpoints:
         find(args.run)  # raises the reason, unless it is a checkpoint itself
@@ -197,12 +197,6 @@ DRAW: dict[str, Callable[[argparse.Namespace], Image.Image]] = {
     "views": draw_views,
     "attention": draw_attention,
 }
-_HELP = {
-    "prototypes": "the nearest segments of each prototype, the most frequent prototype first",
-    "grouping": "images under the colours of the prototypes that win their pixels",
-    "views": "both views of images as in training: crops, flips, overlap",
-    "attention": "the grouping of the same images at several checkpoints of a run",
-}
 _IMAGES = {"grouping": 12, "views": 6, "attention": 4}
 
 
@@ -211,8 +205,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m evaluation.pictures", description=__doc__, epilog=EXAMPLES
     )
     kinds = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
-    for name, text in _HELP.items():
-        one = kinds.add_parser(name, help=text, description=text)
+    for name, draw in DRAW.items():
+        one = kinds.add_parser(name, help=draw.__doc__, description=draw.__doc__)
         if name == "attention":
             one.add_argument("--run", type=Path, required=True, help="run folder")
             one.add_argument("--columns", type=int, default=6, help="checkpoints to show (6)")

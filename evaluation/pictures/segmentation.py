@@ -10,12 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from evaluation.datasets.label_maps import VOID
-from evaluation.datasets.labelled_images import LabelledImages, square_labels
-from evaluation.datasets.squares import square_batches
+from evaluation.datasets.labelled_images import LabelledSquares
 from evaluation.pictures.drawing import FAINT, INK, PAPER, distinct, font
 
-SAMPLES = 4
-"""Images of a picture."""
 LINE = "#e5e7eb"
 TILE, GAP, MARGIN, CAPTION = 240, 12, 32, 64
 BAR = 26
@@ -46,13 +43,11 @@ class Column:
     """float64 [C]; NaN for a class that does not occur in the labels"""
 
 
-def read_samples(data: LabelledImages, size: int, numbers: np.ndarray) -> list[Sample]:
-    """The images `numbers` int64 [M] of `data`, cut to R = `size`. Raises UserError."""
-    samples = []
-    for squares in square_batches(data, size, indices=numbers):
-        truth = square_labels(data, squares, size)
-        samples += [Sample(*each) for each in zip(squares.pixels, truth, strict=True)]
-    return samples
+def read_samples(images: LabelledSquares, numbers: np.ndarray) -> list[Sample]:
+    """The images `numbers` int64 [M]. Raises UserError."""
+    batches = images.batches(indices=numbers)
+    pairs = (pair for b in batches for pair in zip(b.pixels, images.labels(b), strict=True))
+    return [Sample(*pair) for pair in pairs]
 
 
 def palette(num_classes: int) -> np.ndarray:

@@ -22,7 +22,7 @@ THICK, THIN = 6, 2
 CROPS = ("#2f6fed", "#12a150")
 """Colours of the first and of the second view."""
 
-Box = tuple[float, float, float, float]
+Box = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def draw_pairs(
         DrawnPair(
             picture,
             list(pixels[:, b]),
-            [_box(crop) for crop in params.crops[:, b]],
-            [_box(overlap) for overlap in params.overlap[:, b]],
+            [tuple(crop) for crop in params.crops[:, b].tolist()],
+            [tuple(overlap) for overlap in params.overlap[:, b].tolist()],
             params.flipped[:, b].tolist(),
         )
         for b, picture in enumerate(pictures)
@@ -75,7 +75,7 @@ def shared(one: Box, other: Box) -> Box:
     """The intersection of two boxes; x1 <= x0 or y1 <= y0 if it is empty."""
     low = (max(a, b) for a, b in zip(one[:2], other[:2], strict=True))
     high = (min(a, b) for a, b in zip(one[2:], other[2:], strict=True))
-    return (*low, *high)  # type: ignore[return-value]
+    return (*low, *high)
 
 
 def picture_of_views(pairs: list[DrawnPair], title: str) -> Image.Image:
@@ -120,11 +120,6 @@ def _outline(panel: Image.Image, box: Box, frame: tuple[int, int], colour: str, 
 
 def _is_area(box: Box) -> bool:
     return box[2] > box[0] and box[3] > box[1]
-
-
-def _box(values: np.ndarray) -> Box:
-    x0, y0, x1, y1 = (float(value) for value in values)
-    return x0, y0, x1, y1
 
 
 def _pixels(views: Tensor) -> np.ndarray:

@@ -5,16 +5,14 @@ Letters: B images, N images of the set, D features, h w cells of an image, M cel
 R the side of an evaluated image in pixels.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.datasets.labelled_images import LabelledImages, square_labels
-from evaluation.datasets.squares import Squares, square_batches
-from evaluation.features import Features
+from evaluation.datasets.squares import Squares
 from evaluation.grouping import confusion_matrix
 
 
@@ -27,24 +25,6 @@ class LabelledFeatures:
     """float32 [B, D, h, w], on the network's device."""
     labels: np.ndarray
     """uint8 [B, R, R], void as 255."""
-
-
-def labelled_features(
-    network: Features,
-    data: LabelledImages,
-    size: int,
-    *,
-    device: torch.device,
-    batch_size: int,
-    progress: str,
-) -> Iterator[LabelledFeatures]:
-    """Yield the images of `data` in order, one batch in memory at a time.
-
-    `progress` is the label of the progress bar. Raises UserError for a bad image or label map.
-    """
-    for squares in square_batches(data, size, batch_size=batch_size, progress=progress):
-        features = network(squares.normalised(device))
-        yield LabelledFeatures(squares, features, square_labels(data, squares, size))
 
 
 @dataclass(frozen=True)

@@ -3,30 +3,18 @@
 Letters: M cells in the memory, Q cells to classify, D features, K clusters, C classes.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluation.kmeans import Clusters
 from evaluation.probes.memory import Memory
 
 LOGITS = 2**24
 """Logits of cells and clusters held at once: 64 MiB."""
 
 
-class Clustering(Protocol):
-    """K clusters of features; `evaluation.kmeans.Clusters` is one."""
-
-    @property
-    def centres(self) -> Tensor:
-        """[K, D]"""
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Features [B, D, h, w] → [B, K, h, w], highest for the nearest centre."""
-
-
-def assign_cells(clustering: Clustering, cells: Tensor) -> Tensor:
+def assign_cells(clustering: Clusters, cells: Tensor) -> Tensor:
     """Cells [M, D] → int64 [M], the cluster of each. Processes `LOGITS` logits at a time."""
     chunks = cells.split(max(1, LOGITS // len(clustering.centres)))
     logits = (clustering.logits(chunk[:, :, None, None]) for chunk in chunks)
@@ -49,7 +37,7 @@ class Overclustering:
     `memory` determines the class of each cluster.
     """
 
-    def __init__(self, memory: Memory, clustering: Clustering) -> None:
+    def __init__(self, memory: Memory, clustering: Clusters) -> None:
         self.clustering, self.num_classes = clustering, memory.counts.shape[1]
         winner = assign_cells(clustering, memory.features)
         self.classes = majority(winner, memory.counts, len(clustering.centres))

@@ -1,14 +1,26 @@
-"""Options that commands of evaluation share, and their checks."""
+"""What the commands share: options, their checks, and the files of results."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from evaluation.datasets.images import spread
+from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
 from evaluation.datasets.open import add_dataset_options
 from evaluation.features import FEATURES_HELP
-from evaluation.pictures.drawing import check_picture
+from evaluation.networks import default_device, evaluated_side
+from evaluation.pictures.drawing import check_picture, write_picture
+from evaluation.pictures.segmentation import Column, draw_segmentations, read_samples
+from evaluation.scoring import summarise
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, check_writable
+from train.run.provenance import provenance, write_json
+
+SAMPLES = 4
+"""Images of a picture."""
 
 
 def add_scoring_options(parser: CommandParser, features: list[str], seeds: list[int]) -> None:
@@ -67,3 +79,28 @@ def check_outputs(args: argparse.Namespace) -> None:
         check_writable("--json", args.json)
     if args.picture:
         check_picture("--picture", args.picture)
+
+
+def squares_of(args: argparse.Namespace, data: LabelledImages) -> LabelledSquares:
+    """The images of `data` as the options say. Raises UserError."""
+    size = evaluated_side(args.size, args.checkpoint)
+    return LabelledSquares(data, size, default_device(), args.batch)
+
+
+def samples_of(args: argparse.Namespace, data: LabelledImages) -> np.ndarray:
+    """int64, the numbers of the images to show in --picture; none without it."""
+    return spread(len(data), SAMPLES) if args.picture else np.array([], np.int64)
+
+
+def write_results(
+    args: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    columns: Sequence[Column],
+    images: LabelledSquares,
+) -> None:
+    """Write the files --json and --picture. Raises UserError."""
+    if args.json:
+        write_json(args.json, provenance() | {"results": rows, "summary": summarise(rows)})
+    if args.picture:
+        samples = read_samples(images, samples_of(args, images.data))
+        write_picture(args.picture, draw_segmentations(samples, columns, images.data.class_names))
