@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.datasets.images import spread
+from evaluation.datasets.images import ImageSource, evaluation_size, spread
 from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
 from evaluation.datasets.open import add_dataset_options
+from evaluation.datasets.squares import SquareImages
 from evaluation.features import FEATURES_HELP
-from evaluation.networks import default_device, evaluated_side
+from evaluation.networks import default_device, evaluated_side, load_network
 from evaluation.pictures.drawing import check_picture, write_picture
 from evaluation.pictures.segmentation import Column, draw_segmentations, read_samples
 from evaluation.scoring import summarise
+from model import SlotCon
 from pipeline.errors import UserError
+from train.config import RunConfig
 from train.run.cli import CommandParser, check_writable
 from train.run.provenance import provenance, write_json
 
@@ -87,6 +90,18 @@ def squares_of(args: argparse.Namespace, data: LabelledImages) -> LabelledSquare
     return LabelledSquares(data, size, default_device(), args.batch)
 
 
+def open_run(
+    checkpoint: Path, images: ImageSource, size: int | None, batch_size: int = 8
+) -> tuple[SlotCon, RunConfig, SquareImages]:
+    """The network and configuration of a run or checkpoint, and `images` at `size` or at the side
+    for the views of the run. Raises UserError.
+    """
+    device = default_device()
+    network, config = load_network(checkpoint, device)
+    size = size or evaluation_size(config.views.size)
+    return network, config, SquareImages(images, size, device, batch_size)
+
+
 def samples_of(args: argparse.Namespace, data: LabelledImages) -> np.ndarray:
     """int64, the numbers of the images to show in --picture; none without it."""
     return spread(len(data), SAMPLES) if args.picture else np.array([], np.int64)
@@ -96,11 +111,12 @@ def write_results(
     args: argparse.Namespace,
     rows: list[dict[str, Any]],
     columns: Sequence[Column],
-    images: LabelledSquares,
+    squares: LabelledSquares,
 ) -> None:
     """Write the files --json and --picture. Raises UserError."""
     if args.json:
         write_json(args.json, provenance() | {"results": rows, "summary": summarise(rows)})
     if args.picture:
-        samples = read_samples(images, samples_of(args, images.data))
-        write_picture(args.picture, draw_segmentations(samples, columns, images.data.class_names))
+        data = squares.images
+        samples = read_samples(squares, samples_of(args, data))
+        write_picture(args.picture, draw_segmentations(samples, columns, data.class_names))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.datasets.images import ImageSource, evaluation_size
+from evaluation.datasets.squares import SquareImages
 from evaluation.networks import load_network, run_config, untrained_network
 from model import SlotCon
 from model.encoder import build_encoder
@@ -63,8 +63,7 @@ def open_features(
     device: torch.device,
     *,
     weights: Path | None = None,
-    images: ImageSource | None = None,
-    size: int | None = None,
+    images: SquareImages | None = None,
 ) -> Features:
     """The features that `spec` names.
 
@@ -74,7 +73,7 @@ def open_features(
         device: device of the network.
         weights: file of weights for "supervised" and "timm:NAME". None: the published weights,
             downloaded once, later from the cache.
-        images, size: only for "untrained": images that calibrate its BatchNorm, and their side.
+        images: only for "untrained": images that calibrate its BatchNorm.
 
     Raises:
         UserError: if something is missing or does not fit.
@@ -93,33 +92,23 @@ def open_features(
     if checkpoint is None:
         raise UserError(f"--features {spec} needs --checkpoint")
     network, config = load_network(checkpoint, device)
-    return run_features(spec, network, config, images, size, device)
+    return run_features(spec, network, config, images)
 
 
 def open_all(
-    specs: Sequence[str],
-    checkpoint: Path | None,
-    device: torch.device,
-    *,
-    weights: Path | None,
-    images: ImageSource,
-    size: int,
+    specs: Sequence[str], checkpoint: Path | None, weights: Path | None, images: SquareImages
 ) -> list[Features]:
     """`open_features` for each of `specs`; `weights` are for the one that takes a file. Raises
     UserError.
     """
-    if weights and sum(spec.startswith(TAKE_WEIGHTS) for spec in specs) != 1:
+    takes = [spec.startswith(TAKE_WEIGHTS) for spec in specs]
+    if weights and sum(takes) != 1:
         raise UserError("--weights needs exactly one of supervised and timm:NAME in --features")
     return [
         open_features(
-            spec,
-            checkpoint,
-            device,
-            weights=weights if spec.startswith(TAKE_WEIGHTS) else None,
-            images=images,
-            size=size,
+            spec, checkpoint, images.device, weights=weights if take else None, images=images
         )
-        for spec in specs
+        for spec, take in zip(specs, takes, strict=True)
     ]
 
 
@@ -127,16 +116,13 @@ def run_features(
     spec: str,
     network: SlotCon,
     config: RunConfig,
-    images: ImageSource | None,
-    size: int | None,
-    device: torch.device,
+    images: SquareImages | None,
 ) -> Features:
     """Features "teacher", "student", "projector" or "untrained" of a run that is loaded."""
     if spec == "untrained":
         if images is None:
             raise ValueError("untrained features need images, for BatchNorm's statistics")
-        size = size or evaluation_size(config.views.size)
-        network = untrained_network(config.model, config.train.seed, images, size, device)
+        network = untrained_network(config.model, config.train.seed, images)
     if spec == "projector":
         teacher = network.teacher
         encode = nn.Sequential(teacher.encoder, teacher.projector).eval()

@@ -1,12 +1,13 @@
 """The networks of a run: as trained, and before training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from evaluation.datasets.images import EVALUATION_SIDE, ImageSource, evaluation_size, spread
-from evaluation.datasets.squares import square_batches
+from evaluation.datasets.images import EVALUATION_SIDE, evaluation_size, spread
+from evaluation.datasets.squares import SquareImages
 from model import ModelConfig, SlotCon
 from model.encoder import cells_of
 from pipeline.errors import UserError
@@ -41,11 +42,9 @@ def evaluated_side(size: int | None, checkpoint: Path | None) -> int:
     return evaluation_size(run_config(checkpoint).views.size) if checkpoint else EVALUATION_SIDE
 
 
-def untrained_network(
-    config: ModelConfig, seed: int, images: ImageSource, size: int, device: torch.device
-) -> SlotCon:
+def untrained_network(config: ModelConfig, seed: int, squares: SquareImages) -> SlotCon:
     """The network that a run with this `seed` starts from, its BatchNorm calibrated on up to 256 of
-    `images`.
+    the images.
 
     Initial running statistics are 0 and 1, whatever the input. With measured statistics the
     baseline has normalised activations as a trained network has, and only the weights differ.
@@ -53,16 +52,18 @@ def untrained_network(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = SlotCon(config).to(device)
+        model = SlotCon(config).to(squares.device)
     for norm in model.teacher.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = None  # average over all batches
-    sample = spread(len(images), CALIBRATION_IMAGES)
+    sample = spread(len(squares.images), CALIBRATION_IMAGES)
     if len(sample) > CALIBRATION_BATCH:  # only whole batches, since all have the same weight
         sample = sample[: len(sample) // CALIBRATION_BATCH * CALIBRATION_BATCH]
-    elif len(sample) * cells_of(size) < 2:
-        raise UserError(f"one image of {size} pixels has no variance to calibrate BatchNorm with")
+    elif len(sample) * cells_of(squares.size) < 2:
+        raise UserError(
+            f"one image of {squares.size} pixels has no variance to calibrate BatchNorm with"
+        )
     with torch.inference_mode():
-        for squares in square_batches(images, size, indices=sample, batch_size=CALIBRATION_BATCH):
-            model.teacher.train()(squares.normalised(device))
+        for batch in replace(squares, batch_size=CALIBRATION_BATCH).batches(indices=sample):
+            model.teacher.train()(batch.normalised(squares.device))
     return model.eval()

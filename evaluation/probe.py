@@ -67,14 +67,14 @@ def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
     try:
         return gather_memory(
             batches,
-            len(train.data),
-            train.data.num_classes,
+            len(train.images),
+            train.images.num_classes,
             capacity=args.memory,
             seed=seed,
             balanced=args.probe == "knn",
         )
     except ValueError as error:
-        raise UserError(f"{train.data.source}: {error}") from None
+        raise UserError(f"{train.images.source}: {error}") from None
 
 
 def fit(args: argparse.Namespace, memory: Memory, seed: int, task: Task) -> Head:
@@ -87,7 +87,7 @@ def fit(args: argparse.Namespace, memory: Memory, seed: int, task: Task) -> Head
         clusters = kmeans(memory.features, args.clusters, seed, cosine=task.network.cosine)
         return Overclustering(memory, clusters)
     except ValueError as error:
-        raise UserError(f"{task.train.data.source}: {error}") from None
+        raise UserError(f"{task.train.images.source}: {error}") from None
 
 
 def as_predictor(kind: str, network: Features, heads: Mapping[int, Head]) -> Predictor:
@@ -110,7 +110,7 @@ def probe(args: argparse.Namespace, task: Task) -> list[Result]:
     set is read once, but once for each seed by retrieval, since each of its heads holds a memory.
     """
     retrieval = args.probe == "knn"
-    keep = samples_of(args, task.val.data).tolist()
+    keep = samples_of(args, task.val.images).tolist()
     memory: Memory | None = None
     results: list[Result] = []
     for seeds in [[seed] for seed in args.seeds] if retrieval else [args.seeds]:
@@ -180,18 +180,16 @@ def main() -> None:
     counts = ("memory", "neighbours", "steps", "clusters", "temperature", "learning_rate")
     check_scoring_options(args, counts)
     train, val = (squares_of(args, data) for data in open_both(args))
-    names, images, size = val.data.class_names, len(val.data), val.size
-    common = {"probe": args.probe, "images": images, "train_images": len(train.data), "size": size}
+    names = val.images.class_names
+    common = {
+        "probe": args.probe,
+        "images": len(val.images),
+        "train_images": len(train.images),
+        "size": val.size,
+    }
     rows: list[dict[str, Any]] = []
     columns: list[Column] = []
-    for network in open_all(
-        args.features,
-        args.checkpoint,
-        val.device,
-        weights=args.weights,
-        images=train.data,
-        size=size,
-    ):
+    for network in open_all(args.features, args.checkpoint, args.weights, train):
         results = probe(args, Task(network, train, val))
         for result in results:
             head = common | {"network": network.name, "seed": result.seed}

@@ -50,7 +50,7 @@ class Result:
 
 def evaluate(
     predictor: Predictor,
-    images: LabelledSquares,
+    squares: LabelledSquares,
     rule: Callable[[np.ndarray], GroupingScore],
     *,
     crf: bool = False,
@@ -64,24 +64,25 @@ def evaluate(
     """
     confusions: dict[tuple[int, bool], np.ndarray] = {}
     kept: dict[tuple[int, bool], list[np.ndarray]] = defaultdict(list)
-    for squares in images.batches(f"{predictor.name}: scoring"):
-        truth = images.labels(squares)
-        shown = np.flatnonzero(np.isin(squares.index, list(keep)))
+    data = squares.images
+    for batch in squares.batches(f"{predictor.name}: scoring"):
+        truth = squares.labels(batch)
+        shown = np.flatnonzero(np.isin(batch.index, list(keep)))
         with torch.inference_mode():
-            predicted = predictor.logits(squares.normalised(images.device))
+            predicted = predictor.logits(batch.normalised(squares.device))
         for seed, logits in zip(predictor.seeds, predicted, strict=True):
-            clusters = assign(logits.float(), images.size)
+            clusters = assign(logits.float(), squares.size)
             for refined in (False, True) if crf else (False,):
                 if refined:
-                    clusters = refine_clusters(logits.float(), clusters, squares.pixels)
+                    clusters = refine_clusters(logits.float(), clusters, batch.pixels)
                 host, variant = clusters.cpu().numpy(), (seed, refined)
-                counts = confusion_matrix(host, truth, logits.shape[1], images.data.num_classes)
+                counts = confusion_matrix(host, truth, logits.shape[1], data.num_classes)
                 confusions[variant] = confusions.get(variant, 0) + counts
                 kept[variant] += [host[i] for i in shown]
     try:
         scores = {variant: rule(confusion) for variant, confusion in confusions.items()}
     except ValueError as error:
-        raise UserError(f"{images.data.source}: {error}: the label maps are all void") from None
+        raise UserError(f"{data.source}: {error}: the label maps are all void") from None
     return [
         Result(
             f"{predictor.name}, CRF" if refined else predictor.name,

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.datasets.images import ImageSource
-from evaluation.datasets.squares import Squares, square_batches
+from evaluation.datasets.squares import SquareImages, Squares
 
 UPSAMPLED_FLOATS = 2**24
 """Floats of upsampled scores held at once: 64 MiB, whatever K and R are."""
@@ -39,21 +38,15 @@ class Segmented:
 
 def segment_images(
     network: Segmenter,
-    images: ImageSource,
-    size: int,
-    *,
-    device: torch.device,
-    indices: np.ndarray | None = None,
-    batch_size: int = 8,
+    squares: SquareImages,
     progress: str | None = None,
+    indices: np.ndarray | None = None,
 ) -> Iterator[Segmented]:
-    """Segment images, one batch in memory at a time; arguments as in `square_batches`."""
-    for squares in square_batches(
-        images, size, indices=indices, batch_size=batch_size, progress=progress
-    ):
+    """Segment images, one batch in memory at a time; arguments as in `SquareImages.batches`."""
+    for batch in squares.batches(progress, indices):
         with torch.inference_mode():
-            scores, features = network.segment(squares.normalised(device))
-        yield Segmented(squares, scores.float(), features.float())
+            scores, features = network.segment(batch.normalised(squares.device))
+        yield Segmented(batch, scores.float(), features.float())
 
 
 def assign(scores: Tensor, size: int | tuple[int, int], align_corners: bool = False) -> Tensor:

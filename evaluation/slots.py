@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.commands import check_outputs, require_positive
-from evaluation.datasets.images import ImageSource, evaluation_size, open_images, spread
-from evaluation.networks import default_device, load_network
+from evaluation.commands import check_outputs, open_run, require_positive
+from evaluation.datasets.images import open_images, spread
+from evaluation.datasets.squares import SquareImages
 from evaluation.pictures.drawing import write_picture
 from evaluation.pictures.prototypes import cut_tiles, draw_rows
 from evaluation.prototypes import NearestSegments, SlotStatistics, gather_statistics
@@ -103,17 +102,11 @@ def ends(nearest: NearestSegments) -> tuple[np.ndarray, np.ndarray]:
     return order[:SHOWN], order[SHOWN:][-SHOWN:][::-1]
 
 
-def draw_ends(
-    network: Segmenter,
-    images: ImageSource,
-    statistics: SlotStatistics,
-    size: int,
-    device: torch.device,
-) -> Image.Image:
+def draw_ends(network: Segmenter, squares: SquareImages, statistics: SlotStatistics) -> Image.Image:
     """The nearest segments of the most frequent and of the rarest active prototypes."""
     nearest = statistics.nearest
     both = ends(nearest)
-    tiles = cut_tiles(network, images, nearest, np.concatenate(both), size, device)
+    tiles = cut_tiles(network, squares, nearest, np.concatenate(both))
     often, seldom = ({k: tiles[k] for k in end.tolist()} for end in both)
     title = (
         f"{statistics.slots.mean():.1f} of {len(statistics.cells)} slots active an image,"
@@ -149,27 +142,22 @@ def main() -> None:
     require_positive(args, ("top", "max_images", "size", "batch"))
     check_outputs(args)
     images = open_images(args.data)
-    device = default_device()
-    network, config = load_network(args.checkpoint, device)
-    size = args.size or evaluation_size(config.views.size)
+    network, config, squares = open_run(args.checkpoint, images, args.size, args.batch)
     indices = spread(len(images), args.max_images)
-    batches = segment_images(
-        network,
-        images,
-        size,
-        device=device,
-        indices=indices,
-        batch_size=args.batch,
-        progress="segmenting",
-    )
+    batches = segment_images(network, squares, "segmenting", indices)
     statistics = gather_statistics(batches, args.top)
     duplicates = duplicate_pairs(network.teacher.grouping.prototypes)
     print(describe(statistics, duplicates))
     if args.picture:
-        write_picture(args.picture, draw_ends(network, images, statistics, size, device))
+        write_picture(args.picture, draw_ends(network, squares, statistics))
     if args.json:
         step = step_of(find(args.checkpoint))
-        common = {"step": step, "images": len(indices), "size": size, "seed": config.train.seed}
+        common = {
+            "step": step,
+            "images": len(indices),
+            "size": squares.size,
+            "seed": config.train.seed,
+        }
         rows = result_rows(statistics, duplicates, common)
         write_json(args.json, provenance() | {"results": rows})
 

@@ -51,14 +51,14 @@ def prototype_clusters(name: str, network: Segmenter, seed: int, temperature: fl
 
 
 def kmeans_clusters(
-    features: Features, images: LabelledSquares, num_clusters: int, seeds: list[int]
+    features: Features, squares: LabelledSquares, num_clusters: int, seeds: list[int]
 ) -> Predictor:
-    """K = `num_clusters` clusters of `features` on `images`, by k-means from a start for each seed.
+    """K = `num_clusters` clusters of `features` of the images: k-means from a start for each seed.
     All starts share one sample of cells. Raises UserError.
     """
     name = f"{features.name}, k-means"
-    maps = (features(s.normalised(images.device)) for s in images.batches(f"{name}: cells"))
-    cells = sample_cells(maps, len(images.data), seeds[0])
+    maps = (features(b.normalised(squares.device)) for b in squares.batches(f"{name}: cells"))
+    cells = sample_cells(maps, len(squares.images), seeds[0])
     try:
         fits = [kmeans(cells, num_clusters, seed, cosine=features.cosine) for seed in seeds]
     except ValueError as error:
@@ -115,25 +115,23 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--baseline {args.baseline} needs --checkpoint")
 
 
-def open_predictors(args: argparse.Namespace, images: LabelledSquares) -> Iterator[Predictor]:
+def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Iterator[Predictor]:
     """The clusterings that the options name, one at a time. Opens all networks first, so that a
     missing file is found before any computation.
     """
-    data, size, device = images.data, images.size, images.device
+    data = squares.images
     if args.features and args.clusters is None and data.names is None:
         raise UserError("k-means needs --clusters: no class table says how many classes")
-    opened = open_all(
-        args.features, args.checkpoint, device, weights=args.weights, images=data, size=size
-    )
+    opened = open_all(args.features, args.checkpoint, args.weights, squares)
     if args.checkpoint is not None:
-        trained, config = load_network(args.checkpoint, device)
+        trained, config = load_network(args.checkpoint, squares.device)
         seed, temperature = config.train.seed, config.model.teacher_temp
         yield prototype_clusters("trained", trained, seed, temperature)
         if args.baseline == "untrained":
-            network = untrained_network(config.model, seed, data, size, device)
+            network = untrained_network(config.model, seed, squares)
             yield prototype_clusters("untrained", network, seed, temperature)
     for features in opened:
-        yield kmeans_clusters(features, images, args.clusters or data.num_classes, args.seeds)
+        yield kmeans_clusters(features, squares, args.clusters or data.num_classes, args.seeds)
 
 
 def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
@@ -164,12 +162,12 @@ def main() -> None:
     args = parse(sys.argv[1:])
     check(args)
     data = labelled_from(args)
-    images, keep = squares_of(args, data), samples_of(args, data).tolist()
-    common = {"flip": args.flip, "images": len(data), "size": images.size, "dataset": args.dataset}
+    squares, keep = squares_of(args, data), samples_of(args, data).tolist()
+    common = {"flip": args.flip, "images": len(data), "size": squares.size, "dataset": args.dataset}
     results: list[Result] = []
-    predictors = open_predictors(args, images)
+    predictors = open_predictors(args, squares)
     for predictor in map(with_mirror_image, predictors) if args.flip else predictors:
-        scored = evaluate(predictor, images, score_grouping, crf=args.crf, keep=keep)
+        scored = evaluate(predictor, squares, score_grouping, crf=args.crf, keep=keep)
         print_results(scored)
         results += scored
     rows = [row for result in results for row in result_rows(result, data.class_names, common)]
@@ -178,7 +176,7 @@ def main() -> None:
         Column(name, first[name].kept, first[name].score.cluster, first[name].score.iou)
         for name in dict.fromkeys(result.network for result in results)
     ]
-    write_results(args, rows, columns, images)
+    write_results(args, rows, columns, squares)
 
 
 if __name__ == "__main__":

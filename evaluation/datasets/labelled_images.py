@@ -4,18 +4,17 @@ Letters: N images, B images of a batch, H W a stored image's height and width, R
 evaluated image, in pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from evaluation.datasets.images import centre_square, load_rgb, readable
 from evaluation.datasets.label_maps import VOID, LabelReader
 from evaluation.datasets.pairs import Pair, require_labels
-from evaluation.datasets.squares import DECODE_THREADS, Squares, square_batches
+from evaluation.datasets.squares import DECODE_THREADS, SquareImages, Squares
 from pipeline.errors import UserError
 from pipeline.parallel import ordered_map
 
@@ -77,26 +76,15 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class LabelledSquares:
-    """Labelled images, read in batches as squares of R = `size` pixels."""
+class LabelledSquares(SquareImages):
+    """Labelled images to read in batches, as squares of R = `size` pixels."""
 
-    data: LabelledImages
-    size: int
-    device: torch.device
-    batch_size: int = 8
+    images: LabelledImages
 
-    def batches(
-        self, progress: str | None = None, indices: np.ndarray | None = None
-    ) -> Iterator[Squares]:
-        """The images, as `square_batches`."""
-        return square_batches(
-            self.data, self.size, indices=indices, batch_size=self.batch_size, progress=progress
-        )
-
-    def labels(self, squares: Squares) -> np.ndarray:
+    def labels(self, batch: Squares) -> np.ndarray:
         """uint8 [B, R, R]: the label maps of a batch, cropped like its images, with nearest
         neighbour. Raises UserError.
         """
-        numbers = zip(squares.index.tolist(), squares.shape, strict=True)
-        maps = (self.data.labels(i, *shape) for i, shape in numbers)
+        numbers = zip(batch.index.tolist(), batch.shape, strict=True)
+        maps = (self.images.labels(i, *shape) for i, shape in numbers)
         return np.stack([centre_square(m, self.size, Image.Resampling.NEAREST) for m in maps])

@@ -46,29 +46,34 @@ def normalise(pixels: Tensor) -> Tensor:
     return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def square_batches(
-    images: ImageSource,
-    size: int,
-    *,
-    indices: np.ndarray | None = None,
-    batch_size: int = 8,
-    progress: str | None = None,
-) -> Iterator[Squares]:
-    """Yield images (all, or `indices` int64 [M]) in order, cut to R = `size`, one batch at a time.
+@dataclass(frozen=True)
+class SquareImages:
+    """Images to read in batches, as squares of R = `size` pixels."""
 
-    `progress` is the label of the progress bar; None shows no bar. Raises UserError for an image
-    that cannot be read.
-    """
-    indices = np.arange(len(images)) if indices is None else indices
+    images: ImageSource
+    size: int
+    device: torch.device
+    """Where networks run on these images."""
+    batch_size: int = 8
 
-    def load(i: int) -> tuple[tuple[int, int], np.ndarray]:
-        pixels = images.load(i)
-        return pixels.shape[:2], centre_square(pixels, size, Image.Resampling.BILINEAR)
+    def batches(
+        self, progress: str | None = None, indices: np.ndarray | None = None
+    ) -> Iterator[Squares]:
+        """Yield the images (all, or `indices` int64 [M]) in order, one batch in memory at a time.
 
-    bar = tqdm(total=len(indices), desc=progress, unit="image", disable=progress is None)
-    with bar, ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            shapes, pixels = zip(*pool.map(load, batch.tolist()), strict=True)
-            yield Squares(batch, list(shapes), np.stack(pixels))
-            bar.update(len(batch))
+        `progress` is the label of the progress bar; None shows no bar. Raises UserError for an
+        image that cannot be read.
+        """
+        indices = np.arange(len(self.images)) if indices is None else indices
+
+        def load(i: int) -> tuple[tuple[int, int], np.ndarray]:
+            pixels = self.images.load(i)
+            return pixels.shape[:2], centre_square(pixels, self.size, Image.Resampling.BILINEAR)
+
+        bar = tqdm(total=len(indices), desc=progress, unit="image", disable=progress is None)
+        with bar, ThreadPoolExecutor(DECODE_THREADS) as pool:
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                shapes, pixels = zip(*pool.map(load, batch.tolist()), strict=True)
+                yield Squares(batch, list(shapes), np.stack(pixels))
+                bar.update(len(batch))

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from evaluation.commands import require_positive
-from evaluation.datasets.images import ImageSource, evaluation_size, open_images, spread
-from evaluation.networks import default_device, load_network, run_config
+from evaluation.commands import open_run, require_positive
+from evaluation.datasets.images import ImageSource, open_images, spread
+from evaluation.datasets.squares import SquareImages
+from evaluation.networks import run_config
 from evaluation.pictures.drawing import (
     check_picture,
     overlay,
@@ -52,21 +52,12 @@ PER_ROW = 3
 def draw_prototypes(args: argparse.Namespace) -> Image.Image:
     """The nearest segments of each prototype in a row, the most frequent prototype first."""
     images = open_images(args.data)
-    device = default_device()
-    network, config = load_network(args.checkpoint, device)
-    size = args.size or evaluation_size(config.views.size)
-    batches = segment_images(
-        network,
-        images,
-        size,
-        indices=spread(len(images), args.max_images),
-        device=device,
-        batch_size=args.batch,
-        progress="segmenting",
-    )
+    network, _, squares = open_run(args.checkpoint, images, args.size, args.batch)
+    indices = spread(len(images), args.max_images)
+    batches = segment_images(network, squares, "segmenting", indices)
     nearest = gather_statistics(batches, args.top).nearest
     shown = nearest.by_frequency()[: args.prototypes]
-    tiles = cut_tiles(network, images, nearest, shown, size, device)
+    tiles = cut_tiles(network, squares, nearest, shown)
     active, total = int((nearest.active > 0).sum()), len(nearest.active)
     title = (
         f"{len(shown)} most frequent of {active} active prototypes"
@@ -81,10 +72,8 @@ def draw_prototypes(args: argparse.Namespace) -> Image.Image:
 def draw_grouping(args: argparse.Namespace) -> Image.Image:
     """Images beside themselves under the colours of the prototypes that win their pixels."""
     images = open_images(args.data)
-    device = default_device()
-    network, config = load_network(args.checkpoint, device)
-    size = args.size or evaluation_size(config.views.size)
-    pixels, winners = group(network, images, choose(args, images), size, device)
+    network, config, squares = open_run(args.checkpoint, images, args.size)
+    pixels, winners = group(network, squares, choose(args, images))
     colours = prototype_colours(winners, config.model.num_prototypes)
     panels = [
         pair
@@ -118,12 +107,11 @@ def draw_attention(args: argparse.Namespace) -> Image.Image:
         raise UserError(f"{args.run}: a checkpoint; --run needs the folder of its run")
     chosen = [checkpoints[i] for i in spread_ends(len(checkpoints), args.columns)]
     images = open_images(args.data)
-    which, device = choose(args, images), default_device()
+    which = choose(args, images)
     strips = []
     for checkpoint in chosen:
-        network, config = load_network(checkpoint, device)
-        size = args.size or evaluation_size(config.views.size)
-        pixels, winners = group(network, images, which, size, device)
+        network, config, squares = open_run(checkpoint, images, args.size)
+        pixels, winners = group(network, squares, which)
         strips.append(winners)
     colours = prototype_colours(np.stack(strips), config.model.num_prototypes)
     rows = [
@@ -135,19 +123,13 @@ def draw_attention(args: argparse.Namespace) -> Image.Image:
 
 
 def group(
-    network: Segmenter,
-    images: ImageSource,
-    which: np.ndarray,
-    size: int,
-    device: torch.device,
+    network: Segmenter, squares: SquareImages, which: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images `which` int64 [B] as uint8 [B, R, R, 3], and the prototype that wins each pixel as
     int64 [B, R, R].
     """
-    batches = segment_images(
-        network, images, size, indices=which, device=device, progress="segmenting"
-    )
-    parts = [(b.squares.pixels, assign(b.scores, size).cpu().numpy()) for b in batches]
+    batches = segment_images(network, squares, "segmenting", which)
+    parts = [(b.squares.pixels, assign(b.scores, squares.size).cpu().numpy()) for b in batches]
     pixels, winners = (np.concatenate(part) for part in zip(*parts, strict=True))
     return pixels, winners
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
 
-from evaluation.datasets.images import ImageSource
+from evaluation.datasets.squares import SquareImages
 from evaluation.pictures.drawing import FAINT, GAP, INK, MARGIN, OUTLINE, PAPER, font
 from evaluation.prototypes import NearestSegments
 from evaluation.segment import Segmenter, assign, segment_images
@@ -46,20 +46,14 @@ def draw_segment(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
 
 
 def cut_tiles(
-    network: Segmenter,
-    images: ImageSource,
-    nearest: NearestSegments,
-    prototypes: np.ndarray,
-    size: int,
-    device: torch.device,
+    network: Segmenter, squares: SquareImages, nearest: NearestSegments, prototypes: np.ndarray
 ) -> Rows:
     """The drawn segments of `prototypes` int64 [N]. Decodes only the images that are drawn."""
     wanted = nearest.image[prototypes]
     pictures: dict[tuple[int, int], Image.Image] = {}
     needed = np.unique(wanted[wanted >= 0])
-    for batch in segment_images(
-        network, images, size, indices=needed, device=device, progress="drawing"
-    ):
+    size = squares.size
+    for batch in segment_images(network, squares, "drawing", needed):
         winner = assign(batch.scores, size).cpu().numpy()
         cells = batch.scores.argmax(dim=1, keepdim=True).float()
         blocks = torch.nn.functional.interpolate(cells, (size, size)).squeeze(1).cpu().numpy()

@@ -43,10 +43,10 @@ class Column:
     """float64 [C]; NaN for a class that does not occur in the labels"""
 
 
-def read_samples(images: LabelledSquares, numbers: np.ndarray) -> list[Sample]:
+def read_samples(squares: LabelledSquares, numbers: np.ndarray) -> list[Sample]:
     """The images `numbers` int64 [M]. Raises UserError."""
-    batches = images.batches(indices=numbers)
-    pairs = (pair for b in batches for pair in zip(b.pixels, images.labels(b), strict=True))
+    batches = squares.batches(indices=numbers)
+    pairs = (pair for b in batches for pair in zip(b.pixels, squares.labels(b), strict=True))
     return [Sample(*pair) for pair in pairs]
 
 

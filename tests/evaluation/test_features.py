@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evaluation.datasets.images import FolderImages
+from evaluation.datasets.squares import SquareImages
 from evaluation.features import load, open_features
 from model import ModelConfig, SlotCon
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -60,7 +61,8 @@ def test_untrained_is_another_network(run: tuple[Path, SlotCon], tmp_path: Path)
     """A baseline that is the trained network would show no gain."""
     checkpoint, model = run
     folder, _ = write_scenes(tmp_path, MAPS)
-    untrained = open_features("untrained", checkpoint, CPU, images=FolderImages(folder), size=64)
+    squares = SquareImages(FolderImages(folder), 64, CPU)
+    untrained = open_features("untrained", checkpoint, CPU, images=squares)
     found = untrained(images())
     assert found.shape == (2, 512, 2, 3)
     with torch.inference_mode():

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import slots
+from evaluation import commands, slots
 from evaluation.datasets.images import BetonImages, FolderImages
+from evaluation.datasets.squares import SquareImages
 from evaluation.pictures import __main__ as pictures
 from evaluation.pictures.drawing import OUTLINE, distinct, overlay, prototype_colours
 from evaluation.pictures.views import CROPS, HEIGHT, DrawnPair, draw_pairs, picture_of_views, shared
@@ -58,8 +59,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "run.json").write_text(json.dumps(asdict(record)))
     model = SimpleNamespace(num_prototypes=4)
     fake = SimpleNamespace(model=model, views=config.views, train=config.train)
-    for module in (pictures, slots):
-        monkeypatch.setattr(module, "load_network", lambda *_: (FakeNetwork([0, 1, 2, 3]), fake))
+    monkeypatch.setattr(commands, "load_network", lambda *_: (FakeNetwork([0, 1, 2, 3]), fake))
     return tmp_path / "run"
 
 
@@ -75,10 +75,8 @@ def draw(monkeypatch: pytest.MonkeyPatch, command: str, out: Path) -> Image.Imag
 
 def test_statistics_of_known_pictures(scenes: FolderImages) -> None:
     """Counts over images and over cells, whatever the batches."""
-    batches = segment_images(
-        ColourNetwork([0, 1, 2, 3]), scenes, 2 * CELL, device=CPU, batch_size=3
-    )
-    found = gather_statistics(batches, top=2)
+    squares = SquareImages(scenes, 2 * CELL, CPU, batch_size=3)
+    found = gather_statistics(segment_images(ColourNetwork([0, 1, 2, 3]), squares), top=2)
     assert found.slots.tolist() == [1, 2, 2, 3]
     assert found.cells.tolist() == [11, 4, 1, 0] and found.dead == 1
     assert found.nearest.active.tolist() == [4, 3, 1, 0]

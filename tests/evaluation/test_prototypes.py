@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
+from evaluation import commands
 from evaluation.datasets.images import FolderImages
+from evaluation.datasets.squares import SquareImages
 from evaluation.pictures import __main__ as pictures
 from evaluation.pictures.drawing import MARGIN
 from evaluation.pictures.prototypes import LABEL, TILE, cut_tiles, draw_rows, draw_segment
@@ -68,9 +70,8 @@ def test_frequency_and_images_of_known_colours(tmp_path: Path) -> None:
     """A slot counts only where it wins a cell: a prototype that wins none must not be shown."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([3, 2, 1, 0])
-    nearest = gather_statistics(
-        segment_images(network, images, 2 * CELL, device=CPU, batch_size=3), top=2
-    ).nearest
+    squares = SquareImages(images, 2 * CELL, CPU, batch_size=3)
+    nearest = gather_statistics(segment_images(network, squares), top=2).nearest
     assert nearest.active.tolist() == [0, 1, 3, 4]
     assert nearest.by_frequency().tolist() == [3, 2, 1]
     assert nearest.image.tolist() == [[-1, -1], [3, -1], [1, 2], [0, 1]]
@@ -81,9 +82,9 @@ def test_tiles_show_the_segment_and_dim_the_rest(tmp_path: Path) -> None:
     """A mask of another prototype or image would look right and be wrong."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([0, 1, 2])
-    batches = segment_images(network, images, 2 * CELL, device=CPU)
-    nearest = gather_statistics(batches, top=2).nearest
-    tiles = cut_tiles(network, images, nearest, nearest.by_frequency(), 2 * CELL, CPU)
+    squares = SquareImages(images, 2 * CELL, CPU)
+    nearest = gather_statistics(segment_images(network, squares), top=2).nearest
+    tiles = cut_tiles(network, squares, nearest, nearest.by_frequency())
     assert list(tiles) == [0, 1, 2]
     assert [len(row) for row in tiles.values()] == [2, 2, 1]
     blue = np.asarray(tiles[2][0].picture)
@@ -109,7 +110,7 @@ def test_command_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The command's own wiring: sizes, subset, file."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([0, 1, 2])
-    monkeypatch.setattr(pictures, "load_network", lambda *_: (network, None))
+    monkeypatch.setattr(commands, "load_network", lambda *_: (network, None))
     out = tmp_path / "new" / "prototypes.png"
     command = (
         f"x prototypes --checkpoint run --data {images.folder} --out {out} --size 64 --max-images 3"

@@ -21,7 +21,7 @@ from evaluation.datasets.images import (
 from evaluation.datasets.label_maps import read_classes
 from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.open import open_labelled
-from evaluation.datasets.squares import square_batches
+from evaluation.datasets.squares import SquareImages
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import paint, palette
 from evaluation.segment import assign, segment_images
@@ -73,7 +73,7 @@ def test_images_come_in_order_whatever_the_batch(tmp_path: Path) -> None:
     images = open_images(path)
     network = ColourNetwork([0, 1])
     for batch_size in (1, 3, 7):
-        batches = list(segment_images(network, images, 32, device=CPU, batch_size=batch_size))
+        batches = list(segment_images(network, SquareImages(images, 32, CPU, batch_size)))
         assert np.concatenate([b.squares.index for b in batches]).tolist() == list(range(7))
         pixels = np.concatenate([b.squares.pixels for b in batches])
         expected = [centre_square(i, 32, Image.Resampling.BILINEAR) for i in varied(7)]
@@ -278,18 +278,18 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
 
 def test_untrained_is_the_runs_own_start(tmp_path: Path) -> None:
     """The baseline must be what this run began with, and leave the caller's random state alone."""
-    images = FolderImages(write_scenes(tmp_path, MAPS)[0])
+    images = SquareImages(FolderImages(write_scenes(tmp_path, MAPS)[0]), 2 * CELL, CPU)
     torch.manual_seed(3)
     expected, following = SlotCon(TINY), torch.rand(1)
     torch.manual_seed(3)
     SlotCon(TINY)
-    network = untrained_network(TINY, 3, images, 2 * CELL, CPU)
+    network = untrained_network(TINY, 3, images)
     assert torch.equal(torch.rand(1), following)
     for ours, theirs in zip(network.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     first = network.teacher.encoder.bn1
     assert isinstance(first, torch.nn.BatchNorm2d)
-    (squares,) = square_batches(images, 2 * CELL)
+    (squares,) = images.batches()
     with torch.inference_mode():
         channels = network.teacher.encoder.conv1(squares.normalised(CPU))
     torch.testing.assert_close(first.running_mean, channels.mean(dim=(0, 2, 3)))
@@ -299,7 +299,7 @@ def test_untrained_is_the_runs_own_start(tmp_path: Path) -> None:
 def test_one_image_of_one_cell_calibrates_nothing(tmp_path: Path) -> None:
     """BatchNorm raises there; nine images are not eight and one that does."""
     images = FolderImages(write_scenes(tmp_path / "nine", 9 * MAPS[:1])[0])
-    assert untrained_network(TINY, 3, images, CELL, CPU)
+    assert untrained_network(TINY, 3, SquareImages(images, CELL, CPU))
     alone = FolderImages(write_scenes(tmp_path / "one", MAPS[:1])[0])
     with pytest.raises(UserError, match="has no variance"):
-        untrained_network(TINY, 3, alone, CELL, CPU)
+        untrained_network(TINY, 3, SquareImages(alone, CELL, CPU))
