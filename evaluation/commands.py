@@ -1,4 +1,4 @@
-"""What the commands share: options, their checks, and the files of results."""
+"""Options, checks and result files that the commands share."""
 
 import argparse
 from collections.abc import Sequence

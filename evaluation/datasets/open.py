@@ -28,8 +28,8 @@ def open_labelled(
     """
     if kind != "folder" and (classes is not None or void is not None):
         raise UserError(
-            f"--{section}classes and --{section}void are for --{section}dataset folder: {kind} has"
-            " its own"
+            f"--{section}classes and --{section}void are for --{section}dataset folder: {kind}"
+            " defines its classes"
         )
     lists = [] if listed is None else [listed]
     request = Request(kind, root, split, images, labels, classes, void, lists, section, part)

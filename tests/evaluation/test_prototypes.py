@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def test_similarity_is_that_of_the_slot_over_the_won_cells() -> None:
-    """The vectorised form against the definition, a loop; it must not need the prototypes."""
+    """The vectorised form equals the definition, a loop, and needs no prototypes."""
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.randn(5, 8, generator=generator)
     features = torch.randn(3, 8, 2, 2, generator=generator) * 4
@@ -45,7 +45,7 @@ def test_similarity_is_that_of_the_slot_over_the_won_cells() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 7), st.integers(1, 4))
 def test_stream_keeps_what_a_full_sort_would(seed: int, batch: int, top: int) -> None:
-    """Streaming must not lose a near segment at a batch's edge, nor depend on the batch size."""
+    """Streaming must not lose a near segment between batches, nor depend on the batch size."""
     generator = np.random.default_rng(seed)
     similarity = generator.integers(0, 6, (13, 3)).astype(np.float32) / 6
     similarity[generator.random((13, 3)) < 0.4] = -np.inf
@@ -67,7 +67,7 @@ def coloured_folder(root: Path) -> FolderImages:
 
 
 def test_frequency_and_images_of_known_colours(tmp_path: Path) -> None:
-    """A slot counts only where it wins a cell: a prototype that wins none must not be shown."""
+    """A prototype counts only where it wins a cell, so one that wins none must not be shown."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([3, 2, 1, 0])
     squares = SquareImages(images, 2 * CELL, CPU, batch_size=3)
@@ -79,7 +79,7 @@ def test_frequency_and_images_of_known_colours(tmp_path: Path) -> None:
 
 
 def test_tiles_show_the_segment_and_dim_the_rest(tmp_path: Path) -> None:
-    """A mask of another prototype or image would look right and be wrong."""
+    """Without it the mask of another prototype or image could be drawn."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([0, 1, 2])
     squares = SquareImages(images, 2 * CELL, CPU)
@@ -98,7 +98,7 @@ def test_tiles_show_the_segment_and_dim_the_rest(tmp_path: Path) -> None:
 
 
 def test_segment_of_the_whole_image_is_not_dimmed() -> None:
-    """The mask's borders, all ones and all zeros, must not fail."""
+    """Masks of all ones and of all zeros must work."""
     pixels = np.full((64, 64, 3), 200, np.uint8)
     whole = np.asarray(draw_segment(pixels, np.ones((64, 64), bool)))
     none = np.asarray(draw_segment(pixels, np.zeros((64, 64), bool)))
@@ -107,7 +107,7 @@ def test_segment_of_the_whole_image_is_not_dimmed() -> None:
 
 
 def test_command_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command's own wiring: sizes, subset, file."""
+    """The command applies its sizes, its subset of images and its output path."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([0, 1, 2])
     monkeypatch.setattr(commands, "load_network", lambda *_: (network, None))
