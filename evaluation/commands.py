@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.datasets.images import ImageSource, evaluation_size, spread
+from evaluation.datasets.images import EVALUATION_SIDE, ImageSource, evaluation_size, spread
 from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
 from evaluation.datasets.open import add_dataset_options
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import FEATURES_HELP
-from evaluation.networks import default_device, evaluated_side, load_network
+from evaluation.networks import default_device, load_network, run_config
 from evaluation.pictures.drawing import check_picture, write_picture
 from evaluation.pictures.segmentation import Column, draw_segmentations, read_samples
 from evaluation.scoring import summarise
@@ -85,8 +85,12 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def squares_of(args: argparse.Namespace, data: LabelledImages) -> LabelledSquares:
-    """The images of `data` as the options say. Raises UserError."""
-    size = evaluated_side(args.size, args.checkpoint)
+    """The images of `data` at --size, else at the side for the views of --checkpoint, else at 320
+    pixels. Raises UserError.
+    """
+    size = args.size or EVALUATION_SIDE
+    if args.checkpoint and not args.size:
+        size = evaluation_size(run_config(args.checkpoint).views.size)
     return LabelledSquares(data, size, default_device(), args.batch)
 
 

@@ -113,10 +113,7 @@ def open_all(
 
 
 def run_features(
-    spec: str,
-    network: SlotCon,
-    config: RunConfig,
-    images: SquareImages | None,
+    spec: str, network: SlotCon, config: RunConfig, images: SquareImages | None
 ) -> Features:
     """Features "teacher", "student", "projector" or "untrained" of a run that is loaded."""
     if spec == "untrained":

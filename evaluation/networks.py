@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from evaluation.datasets.images import EVALUATION_SIDE, evaluation_size, spread
+from evaluation.datasets.images import spread
 from evaluation.datasets.squares import SquareImages
 from model import ModelConfig, SlotCon
 from model.encoder import cells_of
@@ -31,15 +31,6 @@ def load_network(checkpoint: Path, device: torch.device) -> tuple[SlotCon, RunCo
 def run_config(checkpoint: Path) -> RunConfig:
     """The configuration of a run, given its folder or a checkpoint of it. Raises UserError."""
     return from_dict(read_record(find(checkpoint)).config)
-
-
-def evaluated_side(size: int | None, checkpoint: Path | None) -> int:
-    """R in pixels: `size` if given, else `evaluation_size` of the checkpoint's views, else 320.
-    Raises UserError.
-    """
-    if size is not None:
-        return size
-    return evaluation_size(run_config(checkpoint).views.size) if checkpoint else EVALUATION_SIDE
 
 
 def untrained_network(config: ModelConfig, seed: int, squares: SquareImages) -> SlotCon:

@@ -167,7 +167,7 @@ def voc(request: Request, more_labels: str = "") -> LabelledImages:
     the folder `more_labels` beside VOC's.
     """
     if not request.lists and request.root is not None:
-        request = replace(request, lists=[_voc_list(request)])
+        request = replace(request, lists=[_voc_list(request.root, request)])
     images = [f"{up}JPEGImages" for up in VOC_FOLDERS]
     pairs, labels = request.pairs(images, [f"{up}SegmentationClass" for up in VOC_FOLDERS])
     if more_labels:
@@ -187,7 +187,7 @@ def voc_aug(request: Request) -> LabelledImages:
     in ROOT/SegmentationClassAug. A file beside VOC's train.txt lists the larger training set.
     """
     if not request.lists and request.root is not None and request.split == "train":
-        first, wider = _voc_list(request), ("train_aug.txt", "trainaug.txt")
+        first, wider = _voc_list(request.root, request), ("train_aug.txt", "trainaug.txt")
         lists = [path for path in map(first.with_name, wider) if path.is_file()][:1]
         if not lists and not first.with_name("aug.txt").is_file():
             raise UserError(
@@ -198,12 +198,11 @@ def voc_aug(request: Request) -> LabelledImages:
     return voc(request, more_labels="SegmentationClassAug")
 
 
-def _voc_list(request: Request) -> Path:
+def _voc_list(root: Path, request: Request) -> Path:
     """VOC's list of the split. Raises UserError."""
-    assert request.root is not None
     names = [f"{up}ImageSets/Segmentation/{request.split}.txt" for up in VOC_FOLDERS]
     purpose = f"list of the split {request.split} of {request.kind}"
-    return first_existing(request.root, names, purpose)
+    return first_existing(root, names, purpose)
 
 
 def ade20k(request: Request) -> LabelledImages:
