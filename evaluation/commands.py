@@ -37,7 +37,7 @@ def add_scoring_options(parser: CommandParser, features: list[str], seeds: list[
         nargs="+",
         default=features,
         metavar="SPEC",
-        help=f"({' '.join(features) or 'none'}) {FEATURES_HELP}",
+        help=f"features to score (default: {' '.join(features) or 'none'}). {FEATURES_HELP}",
     )
     parser.add_argument("--weights", type=Path, help="file of weights for supervised or timm:NAME")
     parser.add_argument(

@@ -130,13 +130,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m evaluation.probe", description=__doc__, epilog=EXAMPLES)
     probes = parser.add_subparsers(dest="probe", required=True, metavar="{knn,linear,clusters}")
     knn = add_probe(probes, "knn", "dense k-NN retrieval (Hummingbird, arXiv 2306.01667)")
-    knn.add_argument("--neighbours", type=int, default=30, metavar="K", help="(30)")
+    knn.add_argument("--neighbours", type=int, default=30, metavar="K", help="of each cell (30)")
     knn.add_argument("--temperature", type=float, default=0.02, help="of the cosines (0.02)")
     linear = add_probe(probes, "linear", "BatchNorm and a 1×1 convolution, trained")
     linear.add_argument("--steps", type=int, default=1000, help="of 1,024 cells each (1000)")
     linear.add_argument("--learning-rate", type=float, default=0.01, help="of AdamW (0.01)")
     clusters = add_probe(probes, "clusters", "k-means clusters, each named by its pixels' majority")
-    clusters.add_argument("--clusters", type=int, default=500, metavar="K", help="(500)")
+    clusters.add_argument("--clusters", type=int, default=500, metavar="K", help="number (500)")
     return parser.parse_args(argv)
 
 

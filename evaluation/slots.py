@@ -130,7 +130,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--picture",
         type=Path,
-        help=f"draw the {SHOWN} prototypes at each end, with their nearest segments",
+        help=f"draw nearest segments of the {SHOWN} most frequent and {SHOWN} rarest prototypes",
     )
     parser.add_argument("--top", type=int, default=5, help="segments for each prototype (5)")
     parser.add_argument("--json", type=Path, help="write the results to this file")

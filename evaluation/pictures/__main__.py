@@ -1,7 +1,5 @@
 """Draw pictures of a run: the segments nearest to each prototype, the grouping of whole images, the
 views of training, and the grouping over the checkpoints.
-
-Letters: B images, R the side of an evaluated image in pixels.
 """
 
 import argparse
@@ -125,8 +123,8 @@ def draw_attention(args: argparse.Namespace) -> Image.Image:
 def group(
     network: Segmenter, squares: SquareImages, which: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The images `which` int64 [B] as uint8 [B, R, R, 3], and the prototype that wins each pixel as
-    int64 [B, R, R].
+    """The images `which` int64 [B] as squares of R pixels, uint8 [B, R, R, 3], and the prototype
+    that wins each pixel, int64 [B, R, R].
     """
     batches = segment_images(network, squares, "segmenting", which)
     parts = [(b.squares.pixels, assign(b.scores, squares.size).cpu().numpy()) for b in batches]
