@@ -1,19 +1,20 @@
-"""What evaluation compares, as maps of features: a run's networks, those that others trained, and
-none at all.
+"""Maps of features to compare: from networks of a run, from networks trained by others, and from
+plain pixels.
 
 Letters: B images, S their side in pixels, D features, h w cells.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.datasets.images import ImageSource, evaluation_size
+from evaluation.datasets.squares import SquareImages
 from evaluation.networks import load_network, run_config, untrained_network
 from model import SlotCon
 from model.encoder import build_encoder
@@ -25,50 +26,35 @@ from train.weights import published_weights, read_backbone, read_weights
 
 SPECS = ("teacher", "student", "projector", "untrained", "supervised", "timm:NAME", "pixels")
 FEATURES_HELP = (
-    "teacher, student: a run's encoders; projector: the teacher's, up to the projector; untrained: "
-    "the run's encoder before training; supervised: torchvision's weights for the same ResNet "
-    "(supervised:resnet18: for another); timm:NAME: any timm model (needs the extra [timm]); "
-    "pixels: mean colours of blocks of 8×8 pixels"
+    "teacher, student: encoders of the run; projector: the teacher's encoder and projector; "
+    "untrained: the run's encoder before training; supervised: torchvision's weights for the same "
+    "ResNet (supervised:resnet18: for another); timm:NAME: any timm model (needs the extra "
+    "[timm]); pixels: mean colours of blocks of 8×8 pixels"
 )
 TAKE_WEIGHTS = ("supervised", "timm:")
 BLOCK = 8
 
 
-class Features(Protocol):
-    """A network, or none, that makes a map of features of an image."""
+@dataclass(frozen=True)
+class Features:
+    """Turns images into maps of features."""
 
     name: str
-    """What it is called in tables."""
-    dim: int
-    """D."""
-    cosine: bool
-    """Directions are what is compared, not distances."""
+    """Name in tables."""
+    function: Callable[[Tensor], Tensor]
+    cosine: bool = True
+    """k-means compares directions of features; otherwise distances."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], ImageNet-normalised, on the network's device → [B, D, h, w]."""
-
-
-class NetworkFeatures:
-    """Features made by a function of images."""
-
-    cosine = True
-
-    def __init__(self, name: str, dim: int, function: Callable[[Tensor], Tensor]) -> None:
-        self.name, self.dim, self.function = name, dim, function
-
-    def __call__(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
             return self.function(images).float()
 
 
-class PixelFeatures:
-    """Mean colours of blocks of 8×8 pixels, as normalised."""
-
-    name, dim, cosine = "pixels", 3, False
-
-    def __call__(self, images: Tensor) -> Tensor:
-        height, width = (math.ceil(side / BLOCK) for side in images.shape[2:])
-        return F.adaptive_avg_pool2d(images.contiguous(), (height, width))
+def block_means(images: Tensor) -> Tensor:
+    """Mean colours of blocks of 8×8 pixels: [B, 3, S, S] → [B, 3, ⌈S/8⌉, ⌈S/8⌉]."""
+    height, width = (math.ceil(side / BLOCK) for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images.contiguous(), (height, width))
 
 
 def open_features(
@@ -77,28 +63,26 @@ def open_features(
     device: torch.device,
     *,
     weights: Path | None = None,
-    images: ImageSource | None = None,
-    size: int | None = None,
+    images: SquareImages | None = None,
 ) -> Features:
-    """The features that `spec`, one of SPECS, names, on `device`.
+    """The features that `spec` names.
 
     Args:
-        spec: see FEATURES_HELP.
-        checkpoint: a run's folder or checkpoint, for the run's networks and their architecture.
-        device: where the network goes.
-        weights: file of weights for "supervised" and "timm:NAME" (their own where None: downloaded
-            once, then from their cache).
-        images, size: "untrained" only: images of which its BatchNorm takes its statistics, and
-            the side at which it sees them.
+        spec: one of SPECS; FEATURES_HELP describes them.
+        checkpoint: a run folder or a checkpoint, for the run's networks and their architecture.
+        device: device of the network.
+        weights: file of weights for "supervised" and "timm:NAME". None: the published weights,
+            downloaded once, later from the cache.
+        images: only for "untrained": images that calibrate its BatchNorm.
 
     Raises:
-        UserError: where something is missing or does not fit.
+        UserError: if something is missing or does not fit.
     """
     kind, _, argument = spec.partition(":")
     if weights is not None and not spec.startswith(TAKE_WEIGHTS):
         raise UserError(f"--weights is for supervised and timm:NAME, not for {spec}")
     if spec == "pixels":
-        return PixelFeatures()
+        return Features("pixels", block_means, cosine=False)
     if kind == "timm" and argument:
         return timm_features(argument, weights, device)
     if kind == "supervised":
@@ -108,57 +92,40 @@ def open_features(
     if checkpoint is None:
         raise UserError(f"--features {spec} needs --checkpoint")
     network, config = load_network(checkpoint, device)
-    return run_features(spec, network, config, images, size, device)
+    return run_features(spec, network, config, images)
 
 
 def open_all(
-    specs: Sequence[str],
-    checkpoint: Path | None,
-    device: torch.device,
-    *,
-    weights: Path | None,
-    images: ImageSource,
-    size: int,
+    specs: Sequence[str], checkpoint: Path | None, weights: Path | None, images: SquareImages
 ) -> list[Features]:
-    """`open_features` of each of `specs`; `weights` are for the one that takes a file. Raises
+    """`open_features` for each of `specs`; `weights` are for the one that takes a file. Raises
     UserError.
     """
-    if weights and sum(spec.startswith(TAKE_WEIGHTS) for spec in specs) != 1:
+    takes = [spec.startswith(TAKE_WEIGHTS) for spec in specs]
+    if weights and sum(takes) != 1:
         raise UserError("--weights needs exactly one of supervised and timm:NAME in --features")
     return [
         open_features(
-            spec,
-            checkpoint,
-            device,
-            weights=weights if spec.startswith(TAKE_WEIGHTS) else None,
-            images=images,
-            size=size,
+            spec, checkpoint, images.device, weights=weights if take else None, images=images
         )
-        for spec in specs
+        for spec, take in zip(specs, takes, strict=True)
     ]
 
 
 def run_features(
-    spec: str,
-    network: SlotCon,
-    config: RunConfig,
-    images: ImageSource | None,
-    size: int | None,
-    device: torch.device,
+    spec: str, network: SlotCon, config: RunConfig, images: SquareImages | None
 ) -> Features:
     """Features "teacher", "student", "projector" or "untrained" of a run that is loaded."""
-    dim = encoder_dim(config.model.arch)
     if spec == "untrained":
         if images is None:
             raise ValueError("untrained features need images, for BatchNorm's statistics")
-        size = size or evaluation_size(config.views.size)
-        network = untrained_network(config.model, config.train.seed, images, size, device)
+        network = untrained_network(config.model, config.train.seed, images)
     if spec == "projector":
         teacher = network.teacher
         encode = nn.Sequential(teacher.encoder, teacher.projector).eval()
-        return NetworkFeatures(spec, config.model.dim_out, encode)
+        return Features(spec, encode)
     branch = network.student if spec == "student" else network.teacher
-    return NetworkFeatures(spec, dim, branch.encoder.eval())
+    return Features(spec, branch.encoder.eval())
 
 
 def encoder_dim(arch: str) -> int:
@@ -168,7 +135,7 @@ def encoder_dim(arch: str) -> int:
 
 
 def architecture(checkpoint: Path | None) -> str:
-    """A run's encoder; ResNet-50 without a run."""
+    """The architecture of a run's encoder; ResNet-50 without a run."""
     if checkpoint is None:
         return "resnet50"
     return run_config(checkpoint).model.arch
@@ -177,24 +144,25 @@ def architecture(checkpoint: Path | None) -> str:
 def supervised_features(
     name: str, arch: str, weights: Path | None, device: torch.device
 ) -> Features:
-    """A torchvision ResNet trained on ImageNet's labels (IMAGENET1K_V1, the usual recipe, unless
-    `weights` are given), up to its last map.
+    """The last map of a torchvision ResNet trained on ImageNet's labels (IMAGENET1K_V1, the usual
+    recipe, unless `weights` are given).
     """
     try:
-        encoder, dim = build_encoder(arch)
+        encoder, _ = build_encoder(arch)
     except (ValueError, TypeError, AttributeError):  # unknown to torchvision, or not a ResNet
         raise UserError(f"--features supervised:{arch}: not a ResNet of torchvision's") from None
     encoder.load_state_dict(
         read_backbone(weights, arch).weights if weights else published_weights(arch)
     )
-    return NetworkFeatures(name, dim, encoder.to(device).eval())
+    return Features(name, encoder.to(device).eval())
 
 
 def timm_features(name: str, weights: Path | None, device: torch.device) -> Features:
-    """The last map of a timm model, normed as before its head; a ViT's patch tokens laid out again.
+    """The last map of a timm model, after the normalisation before its head. The patch tokens of a
+    ViT are arranged as a map.
 
-    Images are resized to the nearest whole number of patches, and normalised as the model's own
-    were.
+    Images are resized to the nearest whole number of patches and normalised as in the model's
+    training.
     """
     try:
         import timm
@@ -207,9 +175,9 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
     try:
         try:
             model = create(dynamic_img_size=True)
-        except TypeError:  # not a transformer: takes images of any size as it is
+        except TypeError:  # not a transformer: accepts images of any size anyway
             model = create()
-    except Exception as error:  # whatever its hub, its registry and its models raise
+    except Exception as error:  # timm's hub, registry and models raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--features timm:{name}: {reason}") from None
     settings: dict[str, Any] = model.pretrained_cfg
@@ -221,7 +189,7 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
         load(model, {k: v for k, v in state.items() if not k.startswith(drop)}, weights)
     model = model.to(device).eval()
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-    mean, std, own_mean, own_std = (
+    mean, std, timm_mean, timm_std = (
         torch.tensor(values, device=device)[:, None, None]
         for values in (IMAGENET_MEAN, IMAGENET_STD, settings["mean"], settings["std"])
     )
@@ -229,7 +197,7 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
     def encode(images: Tensor) -> Tensor:
         sides = zip(images.shape[2:], patch, strict=True)
         whole = [max(round(side / step), 1) * step for side, step in sides]
-        images = (images * std + mean - own_mean) / own_std
+        images = (images * std + mean - timm_mean) / timm_std
         if whole != list(images.shape[2:]):
             images = F.interpolate(images, whole, mode="bilinear", antialias=True)
         maps = model.forward_intermediates(
@@ -237,14 +205,11 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
         )
         return maps[-1]
 
-    features = NetworkFeatures(f"timm:{name}", 0, encode)
-    side = settings["input_size"][-1]
-    features.dim = features(torch.zeros(1, 3, side, side, device=device)).shape[1]
-    return features
+    return Features(f"timm:{name}", encode)
 
 
 def load(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load `state` into `module`, all of it. Raises UserError, in one line, unless it fits."""
+    """Load all of `state` into `module`. Raises UserError, in one line, unless it fits exactly."""
     try:
         check_weights(state, module.state_dict())
     except ValueError as error:

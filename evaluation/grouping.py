@@ -1,9 +1,9 @@
-"""How well prototypes, taken as clusters, agree with classes.
+"""Confusion matrices, and the scores computed from them.
 
-The protocol of unsupervised semantic segmentation (arXiv 2205.15288, table 5): one confusion matrix
-over the whole set, one-to-one matching of clusters and classes.
+Clusters are scored by the protocol of unsupervised semantic segmentation (arXiv 2205.15288, table
+5): one confusion matrix over the whole set, one-to-one matching of clusters and classes.
 
-Letters: K prototypes (clusters), C classes.
+Letters: K clusters (or prototypes), C classes.
 """
 
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ from scipy.optimize import linear_sum_assignment
 
 @dataclass(frozen=True)
 class GroupingScore:
-    """Agreement of clusters and classes over a whole set; shares are in 0..1."""
+    """Agreement of clusters and classes over a whole set; all shares in 0..1."""
 
     miou: float
-    """Mean IoU of the classes that the labels show."""
+    """Mean IoU over the classes that occur in the labels."""
     accuracy: float
     """Share of labelled pixels whose cluster is matched to their class."""
     iou: np.ndarray
-    """float64 [C]; NaN for a class that no label shows."""
+    """float64 [C]; NaN for a class that does not occur in the labels."""
     cluster: np.ndarray
     """int64 [C], the cluster matched to each class; -1 for none."""
     used: int
-    """Number of clusters that win at least one labelled pixel."""
+    """Number of clusters with at least one labelled pixel."""
 
 
 def confusion_matrix(
     clusters: np.ndarray, labels: np.ndarray, num_clusters: int, num_classes: int
 ) -> np.ndarray:
-    """int64 [K, C]: how many pixels of each cluster bear each label.
+    """int64 [K, C]: number of pixels of each cluster with each label.
 
-    `clusters` and `labels` are integer arrays of one shape; pixels whose label is not in 0 … C-1
-    (void) are left out.
+    `clusters` and `labels` are integer arrays of the same shape. Pixels with a label outside
+    0 … C-1 (void) are skipped.
     """
     labels = labels.astype(np.int64)
     valid = (labels >= 0) & (labels < num_classes)
@@ -44,7 +44,9 @@ def confusion_matrix(
 
 
 def match(confusion: np.ndarray) -> np.ndarray:
-    """int64 [C]: the cluster of each class, such that most pixels are matched; -1 where K < C."""
+    """int64 [C]: the cluster of each class, so that as many pixels as possible match. With K < C,
+    -1 for a class without cluster.
+    """
     cluster = np.full(confusion.shape[1], -1, np.int64)
     rows, columns = linear_sum_assignment(confusion, maximize=True)
     cluster[columns] = rows
@@ -54,9 +56,9 @@ def match(confusion: np.ndarray) -> np.ndarray:
 def score_grouping(confusion: np.ndarray) -> GroupingScore:
     """Match and score an int64 [K, C] confusion matrix.
 
-    With K > C the clusters left over count against the classes they cover; with K < C a class left
-    over scores 0. A class without labelled pixels takes no part: there is nothing to find. Raises
-    ValueError if no pixel is labelled.
+    With K > C, pixels of unmatched clusters count as errors of their classes. With K < C, an
+    unmatched class has IoU 0. Classes without labelled pixels are skipped. Raises ValueError if no
+    pixel is labelled.
     """
     pixels = confusion.sum(axis=0)
     shown = np.flatnonzero(pixels)
@@ -66,9 +68,9 @@ def score_grouping(confusion: np.ndarray) -> GroupingScore:
 
 
 def score_classes(confusion: np.ndarray) -> GroupingScore:
-    """Score predicted classes: an int64 [C, C] confusion matrix, prediction c being class c.
+    """Score predicted classes: an int64 [C, C] confusion matrix (predicted, true).
 
-    A class without labelled pixels takes no part, though a pixel predicted as one counts as wrong.
+    Classes without labelled pixels are skipped, but a pixel predicted as one of them is an error.
     Raises ValueError if no pixel is labelled.
     """
     return score_matched(confusion, np.arange(len(confusion)))

@@ -1,4 +1,4 @@
-"""k-means on the cells of many images: a bounded sample of them, k-means++, Lloyd's iterations.
+"""k-means on the cells of many images: a bounded sample of cells, k-means++, Lloyd's iterations.
 
 Letters: N images, B those of a batch, h w cells of an image, M cells sampled, D features, K
 clusters.
@@ -18,18 +18,18 @@ from model.precision import full_precision
 SAMPLE_FLOATS = 2**27
 """Floats of a sample: 512 MiB."""
 CHUNK_FLOATS = 2**22
-"""Floats of distances and of cells held at once beside it: 16 MiB each."""
+"""Floats of distances, and of cells, held at once beside the sample: 16 MiB each."""
 COSINE_TEMPERATURE = 0.07
-"""SlotCon's for cells and prototypes; taken for cells and centres as well."""
+"""SlotCon's temperature for cells and prototypes, used here for cells and centres."""
 
 
 def sample_cells(
     batches: Iterable[Tensor], num_images: int, seed: int, floats: int = SAMPLE_FLOATS
 ) -> Tensor:
     """Features [B, D, h, w] of N = `num_images` images, batch by batch → [M, D]: a uniform sample
-    of their cells, M·D ≤ `floats`, in their order; all of them where that is enough.
+    of their cells, in order; all of them if they have at most `floats` numbers. M·D ≤ `floats`.
 
-    The choice depends on `seed` and N, not on the batches. Raises ValueError if there are none.
+    The sample depends on `seed` and N, not on the batches. Raises ValueError if there are none.
     """
     sample: Tensor | None = None
     first = 0
@@ -52,31 +52,31 @@ def sample_cells(
 
 @dataclass(frozen=True)
 class Clusters:
-    """What k-means found."""
+    """The result of k-means."""
 
     centres: Tensor
-    """[K, D], of length 1 with `cosine`."""
+    """[K, D]; with `cosine` each has length 1."""
     cosine: bool
-    """Only the direction of a cell counts (spherical k-means)."""
+    """Only the direction of a cell matters (spherical k-means)."""
     inertia: float
     """Mean squared distance of a cell to its centre."""
     iterations: int
 
     @full_precision
     def logits(self, features: Tensor) -> Tensor:
-        """Features [B, D, h, w] → [B, K, h, w]: the logarithm of how likely each cluster is, up to
-        a constant for each cell.
+        """Features [B, D, h, w] → [B, K, h, w]: log-likelihood of each cluster, up to a constant
+        for each cell. The nearest centre has the largest.
 
-        The nearest centre has the largest. They are affine in the features (in their directions,
-        with `cosine`), so that upsampling them bilinearly finds what upsampling the features would.
+        The result is affine in the features (with `cosine`, in their directions). Bilinear
+        upsampling therefore gives the same clusters for logits as for features.
         """
         if self.cosine:
             features = F.normalize(features, dim=1)
             return torch.einsum("kd,bdhw->bkhw", self.centres, features) / COSINE_TEMPERATURE
-        # A Gaussian round each centre, all of the same width.
+        # A Gaussian around each centre, all of the same variance.
         closeness = torch.einsum("kd,bdhw->bkhw", 2 * self.centres, features)
         closeness = closeness - self.centres.square().sum(dim=1)[:, None, None]
-        # Cells that all lie on their centres leave no width; some keeps the logarithms finite.
+        # The variance is 0 if all cells lie on their centres. A lower bound keeps logits finite.
         variance = max(self.inertia / features.shape[1], 1e-6 * float(self.centres.square().mean()))
         return closeness / (2 * max(variance, 1e-12))
 
@@ -94,8 +94,8 @@ def kmeans(
 ) -> Clusters:
     """Cluster cells [M, D] on their device, from a k-means++ start drawn with `seed`.
 
-    Ends when the centres' mean squared step is below `tolerance` times the mean variance of a
-    feature. A cluster that loses its last cell starts again from the cell farthest from its centre.
+    Stops when the mean squared step of the centres is at most `tolerance` times the mean variance
+    of a feature. A cluster that loses its last cell restarts at the cell farthest from its centre.
     Raises ValueError if there are fewer cells than clusters.
     """
     if len(cells) < num_clusters:
@@ -114,40 +114,42 @@ def kmeans(
 
 
 def plus_plus(cells: Tensor, num_clusters: int, generator: np.random.Generator) -> Tensor:
-    """K of the cells [M, D]: each is the best of 2 + ln K that are drawn in proportion to their
-    squared distance from those before (greedy k-means++, Arthur and Vassilvitskii, 2007; from a
-    single draw each, k-means often ends far from its best).
+    """K of the cells [M, D] as initial centres (greedy k-means++, Arthur and Vassilvitskii, 2007).
+
+    Each centre is the best of 2 + ln K cells. They are drawn with a probability in proportion to
+    the squared distance from the nearest earlier centre. With a single draw for each centre,
+    k-means often ends far from its best.
     """
     lengths = torch.linalg.vector_norm(cells, dim=1).square()
     distance = torch.full_like(lengths, math.inf)
     tries = 2 + int(math.log(num_clusters))
     drawn, chosen = [int(generator.integers(len(cells)))], []
     while True:
-        # By way of a product: the differences would be copies of all the cells.
-        left = (
+        # Computed by a product, since differences would copy all cells.
+        distances = (
             (c, torch.minimum(distance, lengths + lengths[c] - 2 * (cells @ cells[c])))
             for c in drawn
         )
-        best, distance = min(left, key=lambda pair: float(pair[1].sum(dtype=torch.float64)))
+        best, distance = min(distances, key=lambda pair: float(pair[1].sum(dtype=torch.float64)))
         chosen.append(best)
         if len(chosen) == num_clusters:
             return cells[chosen]
         distance = distance.clamp_min(0)
         running = distance.cumsum(dim=0, dtype=torch.float64)
         points = torch.from_numpy(generator.random(tries)).to(running) * running[-1]
-        # The last one where no distance is left: there are fewer different cells than clusters.
-        places = torch.searchsorted(running, points, right=True).clamp_max(len(cells) - 1)
-        drawn = places.tolist()
+        # If all distances are 0 (fewer distinct cells than clusters), this is the last cell.
+        numbers = torch.searchsorted(running, points, right=True).clamp_max(len(cells) - 1)
+        drawn = numbers.tolist()
 
 
 def squared_distance(cells: Tensor, centres: Tensor) -> Tensor:
-    """[M, D], [K, D] → [M, K]."""
+    """Cells [M, D], centres [K, D] → [M, K]."""
     lengths = [torch.linalg.vector_norm(vectors, dim=1).square() for vectors in (cells, centres)]
     return (lengths[0][:, None] + lengths[1] - 2 * (cells @ centres.T)).clamp_min(0)
 
 
 def nearest(cells: Tensor, centres: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Chunk by chunk: cells [m, D], the number of the nearest centre int64 [m], and its squared
+    """Yield chunks: cells [m, D], the number of the nearest centre int64 [m], and its squared
     distance [m].
     """
     step = max(CHUNK_FLOATS // max(len(centres), cells.shape[1]), 1)
@@ -157,13 +159,13 @@ def nearest(cells: Tensor, centres: Tensor) -> Iterator[tuple[Tensor, Tensor, Te
 
 
 def mean_of_nearest(cells: Tensor, centres: Tensor, cosine: bool) -> Tensor:
-    """Lloyd's step: [K, D], the mean of the cells nearest to each centre (of length 1 with
-    `cosine`).
+    """Lloyd's step: [K, D], the mean of the cells nearest to each centre, of length 1 with
+    `cosine`.
     """
     sums, counts = torch.zeros_like(centres), centres.new_zeros(len(centres))
     distances = []
     for chunk, number, distance in nearest(cells, centres):
-        # A product, not scatter_add: the same sums on every run of a GPU.
+        # A product, not scatter_add, since its sums are reproducible on a GPU.
         member = F.one_hot(number, len(centres)).to(chunk)
         sums += member.T @ chunk
         counts += member.sum(dim=0)

@@ -1,14 +1,13 @@
-"""The networks that evaluation compares: a run's teacher, and the same architecture before
-training.
-"""
+"""The networks of a run: as trained, and before training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from evaluation.datasets.images import EVALUATION_SIDE, ImageSource, evaluation_size, spread
-from evaluation.segment import square_batches
+from evaluation.datasets.images import spread
+from evaluation.datasets.squares import SquareImages
 from model import ModelConfig, SlotCon
 from model.encoder import cells_of
 from pipeline.errors import UserError
@@ -19,52 +18,43 @@ CALIBRATION_IMAGES, CALIBRATION_BATCH = 256, 8
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_network(checkpoint: Path, device: torch.device) -> tuple[SlotCon, RunConfig]:
-    """The model of a checkpoint, or of a run's newest, in eval mode. Raises UserError."""
+    """The model of a checkpoint, or of the newest one of a run, in eval mode. Raises UserError."""
     model, config = load_model(checkpoint)
     return model.to(device).eval(), config
 
 
 def run_config(checkpoint: Path) -> RunConfig:
-    """The configuration of a checkpoint's run, or of a run. Raises UserError."""
+    """The configuration of a run, given its folder or a checkpoint of it. Raises UserError."""
     return from_dict(read_record(find(checkpoint)).config)
 
 
-def evaluated_side(size: int | None, checkpoint: Path | None) -> int:
-    """R in pixels: `size` if given, else what the checkpoint's views ask for, else 320. Raises
-    UserError.
-    """
-    if size is not None:
-        return size
-    return evaluation_size(run_config(checkpoint).views.size) if checkpoint else EVALUATION_SIDE
+def untrained_network(config: ModelConfig, seed: int, squares: SquareImages) -> SlotCon:
+    """The network that a run with this `seed` starts from, its BatchNorm calibrated on up to 256 of
+    the images.
 
-
-def untrained_network(
-    config: ModelConfig, seed: int, images: ImageSource, size: int, device: torch.device
-) -> SlotCon:
-    """The network that a run of this `seed` starts from, with BatchNorm statistics of up to 256 of
-    `images`.
-
-    A new layer's running statistics, 0 and 1, are those of no input. Measured ones give the
-    baseline the scale that training would have given it on the way, so that only the weights
-    differ. Raises UserError for a single image of a single cell.
+    Initial running statistics are 0 and 1, whatever the input. With measured statistics the
+    baseline has normalised activations as a trained network has, and only the weights differ.
+    Raises UserError for a single image of a single cell.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = SlotCon(config).to(device)
+        model = SlotCon(config).to(squares.device)
     for norm in model.teacher.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = None  # the plain average over the batches
-    sample = spread(len(images), CALIBRATION_IMAGES)
-    if len(sample) > CALIBRATION_BATCH:  # whole batches only: all of them weigh the same
+            norm.momentum = None  # average over all batches
+    sample = spread(len(squares.images), CALIBRATION_IMAGES)
+    if len(sample) > CALIBRATION_BATCH:  # only whole batches, since all have the same weight
         sample = sample[: len(sample) // CALIBRATION_BATCH * CALIBRATION_BATCH]
-    elif len(sample) * cells_of(size) < 2:
-        raise UserError(f"one image of {size} pixels has no variance to calibrate BatchNorm with")
+    elif len(sample) * cells_of(squares.size) < 2:
+        raise UserError(
+            f"one image of {squares.size} pixels has no variance to calibrate BatchNorm with"
+        )
     with torch.inference_mode():
-        for squares in square_batches(images, size, indices=sample, batch_size=CALIBRATION_BATCH):
-            model.teacher.train()(squares.normalised(device))
+        for batch in replace(squares, batch_size=CALIBRATION_BATCH).batches(indices=sample):
+            model.teacher.train()(batch.normalised(squares.device))
     return model.eval()

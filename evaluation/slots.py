@@ -1,33 +1,29 @@
-"""How a run uses its prototypes: active slots an image, how often each prototype is active, usage
-entropy, prototypes that never win, prototypes that are nearly the same.
+"""Count how a run uses its prototypes: active slots in each image, frequency of each prototype,
+usage entropy, dead prototypes and near-duplicates.
 
-A slot is active in an image if its prototype wins at least one cell. Counts are those of the
-teacher, over whole images.
+A slot is active in an image if its prototype wins at least one cell. The teacher is counted, on
+whole images.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.datasets.images import ImageSource, evaluation_size, open_images, spread
-from evaluation.networks import default_device, load_network
-from evaluation.pictures.drawing import check_picture, write_picture
+from evaluation.commands import check_outputs, open_run, require_positive
+from evaluation.datasets.images import open_images, spread
+from evaluation.datasets.squares import SquareImages
+from evaluation.pictures.drawing import write_picture
 from evaluation.pictures.prototypes import cut_tiles, draw_rows
-from evaluation.prototypes import NearestSegments, segment_similarity
-from evaluation.segment import Segmented, Segmenter, segment_images
-from model.grouping import won_cells
-from pipeline.errors import UserError
-from train.health import DUPLICATE, prototype_cosines, usage_entropy
+from evaluation.prototypes import NearestSegments, SlotStatistics, gather_statistics
+from evaluation.segment import Segmenter, segment_images
+from train.health import DUPLICATE, prototype_cosines
 from train.run.checkpoint import find, step_of
-from train.run.cli import CommandParser, check_writable, run
+from train.run.cli import CommandParser, run
 from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:
@@ -36,64 +32,22 @@ EXAMPLES = """examples:
       --max-images 2000 --json slots.json
 """
 SHOWN = 5
-"""Prototypes at each end of the picture."""
-
-
-@dataclass(frozen=True)
-class SlotStatistics:
-    """Of N images and K prototypes."""
-
-    slots: np.ndarray
-    """int64 [N], active slots of each image."""
-    cells: np.ndarray
-    """int64 [K], cells that each prototype wins."""
-    nearest: NearestSegments
-    """How often each prototype is active, and where."""
-
-    @property
-    def entropy(self) -> float:
-        """Of the share of cells, in shares of log K."""
-        return usage_entropy(torch.from_numpy(self.cells))
-
-    @property
-    def dead(self) -> int:
-        """Prototypes that never win."""
-        return int((self.cells == 0).sum())
-
-
-def gather_statistics(batches: Iterable[Segmented], top: int) -> SlotStatistics:
-    """Run through `batches` once, keeping the `top` nearest segments of each prototype. Raises
-    ValueError if there are none.
-    """
-    nearest: NearestSegments | None = None
-    slots: list[np.ndarray] = []
-    cells: np.ndarray | int = 0
-    for batch in batches:
-        won = won_cells(batch.scores).cpu().numpy()
-        if nearest is None:
-            nearest = NearestSegments(won.shape[1], top)
-        similarity = segment_similarity(batch.scores, batch.features)
-        nearest.add(batch.squares.index, similarity.cpu().numpy())
-        slots.append((won > 0).sum(axis=1))
-        cells = cells + won.sum(axis=0)
-    if nearest is None:
-        raise ValueError("no images to look at")
-    return SlotStatistics(np.concatenate(slots), np.asarray(cells), nearest)
+"""Prototypes in each column of the picture."""
 
 
 def duplicate_pairs(prototypes: Tensor) -> list[tuple[int, int, float]]:
-    """Pairs of prototypes [K, D] that are nearly the same, and their cosine; the nearest first."""
+    """Near-duplicates among prototypes [K, D]: their numbers and cosine, the nearest pair first."""
     cosines = prototype_cosines(prototypes).cpu()
-    pairs = (cosines > DUPLICATE).nonzero().tolist()
-    found = [(i, j, float(cosines[i, j])) for i, j in pairs]
-    return sorted(found, key=lambda pair: -pair[2])
+    numbers = (cosines > DUPLICATE).nonzero().tolist()
+    pairs = [(i, j, float(cosines[i, j])) for i, j in numbers]
+    return sorted(pairs, key=lambda pair: -pair[2])
 
 
 def result_rows(
     statistics: SlotStatistics, duplicates: list[tuple[int, int, float]], common: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One row a number, for --json: those of all prototypes, of each one, of each pair that is
-    nearly the same.
+    """One row a number, for --json: of all prototypes, of each prototype, of each near-duplicate
+    pair.
     """
     slots, cells, nearest = statistics.slots, statistics.cells, statistics.nearest
     whole = {
@@ -119,7 +73,7 @@ def result_rows(
 
 
 def describe(statistics: SlotStatistics, duplicates: list[tuple[int, int, float]]) -> str:
-    """The numbers for people."""
+    """The numbers as lines of text."""
     slots, nearest = statistics.slots, statistics.nearest
     total = len(statistics.cells)
     often, seldom = (
@@ -141,24 +95,18 @@ def describe(statistics: SlotStatistics, duplicates: list[tuple[int, int, float]
 
 
 def ends(nearest: NearestSegments) -> tuple[np.ndarray, np.ndarray]:
-    """The prototypes that are active in most images, and of the others those in fewest; each
-    int64 [5] or fewer.
+    """The prototypes that are active in most images, and those of the others that are active in
+    fewest; each int64, at most `SHOWN`.
     """
     order = nearest.by_frequency()
     return order[:SHOWN], order[SHOWN:][-SHOWN:][::-1]
 
 
-def draw_ends(
-    network: Segmenter,
-    images: ImageSource,
-    statistics: SlotStatistics,
-    size: int,
-    device: torch.device,
-) -> Image.Image:
-    """The nearest segments of the prototypes that are active most often, and most seldom."""
+def draw_ends(network: Segmenter, squares: SquareImages, statistics: SlotStatistics) -> Image.Image:
+    """The nearest segments of the most frequent and of the rarest active prototypes."""
     nearest = statistics.nearest
     both = ends(nearest)
-    tiles = cut_tiles(network, images, nearest, np.concatenate(both), size, device)
+    tiles = cut_tiles(network, squares, nearest, np.concatenate(both))
     often, seldom = ({k: tiles[k] for k in end.tolist()} for end in both)
     title = (
         f"{statistics.slots.mean():.1f} of {len(statistics.cells)} slots active an image,"
@@ -174,7 +122,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--checkpoint", type=Path, required=True, help="run folder, or one of its checkpoints"
     )
     parser.add_argument("--data", type=Path, required=True, help="a beton, or a folder of images")
-    parser.add_argument("--max-images", type=int, help="look at this many images (all)")
+    parser.add_argument("--max-images", type=int, help="number of images to read (all)")
     parser.add_argument(
         "--size", type=int, help="side of the segmented square in pixels (320 for 224-pixel views)"
     )
@@ -182,45 +130,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--picture",
         type=Path,
-        help=f"draw the {SHOWN} prototypes at each end, with their nearest segments",
+        help=f"draw nearest segments of the {SHOWN} most frequent and {SHOWN} rarest prototypes",
     )
     parser.add_argument("--top", type=int, default=5, help="segments for each prototype (5)")
-    parser.add_argument("--json", type=Path, help="write the results here as well")
-    args = parser.parse_args(argv)
-    for name in ("top", "max_images", "size", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    return args
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    if args.json:
-        check_writable("--json", args.json)
-    if args.picture:
-        check_picture("--picture", args.picture)
+    require_positive(args, ("top", "max_images", "size", "batch"))
+    check_outputs(args)
     images = open_images(args.data)
-    device = default_device()
-    network, config = load_network(args.checkpoint, device)
-    size = args.size or evaluation_size(config.views.size)
+    network, config, squares = open_run(args.checkpoint, images, args.size, args.batch)
     indices = spread(len(images), args.max_images)
-    batches = segment_images(
-        network,
-        images,
-        size,
-        device=device,
-        indices=indices,
-        batch_size=args.batch,
-        progress="segmenting",
-    )
+    batches = segment_images(network, squares, "segmenting", indices)
     statistics = gather_statistics(batches, args.top)
     duplicates = duplicate_pairs(network.teacher.grouping.prototypes)
     print(describe(statistics, duplicates))
     if args.picture:
-        write_picture(args.picture, draw_ends(network, images, statistics, size, device))
+        write_picture(args.picture, draw_ends(network, squares, statistics))
     if args.json:
         step = step_of(find(args.checkpoint))
-        common = {"step": step, "images": len(indices), "size": size, "seed": config.train.seed}
+        common = {
+            "step": step,
+            "images": len(indices),
+            "size": squares.size,
+            "seed": config.train.seed,
+        }
         rows = result_rows(statistics, duplicates, common)
         write_json(args.json, provenance() | {"results": rows})
 

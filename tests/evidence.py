@@ -1,13 +1,14 @@
-"""Does it learn: trainings from scratch beside untrained features and raw pixels, and without two
-of the method's parts, over seeds. What docs/results.md shows is made with
+"""Does it learn? Trains from scratch over several seeds: the whole method, and the method without
+each of two parts. Scores the runs beside untrained features and raw pixels. docs/results.md comes
+from
 
     python -m tests.evidence scenes WORK --jobs 2
     python -m tests.evidence camvid WORK --root CamVid --jobs 2
     python -m tests.evidence scenes LONGER --variants full --no-baselines \\
         --train "--train.epochs 12" --jobs 2
 
-Packs, trains and scores in the folder WORK, with the commands that a user would; what is there
-already is not made again, so that a stopped one goes on.
+Packs, trains and scores in the folder WORK, with the same commands as a user. Skips files that
+exist, so a stopped run can be resumed.
 """
 
 import argparse
@@ -32,39 +33,40 @@ VARIANTS = {
     "no geometric augmentation": "--views.geometry false",
 }
 STARTS = 3
-"""Of k-means, for each seed of training, which has starts of its own; their mean counts."""
-LEARNT = 200
+"""Starts of k-means for each training seed; their mean counts. Each seed has other starts."""
+TRAIN_SCENES = 200
 """Labelled scenes that the probes learn from."""
 MEASURES = {
     "eval.json": "unsupervised_segmentation",
     "knn.json": "probe knn",
     "linear.json": "probe linear",
 }
-"""File and command of each measure."""
+"""File and command of each evaluation."""
 BASELINES = {"eval.json": " untrained pixels --baseline untrained"} | dict.fromkeys(
     ("knn.json", "linear.json"), " untrained pixels"
 )
-"""Scored beside the full method: once for each seed."""
+"""More options when the full method is scored, once for each seed."""
 COLUMNS = ("prototypes", "k-means", "knn", "linear")
-"""Clusters of the first measure, and probes."""
+"""Columns of the tables: the two clusterings and the two probes."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on, and what is scored."""
+    """The data to train on and to score."""
 
     config: str
     pack: str
-    labelled: str
-    """Options of evaluation that name the images to score, and …"""
+    """Options of tools.build_dataset."""
+    scored: str
+    """Options that name the labelled images to score."""
     learnt: str
-    """… those that a probe learns from."""
+    """Options that name the labelled images that a probe learns from."""
     size: int
     """Side of the scored square in pixels."""
 
 
 def setting(data: str, work: Path, root: Path | None) -> Setting:
-    """Raises UserError where CamVid's folder is not given."""
+    """The setting "scenes" or "camvid". Raises UserError if CamVid's folder is not given."""
     if data == "scenes":
         scenes = work / "scenes"
         val, train = (
@@ -72,18 +74,18 @@ def setting(data: str, work: Path, root: Path | None) -> Setting:
             for part, prefix in (("val", ""), ("train", "train-"))
         )
         listed = work / "learnt.txt"
-        listed.write_text("".join(f"{number}\n" for number in range(LEARNT)))
+        listed.write_text("".join(f"{number}\n" for number in range(TRAIN_SCENES)))
         learnt = f"--train-{train} --train-list {listed} --memory 20000"
         return Setting("configs/demo_cpu.yaml", "sample", f"--{val}", learnt, 192)
     if root is None:
         raise UserError("camvid needs --root, the folder with train, trainannot, val and valannot")
-    labelled = f"--dataset camvid --root {shlex.quote(str(root))}"
+    scored = f"--dataset camvid --root {shlex.quote(str(root))}"
     pack = f"folder --root {shlex.quote(str(root / 'train'))}"
-    return Setting("configs/camvid_cpu.yaml", pack, labelled, "", 320)
+    return Setting("configs/camvid_cpu.yaml", pack, scored, "", 320)
 
 
 def call(command: str, log: Path, threads: int) -> None:
-    """One of slotstream's commands, its output to `log`. Raises UserError if it fails."""
+    """Run a command of slotstream with its output in `log`. Raises UserError if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with log.open("a") as file:
         print(f"$ python -m {command}", file=file, flush=True)
@@ -98,15 +100,15 @@ def call(command: str, log: Path, threads: int) -> None:
 
 
 def train_and_score(
-    found: Setting, work: Path, variant: str, seed: int, more: str, baselines: bool, threads: int
+    data: Setting, work: Path, variant: str, seed: int, more: str, baselines: bool, threads: int
 ) -> list[Path]:
-    """One run, with `more` of its own options, and its scores: a file for each measure."""
+    """Train one run, with `more` options, and score it: a file for each of MEASURES."""
     folder = work / f"{variant.replace(' ', '_')}_{seed}"
     log, files = folder.with_suffix(".log"), [folder / file for file in MEASURES]
     if all(file.is_file() for file in files):
         return files
     call(
-        f"train.pretrain --config {found.config} --data.path {work}/images.beton --log.dir {work}"
+        f"train.pretrain --config {data.config} --data.path {work}/images.beton --log.dir {work}"
         f" --name {folder.name} --train.seed {seed} --resume auto {VARIANTS[variant]} {more}",
         log,
         threads,
@@ -114,33 +116,36 @@ def train_and_score(
     starts = " ".join(str(STARTS * seed + start) for start in range(STARTS))
     for file, command in MEASURES.items():
         options = (
-            f"--checkpoint {folder} {found.labelled} --size {found.size} --seeds {starts}"
+            f"--checkpoint {folder} {data.scored} --size {data.size} --seeds {starts}"
             f" --json {folder / file} --features teacher"
             + (BASELINES[file] if baselines and variant == "full" else "")
         )
         if command.startswith("probe"):
-            options += f" {found.learnt}"
+            options += f" {data.learnt}"
         call(f"evaluation.{command} {options}", log, threads)
     print(f"done: {variant}, seed {seed}", flush=True)
     return files
 
 
 def row_of(network: str, variant: str) -> str:
-    """untrained and pixels as they are; the run's own by what it was trained with."""
-    own = network.removesuffix(", k-means")
-    return variant if own in ("trained", "teacher") else own
+    """The table row of a network: the variant for the run's networks, else the network's name."""
+    name = network.removesuffix(", k-means")
+    return variant if name in ("trained", "teacher") else name
 
 
-def table(made: dict[tuple[str, int], list[Path]], metric: str) -> str:
-    """`metric` in percent of each row and column, mean ± deviation over the seeds of training."""
+def table(results: dict[tuple[str, int], list[Path]], metric: str) -> str:
+    """`metric` in percent, mean ± deviation over the training seeds, as a Markdown table.
+
+    `results`: the files of each (variant, seed).
+    """
     values: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (variant, seed), files in made.items():
+    for (variant, seed), files in results.items():
         for row in (row for file in files for row in json.loads(file.read_text())["results"]):
             name, column = row_of(row["network"], variant), row.get("clusters") or row["probe"]
             if row["metric"] == metric:
                 values[name, column][seed].append(100 * row["value"])
     lines = [f"| {metric}, % | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    for name in [*dict.fromkeys(variant for variant, _ in made), "untrained", "pixels"]:
+    for name in [*dict.fromkeys(variant for variant, _ in results), "untrained", "pixels"]:
         seeds = [[statistics.mean(v) for v in values[name, c].values()] for c in COLUMNS]
         cells = [mean_and_deviation(means) for means in seeds]
         if any(cells):
@@ -151,11 +156,11 @@ def table(made: dict[tuple[str, int], list[Path]], metric: str) -> str:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m tests.evidence", description=__doc__)
     parser.add_argument("data", choices=["scenes", "camvid"])
-    parser.add_argument("work", type=Path, help="folder for everything that is made")
+    parser.add_argument("work", type=Path, help="folder for all files")
     parser.add_argument("--root", type=Path, help="CamVid's folder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--train", default="", help="further options of train.pretrain, one string")
+    parser.add_argument("--train", default="", help="more options of train.pretrain, one string")
     parser.add_argument("--no-baselines", action="store_true", help="score the runs only")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores (1)")
     return parser.parse_args(argv)
@@ -164,22 +169,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     args.work.mkdir(parents=True, exist_ok=True)
-    found = setting(args.data, args.work, args.root)
+    data = setting(args.data, args.work, args.root)
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     if not (args.work / "images.beton").is_file():
-        command = f"tools.build_dataset {found.pack} --out {args.work}/images.beton"
+        command = f"tools.build_dataset {data.pack} --out {args.work}/images.beton"
         call(command, args.work / "pack.log", threads)
     tasks = [(variant, seed) for seed in args.seeds for variant in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(
             lambda task: train_and_score(
-                found, args.work, *task, args.train, not args.no_baselines, threads
+                data, args.work, *task, args.train, not args.no_baselines, threads
             ),
             tasks,
         )
-        made = dict(zip(tasks, done, strict=True))
+        results = dict(zip(tasks, done, strict=True))
     for metric in ("miou", "pixel_accuracy"):
-        print(table(made, metric))
+        print(table(results, metric))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""COCO's things and stuff, gathered into the 27 classes of unsupervised segmentation.
+"""The 27 classes of unsupervised segmentation on COCO: groups of COCO's things and stuff.
 
-The 27 are COCO-Stuff's supercategories (arXiv 1612.03716), 12 of things and 15 of stuff, under
-COCO's own names. Their order is that of the published list of the benchmark (PiCIE, arXiv
-2103.17070): things first, each as it stands below.
+They are COCO-Stuff's supercategories (arXiv 1612.03716) under COCO's names: 12 of things, 15 of
+stuff. Their order is the benchmark's published one (PiCIE, arXiv 2103.17070): things, then stuff.
 """
 
 import numpy as np
@@ -23,7 +22,7 @@ THINGS = {
     "appliance": "microwave, oven, toaster, sink, refrigerator, (blender)",
     "indoor": "book, clock, vase, scissors, teddy bear, hair drier, toothbrush, (hair brush)",
 }
-"""Ids 1 to 91, in order. The 11 in brackets have a number and no pixels: COCO gave them up."""
+"""Ids 1 to 91, in order. COCO dropped the 11 in brackets: they have an id but no pixels."""
 
 STUFF = {
     "ceiling": "ceiling-other, ceiling-tile",
@@ -68,8 +67,8 @@ def coarse_classes() -> dict[int, int]:
 
 
 def stuff_map_table(unknown: int) -> np.ndarray:
-    """int64 [256]: class of each value of a stuffthingmaps PNG, which stores an id less one; 255
-    stays, and what COCO does not use becomes `unknown`.
+    """int64 [256]: class of each value of a stuffthingmaps PNG, which stores COCO's id minus 1. 255
+    stays 255. Values that COCO does not use become `unknown`.
     """
     table = np.full(256, unknown, np.int64)
     table[255] = 255

@@ -1,4 +1,4 @@
-"""Images as evaluation sees them: shorter side R, centre crop R × R.
+"""Images for evaluation: sources of images, and the centre crop that every image is reduced to.
 
 Letters: N images, H W a stored image's height and width, R the side of an evaluated image, in
 pixels.
@@ -22,15 +22,15 @@ TRAINING_SIDE, EVALUATION_SIDE, STRIDE = 224, 320, 32
 def evaluation_size(training_size: int) -> int:
     """Side R in pixels at which a model trained on `training_size`-pixel views is evaluated.
 
-    320 for 224 (the COCO-Stuff protocol) and in that proportion otherwise, in whole cells of the
-    encoder.
+    320 for 224 (the COCO-Stuff protocol). Other sizes keep this ratio, rounded to whole cells of
+    the encoder.
     """
     cells = round(training_size * EVALUATION_SIDE / TRAINING_SIDE / STRIDE)
     return STRIDE * max(cells, 1)
 
 
 class ImageSource(Protocol):
-    """N images to be looked at in order."""
+    """N images in a fixed order."""
 
     def __len__(self) -> int: ...
 
@@ -52,13 +52,13 @@ class BetonImages:
 
 
 class FolderImages:
-    """The images under a folder, in the order of their names. Raises UserError if it has none."""
+    """The images under a folder, sorted by path. Raises UserError if there are none."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-        found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        self.folder, self.paths = folder, sorted(found)
+        self.folder = folder
+        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not self.paths:
             raise UserError(
                 f"{folder}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})"
@@ -68,7 +68,12 @@ class FolderImages:
         return len(self.paths)
 
     def load(self, i: int) -> np.ndarray:
-        return np.asarray(open_image(self.paths[i]).convert("RGB"))
+        return load_rgb(self.paths[i])
+
+
+def load_rgb(path: Path) -> np.ndarray:
+    """The image at `path` as uint8 [H, W, 3]. Raises UserError, naming the file."""
+    return np.asarray(open_image(path).convert("RGB"))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -81,7 +86,7 @@ def open_image(path: Path) -> Image.Image:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raises UserError, naming the file, where PIL cannot read it inside."""
+    """Turns PIL's errors inside the `with` block into a UserError that names the file."""
     try:
         yield
     except UnidentifiedImageError:
@@ -97,18 +102,18 @@ def open_images(path: Path) -> ImageSource:
 
 
 def spread(count: int, at_most: int | None) -> np.ndarray:
-    """int64 [M], M ≤ `at_most`, of the numbers 0 … count-1: all, or as many as allowed at even
-    distances (a beton may be sorted by class, so the first ones would all show the same).
+    """int64 [M], M ≤ `at_most`: image numbers from 0 … count-1 at even distances, all if None.
+
+    A beton may be sorted by class, so its first images may all show the same class.
     """
     taken = count if at_most is None else min(count, at_most)
     return np.arange(taken, dtype=np.int64) * count // taken
 
 
 def centre_square(pixels: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
-    """[H, W] or [H, W, 3] → [R, R] or [R, R, 3]: shorter side to R = `size`, then the centre.
+    """[H, W] or [H, W, 3] → [R, R] or [R, R, 3]: shorter side to R = `size`, then centre crop.
 
-    BILINEAR is antialiased (the filter widens with the reduction); NEAREST keeps class ids as they
-    are.
+    BILINEAR is antialiased: the filter widens with the reduction. NEAREST keeps class ids.
     """
     height, width = pixels.shape[:2]
     shorter = min(height, width)

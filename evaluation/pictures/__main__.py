@@ -1,7 +1,5 @@
-"""Pictures of a run: what each prototype stands for, how whole images are grouped, the views that
-it trains on, and how its grouping came about.
-
-Letters: R the side of an evaluated image in pixels.
+"""Draw pictures of a run: the segments nearest to each prototype, the grouping of whole images, the
+views of training, and the grouping over the checkpoints.
 """
 
 import argparse
@@ -10,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from evaluation.datasets.images import ImageSource, evaluation_size, open_images, spread
-from evaluation.networks import default_device, load_network, run_config
+from evaluation.commands import open_run, require_positive
+from evaluation.datasets.images import ImageSource, open_images, spread
+from evaluation.datasets.squares import SquareImages
+from evaluation.networks import run_config
 from evaluation.pictures.drawing import (
     check_picture,
     overlay,
@@ -24,7 +23,7 @@ from evaluation.pictures.drawing import (
 )
 from evaluation.pictures.prototypes import cut_tiles, draw_rows
 from evaluation.pictures.views import draw_pairs, picture_of_views
-from evaluation.prototypes import gather_nearest
+from evaluation.prototypes import gather_statistics
 from evaluation.segment import Segmenter, assign, segment_images
 from pipeline.errors import UserError
 from train.run.checkpoint import find, step_of, whole_ones
@@ -41,31 +40,22 @@ EXAMPLES = """examples:
       --out attention.png
 """
 PANEL = 240
-"""Pixels of a panel's side."""
+"""Side of a panel in pixels."""
 ONE_COLUMN = 6
-"""Up to this many prototypes stand in one column, more in two."""
+"""Up to this many prototypes are drawn in one column, more in two."""
 PER_ROW = 3
-"""Images of a row of `grouping`."""
+"""Images in a row of `grouping`."""
 
 
 def draw_prototypes(args: argparse.Namespace) -> Image.Image:
-    """One row a prototype, the most frequent first: its nearest segments."""
+    """The nearest segments of each prototype in a row, the most frequent prototype first."""
     images = open_images(args.data)
-    device = default_device()
-    network, config = load_network(args.checkpoint, device)
-    size = args.size or evaluation_size(config.views.size)
-    batches = segment_images(
-        network,
-        images,
-        size,
-        indices=spread(len(images), args.max_images),
-        device=device,
-        batch_size=args.batch,
-        progress="segmenting",
-    )
-    nearest = gather_nearest(batches, args.top)
+    network, _, squares = open_run(args.checkpoint, images, args.size, args.batch)
+    indices = spread(len(images), args.max_images)
+    batches = segment_images(network, squares, "segmenting", indices)
+    nearest = gather_statistics(batches, args.top).nearest
     shown = nearest.by_frequency()[: args.prototypes]
-    tiles = cut_tiles(network, images, nearest, shown, size, device)
+    tiles = cut_tiles(network, squares, nearest, shown)
     active, total = int((nearest.active > 0).sum()), len(nearest.active)
     title = (
         f"{len(shown)} most frequent of {active} active prototypes"
@@ -78,20 +68,15 @@ def draw_prototypes(args: argparse.Namespace) -> Image.Image:
 
 
 def draw_grouping(args: argparse.Namespace) -> Image.Image:
-    """Each image beside itself under the colours of the prototypes that win its pixels."""
+    """Images beside themselves under the colours of the prototypes that win their pixels."""
     images = open_images(args.data)
-    device = default_device()
-    network, config = load_network(args.checkpoint, device)
-    size = args.size or evaluation_size(config.views.size)
-    pixels, winners = group(network, images, choose(args, images), size, device)
+    network, config, squares = open_run(args.checkpoint, images, args.size)
+    pixels, winners = group(network, squares, choose(args, images))
     colours = prototype_colours(winners, config.model.num_prototypes)
     panels = [
         pair
-        for number, winner in zip(pixels, winners, strict=True)
-        for pair in (
-            (panel(Image.fromarray(number)), ""),
-            (panel(overlay(number, winner, colours)), f"{len(np.unique(winner))} prototypes"),
-        )
+        for image, winner in zip(pixels, winners, strict=True)
+        for pair in (plain_panel(image), grouped_panel(image, winner, colours))
     ]
     rows = [panels[begin : begin + 2 * PER_ROW] for begin in range(0, len(panels), 2 * PER_ROW)]
     shown = len(np.unique(winners))
@@ -100,7 +85,7 @@ def draw_grouping(args: argparse.Namespace) -> Image.Image:
 
 
 def draw_views(args: argparse.Namespace) -> Image.Image:
-    """Crops, flips and shared pixels of the pairs that the run trains on."""
+    """Both views of images as in training: crops, flips, overlap."""
     images = open_images(args.data)
     config = run_config(args.checkpoint)
     if not 0 <= args.epoch < config.train.epochs:
@@ -113,53 +98,44 @@ def draw_views(args: argparse.Namespace) -> Image.Image:
 
 
 def draw_attention(args: argparse.Namespace) -> Image.Image:
-    """The grouping of the same images at each checkpoint; a prototype keeps its colour."""
+    """The grouping of the same images at several checkpoints. A prototype keeps its colour."""
     checkpoints = whole_ones(args.run)
     if not checkpoints:
-        find(args.run)  # says what is wrong, unless it is a checkpoint itself
+        find(args.run)  # raises the reason, unless it is a checkpoint itself
         raise UserError(f"{args.run}: a checkpoint; --run needs the folder of its run")
     chosen = [checkpoints[i] for i in spread_ends(len(checkpoints), args.columns)]
     images = open_images(args.data)
-    which, device = choose(args, images), default_device()
+    which = choose(args, images)
     strips = []
     for checkpoint in chosen:
-        network, config = load_network(checkpoint, device)
-        size = args.size or evaluation_size(config.views.size)
-        pixels, winners = group(network, images, which, size, device)
+        network, config, squares = open_run(checkpoint, images, args.size)
+        pixels, winners = group(network, squares, which)
         strips.append(winners)
     colours = prototype_colours(np.stack(strips), config.model.num_prototypes)
     rows = [
-        [(panel(Image.fromarray(pixels[b])), "")]
-        + [
-            (panel(overlay(pixels[b], strip[b], colours)), f"{len(np.unique(strip[b]))} prototypes")
-            for strip in strips
-        ]
-        for b in range(len(which))
+        [plain_panel(image), *(grouped_panel(image, strip[b], colours) for strip in strips)]
+        for b, image in enumerate(pixels)
     ]
     names = ["image", *(f"step {step_of(checkpoint)}" for checkpoint in chosen)]
     return sheet(f"{args.run.resolve().name}: grouping over the training", rows, names)
 
 
 def group(
-    network: Segmenter,
-    images: ImageSource,
-    which: np.ndarray,
-    size: int,
-    device: torch.device,
+    network: Segmenter, squares: SquareImages, which: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images `which` int64 [B] as uint8 [B, R, R, 3], and the prototype of each pixel, int64
-    [B, R, R].
+    """The images `which` int64 [B] as squares of R pixels, uint8 [B, R, R, 3], and the prototype
+    that wins each pixel, int64 [B, R, R].
     """
-    batches = segment_images(
-        network, images, size, indices=which, device=device, progress="segmenting"
-    )
-    parts = [(b.squares.pixels, assign(b.scores, size).cpu().numpy()) for b in batches]
+    batches = segment_images(network, squares, "segmenting", which)
+    parts = [(b.squares.pixels, assign(b.scores, squares.size).cpu().numpy()) for b in batches]
     pixels, winners = (np.concatenate(part) for part in zip(*parts, strict=True))
     return pixels, winners
 
 
 def choose(args: argparse.Namespace, images: ImageSource) -> np.ndarray:
-    """int64 [B], the images of --only, or --images of them at even distances. Raises UserError."""
+    """int64 [B], the images to draw: those of --only, or --images of them at even distances. Raises
+    UserError.
+    """
     if args.only is None:
         return spread(len(images), args.images)
     wrong = [number for number in args.only if not 0 <= number < len(images)]
@@ -169,8 +145,8 @@ def choose(args: argparse.Namespace, images: ImageSource) -> np.ndarray:
 
 
 def spread_ends(count: int, at_most: int) -> list[int]:
-    """At most so many of 0 … count-1 at even distances, the first and the last among them; the last
-    alone if it is to be one.
+    """At most `at_most` of 0 … count-1 at even distances, with the first and the last. The last one
+    if `at_most` is 1.
     """
     taken = min(count, at_most)
     if taken == 1:
@@ -178,8 +154,20 @@ def spread_ends(count: int, at_most: int) -> list[int]:
     return [round(i * (count - 1) / (taken - 1)) for i in range(taken)]
 
 
+def plain_panel(image: np.ndarray) -> tuple[Image.Image, str]:
+    """An image uint8 [R, R, 3] as a panel of `sheet`, without a caption."""
+    return panel(Image.fromarray(image)), ""
+
+
+def grouped_panel(
+    image: np.ndarray, winner: np.ndarray, colours: np.ndarray
+) -> tuple[Image.Image, str]:
+    """An image under the colours of its prototypes, and their number as caption; see `overlay`."""
+    return panel(overlay(image, winner, colours)), f"{len(np.unique(winner))} prototypes"
+
+
 def panel(image: Image.Image) -> Image.Image:
-    """PANEL × PANEL pixels."""
+    """The image scaled to PANEL × PANEL pixels."""
     return image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
 
 
@@ -189,12 +177,6 @@ DRAW: dict[str, Callable[[argparse.Namespace], Image.Image]] = {
     "views": draw_views,
     "attention": draw_attention,
 }
-_HELP = {
-    "prototypes": "the nearest segments of each prototype, the most frequent first",
-    "grouping": "images under the colours of the prototypes that win their pixels",
-    "views": "both views as training makes them: crops, flips, shared pixels",
-    "attention": "the grouping of the same images over the checkpoints of a run",
-}
 _IMAGES = {"grouping": 12, "views": 6, "attention": 4}
 
 
@@ -203,8 +185,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m evaluation.pictures", description=__doc__, epilog=EXAMPLES
     )
     kinds = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
-    for name, text in _HELP.items():
-        one = kinds.add_parser(name, help=text, description=text)
+    for name, draw in DRAW.items():
+        one = kinds.add_parser(name, help=draw.__doc__, description=draw.__doc__)
         if name == "attention":
             one.add_argument("--run", type=Path, required=True, help="run folder")
             one.add_argument("--columns", type=int, default=6, help="checkpoints to show (6)")
@@ -213,16 +195,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 "--checkpoint", type=Path, required=True, help="run folder, or a checkpoint of it"
             )
         one.add_argument("--data", type=Path, required=True, help="a beton, or a folder of images")
-        one.add_argument("--out", type=Path, required=True, help="the picture to write (.png)")
+        one.add_argument("--out", type=Path, required=True, help="picture to write (.png)")
         if name == "prototypes":
             one.add_argument("--top", type=int, default=5, help="segments for each prototype (5)")
-            one.add_argument("--prototypes", type=int, default=20, help="how many to draw (20)")
-            one.add_argument("--max-images", type=int, help="look at this many images (all)")
+            one.add_argument("--prototypes", type=int, default=20, help="number to draw (20)")
+            one.add_argument("--max-images", type=int, help="number of images to read (all)")
             one.add_argument("--batch", type=int, default=8, help="images segmented at once (8)")
         else:
             count = _IMAGES[name]
-            one.add_argument("--images", type=int, default=count, help=f"how many ({count})")
-            one.add_argument("--only", type=int, nargs="+", metavar="I", help="these, by number")
+            one.add_argument(
+                "--images", type=int, default=count, help=f"number of images ({count})"
+            )
+            one.add_argument(
+                "--only", type=int, nargs="+", metavar="I", help="draw these images, by number"
+            )
         if name == "views":
             one.add_argument("--epoch", type=int, default=0, help="counted from 0 (0)")
         else:
@@ -236,10 +222,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    for name in ("top", "prototypes", "max_images", "size", "batch", "images", "columns"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    counts = ("top", "prototypes", "max_images", "size", "batch", "images", "columns")
+    require_positive(args, counts)
     check_picture("--out", args.out)
     write_picture(args.out, DRAW[args.picture](args))
 

@@ -1,4 +1,4 @@
-"""What the pictures share: colours, segments over an image, sheets of panels, files.
+"""Drawing that the pictures share: colours, segments over an image, sheets of panels, files.
 
 Letters: K prototypes, R the side of an evaluated image in pixels.
 """
@@ -19,25 +19,27 @@ INK, FAINT, PAPER, OUTLINE = "#1b1f24", "#6b7280", "#ffffff", "#ff4d2e"
 MARGIN, GAP, TITLE, CAPTION = 40, 10, 56, 34
 FORMATS = (".png", ".jpg", ".webp")
 
-_GOLDEN = 0.6180339887  # of the circle of hues: each next one falls into the largest gap
+_GOLDEN = 0.6180339887  # step on the circle of hues: the next hue falls into the largest gap
 _LOOKS = ((0.85, 0.95), (0.55, 0.75), (0.9, 0.6), (0.35, 1.0))  # saturation and value, in turn
-_COVER = 0.55  # how much of a segment's colour lies over the image
+_COVER = 0.55  # opacity of a segment's colour over the image
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own, `size` pixels high."""
+    """Pillow's default font, `size` pixels high."""
     return ImageFont.load_default(size)
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Raises UserError if no picture can be written to `path`."""
+    """Raise UserError if no picture can be written to `path`."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{option} {path}: must end in {', '.join(FORMATS)}")
     check_writable(option, path)
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """In the format of the name, at once or not at all, and say so. Raises UserError."""
+    """Write the picture in the format of the suffix, atomically, and print its size. Raises
+    UserError.
+    """
     stream = io.BytesIO()
     picture.save(stream, Image.registered_extensions()[path.suffix.lower()])
     write_bytes(path, stream.getvalue())
@@ -45,7 +47,7 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 
 
 def distinct(count: int) -> np.ndarray:
-    """uint8 [count, 3]: colours of which the first ones are the most different."""
+    """uint8 [count, 3]: colours; the first ones differ most from each other."""
     colours = [
         colorsys.hsv_to_rgb(i * _GOLDEN % 1, *_LOOKS[i // 8 % len(_LOOKS)]) for i in range(count)
     ]
@@ -53,8 +55,8 @@ def distinct(count: int) -> np.ndarray:
 
 
 def prototype_colours(winners: np.ndarray, num_prototypes: int) -> np.ndarray:
-    """uint8 [K, 3]: one colour a prototype, the most different for those that win most pixels of
-    `winners`, ints of any shape.
+    """uint8 [K, 3]: one colour a prototype. Prototypes that win most pixels of `winners` (int, any
+    shape) get the most different colours.
     """
     pixels = np.bincount(winners.ravel(), minlength=num_prototypes)
     colours = np.empty((num_prototypes, 3), np.uint8)
@@ -63,10 +65,10 @@ def prototype_colours(winners: np.ndarray, num_prototypes: int) -> np.ndarray:
 
 
 def overlay(pixels: np.ndarray, winner: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """An image uint8 [R, R, 3], in grey, under the `colours` of its segments, with white borders;
-    `winner` int [R, R] numbers them.
+    """An image uint8 [R, R, 3], in grey, under the `colours` of its segments, with white borders.
+    `winner` int [R, R] gives the segment of each pixel.
     """
-    grey = pixels.mean(axis=-1, keepdims=True)  # a colour stands for nothing but a segment
+    grey = pixels.mean(axis=-1, keepdims=True)  # so that all colour in the result is a segment's
     mixed = (1 - _COVER) * grey + _COVER * colours[winner]
     border = np.zeros(winner.shape, bool)
     border[:, 1:] |= winner[:, 1:] != winner[:, :-1]
@@ -80,7 +82,7 @@ def sheet(
     rows: Sequence[Sequence[tuple[Image.Image, str]]],
     columns: Sequence[str] = (),
 ) -> Image.Image:
-    """Rows of panels, each with a caption below, under a title and the names of the columns.
+    """Rows of panels with a caption below each, under a title and the names of the columns.
 
     A column is as wide as its widest panel, a row as high as its highest.
     """

@@ -1,5 +1,5 @@
-"""Rows of segments, one row a prototype: its number, the share of images in which it wins at least
-one cell, and its nearest segments with their cosine similarity.
+"""Rows of segments, one row a prototype: its number, the share of images in which it is active, and
+its nearest segments with their cosine similarity.
 
 Letters: R the side of an evaluated image in pixels, N prototypes of the picture.
 """
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
 
-from evaluation.datasets.images import ImageSource
+from evaluation.datasets.squares import SquareImages
 from evaluation.pictures.drawing import FAINT, GAP, INK, MARGIN, OUTLINE, PAPER, font
 from evaluation.prototypes import NearestSegments
 from evaluation.segment import Segmenter, assign, segment_images
 
-# Pixels of the picture, which is drawn at twice the size it is looked at.
+# In pixels of the picture, which is drawn at twice its display size.
 TILE, LABEL = 160, 200
 CAPTION, HEADING, BLOCK_GAP = 72, 52, 56
 
@@ -46,27 +46,21 @@ def draw_segment(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
 
 
 def cut_tiles(
-    network: Segmenter,
-    images: ImageSource,
-    nearest: NearestSegments,
-    prototypes: np.ndarray,
-    size: int,
-    device: torch.device,
+    network: Segmenter, squares: SquareImages, nearest: NearestSegments, prototypes: np.ndarray
 ) -> Rows:
-    """The drawn segments of `prototypes` int64 [N]. Decodes only what is drawn."""
+    """The drawn segments of `prototypes` int64 [N]. Decodes only the images that are drawn."""
     wanted = nearest.image[prototypes]
     pictures: dict[tuple[int, int], Image.Image] = {}
     needed = np.unique(wanted[wanted >= 0])
-    for batch in segment_images(
-        network, images, size, indices=needed, device=device, progress="drawing"
-    ):
+    size = squares.size
+    for batch in segment_images(network, squares, "drawing", needed):
         winner = assign(batch.scores, size).cpu().numpy()
         cells = batch.scores.argmax(dim=1, keepdim=True).float()
         blocks = torch.nn.functional.interpolate(cells, (size, size)).squeeze(1).cpu().numpy()
         for i, number in enumerate(batch.squares.index.tolist()):
             for k in prototypes[(wanted == number).any(axis=1)].tolist():
                 mask = winner[i] == k
-                # A cell won by a hair may vanish in the upsampled map; its block shows it then.
+                # A cell won narrowly may vanish in the upsampled map. Then draw its whole block.
                 mask = mask if mask.any() else blocks[i] == k
                 pictures[k, number] = draw_segment(batch.squares.pixels[i], mask)
     return {
@@ -82,7 +76,7 @@ def cut_tiles(
 
 
 def draw_rows(title: str, nearest: NearestSegments, columns: list[tuple[str, Rows]]) -> Image.Image:
-    """Columns of rows side by side, each below its heading (which may be empty)."""
+    """Columns of rows side by side, each with its heading (which may be empty)."""
     lines = max(len(rows) for _, rows in columns)
     head = CAPTION + (HEADING if any(heading for heading, _ in columns) else 0)
     block = LABEL + nearest.image.shape[1] * (TILE + GAP) - GAP
@@ -101,13 +95,13 @@ def draw_rows(title: str, nearest: NearestSegments, columns: list[tuple[str, Row
 
 
 def draw_row(picture: Image.Image, left: int, top: int, row: tuple[int, float, list[Tile]]) -> None:
-    """One prototype: number, frequency, tiles."""
+    """Draw one prototype: number, frequency, tiles."""
     number, frequency, tiles = row
     draw = ImageDraw.Draw(picture)
     draw.text((left, top + TILE // 2 - 44), f"#{number}", INK, font(38))
     draw.text((left, top + TILE // 2 + 8), f"in {frequency:.0%} of images", FAINT, font(22))
-    for place, tile in enumerate(tiles):
-        x = left + LABEL + place * (TILE + GAP)
+    for column, tile in enumerate(tiles):
+        x = left + LABEL + column * (TILE + GAP)
         picture.paste(tile.picture, (x, top))
         draw.rounded_rectangle((x + 6, top + TILE - 32, x + 62, top + TILE - 6), 6, "#000000")
         corner = (x + 34, top + TILE - 19)

@@ -1,6 +1,6 @@
-"""What a grouping made of a few images, beside the truth in the same colours, and IoU by class.
+"""A picture of predictions on a few images beside the ground truth, and of IoU by class.
 
-Letters: R the side of an evaluated image in pixels, C classes, K clusters.
+Letters: R the side of an evaluated image in pixels, C classes.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from evaluation.datasets.layouts import VOID
+from evaluation.datasets.label_maps import VOID
+from evaluation.datasets.labelled_images import LabelledSquares
 from evaluation.pictures.drawing import FAINT, INK, PAPER, distinct, font
 
 LINE = "#e5e7eb"
@@ -21,17 +22,17 @@ CLASSES_SHOWN = 30
 
 @dataclass(frozen=True)
 class Sample:
-    """One image: what it shows."""
+    """One image and its labels."""
 
     pixels: np.ndarray
     """uint8 [R, R, 3]"""
     truth: np.ndarray
-    """uint8 [R, R], void 255"""
+    """uint8 [R, R], void as 255"""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One grouping of all samples, matched to classes."""
+    """The predictions of one network for all samples."""
 
     title: str
     clusters: list[np.ndarray]
@@ -39,7 +40,14 @@ class Column:
     matched: np.ndarray
     """int64 [C], the cluster of each class; -1 for none"""
     iou: np.ndarray
-    """float64 [C], NaN for a class that no label shows"""
+    """float64 [C]; NaN for a class that does not occur in the labels"""
+
+
+def read_samples(squares: LabelledSquares, numbers: np.ndarray) -> list[Sample]:
+    """The images `numbers` int64 [M]. Raises UserError."""
+    batches = squares.batches(indices=numbers)
+    pairs = (pair for b in batches for pair in zip(b.pixels, squares.labels(b), strict=True))
+    return [Sample(*pair) for pair in pairs]
 
 
 def palette(num_classes: int) -> np.ndarray:
@@ -51,8 +59,8 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def paint(clusters: np.ndarray, matched: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Clusters int64 [R, R] → uint8 [R, R, 3] in the colours of their classes; clusters left over
-    in greys.
+    """Clusters int64 [R, R] → uint8 [R, R, 3] in the colours of their classes; unmatched clusters
+    in shades of grey.
     """
     count = max(int(clusters.max()), int(matched.max())) + 1
     greys = 150 + 37 * np.arange(count) % 90
@@ -65,7 +73,9 @@ def paint(clusters: np.ndarray, matched: np.ndarray, colours: np.ndarray) -> np.
 def draw_segmentations(
     samples: Sequence[Sample], columns: Sequence[Column], names: Sequence[str]
 ) -> Image.Image:
-    """A row for each sample: image, truth, one tile a column; below, IoU of each class."""
+    """A row for each sample: image, ground truth, one tile for each column. Below them the IoU of
+    each class.
+    """
     colours = palette(len(names))
     shown = [c for c in range(len(names)) if any(not np.isnan(k.iou[c]) for k in columns)]
     shown = sorted(shown, key=lambda c: -float(np.nanmax([k.iou[c] for k in columns])))
@@ -80,15 +90,16 @@ def draw_segmentations(
         write(pen, (left, MARGIN), title, INK)
     for row, sample in enumerate(samples):
         top = MARGIN + CAPTION + row * (TILE + GAP)
-        own = [paint(column.clusters[row], column.matched, colours) for column in columns]
-        for left, pixels in zip(lefts, [sample.pixels, colours[sample.truth], *own], strict=True):
+        painted = [paint(column.clusters[row], column.matched, colours) for column in columns]
+        tiles_of_row = [sample.pixels, colours[sample.truth], *painted]
+        for left, pixels in zip(lefts, tiles_of_row, strict=True):
             nearest = Image.Resampling.NEAREST if pixels is not sample.pixels else None
             tile = Image.fromarray(pixels).resize((TILE, TILE), nearest)
             picture.paste(tile, (left, top))
     top = MARGIN + tiles
-    left_over = any((~np.isin(k.clusters, k.matched)).any() for k in columns)
+    unmatched = any((~np.isin(k.clusters, k.matched)).any() for k in columns)
     void = any((sample.truth == VOID).any() for sample in samples)
-    caption = "IoU by class" + "; black: void" * void + "; grey: clusters of no class" * left_over
+    caption = "IoU by class" + "; black: void" * void + "; grey: clusters of no class" * unmatched
     write(pen, (lefts[0], top), caption, FAINT, 2 * TILE)
     for line, c in enumerate(shown):
         y = top + CAPTION + line * (BAR + 6)
@@ -102,7 +113,7 @@ def draw_segmentations(
 def bar(
     pen: ImageDraw.ImageDraw, left: int, top: int, share: float, colour: tuple[int, ...]
 ) -> None:
-    """A share of a tile's width, with its number."""
+    """A horizontal bar as long as `share`, with its number."""
     room = TILE - 70
     pen.rectangle((left, top + 4, left + room, top + BAR - 4), LINE)
     if not np.isnan(share):
@@ -111,13 +122,13 @@ def bar(
 
 
 def write(
-    pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: str, room: int = TILE
+    pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, colour: str, room: int = TILE
 ) -> None:
-    """A line of text as large as fits into `room` pixels, cut off if no size does."""
+    """Write a line of text as large as fits into `room` pixels; shorten it if no size fits."""
     for size in (20, 18, 16, 14, 12):
         letters = font(size)
         if pen.textlength(text, letters) <= room:
             break
     while pen.textlength(text, letters) > room:
         text = text.removesuffix("...")[:-1] + "..."
-    pen.text(place, text, colour, letters)
+    pen.text(corner, text, colour, letters)

@@ -1,4 +1,4 @@
-"""Both views of an image as training makes them, with the boxes that the pipeline records.
+"""Both views of an image as in training, with the boxes that the pipeline records.
 
 Letters: B images, S side of a view in pixels. Boxes are x0 y0 x1 y1.
 """
@@ -16,36 +16,35 @@ from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, get_backend
 from pipeline.views import ViewConfig, sample_views
 
 HEIGHT, WIDEST = 240, 420
-"""Pixels of a panel."""
+"""Height and largest width of a panel, in pixels."""
 THICK, THIN = 6, 2
-"""Pixels of a line: of a crop's, and of what is shared, which may lie on it."""
+"""Line widths in pixels: of a crop, and of the overlap, which may lie on top of it."""
 CROPS = ("#2f6fed", "#12a150")
 """Colours of the first and of the second view."""
 
-Box = tuple[float, float, float, float]
+Box = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class DrawnPair:
-    """One image, its views and where they lie."""
+    """One image, its views and their boxes."""
 
     image: np.ndarray
     """uint8 [H, W, 3]."""
     views: list[np.ndarray]
-    """Two of uint8 [S, S, 3]."""
+    """Two arrays uint8 [S, S, 3]."""
     crops: list[Box]
-    """Of each view in pixels of the image."""
+    """The box of each view, in pixels of the image."""
     overlaps: list[Box]
-    """The shared pixels in each view's own 0..1 frame, after its flip; x1 <= x0 or y1 <= y0 for
-    none."""
+    """The overlap in the 0..1 frame of each view, after its flip; x1 <= x0 or y1 <= y0 if empty."""
     flipped: list[bool]
 
 
 def draw_pairs(
     images: ImageSource, which: np.ndarray, seed: int, epoch: int, size: int, config: ViewConfig
 ) -> list[DrawnPair]:
-    """The views that a run of this `seed` makes in `epoch` of the images `which` int64 [B], by the
-    reference backend. Those of a folder are numbered by their order, as if packed. Raises
+    """The views of images `which` int64 [B] in `epoch` of a run with this `seed`, made by the
+    reference backend. Images of a folder are numbered in their order, as if packed. Raises
     UserError.
     """
     pictures = [images.load(i) for i in which.tolist()]
@@ -53,8 +52,8 @@ def draw_pairs(
     numbers = images.beton.index[which] if isinstance(images, BetonImages) else which
     params = sample_views(seed, epoch, numbers, heights, widths, config)
     canvas = np.zeros((len(which), max(heights), max(widths), 3), np.uint8)
-    for place, picture in zip(canvas, pictures, strict=True):
-        place[: picture.shape[0], : picture.shape[1]] = picture
+    for padded, picture in zip(canvas, pictures, strict=True):
+        padded[: picture.shape[0], : picture.shape[1]] = picture
     sizes = torch.tensor([heights, widths]).T
     views = get_backend("reference").apply(
         torch.from_numpy(canvas), sizes, params, size, torch.device("cpu"), torch.float32
@@ -64,8 +63,8 @@ def draw_pairs(
         DrawnPair(
             picture,
             list(pixels[:, b]),
-            [_box(crop) for crop in params.crops[:, b]],
-            [_box(overlap) for overlap in params.overlap[:, b]],
+            [tuple(crop) for crop in params.crops[:, b].tolist()],
+            [tuple(overlap) for overlap in params.overlap[:, b].tolist()],
             params.flipped[:, b].tolist(),
         )
         for b, picture in enumerate(pictures)
@@ -73,16 +72,14 @@ def draw_pairs(
 
 
 def shared(one: Box, other: Box) -> Box:
-    """The intersection of two boxes; empty (x1 <= x0 or y1 <= y0) where there is none."""
+    """The intersection of two boxes; x1 <= x0 or y1 <= y0 if it is empty."""
     low = (max(a, b) for a, b in zip(one[:2], other[:2], strict=True))
     high = (min(a, b) for a, b in zip(one[2:], other[2:], strict=True))
-    return (*low, *high)  # type: ignore[return-value]
+    return (*low, *high)
 
 
 def picture_of_views(pairs: list[DrawnPair], title: str) -> Image.Image:
-    """One row a pair: the image with both crops, then the views; what they share is outlined in all
-    three.
-    """
+    """One row a pair: the image with both crops, then the views, all with the overlap outlined."""
     rows = []
     for pair in pairs:
         whole = _panel(pair.image)
@@ -104,7 +101,7 @@ def picture_of_views(pairs: list[DrawnPair], title: str) -> Image.Image:
 
 
 def _panel(pixels: np.ndarray) -> Image.Image:
-    """`HEIGHT` pixels high, less if it would be too wide."""
+    """The image scaled to `HEIGHT`, or to `WIDEST` if it would be wider."""
     height, width = pixels.shape[:2]
     scale = min(HEIGHT / height, WIDEST / width)
     side = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -112,7 +109,7 @@ def _panel(pixels: np.ndarray) -> Image.Image:
 
 
 def _outline(panel: Image.Image, box: Box, frame: tuple[int, int], colour: str, line: int) -> None:
-    """Draw `box`, given in a frame of (width, height), unless it is empty."""
+    """Draw `box`, given in a `frame` of (width, height), unless it is empty."""
     if not _is_area(box):
         return
     scale = panel.width / frame[0], panel.height / frame[1]
@@ -123,11 +120,6 @@ def _outline(panel: Image.Image, box: Box, frame: tuple[int, int], colour: str, 
 
 def _is_area(box: Box) -> bool:
     return box[2] > box[0] and box[3] > box[1]
-
-
-def _box(values: np.ndarray) -> Box:
-    x0, y0, x1, y1 = (float(value) for value in values)
-    return x0, y0, x1, y1
 
 
 def _pixels(views: Tensor) -> np.ndarray:

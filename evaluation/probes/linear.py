@@ -1,6 +1,6 @@
-"""Linear probe: how much of the labels a linear classifier reads from frozen features.
+"""Linear probe: a linear classifier on frozen features.
 
-Letters: M cells in the memory, B cells at once, D features, C classes.
+Letters: B cells at once, D features, C classes.
 """
 
 import torch
@@ -12,8 +12,8 @@ BATCH_CELLS = 1024
 
 
 def pixel_cross_entropy(logits: Tensor, counts: Tensor) -> Tensor:
-    """Logits [B, C] of cells, `counts` [B, C] of their pixels' labels → the mean cross-entropy of
-    all labelled pixels, each with its cell's logits.
+    """Logits [B, C] of cells, `counts` [B, C] of their pixels' labels → mean cross-entropy over all
+    labelled pixels. Each pixel has the logits of its cell.
     """
     return -(counts * logits.log_softmax(dim=1)).sum() / counts.sum()
 
@@ -26,12 +26,12 @@ def fit_linear(
     learning_rate: float = 0.01,
     weight_decay: float = 0.01,
 ) -> nn.Module:
-    """A classifier of cells [B, D] → logits [B, C], in eval mode: BatchNorm without a scale of its
-    own and a linear layer, which on a map are BatchNorm2d and a 1×1 convolution.
+    """A classifier of cells [B, D] → logits [B, C], in eval mode: BatchNorm without affine
+    parameters and a linear layer. On a map they equal BatchNorm2d and a 1×1 convolution.
 
-    AdamW with a cosine to 0, `steps` batches of 1,024 cells drawn with replacement; `seed` gives
-    the first weights and the batches. Raises ValueError for a memory of one cell: it has no
-    variance.
+    Trained with AdamW, a cosine schedule to 0, and `steps` batches of 1,024 cells drawn with
+    replacement. `seed` determines the initial weights and the batches. Raises ValueError for a
+    memory of one cell, which has no variance.
     """
     (cells, dim), num_classes = memory.features.shape, memory.counts.shape[1]
     if cells < 2:

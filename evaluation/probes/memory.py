@@ -1,5 +1,5 @@
-"""A bounded sample of a set's cells, each with its feature and the labels of its pixels: what every
-probe is fitted to.
+"""The memory that every probe is fitted to: a bounded sample of the cells of a set, each with its
+feature and the labels of its pixels.
 
 Letters: B images, N images of the set, D features, h w cells of an image, M cells kept, C classes,
 R the side of an evaluated image in pixels.
@@ -12,8 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.datasets.squares import Squares
 from evaluation.grouping import confusion_matrix
-from evaluation.labelled import LabelledFeatures
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """B images, their features and their labels."""
+
+    squares: Squares
+    features: Tensor
+    """float32 [B, D, h, w], on the network's device."""
+    labels: np.ndarray
+    """uint8 [B, R, R], void as 255."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +34,15 @@ class Memory:
     features: Tensor
     """float32 [M, D], on the network's device."""
     counts: Tensor
-    """float32 [M, C]: pixels of the cell that bear each label; at least one does."""
+    """float32 [M, C]: pixels of the cell with each label; at least one pixel has a label."""
     complete: bool
-    """All labelled cells of the set are here, so that another seed would draw the same ones."""
+    """It holds all labelled cells of the set: another seed would draw the same ones."""
 
 
 def cell_counts(labels: np.ndarray, height: int, width: int, num_classes: int) -> np.ndarray:
-    """Labels uint8 [B, R, R] → int64 [B, hw, C]: pixels of each cell that bear each label.
+    """Labels uint8 [B, R, R] → int64 [B, hw, C]: pixels of each cell with each label.
 
-    A pixel belongs to the cell that its centre lies in; void pixels to none.
+    A pixel belongs to the cell that contains its centre. Void pixels belong to no cell.
     """
     batch, rows, columns = labels.shape
     row = (2 * np.arange(rows) + 1) * height // (2 * rows)
@@ -47,9 +58,9 @@ def draw_cells(
 ) -> np.ndarray:
     """Up to `quota` labelled cells of one image's `counts` [hw, C], as sorted int64 numbers.
 
-    All are as likely, or with `balanced` those that show the image's rarer classes are more so: the
-    cells whose u · Σ n_c is lowest are taken, u uniform in [0, 1), n_c the number of cells that
-    show class c, summed over the classes of the cell (arXiv 2306.01667, appendix).
+    All cells are equally likely. With `balanced`, cells that show the image's rarer classes are
+    more likely: the cells with the lowest u · Σ n_c are drawn, u uniform in [0, 1), n_c the number
+    of cells that show class c, summed over the classes of the cell (arXiv 2306.01667, appendix).
     """
     shows = counts > 0
     labelled = np.flatnonzero(shows.any(axis=1))
@@ -68,14 +79,14 @@ def gather_memory(
     seed: int,
     balanced: bool,
 ) -> Memory:
-    """At most `capacity` cells of the set that `batches` runs through once, as many of each of its
-    N = `num_images` images as fit.
+    """Read `batches` once and keep at most `capacity` cells, an equal share of each of the N =
+    `num_images` images of the set.
 
-    What is drawn of an image depends on `seed` and its number only, not on the batches. Raises
+    The cells drawn from an image depend only on `seed` and its number, not on the batches. Raises
     ValueError if no cell has a labelled pixel.
     """
     features: Tensor | None = None
-    kept, left_out = 0, 0
+    kept, skipped = 0, 0
     for batch in batches:
         _, dim, height, width = batch.features.shape
         counts = cell_counts(batch.labels, height, width, num_classes)
@@ -87,11 +98,11 @@ def gather_memory(
             quota = (i + 1) * capacity // num_images - i * capacity // num_images
             generator = np.random.default_rng((seed, i))
             cells = draw_cells(counts[image], quota, generator, balanced=balanced)
-            place, kept = slice(kept, kept + len(cells)), kept + len(cells)
+            rows, kept = slice(kept, kept + len(cells)), kept + len(cells)
             number = torch.from_numpy(cells).to(features.device)
-            features[place] = batch.features[image].flatten(1).T[number]
-            all_counts[place] = torch.from_numpy(counts[image][cells]).to(all_counts)
-            left_out += int(counts[image].any(axis=1).sum()) - len(cells)
+            features[rows] = batch.features[image].flatten(1).T[number]
+            all_counts[rows] = torch.from_numpy(counts[image][cells]).to(all_counts)
+            skipped += int(counts[image].any(axis=1).sum()) - len(cells)
     if features is None or not kept:
         raise ValueError("no labelled pixel to learn from")
-    return Memory(features[:kept], all_counts[:kept], complete=not left_out)
+    return Memory(features[:kept], all_counts[:kept], complete=not skipped)

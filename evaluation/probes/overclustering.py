@@ -1,40 +1,30 @@
-"""Over-clustering probe: many clusters, each named after the class that most of its pixels bear.
+"""Over-clustering probe: many clusters, each named after the class of most of its pixels.
 
-Letters: M cells in the memory, Q cells to be named, D features, K clusters, C classes.
+Letters: M cells in the memory, Q cells to classify, D features, K clusters, C classes.
 """
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluation.kmeans import Clusters
 from evaluation.probes.memory import Memory
 
 LOGITS = 2**24
 """Logits of cells and clusters held at once: 64 MiB."""
 
 
-class Clustering(Protocol):
-    """K clusters of features; `evaluation.kmeans.Clusters` is one."""
-
-    @property
-    def centres(self) -> Tensor:
-        """[K, D]"""
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Features [B, D, h, w] → [B, K, h, w], highest for the nearest centre."""
-
-
-def assign_cells(clustering: Clustering, cells: Tensor) -> Tensor:
-    """Cells [M, D] → int64 [M], the cluster of each, some of them at a time."""
-    some = cells.split(max(1, LOGITS // len(clustering.centres)))
-    return torch.cat([clustering.logits(c[:, :, None, None]).argmax(dim=1).flatten() for c in some])
+def assign_cells(clustering: Clusters, cells: Tensor) -> Tensor:
+    """Cells [M, D] → int64 [M], the cluster of each. Processes `LOGITS` logits at a time."""
+    chunks = cells.split(max(1, LOGITS // len(clustering.centres)))
+    logits = (clustering.logits(chunk[:, :, None, None]) for chunk in chunks)
+    return torch.cat([each.argmax(dim=1).flatten() for each in logits])
 
 
 def majority(clusters: Tensor, counts: Tensor, num_clusters: int) -> Tensor:
-    """Clusters int64 [M] and pixel counts [M, C] of the same cells → int64 [K]: the class that most
-    pixels of each cluster bear, the first of equals; that of the whole set where it has no cell.
+    """Clusters int64 [M] and pixel counts [M, C] of the same cells → int64 [K]: the class of most
+    pixels of each cluster, the lower one of equals. A cluster without cells takes the most frequent
+    class of the set.
     """
     pixels = counts.new_zeros(num_clusters, counts.shape[1], dtype=torch.float64)
     pixels.index_add_(0, clusters, counts.double())
@@ -44,10 +34,10 @@ def majority(clusters: Tensor, counts: Tensor, num_clusters: int) -> Tensor:
 
 class Overclustering:
     """Cells [Q, D] → class scores [Q, C]: 1 for the class of the cell's cluster, 0 for the others.
-    The clusters' classes are those of `memory`.
+    `memory` determines the class of each cluster.
     """
 
-    def __init__(self, memory: Memory, clustering: Clustering) -> None:
+    def __init__(self, memory: Memory, clustering: Clusters) -> None:
         self.clustering, self.num_classes = clustering, memory.counts.shape[1]
         winner = assign_cells(clustering, memory.features)
         self.classes = majority(winner, memory.counts, len(clustering.centres))

@@ -1,7 +1,7 @@
-"""Dense k-NN retrieval: cells take the labels of the training cells nearest to them
-(Hummingbird, arXiv 2306.01667, section 3).
+"""Dense k-NN retrieval: a cell takes the labels of the nearest training cells (Hummingbird,
+arXiv 2306.01667, section 3).
 
-Letters: Q cells that ask, M cells in the memory, D features, C classes.
+Letters: Q cells to classify, M cells in the memory, D features, C classes.
 """
 
 import torch
@@ -15,17 +15,17 @@ SIMILARITY_FLOATS = 2**24
 
 
 def nearest(queries: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Queries [Q, D], keys [M, D] → the largest products [Q, k] and their keys' numbers int64
-    [Q, k], the largest first; k = `count`, or M where there are fewer.
+    """Queries [Q, D], keys [M, D] → the k largest products of each query [Q, k], in descending
+    order, and the numbers of their keys int64 [Q, k]; k = min(`count`, M).
 
-    A few keys are compared at a time, and the best so far kept.
+    Compares a few keys at a time and keeps the best so far.
     """
     step = max(1, SIMILARITY_FLOATS // len(queries))
     best = queries.new_empty(len(queries), 0)
     number = torch.empty(best.shape, dtype=torch.int64, device=queries.device)
     for first in range(0, len(keys), step):
-        some = queries @ keys[first : first + step].T
-        value, index = some.topk(min(count, some.shape[1]), dim=1)
+        products = queries @ keys[first : first + step].T
+        value, index = products.topk(min(count, products.shape[1]), dim=1)
         best = torch.cat([best, value], dim=1)
         number = torch.cat([number, index + first], dim=1)
         best, order = best.topk(min(count, best.shape[1]), dim=1)
@@ -34,8 +34,8 @@ def nearest(queries: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class Retrieval:
-    """Cells [Q, D] → class scores [Q, C]: the mean of the label shares of the k = `neighbours` most
-    similar cells of `memory`, weighted by softmax(cosine / `temperature`).
+    """Cells [Q, D] → class scores [Q, C]: mean of the label shares of the k = `neighbours` nearest
+    cells of `memory`, weighted by softmax(cosine / `temperature`).
     """
 
     def __init__(self, memory: Memory, *, neighbours: int = 30, temperature: float = 0.02) -> None:

@@ -1,4 +1,4 @@
-"""The CRF against the formula, pixel by pixel and neighbour by neighbour."""
+"""The CRF, compared with its formula for each pixel and neighbour."""
 
 import math
 
@@ -38,11 +38,11 @@ def naive(p: np.ndarray, image: np.ndarray, config: CrfConfig) -> np.ndarray:
                         ):
                             if (v, u) == (y, x):
                                 continue
-                            place = (v - y) ** 2 + (u - x) ** 2
+                            distance = (v - y) ** 2 + (u - x) ** 2
                             colour = ((image[v, u].astype(float) - image[y, x]) ** 2).sum()
-                            exponent = place / (2 * config.smooth_sigma**2)
+                            exponent = distance / (2 * config.smooth_sigma**2)
                             if kernel == "colour":
-                                exponent = place / (2 * config.position_sigma**2)
+                                exponent = distance / (2 * config.position_sigma**2)
                                 exponent += colour / (2 * config.colour_sigma**2)
                             k = math.exp(-exponent)
                             total += k
@@ -62,16 +62,16 @@ def naive(p: np.ndarray, image: np.ndarray, config: CrfConfig) -> np.ndarray:
     ],
 )
 def test_equals_the_naive_loop(config: CrfConfig) -> None:
-    """Also at borders and for several images at once."""
+    """At image borders too, and for several images at once."""
     probabilities, images = random_input(2, 3, 7, 6)
-    found = refine(probabilities, images, config)
+    result = refine(probabilities, images, config)
     for b in range(2):
         expected = naive(probabilities[b].double().numpy(), images[b].numpy(), config)
-        np.testing.assert_allclose(found[b], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(result[b], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_to_say_changes_nothing() -> None:
-    """Without iterations or without weights the input comes back."""
+    """Without iterations or without weights the output is the input."""
     probabilities, images = random_input(1, 4, 5, 5)
     assert torch.equal(refine(probabilities, images, CrfConfig(iterations=0)), probabilities)
     silent = CrfConfig(smooth_weight=0.0, colour_weight=0.0)
@@ -79,7 +79,7 @@ def test_nothing_to_say_changes_nothing() -> None:
 
 
 def test_border_moves_to_the_colour_edge() -> None:
-    """What it is for: a guess two pixels off, on an image with a clear edge, ends on the edge."""
+    """The purpose of the CRF: a border that is two pixels off a clear edge moves to the edge."""
     images = torch.zeros(1, 12, 16, 3, dtype=torch.uint8)
     images[:, :, 8:] = 200
     first = torch.full((1, 12, 16), 0.3)
@@ -91,26 +91,26 @@ def test_border_moves_to_the_colour_edge() -> None:
 
 
 def test_extreme_input_stays_finite() -> None:
-    """Certain guesses, and a pixel unlike all others, whose kernel is nearly nothing."""
+    """Probabilities of 0 and 1, and a pixel unlike all its neighbours, whose kernel is almost 0."""
     images = torch.zeros(1, 6, 6, 3, dtype=torch.uint8)
     images[0, 3, 3] = 255
     probabilities = torch.zeros(1, 2, 6, 6)
     probabilities[:, 0] = 1
-    found = refine(probabilities, images, CrfConfig(colour_sigma=1.0))
-    assert torch.isfinite(found).all()
-    torch.testing.assert_close(found.sum(dim=1), torch.ones(1, 6, 6))
+    result = refine(probabilities, images, CrfConfig(colour_sigma=1.0))
+    assert torch.isfinite(result).all()
+    torch.testing.assert_close(result.sum(dim=1), torch.ones(1, 6, 6))
 
 
 @pytest.mark.parametrize("setting", [{"radius": 0}, {"iterations": -1}, {"colour_sigma": 0.0}])
 def test_bad_settings_are_named(setting: dict[str, float]) -> None:
-    """A window of nothing would be a mean over nothing."""
+    """Without it an empty window would give a mean over nothing."""
     with pytest.raises(ValueError, match=f"{next(iter(setting))} must be"):
         CrfConfig(**setting)  # type: ignore[arg-type]
 
 
 @pytest.mark.cuda
 def test_same_on_a_gpu() -> None:
-    """Devices must agree."""
+    """CPU and GPU must agree."""
     probabilities, images = random_input(2, 5, 20, 30)
     there = refine(probabilities.cuda(), images.cuda()).cpu()
     torch.testing.assert_close(there, refine(probabilities, images), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Label maps in each data set's own layout, read as its makers define them."""
+"""Label maps of each data set are read in the layout that its authors define."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from evaluation.datasets.coco_classes import CLASSES, STUFF, THINGS, coarse_classes
-from evaluation.datasets.layouts import KINDS, LabelledImages, open_labelled
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.layouts import KINDS
+from evaluation.datasets.open import open_labelled
 from pipeline.errors import UserError
 from tests.helpers.labelled_sets import save_png
 
@@ -34,7 +36,7 @@ def only(data: LabelledImages) -> np.ndarray:
 
 
 def test_cocos_ids_are_all_there_once() -> None:
-    """A forgotten name would shift every id after it into another class."""
+    """Without it a forgotten name would shift all ids after it to other classes."""
     coarse = coarse_classes()
     assert len(CLASSES) == len(set(CLASSES)) == 27
     assert sorted(set(coarse.values())) == list(range(27))
@@ -60,19 +62,21 @@ def test_cocos_ids_are_all_there_once() -> None:
     ],
 )  # fmt: skip
 def test_cocos_published_ids(number: int, name: str) -> None:
-    """Ids and supercategories as COCO publishes them: the ends of ranges, where a slip shows."""
+    """Ids and supercategories as COCO publishes them, at the ends of ranges, where errors show."""
     assert CLASSES[coarse_classes()[number]] == name
 
 
 def test_order_of_the_27_is_the_benchmarks() -> None:
-    """Confusion matrices and predictions of others could not be compared in another order."""
+    """In another order, confusion matrices and predictions could not be compared with those of
+    others.
+    """
     assert CLASSES[:3] == ["electronic", "appliance", "food"]
     assert CLASSES[9:14] == ["person", "sports", "vehicle", "ceiling", "floor"]
     assert CLASSES[-2:] == ["structural", "water"]
 
 
 def test_stuff_maps_hold_ids_less_one(tmp_path: Path) -> None:
-    """Off by one, each class would be its neighbour."""
+    """With an offset of one, each class would become its neighbour."""
     photograph(tmp_path / "val2017/000000000139.jpg")
     save_png(tmp_path / "stuffthingmaps/val2017/000000000139.png", grid(0, 181, 255))
     data = open_labelled("coco-stuff", root=tmp_path)
@@ -101,7 +105,7 @@ def panoptic(root: Path, segments: list[dict[str, int]], colours: np.ndarray) ->
 
 
 def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
-    """R + 256 G + 65536 B: each channel counts, food is a thing or stuff, and 0 is void."""
+    """R + 256 G + 65536 B: all channels count, food can be a thing or stuff, and 0 is void."""
     numbers = [7, 256, 65536 * 3 + 256 * 2 + 1]
     segments = [
         {"id": number, "category_id": category}
@@ -137,7 +141,7 @@ def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
 
 
 def test_camvid(tmp_path: Path) -> None:
-    """11 classes and void as 11, in SegNet's order."""
+    """11 classes in SegNet's order; id 11 is void."""
     photograph(tmp_path / "val/0016E5_07959.png")
     save_png(tmp_path / "valannot/0016E5_07959.png", grid(0, 10, 11))
     data = open_labelled("camvid", root=tmp_path)
@@ -147,7 +151,7 @@ def test_camvid(tmp_path: Path) -> None:
 
 
 def test_cityscapes(tmp_path: Path) -> None:
-    """The 19 classes of the benchmark; what it does not score is void, licence plates too."""
+    """The benchmark's 19 classes. Other ids are void, those of licence plates too."""
     photograph(tmp_path / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
     labels = tmp_path / "gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png"
     save_png(labels, grid(7, 33, 0, 9, 26, 255))
@@ -161,7 +165,9 @@ def test_cityscapes(tmp_path: Path) -> None:
 
 
 def test_voc(tmp_path: Path) -> None:
-    """Palette PNGs; a split's list says which of many images belong; unlabelled ones do not."""
+    """Label maps are palette PNGs. A list names the images of a split. Unlisted images need no
+    labels.
+    """
     root = tmp_path / "VOCdevkit/VOC2012"
     for name in ("2007_000033", "2007_000042", "2007_000061"):
         photograph(root / f"JPEGImages/{name}.jpg")
@@ -186,7 +192,7 @@ def test_voc(tmp_path: Path) -> None:
 
 
 def test_list_chooses_and_orders(tmp_path: Path) -> None:
-    """PiCIE's curated list has COCO's zero-padded ids, others names or plain ids."""
+    """PiCIE's curated list has COCO's zero-padded ids; other lists have names or plain ids."""
     for name in ("000000000139", "000000000285", "b/scene"):
         photograph(tmp_path / f"images/{name}.jpg")
         save_png(tmp_path / f"labels/{name}.png", grid(0))
@@ -207,7 +213,7 @@ def test_list_chooses_and_orders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="several images called scene"):
         open_labelled("folder", **folders, listed=listed)
     listed.write_text("\n")
-    with pytest.raises(UserError, match="no image named in it"):
+    with pytest.raises(UserError, match="names no image"):
         open_labelled("folder", **folders, listed=listed)
     with pytest.raises(UserError, match="No such file"):
         open_labelled("folder", **folders, listed=tmp_path / "nowhere")
@@ -215,7 +221,7 @@ def test_list_chooses_and_orders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_layout_says_what_was_expected(kind: str, tmp_path: Path) -> None:
-    """One line, for a folder of anything else, for nothing at all, and for half of it."""
+    """An error of one line if the folder is missing, or contains other data."""
     with pytest.raises(UserError, match=f"--dataset {kind} needs --images"):
         open_labelled(kind)
     if kind == "folder":
@@ -230,17 +236,17 @@ def test_wrong_layout_says_what_was_expected(kind: str, tmp_path: Path) -> None:
 
 
 def test_one_label_map_for_two_images_is_refused(tmp_path: Path) -> None:
-    """It would be counted twice, once beside an image that may show something else."""
+    """Without it the label map would count twice, once for an image that may differ."""
     for name in ("a.jpg", "a.png", "b.png"):
         photograph(tmp_path / "images" / name)
     for name in ("a.png", "b.png"):
         save_png(tmp_path / "labels" / name, grid(0))
-    with pytest.raises(UserError, match=r"a\.png would be of both a\.jpg and a\.png"):
+    with pytest.raises(UserError, match=r"a\.png would belong to both a\.jpg and a\.png"):
         open_labelled(images=tmp_path / "images", labels=tmp_path / "labels")
 
 
 def test_images_of_another_data_set_are_refused(tmp_path: Path) -> None:
-    """Cityscapes' names say which image is which; without them nothing can be paired."""
+    """Cityscapes pairs images and label maps by name; other names cannot be paired."""
     photograph(tmp_path / "leftImg8bit/val/ulm/one.png")
     (tmp_path / "gtFine/val").mkdir(parents=True)
     with pytest.raises(UserError, match=r"expected images called \*_leftImg8bit, found one\.png"):

@@ -1,4 +1,4 @@
-"""The maps that evaluation compares: which part of which network, and what is refused."""
+"""Feature maps: the right part of the right network, and bad input."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evaluation.datasets.images import FolderImages
+from evaluation.datasets.squares import SquareImages
 from evaluation.features import load, open_features
 from model import ModelConfig, SlotCon
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -40,7 +41,7 @@ def images() -> torch.Tensor:
 
 
 def test_networks_of_a_run(run: tuple[Path, SlotCon]) -> None:
-    """The student's map under the teacher's name would be a comparison of nothing."""
+    """Without it the student's map could be scored under the teacher's name."""
     checkpoint, model = run
     with torch.inference_mode():
         expected = {
@@ -51,31 +52,32 @@ def test_networks_of_a_run(run: tuple[Path, SlotCon]) -> None:
     assert not torch.equal(expected["teacher"], expected["student"])
     for spec, value in expected.items():
         features = open_features(spec, checkpoint, CPU)
-        assert (features.name, features.dim) == (spec, value.shape[1])
+        assert features.name == spec
         assert torch.equal(features(images()), value)
     assert expected["projector"].shape == (2, 6, 2, 3)
 
 
 def test_untrained_is_another_network(run: tuple[Path, SlotCon], tmp_path: Path) -> None:
-    """A baseline that is the trained network would show no gain."""
+    """Without it the baseline could be the trained network, and no gain would show."""
     checkpoint, model = run
     folder, _ = write_scenes(tmp_path, MAPS)
-    untrained = open_features("untrained", checkpoint, CPU, images=FolderImages(folder), size=64)
-    found = untrained(images())
-    assert found.shape == (2, 512, 2, 3)
+    squares = SquareImages(FolderImages(folder), 64, CPU)
+    untrained = open_features("untrained", checkpoint, CPU, images=squares)
+    result = untrained(images())
+    assert result.shape == (2, 512, 2, 3)
     with torch.inference_mode():
-        assert not torch.allclose(found, model.teacher.encoder(images()))
+        assert not torch.allclose(result, model.teacher.encoder(images()))
 
 
 def test_pixels_are_mean_colours() -> None:
-    """Block by block, by hand."""
+    """One block, computed by hand."""
     features = open_features("pixels", None, CPU)(images())
     assert features.shape == (2, 3, 8, 12)
     torch.testing.assert_close(features[1, :, 3, 4], images()[1, :, 24:32, 32:40].mean((1, 2)))
 
 
 def test_supervised_takes_torchvisions_weights(tmp_path: Path) -> None:
-    """From a file under torchvision's own names, with the classifier left out."""
+    """From a file with torchvision's names; the classifier is ignored."""
     network = torchvision.models.resnet18().eval()
     torch.save({"state_dict": network.state_dict()}, tmp_path / "resnet18.pth")
     features = open_features("supervised:resnet18", None, CPU, weights=tmp_path / "resnet18.pth")
@@ -89,7 +91,7 @@ def test_supervised_takes_torchvisions_weights(tmp_path: Path) -> None:
 
 
 def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute nodes have no network: the message says which file to bring."""
+    """Compute nodes have no internet. The message names the file to provide."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no route")
@@ -111,13 +113,13 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_specs(spec: str, message: str) -> None:
-    """Each in one line."""
+    """Each gives an error of one line."""
     with pytest.raises(UserError, match=message):
         open_features(spec, None, CPU)
 
 
 def test_bad_weights(tmp_path: Path) -> None:
-    """Files that are something else."""
+    """Files with other content, or with weights that do not fit."""
     with pytest.raises(UserError, match="--weights is for supervised"):
         open_features("pixels", None, CPU, weights=tmp_path)
     with pytest.raises(UserError, match="No such file"):
@@ -141,7 +143,7 @@ def test_bad_weights(tmp_path: Path) -> None:
 
 
 def test_without_timm_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm is an extra."""
+    """timm is an optional dependency."""
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"needs timm \(pip install \.\[timm\]\)"):
         open_features("timm:resnet18", None, CPU)
@@ -149,13 +151,13 @@ def test_without_timm_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_resnet"])
 def test_timm_models(name: str, tmp_path: Path) -> None:
-    """Patch tokens lie where their patches do, and the model's own normalisation is used."""
+    """Patch tokens lie where their patches are, and the model's own normalisation is used."""
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=7).eval()
     torch.save(model.state_dict(), tmp_path / "w.pth")
     features = open_features(f"timm:{name}", None, CPU, weights=tmp_path / "w.pth")
-    found = features(images())
-    assert found.shape[:2] == (2, features.dim)
+    result = features(images())
+    assert result.shape[:2] == (2, model.num_features)
     if name.startswith("vit"):
         square = torch.rand(1, 3, 224, 224)
         mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -164,6 +166,6 @@ def test_timm_models(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             features((square - mean) / std)[0, :, 3, 5], tokens[3 * 14 + 5], rtol=1e-3, atol=1e-4
         )
-        assert found.shape[2:] == (4, 6)
+        assert result.shape[2:] == (4, 6)
     with pytest.raises(UserError, match="Unknown model"):
         open_features("timm:nonsense", None, CPU, weights=tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""Matching and scoring of clusters against the definition itself: all permutations, tried."""
+"""Matching and scores of clusters, compared with all permutations."""
 
 import itertools
 
@@ -18,7 +18,7 @@ confusions = hnp.arrays(
 
 
 def best_matching(confusion: np.ndarray) -> int:
-    """The most pixels that any one-to-one matching of clusters and classes can match."""
+    """The largest number of pixels that a one-to-one matching of clusters and classes can match."""
     small = confusion if confusion.shape[0] >= confusion.shape[1] else confusion.T
     clusters, classes = small.shape
     return max(
@@ -29,14 +29,14 @@ def best_matching(confusion: np.ndarray) -> int:
 
 @given(confusions)
 def test_matching_is_the_best_of_all_permutations(confusion: np.ndarray) -> None:
-    """A greedy or minimising matching would report an accuracy below what the clusters deserve."""
+    """A greedy or minimising matching would report too low an accuracy."""
     scored = score_grouping(confusion)
     assert scored.accuracy == pytest.approx(best_matching(confusion) / confusion.sum())
 
 
 @given(confusions)
 def test_matching_is_one_to_one(confusion: np.ndarray) -> None:
-    """A cluster used for two classes would score over-segmentation and merging for free."""
+    """If one cluster could match two classes, merging classes would cost nothing."""
     cluster = match(confusion)
     used = cluster[cluster >= 0]
     assert len(set(used.tolist())) == len(used) == min(confusion.shape)
@@ -44,7 +44,7 @@ def test_matching_is_one_to_one(confusion: np.ndarray) -> None:
 
 @given(confusions)
 def test_iou_follows_from_the_matching(confusion: np.ndarray) -> None:
-    """IoU counted pixel by pixel from the definition, TP / (TP + FP + FN)."""
+    """IoU from its definition, TP / (TP + FP + FN)."""
     scored = score_grouping(confusion)
     for c in range(confusion.shape[1]):
         k, truth = scored.cluster[c], confusion[:, c].sum()
@@ -59,7 +59,7 @@ def test_iou_follows_from_the_matching(confusion: np.ndarray) -> None:
 
 @given(st.integers(0, 2**32 - 1))
 def test_numbering_of_clusters_does_not_matter(seed: int) -> None:
-    """Prototypes have no order: the score must not depend on it (unique optimum assumed)."""
+    """Prototypes have no order, so the score must not depend on it (if the optimum is unique)."""
     generator = np.random.default_rng(seed)
     # Powers of two: no two matchings have the same sum, so the optimum is unique.
     confusion = 2 ** generator.permutation(20).reshape(5, 4).astype(np.int64)
@@ -70,7 +70,7 @@ def test_numbering_of_clusters_does_not_matter(seed: int) -> None:
 
 
 def test_confusion_by_hand_leaves_void_out() -> None:
-    """Void pixels that counted would punish a model for pixels nobody labelled."""
+    """Without it unlabelled pixels would count as errors."""
     clusters = np.array([[0, 0, 1], [2, 1, 1]])
     labels = np.array([[0, 255, 1], [1, 1, 0]], np.uint8)
     expected = [[1, 0], [1, 2], [0, 1]]
@@ -78,7 +78,7 @@ def test_confusion_by_hand_leaves_void_out() -> None:
 
 
 def test_more_clusters_than_classes_count_against() -> None:
-    """K > C: what a class loses to an unmatched cluster is lost; IoU 6/10 and 5/5 by hand."""
+    """K > C: pixels of an unmatched cluster are errors of their class; IoU 6/10 and 5/5 by hand."""
     scored = score_grouping(np.array([[6, 0], [4, 0], [0, 5]]))
     assert scored.iou.tolist() == [0.6, 1.0]
     assert scored.miou == pytest.approx(0.8)
@@ -87,7 +87,7 @@ def test_more_clusters_than_classes_count_against() -> None:
 
 
 def test_fewer_clusters_than_classes_leave_classes_at_zero() -> None:
-    """K < C: one cluster for all is a bad grouping, and the classes it misses must say so."""
+    """K < C: a single cluster is a bad grouping, so the unmatched classes must score 0."""
     scored = score_grouping(np.array([[6, 3, 1]]))
     assert scored.iou.tolist() == [0.6, 0.0, 0.0]
     assert scored.miou == pytest.approx(0.2)
@@ -95,13 +95,13 @@ def test_fewer_clusters_than_classes_leave_classes_at_zero() -> None:
 
 
 def test_absent_class_takes_no_part() -> None:
-    """A class that no label shows would otherwise pull the mean down whatever the grouping."""
+    """Without it an absent class would lower the mean for every grouping."""
     scored = score_grouping(np.array([[4, 0, 0], [0, 0, 4]]))
     assert scored.miou == 1.0
     assert np.isnan(scored.iou[1])
 
 
 def test_nothing_labelled_is_refused() -> None:
-    """A mean over nothing is no score."""
+    """Without labelled pixels there is no score."""
     with pytest.raises(ValueError, match="no labelled pixel"):
         score_grouping(np.zeros((2, 2), np.int64))

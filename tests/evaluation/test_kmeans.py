@@ -1,4 +1,4 @@
-"""k-means against its definition, cell by cell in NumPy."""
+"""k-means, compared with its definition in NumPy."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def naive_step(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("chunk", [1, 40, 2**22])
 def test_step_is_lloyds(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks must not change what a step computes, nor leave a rest out."""
+    """Chunks must not change the result of a step, nor skip the last cells."""
     monkeypatch.setattr(module, "CHUNK_FLOATS", chunk)
     x = cells(53, 4)
     moved = mean_of_nearest(x, x[:5], cosine=False)
@@ -30,19 +30,19 @@ def test_step_is_lloyds(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ends_where_another_step_changes_nothing() -> None:
-    """A result that is no fixed point would depend on the number of iterations."""
+    """Without it the result would depend on the number of iterations."""
     x = cells(200, 3)
-    found = kmeans(x, 6, 0, cosine=False, tolerance=0)
-    moved = naive_step(x.numpy(), found.centres.numpy())
-    np.testing.assert_allclose(moved, found.centres, atol=1e-5)
-    distances = ((x[:, None] - found.centres) ** 2).sum(-1).min(dim=1).values
-    assert found.inertia == pytest.approx(float(distances.mean()), rel=1e-4)
-    assert 1 < found.iterations < 100
+    result = kmeans(x, 6, 0, cosine=False, tolerance=0)
+    moved = naive_step(x.numpy(), result.centres.numpy())
+    np.testing.assert_allclose(moved, result.centres, atol=1e-5)
+    distances = ((x[:, None] - result.centres) ** 2).sum(-1).min(dim=1).values
+    assert result.inertia == pytest.approx(float(distances.mean()), rel=1e-4)
+    assert 1 < result.iterations < 100
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_finds_groups_far_apart(seed: int) -> None:
-    """With k-means++ each of four distant groups gets one centre, from any seed."""
+    """With k-means++ each of four distant groups gets one centre, for any seed."""
     means = 100 * torch.eye(4)
     x = (means[:, None] + cells(40, 4).reshape(4, 10, 4)).flatten(0, 1)
     centres = kmeans(x, 4, seed, cosine=False).centres
@@ -52,8 +52,9 @@ def test_finds_groups_far_apart(seed: int) -> None:
 
 
 def test_start_follows_the_squared_distance() -> None:
-    """Of two cells drawn with probability d² the one that leaves less is taken; a uniform start
-    would miss small groups, a single draw would take bad ones."""
+    """Two cells are drawn with probability d², and the better one is taken. Uniform draws would
+    miss small groups; a single draw would take bad centres.
+    """
     x = torch.tensor([[0.0], [1.0], [3.0], [8.0]])
     drawn = np.zeros((4, 4))
     for seed in range(3000):
@@ -71,7 +72,7 @@ def test_start_follows_the_squared_distance() -> None:
 
 
 def test_ends_near_the_best() -> None:
-    """Scores of unlucky starts would differ by many points from seed to seed."""
+    """Without a good start, scores would differ by many points between seeds."""
     means = 10 * cells(6, 5)
     x = (means[:, None] + cells(6 * 60, 5, seed=1).reshape(6, 60, 5)).flatten(0, 1)
     inertia = np.array([kmeans(x, 6, seed, cosine=False).inertia for seed in range(20)])
@@ -79,25 +80,25 @@ def test_ends_near_the_best() -> None:
 
 
 def test_stops_only_when_it_hardly_moves() -> None:
-    """Stopping early would score centres on their way."""
+    """Without it k-means could stop before it converges."""
     x = cells(2000, 3)
-    found, rest = kmeans(x, 8, 0, cosine=False), kmeans(x, 8, 0, cosine=False, tolerance=0)
-    moved = mean_of_nearest(x, found.centres, cosine=False)
-    assert found.iterations <= rest.iterations
-    assert float((moved - found.centres).square().sum(dim=1).mean()) < 2e-4
+    result, rest = kmeans(x, 8, 0, cosine=False), kmeans(x, 8, 0, cosine=False, tolerance=0)
+    moved = mean_of_nearest(x, result.centres, cosine=False)
+    assert result.iterations <= rest.iterations
+    assert float((moved - result.centres).square().sum(dim=1).mean()) < 2e-4
 
 
 def test_cosine_ignores_length() -> None:
-    """Spherical k-means: scaling a cell must change nothing, and centres have length 1."""
+    """Spherical k-means: the length of a cell has no effect, and centres have length 1."""
     x = cells(100, 5)
     scaled = x * torch.rand(100, 1, generator=torch.Generator().manual_seed(1)).add(0.1)
-    found, other = kmeans(x, 4, 3), kmeans(scaled, 4, 3)
-    torch.testing.assert_close(found.centres, other.centres)
-    torch.testing.assert_close(found.centres.norm(dim=1), torch.ones(4))
+    result, other = kmeans(x, 4, 3), kmeans(scaled, 4, 3)
+    torch.testing.assert_close(result.centres, other.centres)
+    torch.testing.assert_close(result.centres.norm(dim=1), torch.ones(4))
 
 
 def test_lost_cluster_starts_again() -> None:
-    """A centre nearest to nothing would otherwise become a mean over nothing, NaN or 0."""
+    """Without it the mean of an empty cluster would be NaN or 0."""
     x = torch.tensor([[0.0], [1.0], [10.0]])
     moved = mean_of_nearest(x, torch.tensor([[0.0], [500.0]]), cosine=False)
     assert moved[:, 0].tolist() == pytest.approx([11 / 3, 10.0])
@@ -108,7 +109,7 @@ def test_lost_cluster_starts_again() -> None:
 
 
 def test_same_seed_same_clusters() -> None:
-    """A published number has to come out again, whatever the global random state is."""
+    """A published number must be reproducible, whatever the global random state."""
     x = cells(100, 5)
     torch.manual_seed(1)
     first = kmeans(x, 7, 5).centres
@@ -119,7 +120,9 @@ def test_same_seed_same_clusters() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_sample_does_not_depend_on_the_batch(batch: int) -> None:
-    """Another batch size must give the same centres; all cells are as likely, none comes twice."""
+    """Another batch size must give the same centres. All cells are equally likely, and none is
+    drawn twice.
+    """
     features = torch.arange(8 * 2 * 3 * 5).reshape(8, 2, 3, 5).float()
     sample = sample_cells(features.split(batch), 8, seed=4, floats=2 * 50)
     whole = sample_cells(features.split(batch), 8, seed=4)
@@ -132,12 +135,12 @@ def test_sample_does_not_depend_on_the_batch(batch: int) -> None:
 
 @pytest.mark.parametrize("cosine", [True, False])
 def test_logits_assign_to_the_nearest_centre(cosine: bool) -> None:
-    """At every upsampled pixel: the same winner as nearest centre to the upsampled feature."""
+    """At every upsampled pixel the winner is the centre nearest to the upsampled feature."""
     features = cells(2 * 3 * 3, 4).reshape(2, 3, 3, 4).permute(0, 3, 1, 2).contiguous()
     centres = torch.nn.functional.normalize(cells(5, 4, seed=1), dim=1)
-    found = Clusters(centres, cosine, 1.0, 1)
+    result = Clusters(centres, cosine, 1.0, 1)
     if cosine:
         features = torch.nn.functional.normalize(features, dim=1)
     upsampled = torch.nn.functional.interpolate(features, (12, 12), mode="bilinear")
     distance = ((upsampled[:, None] - centres[:, :, None, None]) ** 2).sum(dim=2)
-    assert torch.equal(assign(found.logits(features), 12), distance.argmin(dim=1))
+    assert torch.equal(assign(result.logits(features), 12), distance.argmin(dim=1))

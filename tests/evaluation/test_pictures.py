@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import slots
+from evaluation import commands, slots
 from evaluation.datasets.images import BetonImages, FolderImages
+from evaluation.datasets.squares import SquareImages
 from evaluation.pictures import __main__ as pictures
 from evaluation.pictures.drawing import OUTLINE, distinct, overlay, prototype_colours
 from evaluation.pictures.views import CROPS, HEIGHT, DrawnPair, draw_pairs, picture_of_views, shared
-from evaluation.prototypes import NearestSegments
+from evaluation.prototypes import NearestSegments, gather_statistics
 from evaluation.segment import segment_images
-from evaluation.slots import duplicate_pairs, ends, gather_statistics, result_rows
+from evaluation.slots import duplicate_pairs, ends, result_rows
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.beton import Beton
 from pipeline.errors import UserError
@@ -33,7 +34,7 @@ MAPS = [[[0, 0], [0, 0]], [[0, 1], [0, 1]], [[1, 0], [0, 0]], [[0, 2], [1, 0]]]
 
 
 class FakeNetwork(ColourNetwork):
-    """With a teacher, of whose prototypes the first two are nearly the same."""
+    """A network with a teacher. The first two prototypes of the teacher are near-duplicates."""
 
     teacher = SimpleNamespace(
         grouping=SimpleNamespace(prototypes=torch.tensor([[1.0, 0], [9, 1], [0, 1], [-1, 0]]))
@@ -42,13 +43,13 @@ class FakeNetwork(ColourNetwork):
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> FolderImages:
-    """Red everywhere, green in three of four pictures, blue in one, yellow in none."""
+    """Four pictures: red in all, green in three, blue in one, yellow in none."""
     return FolderImages(write_scenes(tmp_path / "scenes", [np.array(m) for m in MAPS])[0])
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's folder with three checkpoints without weights: the network is put in their place."""
+    """A run folder with three checkpoints without weights; a fake network replaces them."""
     config = RunConfig(name="x", data=DataConfig("x"), views=ViewConfig(size=64))
     for step in (1, 2, 10):
         folder = tmp_path / f"run/checkpoints/step_{step}"
@@ -58,8 +59,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "run.json").write_text(json.dumps(asdict(record)))
     model = SimpleNamespace(num_prototypes=4)
     fake = SimpleNamespace(model=model, views=config.views, train=config.train)
-    for module in (pictures, slots):
-        monkeypatch.setattr(module, "load_network", lambda *_: (FakeNetwork([0, 1, 2, 3]), fake))
+    monkeypatch.setattr(commands, "load_network", lambda *_: (FakeNetwork([0, 1, 2, 3]), fake))
     return tmp_path / "run"
 
 
@@ -74,17 +74,15 @@ def draw(monkeypatch: pytest.MonkeyPatch, command: str, out: Path) -> Image.Imag
 
 
 def test_statistics_of_known_pictures(scenes: FolderImages) -> None:
-    """Counts over images and over cells, whatever the batches."""
-    batches = segment_images(
-        ColourNetwork([0, 1, 2, 3]), scenes, 2 * CELL, device=CPU, batch_size=3
-    )
-    found = gather_statistics(batches, top=2)
-    assert found.slots.tolist() == [1, 2, 2, 3]
-    assert found.cells.tolist() == [11, 4, 1, 0] and found.dead == 1
-    assert found.nearest.active.tolist() == [4, 3, 1, 0]
+    """Counts over images and over cells, for any batch size."""
+    squares = SquareImages(scenes, 2 * CELL, CPU, batch_size=3)
+    result = gather_statistics(segment_images(ColourNetwork([0, 1, 2, 3]), squares), top=2)
+    assert result.slots.tolist() == [1, 2, 2, 3]
+    assert result.cells.tolist() == [11, 4, 1, 0] and result.dead == 1
+    assert result.nearest.active.tolist() == [4, 3, 1, 0]
     share = np.array([11, 4, 1]) / 16
-    assert found.entropy == pytest.approx(-(share * np.log(share)).sum() / np.log(4))
-    rows = result_rows(found, [(0, 1, 0.95)], {"step": 7})
+    assert result.entropy == pytest.approx(-(share * np.log(share)).sum() / np.log(4))
+    rows = result_rows(result, [(0, 1, 0.95)], {"step": 7})
     assert {"metric": "active_slots", "value": 2.0, "step": 7} in rows
     assert {"metric": "image_share", "prototype": 1, "value": 0.75, "step": 7} in rows
     assert {"metric": "cosine", "prototypes": [0, 1], "value": 0.95, "step": 7} in rows
@@ -93,14 +91,14 @@ def test_statistics_of_known_pictures(scenes: FolderImages) -> None:
 
 
 def test_a_frequent_prototype_is_not_called_rare() -> None:
-    """With few active ones the two ends of the list would be the same."""
+    """With few active prototypes the two columns must not overlap."""
     nearest = NearestSegments(9, top=1)
     nearest.active[:] = [0, 5, 9, 7, 3, 0, 8, 2, 1]
     assert [end.tolist() for end in ends(nearest)] == [[2, 6, 3, 1, 4], [8, 7]]
 
 
 def test_duplicates_name_both_the_nearest_first() -> None:
-    """Whoever wants to prune has to know which."""
+    """To prune duplicates, a user needs the numbers of both prototypes."""
     prototypes = torch.tensor([[1.0, 0], [0, 1], [1, 0.3], [2, 0.01]])
     assert [pair[:2] for pair in duplicate_pairs(prototypes)] == [(0, 3), (2, 3), (0, 2)]
 
@@ -109,7 +107,7 @@ def test_slots_command(
     run: Path, scenes: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Text, JSON and picture of one call."""
+    """Text, JSON and picture from one call."""
     out, picture = tmp_path / "slots.json", tmp_path / "slots.png"
     command = f"x --checkpoint {run} --data {scenes.folder} --size 64 --json {out}"
     monkeypatch.setattr("sys.argv", [*command.split(), "--picture", str(picture)])
@@ -127,7 +125,7 @@ def test_slots_command(
 
 
 def test_colours_are_distinct_where_it_matters() -> None:
-    """Two large segments of one colour would look like one."""
+    """Without it two large segments could have the same colour."""
     winners = np.repeat(np.arange(256), np.arange(256) + 1)
     colours = prototype_colours(winners, 256).astype(int)
     assert len(np.unique(colours, axis=0)) == 256
@@ -138,7 +136,7 @@ def test_colours_are_distinct_where_it_matters() -> None:
 
 
 def test_overlay_marks_segments_and_borders() -> None:
-    """Equal prototypes must get equal colours, and a border must lie between others only."""
+    """The same prototype has the same colour, and only borders between segments are drawn."""
     pixels = np.full((6, 6, 3), 100, np.uint8)
     winner = np.zeros((6, 6), np.int64)
     winner[:, 3:] = 1
@@ -151,7 +149,7 @@ def test_overlay_marks_segments_and_borders() -> None:
 def test_grouping_and_attention(
     run: Path, scenes: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The commands' wiring: a row an image, a column a checkpoint."""
+    """The commands draw a row for each image and a column for each checkpoint."""
     data = f"--data {scenes.folder} --size 64"
     grouping = draw(monkeypatch, f"grouping --checkpoint {run} {data}", tmp_path / "g.png")
     assert grouping.width > 6 * pictures.PANEL and grouping.height > 2 * pictures.PANEL
@@ -167,7 +165,7 @@ def test_grouping_and_attention(
 
 
 def test_views_are_those_of_the_training(tmp_path: Path) -> None:
-    """Of the same image in the same epoch, pixel by pixel; geometry and flips too."""
+    """For the same image and epoch: equal pixels, geometry and flips."""
     beton = write_beton(tmp_path / "small.beton", varied(6))
     config, which = ViewConfig(size=32), np.array([4, 1])
     pairs = draw_pairs(BetonImages(beton), which, seed=5, epoch=2, size=32, config=config)
@@ -184,18 +182,19 @@ def test_views_are_those_of_the_training(tmp_path: Path) -> None:
     )
     batch = next(iter(loader.epoch(2)))
     for pair, number in zip(pairs, which.tolist(), strict=True):
-        place = batch.index.tolist().index(number)
+        position = batch.index.tolist().index(number)
         mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        expected = (batch.views[:, place] * std + mean).clamp(0, 1) * 255
+        expected = (batch.views[:, position] * std + mean).clamp(0, 1) * 255
         views = torch.from_numpy(np.stack(pair.views)).permute(0, 3, 1, 2)
         torch.testing.assert_close(views.float(), expected, atol=0.51, rtol=0)
-        assert pair.flipped == batch.flipped[:, place].tolist()
-        torch.testing.assert_close(torch.tensor(pair.overlaps), batch.overlap[:, place])
+        assert pair.flipped == batch.flipped[:, position].tolist()
+        torch.testing.assert_close(torch.tensor(pair.overlaps), batch.overlap[:, position])
 
 
 def test_boxes_are_drawn_where_they_are() -> None:
-    """In the image in its own pixels, in a view in shares of it; nothing where nothing is
-    shared."""
+    """Boxes are in pixels of the image, and in the 0..1 frame of a view. An empty overlap is not
+    drawn.
+    """
     grey = np.full((HEIGHT, HEIGHT, 3), 128, np.uint8)
     crops = [(20.0, 20.0, 120.0, 120.0), (60.0, 60.0, 220.0, 220.0)]
     overlaps = [(0.4, 0.4, 1.0, 1.0), (0.0, 0.0, 0.375, 0.375)]
@@ -203,7 +202,7 @@ def test_boxes_are_drawn_where_they_are() -> None:
     colours = [tuple(bytes.fromhex(c[1:])) for c in (*CROPS, OUTLINE)]
 
     def boxes(pair: DrawnPair, colour: tuple[int, ...]) -> list[int]:
-        """Left, top and right edge of all that has the colour."""
+        """Left, top and right edge of all pixels that have the colour."""
         drawn = np.asarray(picture_of_views([pair], "title"))
         rows, columns = np.nonzero((drawn == colour).all(axis=2))
         return [int(columns.min()), int(rows.min()), int(columns.max())] if len(rows) else []
@@ -220,7 +219,7 @@ def test_boxes_are_drawn_where_they_are() -> None:
 def test_views_command(
     run: Path, tmp_path: Path, scenes: FolderImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder will do as well as a beton."""
+    """A folder works like a beton."""
     command = f"views --checkpoint {run} --data {scenes.folder} --images 2 --epoch 3"
     assert draw(monkeypatch, command, tmp_path / "v.webp").height > 2 * HEIGHT
 
@@ -231,7 +230,7 @@ def test_views_command(
         ("views --checkpoint {run} --data {data} --out v.png --epoch 800", "--epoch must be in"),
         ("views --checkpoint {run} --data {data} --out v.png --only 4", "has the images 0 to 3"),
         ("views --checkpoint {run} --data {data} --out v.gif", "must end in .png"),
-        ("grouping --checkpoint {run} --data {data} --out v.png --images 0", "at least 1"),
+        ("grouping --checkpoint {run} --data {data} --out v.png --images 0", "above 0, not 0"),
         ("attention --run {run}/checkpoints/step_1 --data {data} --out v.png", "folder of its run"),
         ("attention --run {data} --data {data} --out v.png", "no whole checkpoint"),
     ],
@@ -239,7 +238,7 @@ def test_views_command(
 def test_wrong_options_are_one_line(
     command: str, says: str, run: Path, scenes: FolderImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each names what is wrong."""
+    """Each message names the error."""
     arguments = command.format(run=run, data=scenes.folder).split()
     monkeypatch.setattr("sys.argv", ["x", *arguments])
     with pytest.raises(UserError, match=says):

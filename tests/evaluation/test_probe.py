@@ -1,5 +1,5 @@
-"""Probes of frozen features: the memory, retrieval, linear classifier and over-clustering, each
-against naive loops and features of which the answer is known; then the command.
+"""Probes of frozen features: the memory, retrieval, linear classifier and over-clustering, compared
+with naive loops and with features whose result is known; then the command.
 """
 
 import itertools
@@ -17,14 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation import probe
+from evaluation.datasets.squares import Squares
 from evaluation.grouping import score_classes
-from evaluation.labelled import LabelledFeatures
 from evaluation.probes import overclustering, retrieval
 from evaluation.probes.linear import fit_linear, pixel_cross_entropy
-from evaluation.probes.memory import Memory, cell_counts, draw_cells, gather_memory
+from evaluation.probes.memory import (
+    LabelledFeatures,
+    Memory,
+    cell_counts,
+    draw_cells,
+    gather_memory,
+)
 from evaluation.probes.overclustering import Overclustering, majority
 from evaluation.probes.retrieval import Retrieval, nearest
-from evaluation.segment import Squares
 from pipeline.errors import UserError
 from tests.helpers.coloured import CELL, COLOURS, write_scenes
 
@@ -39,7 +44,7 @@ def random_labels(batch: int, side: int, num_classes: int, seed: int = 0) -> np.
 
 
 def batches(features: Tensor, labels: np.ndarray, batch_size: int) -> Iterator[LabelledFeatures]:
-    """Features [N, D, h, w] and labels uint8 [N, R, R] as the stream that the memory reads."""
+    """Features [N, D, h, w] and labels uint8 [N, R, R] as the batches that the memory reads."""
     for first in range(0, len(labels), batch_size):
         index = np.arange(first, min(first + batch_size, len(labels)))
         squares = Squares(index, [], np.zeros((len(index), 1, 1, 3), np.uint8))
@@ -51,8 +56,8 @@ def batches(features: Tensor, labels: np.ndarray, batch_size: int) -> Iterator[L
 
 @pytest.mark.parametrize(("side", "height", "width"), [(8, 4, 4), (10, 3, 4), (7, 7, 2)])
 def test_cells_count_the_pixels_whose_centre_they_hold(side: int, height: int, width: int) -> None:
-    """A pixel counted in a neighbour's cell would train and score with wrong labels; sides that
-    are no multiple of the cells happen with ViTs.
+    """A pixel counted in a neighbouring cell would train and score with wrong labels. With ViTs the
+    side may be no multiple of the cells.
     """
     labels = random_labels(2, side, 5)
     expected = np.zeros((2, height, width, 5), np.int64)
@@ -68,8 +73,8 @@ def test_cells_count_the_pixels_whose_centre_they_hold(side: int, height: int, w
 
 
 def test_memory_is_bounded_and_holds_what_it_says() -> None:
-    """More cells than stated would not fit; a feature beside other labels, or an unlabelled
-    cell, would teach the probes nonsense.
+    """Too many cells would not fit into memory. A feature with wrong labels, or an unlabelled cell,
+    would train the probes on wrong data.
     """
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(7, 3, 4, 4, generator=generator)
@@ -97,7 +102,7 @@ def test_memory_is_bounded_and_holds_what_it_says() -> None:
 
 
 def test_memory_does_not_depend_on_the_batch_size() -> None:
-    """A seed must name one memory, on any machine; another seed another one."""
+    """A seed determines the memory on any machine; another seed gives another memory."""
     features, labels = torch.randn(5, 3, 4, 4), random_labels(5, 8, 5)
 
     def gather(seed: int, size: int) -> Tensor:
@@ -109,8 +114,8 @@ def test_memory_does_not_depend_on_the_batch_size() -> None:
 
 
 def test_balanced_drawing_prefers_rare_classes() -> None:
-    """Without it a small memory holds little but sky and road. Closed form for two classes and one
-    draw: the rare cell wins if u·1 < the least of n uniform draws times n.
+    """Without it a small memory would contain almost only sky and road. Closed form for two classes
+    and one draw: the rare cell is drawn if u·1 is below n times the least of n uniform numbers.
     """
     counts = np.zeros((11, 2), np.int64)
     counts[:10, 0] = counts[10, 1] = 4
@@ -130,7 +135,7 @@ def test_balanced_drawing_prefers_rare_classes() -> None:
 
 
 def test_class_iou_equals_the_naive_loop() -> None:
-    """Predictions keep their class: a permuted prediction must not score as a matched one does."""
+    """Predictions are class ids: a permuted prediction must not score like a matched one."""
     generator = np.random.default_rng(0)
     truth, predicted = generator.integers(0, 4, (2, 500))
     confusion = np.zeros((5, 5), np.int64)
@@ -149,7 +154,7 @@ def test_class_iou_equals_the_naive_loop() -> None:
 
 
 def test_nearest_equals_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comparing a few keys at a time must find the same neighbours as all at once."""
+    """Comparing a few keys at a time must give the same neighbours as all at once."""
     generator = torch.Generator().manual_seed(0)
     queries = F.normalize(torch.randn(6, 5, generator=generator))
     keys = F.normalize(torch.randn(43, 5, generator=generator))
@@ -163,7 +168,7 @@ def test_nearest_equals_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_nearest_never_holds_all_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound on memory: a product of queries and keys larger than stated must not be made."""
+    """The bound on memory: no product of queries and keys may be larger than it."""
     monkeypatch.setattr(retrieval, "SIMILARITY_FLOATS", 64)
     largest = 0
 
@@ -182,7 +187,7 @@ def test_nearest_never_holds_all_similarities(monkeypatch: pytest.MonkeyPatch) -
 
 
 def naive_retrieval(memory: Memory, feature: Tensor, k: int, temperature: float) -> Tensor:
-    """One feature [D] → label shares [C], as the paper writes it."""
+    """One feature [D] → label shares [C], as in the paper."""
     cosine = torch.stack([F.cosine_similarity(feature, key, dim=0) for key in memory.features])
     order = cosine.argsort(descending=True)[:k]
     weight = [float(torch.exp(cosine[i] / temperature)) for i in order]
@@ -191,7 +196,7 @@ def naive_retrieval(memory: Memory, feature: Tensor, k: int, temperature: float)
 
 
 def test_retrieval_equals_the_naive_loop() -> None:
-    """Neighbours, weights and soft labels are the paper's, for features of any length."""
+    """Neighbours, weights and soft labels as in the paper, for features of any length."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(40, 6, generator=generator) * torch.rand(40, 1, generator=generator) * 9
     counts = torch.randint(0, 5, (40, 3), generator=generator).float() + 1
@@ -206,7 +211,7 @@ def test_retrieval_equals_the_naive_loop() -> None:
 
 
 def test_cell_loss_is_the_mean_over_pixels() -> None:
-    """Training on counts must be training on each labelled pixel, void and mixed cells included."""
+    """The loss on counts must equal the loss on labelled pixels, also with void and mixed cells."""
     labels = random_labels(2, 6, 4)
     logits = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     counts = torch.from_numpy(cell_counts(labels, 3, 3, 4)).flatten(0, 1).float()
@@ -218,8 +223,9 @@ def test_cell_loss_is_the_mean_over_pixels() -> None:
 
 
 def test_linear_probe_finds_the_optimum() -> None:
-    """Outside truth: features that name one of C cells carry no more than each cell's shares, so
-    the best loss is the entropy of those shares, and the best logits their logarithm.
+    """The optimum is known: features that only identify one of C cells can predict no more than the
+    label shares of the cell. The best loss is the entropy of the shares, the best logits are their
+    logarithms.
     """
     counts = torch.tensor([[6.0, 2.0, 1.0], [1.0, 1.0, 4.0], [2.0, 8.0, 2.0]])
     memory = Memory(torch.eye(3).repeat(40, 1), counts.repeat(40, 1), complete=True)
@@ -242,7 +248,7 @@ def test_linear_probe_finds_the_optimum() -> None:
 
 
 def test_majority_equals_the_naive_loop() -> None:
-    """Pixels vote, not cells; a cluster that no cell is in must not take a class at random."""
+    """Pixels vote, not cells. A cluster without cells must not get a random class."""
     generator = np.random.default_rng(0)
     clusters, counts = generator.integers(0, 5, 30), generator.integers(0, 9, (30, 4))
     expected = [int(np.argmax(counts[clusters == k].sum(axis=0))) for k in range(5)]
@@ -252,7 +258,7 @@ def test_majority_equals_the_naive_loop() -> None:
 
 
 class Nearest:
-    """Clusters of given centres, by distance."""
+    """Clusters with given centres, by distance."""
 
     def __init__(self, centres: Tensor) -> None:
         self.centres = centres
@@ -262,7 +268,7 @@ class Nearest:
 
 
 def test_cells_take_their_clusters_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole head on paper, and the same whatever number of cells is looked at together."""
+    """The whole head, computed by hand; the number of cells processed together has no effect."""
     centres = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [9, 9]])
     cells = torch.tensor([[1.0, 0.1], [0.9, 0], [0, 1.2], [-1, 0.1], [-1.1, 0]])
     counts = torch.tensor([[0, 1, 0], [0, 1, 0], [2, 0, 0], [0, 0, 1], [0, 3, 0]]).float()
@@ -280,7 +286,9 @@ MAPS = [np.array([[0, 0], [1, 1]]), np.array([[2, 1], [2, 1]]), np.array([[0, 2]
 
 
 def command(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, *more: str) -> list[Any]:
-    """The rows of a probe of mean colours, fitted to root/train and scored on root/val."""
+    """Run a probe of mean colours, fitted to root/train and scored on root/val, and return its
+    rows.
+    """
     folders = [
         *(
             "--train-images",
@@ -314,7 +322,7 @@ PROBES = [
 def test_perfect_features_score_one(
     options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole way, from files to JSON and picture, on features that are the classes."""
+    """From files to JSON and picture, with features that equal the classes."""
     write_scenes(tmp_path / "train", MAPS)
     write_scenes(tmp_path / "val", MAPS[::-1])
     picture = tmp_path / "probe.png"
@@ -331,8 +339,8 @@ def test_perfect_features_score_one(
 def test_shuffled_labels_score_chance(
     options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Labels drawn whatever the image shows: any prediction is right for one cell in C. More would
-    mean that labels of the scored set leak into the probe.
+    """Labels are independent of the image, so a prediction is right for one cell in C. A higher
+    score would mean that labels of the scored set leak into the probe.
     """
     generator = np.random.default_rng(0)
     for part in ("train", "val"):
@@ -347,22 +355,22 @@ def test_shuffled_labels_score_chance(
 def test_retrieval_without_a_draw_has_one_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three equal numbers would look like a deviation of nought that was measured."""
+    """Three equal results would look like a measured deviation of zero."""
     write_scenes(tmp_path / "train", MAPS)
     write_scenes(tmp_path / "val", MAPS)
     assert values(command(tmp_path, monkeypatch, "knn"), "miou") == [1.0]
 
 
 def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of these would otherwise end in a traceback, or in a score that means nothing."""
+    """Without it each of these would end in a traceback or in a meaningless score."""
     train, _ = write_scenes(tmp_path / "train", MAPS)
     _, labels = write_scenes(tmp_path / "val", MAPS)
     for message, *options in (
         ("--memory must be above 0, not 0", "knn", "--memory", "0"),
         ("--temperature must be above 0", "knn", "--temperature", "nan"),
-        ("each once", "linear", "--seeds", "1", "1"),
+        ("--seeds must be different", "linear", "--seeds", "1", "1"),
         ("192 cells are fewer than 500 clusters", "clusters"),
-        ("to be learnt from and to be scored", "knn", "--images", str(train)),
+        ("is in the training set and in the set to score", "knn", "--images", str(train)),
         ("must end in .png", "knn", "--picture", str(tmp_path / "p.gif")),
         ("needs --checkpoint", "knn", "--features", "teacher"),
     ):

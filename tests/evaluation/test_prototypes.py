@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
+from evaluation import commands
 from evaluation.datasets.images import FolderImages
+from evaluation.datasets.squares import SquareImages
 from evaluation.pictures import __main__ as pictures
 from evaluation.pictures.drawing import MARGIN
 from evaluation.pictures.prototypes import LABEL, TILE, cut_tiles, draw_rows, draw_segment
-from evaluation.prototypes import NearestSegments, gather_nearest, segment_similarity
+from evaluation.prototypes import NearestSegments, gather_statistics, segment_similarity
 from evaluation.segment import segment_images
 from tests.helpers.coloured import CELL, COLOURS, ColourNetwork, write_scenes
 
@@ -22,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def test_similarity_is_that_of_the_slot_over_the_won_cells() -> None:
-    """The vectorised form against the definition, a loop; it must not need the prototypes."""
+    """The vectorised form equals the definition, a loop, and needs no prototypes."""
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.randn(5, 8, generator=generator)
     features = torch.randn(3, 8, 2, 2, generator=generator) * 4
@@ -43,7 +45,7 @@ def test_similarity_is_that_of_the_slot_over_the_won_cells() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 7), st.integers(1, 4))
 def test_stream_keeps_what_a_full_sort_would(seed: int, batch: int, top: int) -> None:
-    """Streaming must not lose a near segment at a batch's edge, nor depend on the batch size."""
+    """Streaming must not lose a near segment between batches, nor depend on the batch size."""
     generator = np.random.default_rng(seed)
     similarity = generator.integers(0, 6, (13, 3)).astype(np.float32) / 6
     similarity[generator.random((13, 3)) < 0.4] = -np.inf
@@ -65,12 +67,11 @@ def coloured_folder(root: Path) -> FolderImages:
 
 
 def test_frequency_and_images_of_known_colours(tmp_path: Path) -> None:
-    """A slot counts only where it wins a cell: a prototype that wins none must not be shown."""
+    """A prototype counts only where it wins a cell, so one that wins none must not be shown."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([3, 2, 1, 0])
-    nearest = gather_nearest(
-        segment_images(network, images, 2 * CELL, device=CPU, batch_size=3), top=2
-    )
+    squares = SquareImages(images, 2 * CELL, CPU, batch_size=3)
+    nearest = gather_statistics(segment_images(network, squares), top=2).nearest
     assert nearest.active.tolist() == [0, 1, 3, 4]
     assert nearest.by_frequency().tolist() == [3, 2, 1]
     assert nearest.image.tolist() == [[-1, -1], [3, -1], [1, 2], [0, 1]]
@@ -78,11 +79,12 @@ def test_frequency_and_images_of_known_colours(tmp_path: Path) -> None:
 
 
 def test_tiles_show_the_segment_and_dim_the_rest(tmp_path: Path) -> None:
-    """A mask of another prototype or image would look right and be wrong."""
+    """Without it the mask of another prototype or image could be drawn."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([0, 1, 2])
-    nearest = gather_nearest(segment_images(network, images, 2 * CELL, device=CPU), top=2)
-    tiles = cut_tiles(network, images, nearest, nearest.by_frequency(), 2 * CELL, CPU)
+    squares = SquareImages(images, 2 * CELL, CPU)
+    nearest = gather_statistics(segment_images(network, squares), top=2).nearest
+    tiles = cut_tiles(network, squares, nearest, nearest.by_frequency())
     assert list(tiles) == [0, 1, 2]
     assert [len(row) for row in tiles.values()] == [2, 2, 1]
     blue = np.asarray(tiles[2][0].picture)
@@ -96,7 +98,7 @@ def test_tiles_show_the_segment_and_dim_the_rest(tmp_path: Path) -> None:
 
 
 def test_segment_of_the_whole_image_is_not_dimmed() -> None:
-    """The mask's borders, all ones and all zeros, must not fail."""
+    """Masks of all ones and of all zeros must work."""
     pixels = np.full((64, 64, 3), 200, np.uint8)
     whole = np.asarray(draw_segment(pixels, np.ones((64, 64), bool)))
     none = np.asarray(draw_segment(pixels, np.zeros((64, 64), bool)))
@@ -105,10 +107,10 @@ def test_segment_of_the_whole_image_is_not_dimmed() -> None:
 
 
 def test_command_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command's own wiring: sizes, subset, file."""
+    """The command applies its sizes, its subset of images and its output path."""
     images = coloured_folder(tmp_path)
     network = ColourNetwork([0, 1, 2])
-    monkeypatch.setattr(pictures, "load_network", lambda *_: (network, None))
+    monkeypatch.setattr(commands, "load_network", lambda *_: (network, None))
     out = tmp_path / "new" / "prototypes.png"
     command = (
         f"x prototypes --checkpoint run --data {images.folder} --out {out} --size 64 --max-images 3"

@@ -1,4 +1,4 @@
-"""From images and label maps to a score: geometry, streaming, the command, what it refuses."""
+"""From images and label maps to a score: geometry, streaming, the command, bad input."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 
 from evaluation import segment, unsupervised_segmentation
-from evaluation.crf import refine
+from evaluation.crf import refine, refine_clusters
 from evaluation.datasets.images import (
     FolderImages,
     centre_square,
@@ -18,10 +18,13 @@ from evaluation.datasets.images import (
     open_images,
     spread,
 )
-from evaluation.datasets.layouts import LabelledImages, open_labelled, read_classes
+from evaluation.datasets.label_maps import read_classes
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.open import open_labelled
+from evaluation.datasets.squares import SquareImages
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import paint, palette
-from evaluation.segment import assign, segment_images, square_batches
+from evaluation.segment import assign, segment_images
 from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
 from tests.helpers.betons import varied, write_beton
@@ -37,7 +40,7 @@ TINY = ModelConfig(arch="resnet18", dim_hidden=8, dim_out=8, num_prototypes=4)
     ("height", "width"), [(50, 83), (83, 50), (64, 64), (401, 640), (20, 300), (64, 67)]
 )
 def test_square_is_the_protocols(height: int, width: int) -> None:
-    """Another crop would score other pixels than published numbers do."""
+    """Another crop would score other pixels than published numbers."""
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
     labels = generator.integers(0, 9, (height, width), dtype=np.uint8)
@@ -51,12 +54,12 @@ def test_square_is_the_protocols(height: int, width: int) -> None:
 
 
 def test_evaluation_size_is_320_for_224() -> None:
-    """The default must be the protocol's, and whole cells at any other training size."""
+    """The default is the protocol's size; other training sizes give whole cells."""
     assert [evaluation_size(side) for side in (224, 96, 64, 16)] == [320, 128, 96, 32]
 
 
 def test_assignment_equals_all_prototypes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upsampling a few prototypes at a time must not change a single pixel."""
+    """Upsampling a few prototypes at a time must not change a pixel."""
     scores = torch.randn(2, 11, 3, 3, generator=torch.Generator().manual_seed(0))
     upsampled = torch.nn.functional.interpolate(scores, (24, 24), mode="bilinear")
     for floats in (1, 3 * 2 * 24 * 24, 2**24):
@@ -65,12 +68,12 @@ def test_assignment_equals_all_prototypes_at_once(monkeypatch: pytest.MonkeyPatc
 
 
 def test_images_come_in_order_whatever_the_batch(tmp_path: Path) -> None:
-    """Images out of step with their label maps would be scored against each other's."""
+    """Out of order, images would be scored against label maps of other images."""
     path = write_beton(tmp_path / "images.beton", varied(7), mode="raw")
     images = open_images(path)
     network = ColourNetwork([0, 1])
     for batch_size in (1, 3, 7):
-        batches = list(segment_images(network, images, 32, device=CPU, batch_size=batch_size))
+        batches = list(segment_images(network, SquareImages(images, 32, CPU, batch_size)))
         assert np.concatenate([b.squares.index for b in batches]).tolist() == list(range(7))
         pixels = np.concatenate([b.squares.pixels for b in batches])
         expected = [centre_square(i, 32, Image.Resampling.BILINEAR) for i in varied(7)]
@@ -79,7 +82,7 @@ def test_images_come_in_order_whatever_the_batch(tmp_path: Path) -> None:
 
 
 def test_spread_covers_the_whole_set() -> None:
-    """The first M of a set sorted by class would show one class."""
+    """The first M images of a set sorted by class would show one class."""
     assert spread(10, 5).tolist() == [0, 2, 4, 6, 8]
     assert spread(3, 10).tolist() == spread(3, None).tolist() == [0, 1, 2]
 
@@ -93,7 +96,7 @@ MAPS = [np.array([[0, 0], [1, 1]]), np.array([[2, 1], [2, 1]])]
 def score(
     monkeypatch: pytest.MonkeyPatch, root: Path, order: list[int], *more: str
 ) -> dict[str, float]:
-    """Run the command on `root` with a network of colours; (metric or class) → value."""
+    """Run the command on `root` with a network of colours; returns (metric or class) → value."""
     config = RunConfig(name="x", data=DataConfig("x"), model=TINY)
     network = ColourNetwork(order)
     monkeypatch.setattr(unsupervised_segmentation, "load_network", lambda *_: (network, config))
@@ -111,7 +114,7 @@ def score(
 
 
 def test_right_grouping_scores_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way, from files to JSON, on a grouping that is right in any numbering."""
+    """From files to JSON, with a correct grouping whose numbering differs from the classes'."""
     write_scenes(tmp_path, MAPS)
     (tmp_path / "classes.json").write_text('["red", "green", "blue"]')
     values = score(monkeypatch, tmp_path, [2, 0, 1], "--baseline", "untrained", "--batch", "1")
@@ -121,7 +124,7 @@ def test_right_grouping_scores_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_void_class_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pixels of a class given as --void count nowhere, and it is no class of the table."""
+    """Pixels of a class given as --void do not count, and the class is not in the table."""
     write_scenes(tmp_path, MAPS)
     values = score(monkeypatch, tmp_path, [0, 1], "--void", "2")
     assert values["trained miou"] == 1.0
@@ -130,7 +133,7 @@ def test_void_class_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of these would otherwise end in a traceback, or in a score of the wrong thing."""
+    """Without it each of these would end in a traceback or in a wrong score."""
     images_folder, labels_folder = write_scenes(tmp_path, MAPS)
 
     def opened(**more: Path) -> LabelledImages:
@@ -167,34 +170,36 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_prototypes_on_flipped_images_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mirrored map that is not mirrored back would spoil every image without symmetry."""
+    """If a mirrored map were not mirrored back, every asymmetric image would score worse."""
     write_scenes(tmp_path, MAPS)
     values = score(monkeypatch, tmp_path, [2, 0, 1], "--flip")
     assert values["trained miou"] == 1.0
 
 
 def test_crf_keeps_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scored beside the plain grouping, under its own name."""
+    """The refined grouping has a row and a name of its own beside the plain grouping."""
     write_scenes(tmp_path, MAPS)
     values = score(monkeypatch, tmp_path, [2, 0, 1], "--crf")
     assert values["trained miou"] == values["trained, CRF miou"] == 1.0
 
 
 def test_crf_of_own_clusters_only_is_the_crf_of_all() -> None:
-    """Leaving out clusters that win no pixel must not renumber the others."""
+    """Skipping clusters that win no pixel must not renumber the others."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 6, 4, 4, generator=generator)
     logits[:, [0, 3]] -= 100
     pixels = torch.randint(0, 256, (2, 16, 16, 3), generator=generator).to(torch.uint8)
     upsampled = torch.nn.functional.interpolate(logits, (16, 16), mode="bilinear")
     expected = refine(upsampled.softmax(dim=1), pixels).argmax(dim=1)
-    found = unsupervised_segmentation.refined(logits, assign(logits, 16), pixels.numpy())
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, assign(logits, 16))
+    result = refine_clusters(logits, assign(logits, 16), pixels.numpy())
+    assert torch.equal(result, expected)
+    assert not torch.equal(result, assign(logits, 16))
 
 
 def test_kmeans_on_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Colours are found again from pixels alone, each seed is a row, and the mean is theirs."""
+    """k-means finds the colours from pixels alone. Each seed is a row, and the mean is over the
+    seeds.
+    """
     write_scenes(tmp_path, MAPS)
     (tmp_path / "classes.json").write_text('["red", "green", "blue"]')
     out, picture = tmp_path / "eval.json", tmp_path / "eval.png"
@@ -227,7 +232,7 @@ def test_kmeans_on_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "--weights needs exactly one of",
         ),
         (["--features", "pixels", "--seeds", "1", "1"], "--seeds must be different"),
-        (["--features", "pixels", "--clusters", "0"], "--clusters must be at least 1"),
+        (["--features", "pixels", "--clusters", "0"], "--clusters must be above 0, not 0"),
         (["--features", "pixels", "--picture", "x.svg"], "must end in .png"),
         (["--features", "pixels"], "k-means needs --clusters"),
         (["--features", "pixels", "--clusters", "999"], "128 cells are fewer than 999 clusters"),
@@ -237,7 +242,7 @@ def test_kmeans_on_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_bad_options_are_one_line(
     options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found before the work where that is possible."""
+    """Bad options are found before the work where possible."""
     write_scenes(tmp_path, MAPS)
     folders = ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")]
     monkeypatch.setattr("sys.argv", ["x", *folders, "--size", "64", *options])
@@ -246,7 +251,7 @@ def test_bad_options_are_one_line(
 
 
 def test_picture_paints_clusters_as_their_classes() -> None:
-    """A prediction in other colours than the truth would look wrong where it is right."""
+    """Predictions and ground truth must have the same colours."""
     colours = palette(3)
     truth = np.array([[0, 1], [2, 255]], np.uint8)
     painted = paint(np.array([[5, 0], [1, 3]]), np.array([5, 0, 1]), colours)
@@ -260,7 +265,7 @@ def test_picture_paints_clusters_as_their_classes() -> None:
 
 
 def test_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    """Weights that half fit must not be evaluated, nor end in a page of parameter names."""
+    """Weights that fit partly must not be evaluated, and the error must be one line."""
     model = SlotCon(TINY)
     loaded, _ = load_network(write_checkpoint(tmp_path / "good", model, TINY), CPU)
     assert torch.equal(loaded.teacher.grouping.prototypes, model.teacher.grouping.prototypes)
@@ -274,19 +279,21 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def test_untrained_is_the_runs_own_start(tmp_path: Path) -> None:
-    """The baseline must be what this run began with, and leave the caller's random state alone."""
-    images = FolderImages(write_scenes(tmp_path, MAPS)[0])
+    """The baseline must be the initial network of the run, and the caller's random state must not
+    change.
+    """
+    images = SquareImages(FolderImages(write_scenes(tmp_path, MAPS)[0]), 2 * CELL, CPU)
     torch.manual_seed(3)
     expected, following = SlotCon(TINY), torch.rand(1)
     torch.manual_seed(3)
     SlotCon(TINY)
-    network = untrained_network(TINY, 3, images, 2 * CELL, CPU)
+    network = untrained_network(TINY, 3, images)
     assert torch.equal(torch.rand(1), following)
     for ours, theirs in zip(network.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     first = network.teacher.encoder.bn1
     assert isinstance(first, torch.nn.BatchNorm2d)
-    (squares,) = square_batches(images, 2 * CELL)
+    (squares,) = images.batches()
     with torch.inference_mode():
         channels = network.teacher.encoder.conv1(squares.normalised(CPU))
     torch.testing.assert_close(first.running_mean, channels.mean(dim=(0, 2, 3)))
@@ -294,9 +301,9 @@ def test_untrained_is_the_runs_own_start(tmp_path: Path) -> None:
 
 
 def test_one_image_of_one_cell_calibrates_nothing(tmp_path: Path) -> None:
-    """BatchNorm raises there; nine images are not eight and one that does."""
+    """BatchNorm fails on it. Nine images must not become a batch of eight and a batch of one."""
     images = FolderImages(write_scenes(tmp_path / "nine", 9 * MAPS[:1])[0])
-    assert untrained_network(TINY, 3, images, CELL, CPU)
+    assert untrained_network(TINY, 3, SquareImages(images, CELL, CPU))
     alone = FolderImages(write_scenes(tmp_path / "one", MAPS[:1])[0])
     with pytest.raises(UserError, match="has no variance"):
-        untrained_network(TINY, 3, alone, CELL, CPU)
+        untrained_network(TINY, 3, SquareImages(alone, CELL, CPU))

@@ -1,4 +1,4 @@
-"""A network that groups by colour, and pictures of which the right grouping is known."""
+"""A network that groups by colour, and pictures with a known grouping."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.segment import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 
 CELL = 32
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
-"""Class c is painted in colour c."""
+"""COLOURS[c] is the colour of class c."""
 
 
 class ColourNetwork:
-    """Prototype k is colour `order[k]`; a cell's feature is its mean colour around grey."""
+    """Prototype k is colour `order[k]`. The feature of a cell is its mean colour minus grey."""
 
     def __init__(self, order: list[int]) -> None:
         self.prototypes = torch.from_numpy(COLOURS[order]) / 255 - 0.5
@@ -31,7 +31,7 @@ class ColourNetwork:
 
 
 def write_scenes(root: Path, maps: list[np.ndarray]) -> tuple[Path, Path]:
-    """Class maps int [H, W] as pictures and label PNGs; returns the two folders."""
+    """Write class maps int [H, W] as pictures and label PNGs; returns the two folders."""
     images, labels = root / "images", root / "labels"
     images.mkdir(parents=True)
     labels.mkdir()

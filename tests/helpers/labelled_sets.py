@@ -12,7 +12,7 @@ VOID = 255
 
 
 def save_png(path: Path, pixels: np.ndarray, palette: bool = False) -> None:
-    """uint8 [H, W] or [H, W, 3]; with a palette the values are indices."""
+    """Write uint8 [H, W] or [H, W, 3]; with a palette the values are its indices."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(pixels.astype(np.uint8))
     if palette:
@@ -39,7 +39,7 @@ def picture(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def write_folder_set(root: Path, train: int, val: int, shape: tuple[int, int] = (48, 64)) -> None:
-    """root/{train,val}/{images,labels}/ and root/classes.json: colours that tell the class."""
+    """Write root/{train,val}/{images,labels}/ and root/classes.json: each class has a colour."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "classes.json").write_text(json.dumps(NAMES))
     for part, count, first in (("train", train, 0), ("val", val, 1000)):

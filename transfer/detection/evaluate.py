@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluation.segment import DECODE_THREADS
+from evaluation.datasets.squares import DECODE_THREADS
 from pipeline.parallel import ordered_map
 from transfer.detection.annotations import read_annotations
 from transfer.detection.dataset import CocoInstances, Record, pixels_of, resized

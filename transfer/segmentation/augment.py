@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from evaluation.datasets.layouts import VOID
+from evaluation.datasets.label_maps import VOID
 from pipeline.augment import IMAGENET_MEAN
 from transfer.segmentation.config import AugmentConfig
 

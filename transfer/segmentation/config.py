@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from evaluation.datasets.layouts import KINDS, VOID
+from evaluation.datasets.label_maps import VOID
+from evaluation.datasets.layouts import KINDS
 from pipeline.errors import require
 from transfer.config import TransferConfig
 

@@ -1,10 +1,11 @@
-"""The two sets of a run, opened as `evaluation.datasets.layouts` opens any."""
+"""The two sets of a run, opened as `evaluation.datasets.open` opens any."""
 
 import hashlib
 from pathlib import Path
 from typing import Literal
 
-from evaluation.datasets.layouts import LabelledImages, open_labelled
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.open import open_labelled
 from pipeline.errors import UserError
 from transfer.segmentation.config import DataConfig
 

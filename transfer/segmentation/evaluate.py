@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.datasets.layouts import LabelledImages
+from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.grouping import confusion_matrix
 from evaluation.segment import assign
 from pipeline.parallel import ordered_map

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.datasets.layouts import VOID
-from evaluation.segment import normalise
+from evaluation.datasets.label_maps import VOID
+from evaluation.datasets.squares import normalise
 from transfer.segmentation.config import ModelConfig
 
 AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = "layer3", 256, 0.1

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from evaluation.datasets.layouts import open_labelled
+from evaluation.datasets.open import open_labelled
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from tests.helpers.manifests import names_of

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.datasets.layouts import ADE20K_CLASSES, LabelledImages, open_labelled
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.layouts import ADE20K_CLASSES
+from evaluation.datasets.open import open_labelled
 from pipeline.errors import UserError
 from tests.helpers.labelled_sets import save_png, write_folder_set
 from transfer.segmentation.config import DataConfig

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.datasets.layouts import open_labelled
+from evaluation.datasets.open import open_labelled
 from tests.helpers.labelled_sets import NAMES, blocks, picture, save_png, write_folder_set
 from transfer.segmentation.config import InferenceConfig
 from transfer.segmentation.evaluate import confusion_of, examples, score_rows, slide, starts

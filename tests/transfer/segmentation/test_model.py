@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation.segment import normalise
+from evaluation.datasets.squares import normalise
 from model.encoder import build_encoder
 from transfer.backbone import build_backbone
 from transfer.config import InitConfig

@@ -1,0 +1,90 @@
+"""Images that each have a label map.
+
+Letters: N images, B images of a batch, H W a stored image's height and width, R the side of an
+evaluated image, in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from evaluation.datasets.images import centre_square, load_rgb, readable
+from evaluation.datasets.label_maps import VOID, LabelReader
+from evaluation.datasets.pairs import Pair, require_labels
+from evaluation.datasets.squares import DECODE_THREADS, SquareImages, Squares
+from pipeline.errors import UserError
+from pipeline.parallel import ordered_map
+
+
+class LabelledImages:
+    """N images with label maps; an `ImageSource`. Raises UserError if a label map is missing."""
+
+    def __init__(self, pairs: Sequence[Pair], reader: LabelReader, source: Path) -> None:
+        require_labels(pairs, source)
+        self.paths = [image for image, _ in pairs]
+        self.label_paths = [labels for _, labels in pairs]
+        self.reader, self.names, self.num_classes = reader, reader.names, reader.num_classes
+        self.source = source
+        """The folder of the label maps, for messages."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def class_names(self) -> list[str]:
+        """A name for each class id, made up where no table names the classes."""
+        return self.names or [f"class {c}" for c in range(self.num_classes)]
+
+    def load(self, i: int) -> np.ndarray:
+        """Image `i` as uint8 [H, W, 3] RGB. Raises UserError."""
+        return load_rgb(self.paths[i])
+
+    def labels(self, i: int, height: int, width: int) -> np.ndarray:
+        """Label map `i` as uint8 [H, W], void as 255. Raises UserError unless it fits the image."""
+        return self.reader.read(self.label_paths[i], height, width)
+
+    def check_headers(self) -> None:
+        """Raise UserError for the first label map whose header shows another kind, or another size
+        than its image. Reads no pixels.
+        """
+        for image, labels in zip(self.paths, self.label_paths, strict=True):
+            with readable(labels), Image.open(labels) as opened:
+                self.reader.kind.check(labels, opened, image_size(image))
+
+    def check_labels(self) -> None:
+        """Read all label maps. Raises UserError for the first one that cannot be used, and if no
+        pixel of any has a class.
+        """
+
+        def has_class(i: int) -> bool:
+            width, height = image_size(self.paths[i])
+            return bool((self.labels(i, height, width) != VOID).any())
+
+        if not any([*ordered_map(has_class, range(len(self)), DECODE_THREADS)]):
+            raise UserError(
+                f"{self.source}: no labelled pixel to score: the label maps are all void"
+            )
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height from the header of an image. Raises UserError."""
+    with readable(path), Image.open(path) as image:
+        return image.size
+
+
+@dataclass(frozen=True)
+class LabelledSquares(SquareImages):
+    """Labelled images to read in batches, as squares of R = `size` pixels."""
+
+    images: LabelledImages
+
+    def labels(self, batch: Squares) -> np.ndarray:
+        """uint8 [B, R, R]: the label maps of a batch, cropped like its images, with nearest
+        neighbour. Raises UserError.
+        """
+        numbers = zip(batch.index.tolist(), batch.shape, strict=True)
+        maps = (self.images.labels(i, *shape) for i, shape in numbers)
+        return np.stack([centre_square(m, self.size, Image.Resampling.NEAREST) for m in maps])

@@ -1,0 +1,105 @@
+"""Which label map belongs to which image, and which of these pairs a list selects."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.datasets.images import FolderImages
+from pipeline.errors import UserError
+from pipeline.formats import IMAGE_SUFFIXES
+
+Pair = tuple[Path, Path]
+"""An image, and the path that its label map should have."""
+
+
+def pair(
+    images: Path, labels: Path, image_ending: str = "", label_ending: str = ".png"
+) -> list[Pair]:
+    """Each image under `images`, sorted by path, with the path of its label map under `labels`.
+
+    The label map has the name of the image with `label_ending` in place of `image_ending` and the
+    suffix. Raises UserError if a folder is missing, if no image has the ending, or if two images
+    would share a label map.
+    """
+    paths = FolderImages(images).paths
+    if not labels.is_dir():
+        raise UserError(f"{labels}: no such folder")
+
+    def label_of(path: Path) -> Path:
+        name = path.stem.removesuffix(image_ending) + label_ending
+        return labels / path.relative_to(images).with_name(name)
+
+    pairs = [(path, label_of(path)) for path in paths if path.stem.endswith(image_ending)]
+    if not pairs:
+        raise UserError(f"{images}: expected images called *{image_ending}, found {paths[0].name}")
+    image_of = {label: image for image, label in pairs}
+    for image, label in pairs:
+        if image_of[label] != image:
+            raise UserError(
+                f"{labels}: {label.name} would belong to both {image.name} and"
+                f" {image_of[label].name}"
+            )
+    return pairs
+
+
+def select(pairs: Sequence[Pair], lists: Sequence[Path], images: Path) -> list[Pair]:
+    """The pairs that the files `lists` name, in their order, one image a line.
+
+    A line is a file name, with or without folder and suffix, or a number, with or without leading
+    zeros. Raises UserError for a name that fits no image or several, or that comes twice.
+    """
+    source = " and ".join(str(path) for path in lists)
+    wanted = [line for path in lists for line in read_lines(path)]
+    if not wanted:
+        raise UserError(f"{source}: names no image")
+    by_name: dict[str, list[Pair]] = defaultdict(list)
+    for image, label in pairs:
+        for name in {_unpadded(image.stem), str(image.relative_to(images).with_suffix(""))}:
+            by_name[name].append((image, label))
+    names = [_without_suffix(line) for line in wanted]
+    matches = [by_name.get(name) or by_name.get(_unpadded(name), []) for name in names]
+    missing = [line for line, match in zip(wanted, matches, strict=True) if not match]
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} of {len(wanted)} images are not in {images}"
+            f" (the first: {missing[0]})"
+        )
+    ambiguous = [line for line, match in zip(wanted, matches, strict=True) if len(match) > 1]
+    if ambiguous:
+        raise UserError(f"{source}: {images} has several images called {ambiguous[0]}")
+    selected = [match[0] for match in matches]
+    if len(set(selected)) < len(selected):
+        twice = next(image for image, label in selected if selected.count((image, label)) > 1)
+        raise UserError(f"{source}: names {twice.name} twice")
+    return selected
+
+
+def require_labels(pairs: Sequence[Pair], labels: Path) -> None:
+    """Raise UserError if a label map is missing."""
+    missing = [label for _, label in pairs if not label.is_file()]
+    if missing:
+        raise UserError(
+            f"{labels}: no label map for {len(missing)} of {len(pairs)} images"
+            f" (the first: {missing[0].relative_to(labels)})"
+        )
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, stripped, without empty ones. Raises UserError."""
+    try:
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: not a text file") from None
+
+
+def _without_suffix(name: str) -> str:
+    """A file name, with its folder if it has one, without the suffix of an image."""
+    path = Path(name)
+    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
+
+
+def _unpadded(name: str) -> str:
+    """A number without leading zeros; any other name as it is."""
+    return str(int(name)) if name.isascii() and name.isdigit() else name
