@@ -4,20 +4,16 @@ Beside FILE.beton, while it is made: FILE.beton.partial, the data; FILE.beton.pa
 is done. Killed at any moment, the same job goes on where it was, and ends with the same bytes.
 """
 
-import hashlib
 import os
-import stat
 import sys
 import threading
 import time
-import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,49 +25,15 @@ from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG, RAW
 from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
 from pipeline.parallel import ordered_map
-from tools.packing.archives import inflate
-from tools.packing.images import MAX_BYTES, Storage, make_record
+from tools.packing.job import Job, journal_path, partial_path
 from tools.packing.journal import Journal, Row, read_done, read_job
-from tools.packing.jpeg import BadImage
 from tools.packing.progress import progress
-from tools.packing.sources import Source
+from tools.packing.read import Packed
 
 MAX_NAMED = 20  # bad files in an error message; the others are in FILE.beton.bad.txt
 SYNC_BYTES = 256 << 20  # written between two calls that make it safe from a power cut
 BATCH_BYTES = 2 << 20  # in one task of a thread, about; 4 tasks a thread are in memory
 BATCH_IMAGES = 32
-
-
-class Packed(NamedTuple):
-    """An image ready to be written, or (image None) why it cannot be: `how`."""
-
-    image: bytes | NDArray[np.uint8] | None
-    height: int
-    width: int
-    crc: int
-    how: str
-
-
-@dataclass
-class Job:
-    """What is to be packed. The images are numbered in the order in which they are stored."""
-
-    kind: str
-    """The source's name, for the manifest."""
-    options: dict[str, Any]
-    """Everything that decides the beton's content but the images."""
-    names: Sequence[str]
-    load: Callable[[int, int], list[Packed]]
-    """Reads images number `start` to `stop`; runs on threads."""
-    digest: str
-    """Of everything that decides the beton's content but the bytes of the images."""
-    labels: Sequence[int] | None = None
-    classes: list[str] | None = None
-    shard: dict[str, Any] | None = None
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Images left out already, when shards are merged."""
-    remedy: str = "--on-error skip leaves them out"
-    """Of bad images."""
 
 
 @dataclass
@@ -131,15 +93,15 @@ def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summa
 
 def is_interrupted(out: Path) -> bool:
     """Whether a run that was to write `out` did not come to its end."""
-    return _journal_path(out).exists()
+    return journal_path(out).exists()
 
 
 def is_complete(out: Path, job: Job) -> bool:
     """Whether a run of this job completed `out` and was killed before it could say so; does what it
     left to do.
     """
-    journal, manifest = _journal_path(out), manifest_path(_partial(out))
-    if not out.exists() or _partial(out).exists() or read_job(journal) != job.digest:
+    journal, manifest = journal_path(out), manifest_path(partial_path(out))
+    if not out.exists() or partial_path(out).exists() or read_job(journal) != job.digest:
         return False
     if out.stat().st_mtime_ns < journal.stat().st_mtime_ns:  # an older file, to be replaced
         return False
@@ -164,7 +126,7 @@ class _Run:
 
     def resume(self) -> int:
         """Take over what an earlier run of this job has done; returns how many images that is."""
-        path, done = _journal_path(self.writer.path), 0
+        path, done = journal_path(self.writer.path), 0
         older = read_job(path)
         if older and older != self.job.digest:
             print(
@@ -354,229 +316,6 @@ class _Run:
                 yield Record(name, int(next(sizes)), f"{crc:08x}", how, *self._label(i))
 
 
-def job_of(kind: str, source: Source, storage: Storage, shard: tuple[int, int] | None) -> Job:
-    """The job of packing a source, or the i-th of n parts of it.
-
-    Raises:
-        UserError: where that part is empty.
-    """
-    options = {
-        "store": storage.store,
-        "max_side": storage.max_side,
-        "quality": storage.quality,
-        "check": storage.check,
-    }
-    listing = _listing(kind, source, options)
-    number, parts = shard or (1, 1)
-    first, last = len(source) * (number - 1) // parts, len(source) * number // parts
-    if first == last:
-        raise UserError(f"--shard {number}/{parts}: empty, there are {len(source)} images")
-    return Job(
-        kind,
-        options,
-        source.names[first:last] if shard else source.names,
-        lambda start, stop: _load(source, storage, first + start, first + stop),
-        f"{listing} {_places(source)} {number}/{parts}",
-        None if source.labels is None else source.labels[first:last],
-        source.classes,
-        {"number": number, "of": parts, "listing": listing} if shard else None,
-    )
-
-
-def merge_job(paths: Sequence[Path]) -> Job:
-    """The job of joining all parts of a data set.
-
-    Raises:
-        UserError: where a part is damaged, missing, given twice, or of another data set.
-    """
-    shards = sorted(
-        ((Manifest.beside(path), Beton(path)) for path in paths), key=lambda pair: _number(*pair)
-    )
-    manifests, betons = [pair[0] for pair in shards], [pair[1] for pair in shards]
-    first = manifests[0]
-    for manifest, beton in shards:
-        if _alike(manifest) != _alike(first):
-            raise UserError(f"{beton.path}: of another data set or options than {betons[0].path}")
-    have = [_number(*pair) for pair in shards]
-    wanted = list(range(1, first.shard["of"] + 1)) if first.shard else []
-    if have != wanted:
-        missing = ", ".join(str(i) for i in wanted if i not in have)
-        raise UserError(
-            f"missing parts of {len(wanted)}: {missing}" if missing else "a part is given twice"
-        )
-    names: list[str] = []
-    how: list[str] = []
-    crcs = array("I")
-    known: dict[str, str] = {}
-    for manifest, beton in shards:
-        before = len(names)
-        for record in manifest.records():
-            names.append(record.name)
-            crcs.append(int(record.crc32, 16))
-            how.append(known.setdefault(record.how, record.how))
-        if len(names) - before != len(beton):
-            raise UserError(f"{beton.path}: its manifest is of another file")
-    starts = np.cumsum([0, *map(len, betons)])
-
-    def load(start: int, stop: int) -> list[Packed]:
-        packed = []
-        for i in range(start, stop):
-            part = int(np.searchsorted(starts, i, "right")) - 1
-            beton = betons[part]
-            pointer, size, height, width, mode = beton.records[i - starts[part]].tolist()
-            data = os.pread(beton.file, size, pointer)
-            if crc32(data) != crcs[i]:
-                reason = f"its bytes in {beton.path} have changed"
-                packed.append(Packed(None, 0, 0, 0, reason))
-                continue
-            pixels = np.frombuffer(data, np.uint8).reshape(height, width, 3) if mode else data
-            packed.append(Packed(pixels, height, width, crcs[i], how[i]))
-        return packed
-
-    labels = [beton.label for beton in betons if beton.label is not None]
-    skip = any(manifest.options["on_error"] == "skip" for manifest in manifests)
-    return Job(
-        first.source,
-        first.options | {"on_error": "skip" if skip else "stop"},
-        names,
-        load,
-        "merge " + " ".join(manifest.digest for manifest in manifests),
-        array("q", np.concatenate(labels).tobytes()) if labels else None,
-        first.classes,
-        skipped=[pair for manifest in manifests for pair in manifest.skipped],
-        remedy="pack or copy that part again",
-    )
-
-
-def shard_path(out: Path, number: int, parts: int) -> Path:
-    """FILE.shard-i-of-n.beton."""
-    return out.with_name(f"{out.name.removesuffix('.beton')}.shard-{number}-of-{parts}.beton")
-
-
-def _number(manifest: Manifest, beton: Beton) -> int:
-    if not manifest.shard:
-        raise UserError(f"{beton.path}: not a part of a data set: it was packed without --shard")
-    return int(manifest.shard["number"])
-
-
-def _alike(manifest: Manifest) -> tuple[object, ...]:
-    """What all parts of a data set have in common."""
-    shard = manifest.shard or {}
-    return (
-        manifest.source,
-        {key: value for key, value in manifest.options.items() if key != "on_error"},
-        manifest.classes,
-        shard.get("of"),
-        shard.get("listing"),
-    )
-
-
-def _listing(kind: str, source: Source, options: dict[str, Any]) -> str:
-    """Digest of the list of images and of how they are stored, wherever they are."""
-    digest = hashlib.sha256(repr((kind, options, source.classes)).encode())
-    for start in range(0, len(source), 1 << 14):
-        names = "\0".join(source.names[start : start + (1 << 14)])
-        digest.update(names.encode("utf-8", "surrogateescape") + b"\0")
-    digest.update(memoryview(source.labels or array("q")).cast("B"))
-    return digest.hexdigest()
-
-
-def _places(source: Source) -> str:
-    """Digest of where the images are."""
-    containers = [str(path) for path in source.containers]
-    digest = hashlib.sha256(repr((str(source.root), containers, source.faults)).encode())
-    for column in (source.container, source.offset, source.size, source.crc):
-        digest.update(memoryview(column).cast("B"))
-    return digest.hexdigest()
-
-
-def _load(source: Source, storage: Storage, start: int, stop: int) -> list[Packed]:
-    """Read, check and convert images number `start` to `stop`."""
-    packed = []
-    with _Containers(source) as containers:
-        for i in range(start, stop):
-            try:
-                record = make_record(containers.read(i), storage)
-                crc = crc32(record.buffer)
-                packed.append(Packed(record.data, record.height, record.width, crc, record.how))
-            except BadImage as error:
-                packed.append(Packed(None, 0, 0, 0, str(error)))
-    return packed
-
-
-def read_image(source: Source, i: int) -> bytes:
-    """The bytes of image `i`. Raises BadImage."""
-    with _Containers(source) as containers:
-        return containers.read(i)
-
-
-class _Containers:
-    """Reads images; keeps the last archive open, since the next image is likely in it."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.number, self.file = -1, -1
-
-    def __enter__(self) -> "_Containers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
-
-    def read(self, i: int) -> bytes:
-        """The bytes of image `i`. Raises BadImage."""
-        if i in self.source.faults:
-            raise BadImage(self.source.faults[i])
-        size, number = self.source.size[i], self.source.container[i]
-        if number < 0:
-            return read_file(os.path.join(self.source.root, self.source.names[i]))  # noqa: PTH118
-        if abs(size) > MAX_BYTES:
-            raise BadImage("larger than 1 GiB")
-        try:
-            if number != self.number:
-                self.__exit__()
-                self.file = os.open(self.source.containers[number], os.O_RDONLY | os.O_CLOEXEC)
-                self.number = number
-            data = os.pread(self.file, abs(size), self.source.offset[i])
-            content = data if size >= 0 else inflate(data, MAX_BYTES)
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from error
-        except zlib.error as error:
-            raise BadImage(f"in the zip file: {error}") from error
-        if self.source.crc[i] not in (-1, crc32(content)):
-            raise BadImage("damaged in the zip file: its checksum differs")
-        return content
-
-
-def read_file(path: str) -> bytes:
-    """All bytes of a file.
-
-    Raises:
-        BadImage: where it cannot be read or is no ordinary file.
-    """
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
-    except OSError as error:
-        broken = isinstance(error, FileNotFoundError) and os.path.islink(path)  # noqa: PTH114
-        raise BadImage("broken symbolic link" if broken else error.strerror or "?") from error
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise BadImage("larger than 1 GiB")
-        data = os.read(file, status.st_size)
-        while len(data) < status.st_size and (more := os.read(file, status.st_size - len(data))):
-            data += more
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from error
-    finally:
-        os.close(file)
-    return data
-
-
 def _report_bad(job: Job, bad: dict[int, str], out: Path, on_error: str) -> None:
     """Raise UserError, naming the bad images, unless they are to be left out."""
     listing = out.with_name(out.name + ".bad.txt")
@@ -593,11 +332,3 @@ def _report_bad(job: Job, bad: dict[int, str], out: Path, on_error: str) -> None
         listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
         lines[MAX_NAMED:] = [f"and {len(bad) - MAX_NAMED:,} more: all are in {listing}"]
     raise UserError("\n  ".join([head, *lines]))
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def _journal_path(out: Path) -> Path:
-    return out.with_name(out.name + ".partial.journal")

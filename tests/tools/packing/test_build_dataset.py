@@ -24,7 +24,7 @@ from tests.pipeline.test_beton_writer import jpeg, ramp, stored
 from tools import build_dataset
 from tools.packing.images import Storage, make_record
 from tools.packing.jpeg import BadImage, jpeg_header
-from tools.packing.run import read_file
+from tools.packing.read import read_file
 from tools.packing.sources import SOURCES
 
 

@@ -22,8 +22,10 @@ from tests.tools.packing.test_build_dataset import fill, picture, run, save
 from tools import build_dataset
 from tools.packing import run as packing
 from tools.packing.images import Storage
+from tools.packing.job import job_of, shard_path
 from tools.packing.journal import Journal
-from tools.packing.run import job_of, merge_job, pack, shard_path
+from tools.packing.merge import merge_job
+from tools.packing.run import pack
 from tools.packing.sources import SOURCES
 
 
