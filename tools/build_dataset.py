@@ -14,10 +14,11 @@ from tools.packing.budget import SAMPLE, choose
 from tools.packing.images import Storage
 from tools.packing.job import job_of, shard_path
 from tools.packing.jpeg import BadImage
+from tools.packing.lists import listed
 from tools.packing.merge import merge_job
 from tools.packing.read import read_image
 from tools.packing.run import Summary, is_complete, is_interrupted, pack
-from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source, listed
+from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source
 from train.run.cli import CommandParser, check_writable, run
 
 EPILOG = """examples:

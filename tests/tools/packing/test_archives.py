@@ -20,8 +20,9 @@ from tests.tools.packing.test_build_dataset import fill, run
 from tests.tools.packing.test_run import same
 from tools.packing.archives import members
 from tools.packing.jpeg import BadImage
+from tools.packing.lists import listed
 from tools.packing.read import read_image
-from tools.packing.sources import SOURCES, Source, listed
+from tools.packing.sources import SOURCES, Source
 
 FUZZ = int(os.environ.get("FUZZ", "200"))  # mutations of an archive
 
