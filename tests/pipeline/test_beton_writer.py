@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.beton_writer import MIN_PAGE_SIZE, BetonWriter, Sample
+from pipeline.beton_writer import BetonWriter, Sample
 from pipeline.errors import UserError
-
-PAGE = MIN_PAGE_SIZE
+from pipeline.ffcv_format import MIN_PAGE as PAGE
 
 
 def ramp(height: int, width: int) -> np.ndarray:

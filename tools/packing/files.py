@@ -11,12 +11,12 @@ from tools.packing import archives
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder. Raises UserError where the system refuses to say."""
+    """Whether `path` is a folder. Raises UserError if the path cannot be examined."""
     return _is(stat.S_ISDIR, path)
 
 
 def is_file(path: Path) -> bool:
-    """Whether `path` is a regular file. Raises UserError where the system refuses to say."""
+    """Whether `path` is a regular file. Raises UserError if the path cannot be examined."""
     return _is(stat.S_ISREG, path)
 
 
@@ -29,7 +29,14 @@ def _is(kind: Callable[[int], bool], path: Path) -> bool:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
+def require_root(root: Path) -> None:
+    """Raises UserError if `root` is not a folder."""
+    if not is_folder(root):
+        raise UserError(f"{root}: {'not a' if is_file(root) else 'no such'} folder")
+
+
 def require_folder(root: Path, name: str, content: str) -> Path:
+    """ROOT/name. Raises UserError, with the expected `content`, if it is not a folder."""
     folder = root / name
     if not is_folder(folder):
         raise UserError(f"expected {folder}/{content}; {contents(root)}")
@@ -37,17 +44,16 @@ def require_folder(root: Path, name: str, content: str) -> Path:
 
 
 def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What `folder` holds, less the hidden files that macOS and others leave beside images."""
+    """The entries of `folder` without hidden files, such as those of macOS."""
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    yield entry
+        with os.scandir(folder) as found:
+            yield from (entry for entry in found if not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from error
 
 
 def is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -55,6 +61,7 @@ def is_dir(entry: os.DirEntry[str]) -> bool:
 
 
 def is_archive(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file with an archive's name."""
     return archives.is_archive(entry.name) and not is_dir(entry)
 
 
@@ -65,13 +72,14 @@ def stem(name: str) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a path in an archive is that of a hidden file, or in a hidden folder."""
-    if "/." not in path and not path.startswith("."):  # nearly always
+    """Whether a path in an archive is a hidden file, or is in a hidden folder."""
+    if "/." not in path and not path.startswith("."):  # the usual case, without the slow split
         return False
     return any(part.startswith(".") and part != ".." for part in path.split("/"))
 
 
 def is_image_name(path: str) -> bool:
+    """Whether a path in an archive is an image that is not hidden."""
     return path.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(path)
 
 
@@ -79,12 +87,14 @@ _Folder = tuple[int, int]  # device and inode
 
 
 def walk(top: Path, start: str) -> Iterator[tuple[str, str]]:
-    """The files below `top`, in what begins with `start` there: their paths below it, and a reason
-    where one is unusable. Links are followed; a loop of them shows up in the folders above.
+    """The files below `top`: their path below `top`, and why they are unusable, or "".
+
+    Searches only those entries of `top` whose names begin with `start`. Follows links. A link to
+    one of the folders above it is unusable.
     """
-    left: list[tuple[str, tuple[_Folder, ...]]] = [("", ())]
-    while left:  # a recursion would end at 1,000 levels
-        name, above = left.pop()
+    pending: list[tuple[str, tuple[_Folder, ...]]] = [("", ())]
+    while pending:  # a recursion would end at 1,000 levels
+        name, above = pending.pop()
         folder = top / name
         try:
             status = folder.stat()
@@ -98,7 +108,7 @@ def walk(top: Path, start: str) -> Iterator[tuple[str, str]]:
                         continue
                     path = f"{name}/{entry.name}" if name else entry.name
                     if is_dir(entry):
-                        left.append((path, (*above, here)))
+                        pending.append((path, (*above, here)))
                     else:
                         yield path, ""
         except OSError as error:
@@ -108,9 +118,9 @@ def walk(top: Path, start: str) -> Iterator[tuple[str, str]]:
 
 
 def contents(folder: Path) -> str:
-    """What is there instead, for an error line."""
+    """What is at `folder`, for an error message."""
     if not is_folder(folder):
-        return f"{folder} is {'not a folder' if os.path.lexists(folder) else 'not there'}"
+        return f"{folder} is {'not a folder' if os.path.lexists(folder) else 'missing'}"
     names = sorted(entry.name + "/" * is_dir(entry) for entry in entries(folder))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{folder} holds {', '.join(names[:5]) + more}" if names else f"{folder} is empty"

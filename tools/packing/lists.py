@@ -10,35 +10,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError
-from tools.packing.files import is_file, is_folder
+from tools.packing.files import require_root
 from tools.packing.sources import Source, mark_duplicates
 
 
 def listed(path: Path, root: Path | None = None) -> Source:
-    """The files that a list names, in its order: a path a line, or CSV with path and label.
+    """The files in a list, in its order: a path on each line, or CSV with path and label.
 
-    Paths are relative to `root`, by default the list's own folder. Labels that are all whole
-    numbers are kept; others are classes, ranked by name.
+    Paths are relative to `root`, by default the list's folder. If all labels are whole numbers,
+    they are kept. Else they are class names, and the label is the rank of the name.
     """
     rows = list(_rows(path))
     if not rows:
         raise UserError(f"{path}: names no files")
-    if root and not is_folder(root):
-        raise UserError(f"{root}: {'not a' if is_file(root) else 'no such'} folder")
+    if root:
+        require_root(root)
     source = Source(root or path.parent)
     source.add_files(os.path.normpath(name) for name, _ in rows)
-    given = [label for _, label in rows if label is not None]
-    if given and len(given) < len(rows):
-        raise UserError(f"{path}: {len(rows) - len(given):,} of {len(rows):,} rows have no label")
-    if given:
-        source.labels, source.classes = _ranked(path, given)
+    labels = [label for _, label in rows if label is not None]
+    if labels and len(labels) < len(rows):
+        raise UserError(f"{path}: {len(rows) - len(labels):,} of {len(rows):,} rows have no label")
+    if labels:
+        source.labels, source.classes = _ranked(path, labels)
     top = str(source.root.absolute())
     join = os.path.join  # a Path takes ten times as long
     return mark_duplicates(source, lambda name: os.path.normpath(join(top, name)))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Path and label, or None, of each line."""
+    """Path and label of each line; the label is None if there is none."""
     if path.suffix.lower() not in (".csv", ".tsv"):
         yield from ((line.rstrip("\r\n"), None) for line in _lines(path) if line.strip())
         return
@@ -58,8 +58,8 @@ def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their ends: UTF-8, other bytes kept; or, as PowerShell writes
-    by default, UTF-16 with its byte order mark.
+    """The lines of a text file with their line ends. The file is UTF-8, and invalid bytes are kept;
+    or UTF-16 with a byte order mark, as PowerShell writes by default.
     """
     try:
         with path.open("rb") as file:
@@ -81,9 +81,9 @@ _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNOR
 
 
 def _ranked(path: Path, labels: list[str]) -> tuple[array, list[str] | None]:
-    """Whole numbers as they are; names as their ranks, and the names in that order.
+    """Labels and class names: whole numbers unchanged, or the rank of each name.
 
-    Numbers that cannot be stored are refused: as names they would be renumbered, "10" before "2".
+    Refuses numbers that cannot be stored. As names they would be renumbered, "10" before "2".
     """
     odd = next((label for label in labels if _whole(label) is None), None)
     if odd is None:
@@ -96,6 +96,6 @@ def _ranked(path: Path, labels: list[str]) -> tuple[array, list[str] | None]:
 
 
 def _whole(label: str) -> int | None:
-    """A label's value, where it is a whole number of 64 bits."""
+    """The value of a label; None if it is not a whole number of 64 bits."""
     value = int(label) if re.fullmatch(r"-?[0-9]{1,30}", label) else 1 << 63
     return value if -(1 << 63) <= value < 1 << 63 else None

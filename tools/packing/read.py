@@ -1,8 +1,9 @@
-"""Reading and converting the images of a source."""
+"""Reading images from their files or archives, and converting them to records."""
 
 import os
 import stat
 import zlib
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -16,65 +17,70 @@ from tools.packing.sources import Source
 
 
 class Packed(NamedTuple):
-    """An image ready to be written, or (image None) why it cannot be: `how`."""
+    """An image that is ready to be written, or a bad image."""
 
     image: bytes | NDArray[np.uint8] | None
+    """A JPEG stream, or uint8 pixels [height, width, 3]; None for a bad image."""
     height: int
     width: int
     crc: int
+    """CRC-32 of the stored bytes."""
     how: str
+    """How it is stored, as in the manifest. For a bad image: why it is bad."""
+
+
+def bad(reason: str) -> Packed:
+    """A bad image."""
+    return Packed(None, 0, 0, 0, reason)
 
 
 def load(source: Source, storage: Storage, start: int, stop: int) -> list[Packed]:
-    """Read, check and convert images number `start` to `stop`."""
+    """Read, check and convert images `start` to `stop`."""
     packed = []
-    with _Containers(source) as containers:
+    with closing(_Reader(source)) as reader:
         for i in range(start, stop):
             try:
-                record = make_record(containers.read(i), storage)
-                crc = crc32(record.buffer)
-                packed.append(Packed(record.data, record.height, record.width, crc, record.how))
+                record = make_record(reader.read(i), storage)
             except BadImage as error:
-                packed.append(Packed(None, 0, 0, 0, str(error)))
+                packed.append(bad(str(error)))
+                continue
+            crc = crc32(record.buffer)
+            packed.append(Packed(record.data, record.height, record.width, crc, record.how))
     return packed
 
 
 def read_image(source: Source, i: int) -> bytes:
     """The bytes of image `i`. Raises BadImage."""
-    with _Containers(source) as containers:
-        return containers.read(i)
+    with closing(_Reader(source)) as reader:
+        return reader.read(i)
 
 
-class _Containers:
-    """Reads images; keeps the last archive open, since the next image is likely in it."""
+class _Reader:
+    """Reads images. Keeps the last archive open, because the next image is usually in it too."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.number, self.file = -1, -1
-
-    def __enter__(self) -> "_Containers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
+        self._container, self._file = -1, -1
 
     def read(self, i: int) -> bytes:
         """The bytes of image `i`. Raises BadImage."""
         if i in self.source.faults:
             raise BadImage(self.source.faults[i])
-        size, number = self.source.size[i], self.source.container[i]
-        if number < 0:
+        container = self.source.container[i]
+        if container < 0:
             return read_file(os.path.join(self.source.root, self.source.names[i]))  # noqa: PTH118
+        return self._read_member(i, container)
+
+    def _read_member(self, i: int, container: int) -> bytes:
+        size = self.source.size[i]  # negative if the member is deflated
         if abs(size) > MAX_BYTES:
             raise BadImage("larger than 1 GiB")
         try:
-            if number != self.number:
-                self.__exit__()
-                self.file = os.open(self.source.containers[number], os.O_RDONLY | os.O_CLOEXEC)
-                self.number = number
-            data = os.pread(self.file, abs(size), self.source.offset[i])
+            if container != self._container:
+                self.close()
+                self._file = os.open(self.source.containers[container], os.O_RDONLY | os.O_CLOEXEC)
+                self._container = container
+            data = os.pread(self._file, abs(size), self.source.offset[i])
             content = data if size >= 0 else inflate(data, MAX_BYTES)
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
@@ -84,12 +90,18 @@ class _Containers:
             raise BadImage("damaged in the zip file: its checksum differs")
         return content
 
+    def close(self) -> None:
+        """Close the archive that is open, if any."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._container, self._file = -1, -1
+
 
 def read_file(path: str) -> bytes:
     """All bytes of a file.
 
     Raises:
-        BadImage: where it cannot be read or is no ordinary file.
+        BadImage: if the file cannot be read or is not a regular file.
     """
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block

@@ -1,7 +1,8 @@
-"""The packing itself: read, check and convert on threads, write in order, survive being killed.
+"""Packing: read and convert on threads, write in order, resume after a kill.
 
-Beside FILE.beton, while it is made: FILE.beton.partial, the data; FILE.beton.partial.journal, what
-is done. Killed at any moment, the same job goes on where it was, and ends with the same bytes.
+An unfinished FILE.beton consists of two files: FILE.beton.partial holds the data, and
+FILE.beton.partial.journal lists the finished images. After a kill at any moment, the same job
+resumes from them and ends with the same bytes.
 """
 
 import os
@@ -30,20 +31,20 @@ from tools.packing.journal import Journal, Row, read_done, read_job
 from tools.packing.progress import progress
 from tools.packing.read import Packed
 
-MAX_NAMED = 20  # bad files in an error message; the others are in FILE.beton.bad.txt
-SYNC_BYTES = 256 << 20  # written between two calls that make it safe from a power cut
-BATCH_BYTES = 2 << 20  # in one task of a thread, about; 4 tasks a thread are in memory
+MAX_NAMED = 20  # bad images in an error message; FILE.beton.bad.txt names all of them
+SYNC_BYTES = 256 << 20  # written between two syncs; a power cut loses at most about this much
+BATCH_BYTES = 2 << 20  # about; a thread reads one batch at a time, and 4 per thread are in memory
 BATCH_IMAGES = 32
 
 
 @dataclass
 class Summary:
-    """What a packing run did."""
+    """The result of a packing run."""
 
     images: int
     """In the beton."""
     resumed: int
-    """Images that an earlier run had looked at."""
+    """Images that an earlier run has already processed."""
     bytes: int
     seconds: float
     converted: int
@@ -51,15 +52,15 @@ class Summary:
 
 
 def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summary:
-    """Write the beton `out` and its manifest, or go on with it.
+    """Write the beton `out` and its manifest, or resume an unfinished one.
 
     Args:
-        on_error: stop: bad images end the job after all have been looked at; skip: they are left
-            out, and listed in the manifest.
-        workers: threads that read, check and convert, most of it without Python's lock.
+        on_error: "stop": bad images end the job after all images have been read. "skip": they are
+            excluded, and the manifest lists them.
+        workers: threads that read, check and convert, most of the time without Python's lock.
 
     Raises:
-        UserError: naming the bad images, or where `out` cannot be written. What is done is kept.
+        UserError: naming the bad images, or if `out` cannot be written. Finished work is kept.
     """
     start = time.perf_counter()
     integers = ("index",) if job.labels is None else ("index", "label")
@@ -79,7 +80,7 @@ def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summa
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
-            f"cannot write {out}: {reason}; what is done is kept, and the same command goes on"
+            f"cannot write {out}: {reason}; finished work is kept: the same command resumes"
         ) from error
     return Summary(
         writer.count,
@@ -92,13 +93,13 @@ def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summa
 
 
 def is_interrupted(out: Path) -> bool:
-    """Whether a run that was to write `out` did not come to its end."""
+    """Whether an earlier run that writes `out` did not finish."""
     return journal_path(out).exists()
 
 
 def is_complete(out: Path, job: Job) -> bool:
-    """Whether a run of this job completed `out` and was killed before it could say so; does what it
-    left to do.
+    """Whether a run of this job completed `out`, but was killed before it had cleaned up. If so,
+    cleans up.
     """
     journal, manifest = journal_path(out), manifest_path(partial_path(out))
     if not out.exists() or partial_path(out).exists() or read_job(journal) != job.digest:
@@ -112,7 +113,7 @@ def is_complete(out: Path, job: Job) -> bool:
 
 
 class _Run:
-    """A job being written: the state that the journal keeps."""
+    """The state of a job while it is written. The journal can restore it."""
 
     def __init__(self, job: Job, writer: BetonWriter) -> None:
         self.job, self.writer = job, writer
@@ -122,22 +123,22 @@ class _Run:
         self.bad: dict[int, str] = {}
         self.stored = {ORIGINAL: 0, "jpeg": 0, "raw": 0}
         self.journal: Journal
-        self._known: dict[str, str] = {}  # one string object for equal ones
+        self._known: dict[str, str] = {}  # one string object for equal strings
 
     def resume(self) -> int:
-        """Take over what an earlier run of this job has done; returns how many images that is."""
-        path, done = journal_path(self.writer.path), 0
+        """Restore the state of an earlier run of this job; returns its number of images."""
+        path, length = journal_path(self.writer.path), 0
         older = read_job(path)
         if older and older != self.job.digest:
             print(
-                f"starting anew: {self.writer.partial} is of another source or other options",
+                f"starting over: {self.writer.partial} has another source or other options",
                 file=sys.stderr,
             )
         if older == self.job.digest:
-            done = self._replay(path)
-        if done:
-            self.journal = Journal.resume(path, done)
-            print(f"going on after {len(self.how):,} of {len(self.job.names):,}", file=sys.stderr)
+            length = self._replay(path)
+        if length:
+            self.journal = Journal.resume(path, length)
+            print(f"resuming after {len(self.how):,} of {len(self.job.names):,}", file=sys.stderr)
         else:
             os.ftruncate(self.writer.file, 0)
             self.journal = Journal.create(path, self.job.digest)
@@ -145,8 +146,8 @@ class _Run:
         return len(self.how)
 
     def pack(self, workers: int) -> None:
-        """Pack the images that are left."""
-        total, written, began = len(self.job.names), 0, self.writer.end
+        """Pack the remaining images. Syncs the data to the disk in the background."""
+        total, synced, began = len(self.job.names), 0, self.writer.end
         with (
             ThreadPoolExecutor(1) as background,
             progress("packing", total, done=len(self.how)) as bar,
@@ -160,12 +161,12 @@ class _Run:
                 if syncing and syncing.done():
                     self.journal.synced(syncing.result())
                     syncing = None
-                if not syncing and self.writer.end - written > SYNC_BYTES:
-                    written = self.writer.end
+                if not syncing and self.writer.end - synced > SYNC_BYTES:
+                    synced = self.writer.end
                     syncing = background.submit(self._sync, self.journal.length())
 
     def finish(self, on_error: str, workers: int) -> int:
-        """Complete the file, verify it, and publish it and its manifest; returns its size."""
+        """Complete, verify and publish the beton and its manifest; returns the beton's bytes."""
         size = self.writer.finish()
         with ThreadPoolExecutor(1) as background:
             syncing = background.submit(os.fsync, self.writer.file)
@@ -181,78 +182,76 @@ class _Run:
             skipped=self.job.skipped + [(self.job.names[i], self.bad[i]) for i in self.bad],
             shard=self.job.shard,
         )
-        pending = manifest_path(self.writer.partial)
-        manifest.write(pending, self._records())
+        unpublished = manifest_path(self.writer.partial)
+        manifest.write(unpublished, self._records())
         self.writer.publish()
-        pending.replace(manifest_path(self.writer.path))
+        unpublished.replace(manifest_path(self.writer.path))
         return size
 
     def _verify(self, workers: int) -> None:
-        """Open the file as its readers do, and compare what they will read with the checksums.
+        """Open the file as the loader does, and compare each record with its checksum.
 
         Raises:
-            UserError: where a record differs; then nothing of what is done is to be trusted.
+            UserError: if a record differs. The journal is deleted: nothing in the file is trusted.
         """
         beton = Beton(self.writer.partial)
         kept = np.array([i for i, how in enumerate(self.how) if how is not None])
+        buffers, largest = threading.local(), int(beton.records[:, 1].max())
 
-        own, largest = threading.local(), int(beton.records[:, 1].max())
-
-        def changed(span: NDArray[np.int64]) -> int | None:
-            if not hasattr(own, "data"):
-                own.data = memoryview(bytearray(largest))
+        def first_changed(span: NDArray[np.int64]) -> int | None:
+            if not hasattr(buffers, "data"):
+                buffers.data = memoryview(bytearray(largest))
             rows = zip(beton.records[span, :2].tolist(), kept[span].tolist(), strict=True)
             for (pointer, size), i in rows:
-                os.preadv(beton.file, [own.data[:size]], pointer)
-                if crc32(own.data[:size]) != self.crc[i]:
+                os.preadv(beton.file, [buffers.data[:size]], pointer)
+                if crc32(buffers.data[:size]) != self.crc[i]:
                     return int(i)
             return None
 
         spans = np.array_split(np.arange(len(beton)), -(-len(beton) // BATCH_IMAGES))
         with progress("verifying", len(beton)) as bar:
-            for span, i in zip(spans, ordered_map(changed, spans, workers), strict=True):
+            for span, i in zip(spans, ordered_map(first_changed, spans, workers), strict=True):
                 bar.update(len(span))
                 if i is not None:
                     self.journal.path.unlink()
                     raise UserError(
-                        f"{printable(self.job.names[i])}: what was written of it to"
-                        f" {self.writer.partial} reads back differently: the disk or the memory is"
-                        " not sound; nothing is kept"
+                        f"{printable(self.job.names[i])}: its bytes in {self.writer.partial} are"
+                        " not those that were written: the disk or the memory is faulty; nothing"
+                        " is kept"
                     )
 
     def _spans(self) -> Iterator[tuple[int, int]]:
-        """Images for one task each: as many as come to about BATCH_BYTES."""
-        position, total = len(self.how), len(self.job.names)
-        while position < total:
+        """The remaining images as batches of about BATCH_BYTES: (first, last + 1)."""
+        start, total = len(self.how), len(self.job.names)
+        while start < total:
             data = self.writer.end - self.writer.begin
             mean = data // self.writer.count if self.writer.count else BATCH_BYTES // 4
-            stop = min(total, position + max(1, min(BATCH_IMAGES, BATCH_BYTES // max(1, mean))))
-            yield position, stop
-            position = stop
+            stop = min(total, start + max(1, min(BATCH_IMAGES, BATCH_BYTES // max(1, mean))))
+            yield start, stop
+            start = stop
 
-    def _store(self, packed: list[Packed]) -> None:
+    def _store(self, batch: list[Packed]) -> None:
+        """Write a batch's data, then its line in the journal."""
         samples: list[Sample] = []
         rows: list[Row] = []
-        for image, height, width, crc, how in packed:
+        for image, height, width, crc, how in batch:
             if image is None:
                 rows.append(Row(0, 0, 0, 0, 0, how))
-                self._note(rows[-1])
-                continue
-            position = len(self.how)
-            integers = (self.writer.count + len(samples), *self._label(position))
-            samples.append(Sample(image, height, width, integers))
-            pixels = isinstance(image, np.ndarray)
-            size = image.nbytes if isinstance(image, np.ndarray) else len(image)
-            rows.append(Row(size, height, width, RAW if pixels else JPEG, crc, how))
+            else:
+                integers = (self.writer.count + len(samples), *self._label(len(self.how)))
+                samples.append(Sample(image, height, width, integers))
+                raw = isinstance(image, np.ndarray)
+                size = image.nbytes if isinstance(image, np.ndarray) else len(image)
+                rows.append(Row(size, height, width, RAW if raw else JPEG, crc, how))
             self._note(rows[-1])
         self.writer.append(samples)
         self.journal.append(rows)
 
-    def _label(self, position: int) -> tuple[int, ...]:
-        return () if self.job.labels is None else (self.job.labels[position],)
+    def _label(self, i: int) -> tuple[int, ...]:
+        return () if self.job.labels is None else (self.job.labels[i],)
 
     def _note(self, row: Row) -> None:
-        """Enter what the manifest will say of the next image."""
+        """Keep what the manifest needs of the next image."""
         if row.size:
             how = self._known.setdefault(row.how, row.how)
             self.how.append(how)
@@ -265,9 +264,11 @@ class _Run:
         self.crc.append(row.crc)
 
     def _replay(self, path: Path) -> int:
-        """Enter what the journal tells, as far as the data is there; returns its length so far.
+        """Restore the images of a journal up to the first whose data is not in the file; returns
+        the journal's length up to there.
 
-        An image that was bad may have been mended: from there on all is done again.
+        Reads bad images again, since the user may have repaired them. Stops at the first image
+        that is no longer bad for the same reason.
         """
         length = 0
         for rows, end, synced in read_done(path):
@@ -275,22 +276,24 @@ class _Run:
                 break
             if any(not self._is_as_bad(len(self.how) + k, row) for k, row in enumerate(rows)):
                 break
-            if not self._is_there(rows, synced):
+            if not self._has_data(rows, synced):
                 break
             for row in rows:
                 if row.size:
                     integers = (self.writer.count, *self._label(len(self.how)))
-                    self.writer.place(row.size, row.height, row.width, row.mode, integers)
+                    self.writer.reserve(row.size, row.height, row.width, row.mode, integers)
                 self._note(row)
             length = end
         return length
 
     def _is_as_bad(self, i: int, row: Row) -> bool:
-        """Whether image `i`, if it was bad, still is, for the same reason."""
+        """False if image `i` was bad, and is now good or bad for another reason."""
         return bool(row.size) or self.job.load(i, i + 1)[0].how == row.how
 
-    def _is_there(self, rows: list[Row], synced: bool) -> bool:
-        """Whether the data of the next batch is in the file; places nothing."""
+    def _has_data(self, rows: list[Row], synced: bool) -> bool:
+        """Whether the file holds the data of the next batch. Compares checksums if the data was
+        not synced. Does not change the writer.
+        """
         sizes = [row.size for row in rows if row.size]
         pointers = self.writer.pointers(sizes)
         if not sizes:
@@ -304,7 +307,7 @@ class _Run:
         )
 
     def _sync(self, length: int) -> int:
-        """Bring what the first `length` bytes of the journal tell of to the disk."""
+        """Sync the data that the first `length` bytes of the journal list; returns `length`."""
         os.fdatasync(self.writer.file)
         os.fdatasync(self.journal.file)
         return length
@@ -317,18 +320,18 @@ class _Run:
 
 
 def _report_bad(job: Job, bad: dict[int, str], out: Path, on_error: str) -> None:
-    """Raise UserError, naming the bad images, unless they are to be left out."""
+    """Raise a UserError that names the bad images, unless they are skipped."""
     listing = out.with_name(out.name + ".bad.txt")
     listing.unlink(missing_ok=True)
     total = len(job.names)
     if not bad or (on_error == "skip" and len(bad) < total):
         return
     lines = [f"{printable(job.names[i])}: {reason}" for i, reason in bad.items()]
-    hint = "no image is left" if len(bad) == total else job.remedy
+    hint = "no good image remains" if len(bad) == total else job.remedy
     if len(bad) == 1:
         raise UserError(f"1 of {total:,} images is bad, {out} is not written: {lines[0]} ({hint})")
     head = f"{len(bad):,} of {total:,} images are bad, {out} is not written ({hint}):"
     if len(bad) > MAX_NAMED:
         listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        lines[MAX_NAMED:] = [f"and {len(bad) - MAX_NAMED:,} more: all are in {listing}"]
+        lines[MAX_NAMED:] = [f"and {len(bad) - MAX_NAMED:,} more: {listing} lists all"]
     raise UserError("\n  ".join([head, *lines]))

@@ -13,7 +13,7 @@ Array = NDArray[np.floating]
 Texture = Callable[[Generator, Array, Array], tuple[Array, Array]]
 """(rng, x [H, W], y [H, W] in pixels) -> mix [H, W] of two colours, 0..1; tone [H, W] around 1."""
 Shape = Callable[[Generator, Array, Array], Array]
-"""(rng, u [H, W], v [H, W] in radii) -> about the distance [H, W] to the outline, inside > 0."""
+"""(rng, u [H, W], v [H, W] in radii) -> about the distance [H, W] to the outline; inside > 0."""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ Shape = Callable[[Generator, Array, Array], Array]
 
 
 def noise(rng: Generator, shape: tuple[int, ...], cell_y: float, cell_x: float) -> Array:
-    """Smooth noise [H, W] in -1..1 whose features are about `cell` pixels large."""
+    """Smooth noise [H, W] in -1..1 with features of about `cell` pixels."""
     top, down = _lattice(shape[0], cell_y)
     left, across = _lattice(shape[1], cell_x)
     grid = rng.uniform(-1, 1, (top[-1] + 2, left[-1] + 2)).astype(np.float32)
@@ -31,7 +31,10 @@ def noise(rng: Generator, shape: tuple[int, ...], cell_y: float, cell_x: float) 
 
 
 def _lattice(count: int, cell: float) -> tuple[NDArray[np.intp], Array]:
-    """For each pixel the lattice point before it, `cell` pixels apart, and the step to the next."""
+    """Of each pixel: the lattice point before it, and a smooth step 0..1 towards the next one.
+
+    Lattice points are `cell` pixels apart.
+    """
     position = np.arange(count, dtype=np.float32) / np.float32(cell)
     before = position.astype(np.intp)
     step = position - before.astype(np.float32)
@@ -39,7 +42,7 @@ def _lattice(count: int, cell: float) -> tuple[NDArray[np.intp], Array]:
 
 
 def soft(value: Array, width: float) -> Array:
-    """A step at 0, `width` wide."""
+    """A step from 0 to 1 at value 0, over a range of `width`."""
     return np.clip(value / np.float32(width) + 0.5, 0, 1)
 
 
@@ -72,7 +75,7 @@ def _water(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _brick(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Courses of bricks, each of its own shade, with mortar between them."""
+    """Rows of bricks in different shades, with mortar between them."""
     height = rng.uniform(9, 15)
     length = height * rng.uniform(2.0, 2.6)
     course = np.floor(y / height)
@@ -91,7 +94,7 @@ def _sectors(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _planks(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Boards with grain, and dark joints between them."""
+    """Boards with grain and dark joints."""
     width = rng.uniform(9, 13)
     grain = np.sin(y / width * 14 + 3 * noise(rng, x.shape, 12, 12))
     joint = soft(1.1 - _to_edge(y / width) * width, 1.0)
@@ -127,7 +130,7 @@ def _scales(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _veins(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """A middle rib with ribs branching off."""
+    """A middle rib with branches."""
     pitch = rng.uniform(8, 11)
     side = _to_edge((x - 0.9 * np.abs(y)) / pitch) * pitch
     rib = np.minimum(np.abs(y) - 0.6, side)
@@ -195,7 +198,7 @@ def _capsule(rng: Generator, u: Array, v: Array) -> Array:
 
 @dataclass(frozen=True)
 class Kind:
-    """A semantic class: what all its instances share. Hues in turns."""
+    """The properties that all instances of a semantic class share. Hues are 0..1."""
 
     name: str
     texture: Texture
@@ -209,9 +212,9 @@ class Kind:
     shape: Shape | None = None
     """None for a background."""
     home: str = ""
-    """The background on which it is three times as likely."""
+    """The background on which it appears three times as often."""
     round: bool = False
-    """Shaded like a ball."""
+    """Whether it is shaded like a ball."""
 
 
 BACKGROUNDS = (
@@ -234,7 +237,7 @@ CLASSES = tuple(kind.name for kind in BACKGROUNDS + OBJECTS)
 
 
 def paint(rng: Generator, kind: Kind, x: Array, y: Array) -> Array:
-    """An instance's colours [3, H, W] in 0..1, before light."""
+    """The colours [3, H, W] of an instance, 0..1, before light."""
     hue = rng.normal(kind.hue, kind.hue_spread)
     saturation, value = rng.uniform(0.3, 0.7), rng.uniform(0.42, 0.72)
     first = colorsys.hsv_to_rgb(hue % 1, saturation, value)

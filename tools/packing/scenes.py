@@ -1,9 +1,9 @@
-"""The embedded sample set: scenes with a class for every pixel, and photographs from scikit-image.
+"""The sample set: generated scenes with a class for every pixel, and photographs of scikit-image.
 
-A scene is one or two textured backgrounds and one to six textured objects that hide parts of each
-other, under a light gradient, a colour cast, blur and noise. Within a class shape, texture, hue,
-size, direction and light vary; the hues of different classes overlap, so that colour alone does
-not tell them apart.
+A scene has one or two textured backgrounds and one to six textured objects, which hide parts of
+each other. A light gradient, a colour cast, blur and noise are added. Within a class the shape,
+texture, hue, size, direction and light vary. The hues of different classes overlap, so colour alone
+does not separate the classes.
 
     python -m tools.packing.scenes --out sheet.png      a picture of scenes and their label maps
 """
@@ -34,7 +34,7 @@ from tools.packing.scene_classes import (
 )
 from train.run.cli import CommandParser, run
 
-VAL_START = 1 << 32  # held-out scenes are numbered from here
+VAL_START = 1 << 32  # number of the first held-out scene
 PHOTOGRAPH_SIDE = 384
 PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "cat", "clock", "coffee", "coins", "grass", "gravel",
@@ -48,9 +48,9 @@ PHOTOGRAPHS = (
 
 
 def scene(seed: int, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Scene `index`: the image [H, W, 3] and its class map [H, W] of positions in `CLASSES`.
+    """Scene `index`: its image [H, W, 3], and its class map [H, W] with indices into `CLASSES`.
 
-    Sides are 144 to 256 pixels. A function of its arguments alone.
+    Sides are 144 to 256 pixels. Depends only on its arguments.
     """
     rng = Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
     sides = int(rng.integers(144, 193)), int(rng.integers(192, 257))
@@ -64,7 +64,7 @@ def scene(seed: int, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def _draw_backgrounds(rng: Generator, canvas: Array, labels: NDArray[np.uint8]) -> set[str]:
-    """Fill the canvas [3, H, W] with one background, or two that meet at an uneven horizon.
+    """Fill the canvas [3, H, W] with one background, or with two that meet at an uneven horizon.
 
     Returns their names.
     """
@@ -88,7 +88,7 @@ def _place_objects(
 ) -> list[tuple[Kind, float, float, float]]:
     """One to six objects (kind, x, y, radius in pixels), from far to near.
 
-    The nearer an object, the lower and larger it is.
+    A nearer object is lower in the picture and larger.
     """
     weights = np.array([3.0 if kind.home in present else 1.0 for kind in OBJECTS])
     kinds = rng.choice(len(OBJECTS), size=rng.integers(1, 7), p=weights / weights.sum())
@@ -132,7 +132,7 @@ def _draw_object(
 
 
 def _object_frame(rng: Generator, u: Array, v: Array) -> tuple[Array, Array]:
-    """Turn, stretch and bend the object's coordinates [H, W]; in radii."""
+    """Rotate, stretch and bend the object's coordinates [H, W], in radii."""
     angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.95, 1.2)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     cells = max(8.0, u.shape[0] / 3), max(8.0, u.shape[1] / 3)
@@ -141,7 +141,7 @@ def _object_frame(rng: Generator, u: Array, v: Array) -> tuple[Array, Array]:
 
 
 def _shading(rng: Generator, kind: Kind, x: Array, y: Array, radius: float) -> Array:
-    """Light on an object [H, W], around 1: from a side, and darker towards the rim of a ball."""
+    """Light on an object [H, W], around 1: from one side, and darker at the edge of a ball."""
     angle = rng.uniform(0, 2 * np.pi)
     light = (np.cos(angle) * x + np.sin(angle) * y).astype(np.float32) / radius
     if not kind.round:
@@ -155,7 +155,7 @@ def _blend(canvas: Array, colours: Array, alpha: Array) -> None:
 
 
 def _photograph(rng: Generator, canvas: Array) -> NDArray[np.uint8]:
-    """What a camera makes of the canvas [3, H, W], as [H, W, 3].
+    """Turn the canvas [3, H, W] into a photograph [H, W, 3].
 
     Light gradient, colour cast, blur, tone curve, noise.
     """
@@ -177,7 +177,7 @@ def _photograph(rng: Generator, canvas: Array) -> NDArray[np.uint8]:
 def _blur(image: Array, sigma: float, axis: int) -> Array:
     """Gaussian blur along one axis, with five taps; sigma in pixels, below 1.
 
-    By hand, for BLAS threads and those of the caller would fight over the cores.
+    Written without BLAS: its threads would compete with the caller's threads for the cores.
     """
     taps = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2).astype(np.float32)
     taps /= taps.sum()
@@ -194,12 +194,14 @@ def _blur(image: Array, sigma: float, axis: int) -> Array:
 
 
 def photographs() -> Iterator[tuple[str, Image.Image]]:
-    """The photographs in scikit-image's wheel (name, RGB), at most PHOTOGRAPH_SIDE pixels."""
+    """The photographs of scikit-image (name, RGB image), at most PHOTOGRAPH_SIDE pixels."""
     from skimage import data  # only the sample set needs it
 
     for name in PHOTOGRAPHS:
         loaded = getattr(data, name)()
-        pixels = loaded[0] if isinstance(loaded, tuple) else loaded  # a stereo pair: its left eye
+        pixels = (
+            loaded[0] if isinstance(loaded, tuple) else loaded
+        )  # of a stereo pair: the left image
         image = Image.fromarray(pixels).convert("RGB")
         image.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE), Image.Resampling.LANCZOS)
         yield name, image
@@ -208,12 +210,12 @@ def photographs() -> Iterator[tuple[str, Image.Image]]:
 def write(root: Path, count: int, val_count: int, seed: int, workers: int, force: bool) -> None:
     """Write the sample set: {train,val}/{images,labels} and classes.json below `root`.
 
-    Images are JPEG, label maps 8-bit PNG. The folder appears when it is complete; where it is there
-    already, made by an earlier call of the same arguments, nothing is done.
+    Images are JPEG, label maps 8-bit PNG. The folder appears when it is complete. It is not written
+    again if an earlier call with the same arguments has written it.
 
     Raises:
-        UserError: where `root` is something else and `force` is not set, or it is no sample set,
-            or it cannot be written.
+        UserError: if `root` exists and `force` is not set; if `root` is not a sample set; or if it
+            cannot be written.
     """
     recipe = json.dumps({"count": count, "val_count": val_count, "seed": seed}) + "\n"
     if not force and _has_recipe(root, recipe):
@@ -240,7 +242,7 @@ def write(root: Path, count: int, val_count: int, seed: int, workers: int, force
 
 
 _RECIPE = "recipe.json"
-_VOID = 255  # what evaluation leaves out
+_VOID = 255  # ignored by the evaluation
 
 
 def _has_recipe(root: Path, recipe: str) -> bool:
@@ -256,7 +258,7 @@ def _check_root(root: Path, force: bool) -> None:
     if not force:
         raise UserError(f"--root {root}: exists; --force replaces it")
     if not (root / "classes.json").is_file():
-        raise UserError(f"--root {root}: is not a sample set, so it is not replaced")
+        raise UserError(f"--root {root}: not a sample set, so it is not replaced")
 
 
 def _write_split(folder: Path, seed: int, indices: range, workers: int) -> None:
@@ -280,7 +282,7 @@ def _save_jpeg(image: Image.Image, path: Path) -> None:
 
 
 def contact_sheet(seed: int, columns: int, rows: int) -> Image.Image:
-    """Scenes 0, 1, … in a grid, each beside its label map, in cells of 256 x 256 pixels."""
+    """Scenes 0, 1, … in a grid of cells of 256 x 256 pixels, each beside its label map."""
     palette = (np.array([_label_colour(label) for label in range(len(CLASSES))]) * 255).astype(
         np.uint8
     )
@@ -295,7 +297,7 @@ def contact_sheet(seed: int, columns: int, rows: int) -> Image.Image:
 
 
 def _label_colour(label: int) -> tuple[float, float, float]:
-    """Backgrounds pale, objects vivid, each with its own hue."""
+    """A different hue for each class: pale for backgrounds, vivid for objects."""
     if label < len(BACKGROUNDS):
         return colorsys.hsv_to_rgb(0.12 + label / len(BACKGROUNDS), 0.2, 0.85)
     return colorsys.hsv_to_rgb(label / len(OBJECTS), 0.8, 0.6 + 0.3 * (label % 2))
@@ -309,9 +311,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="example:\n  python -m tools.packing.scenes --columns 3 --rows 4 --out sheet.png",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--columns", type=int, default=3, help="of the grid (default 3)")
-    parser.add_argument("--rows", type=int, default=4, help="of the grid (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the generator (default 0)")
+    parser.add_argument("--columns", type=int, default=3, help="columns of the grid (default 3)")
+    parser.add_argument("--rows", type=int, default=4, help="rows of the grid (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
     args = parser.parse_args(argv)
     try:
         contact_sheet(args.seed, args.columns, args.rows).save(args.out)

@@ -1,4 +1,7 @@
-"""Which image files a data set consists of, where they are, and in which order they are stored."""
+"""The images of each data set: where they are, and the order in which they are stored.
+
+To add a data set, write a function from its root folder to a `Source` and add it to `SOURCES`.
+"""
 
 import re
 from array import array
@@ -21,40 +24,44 @@ from tools.packing.files import (
     is_hidden,
     is_image_name,
     require_folder,
+    require_root,
     stem,
     walk,
 )
 
 KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
-"""Images in the sets that people publish results on."""
+"""Number of images in the data sets of published results."""
 
 
 @dataclass
 class Source:
-    """The images of a data set, in the stored order: `names` and where each of them is.
+    """The images of a data set in the stored order: the name and the position of each image.
 
-    An image is a file below `root`, or bytes of one of the `containers`. About 130 bytes each.
+    An image is a file below `root`, or a part of one of the `containers`. Memory: about 130 bytes
+    per image.
     """
 
     root: Path
     names: list[str] = field(default_factory=list)
-    """Paths below `root` with forward slashes; those in an archive as if it were unpacked."""
+    """Paths below `root` with forward slashes, as if all archives were unpacked."""
     classes: list[str] | None = None
-    """Class names in the order of the labels; None where there are none."""
+    """Class names in the order of the labels; None if there are none."""
     labels: array | None = None
-    """For each name its label; None for a set without."""
+    """The label of each image; None if the data set has none."""
     faults: dict[int, str] = field(default_factory=dict)
-    """Position to reason of each image, archive or folder that is known to be unusable."""
+    """Number of each unusable image, archive or folder, and the reason."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Suffix to count of the files that were left aside, since it is not an image's."""
+    """Number of files with each suffix that is not an image's. They are skipped."""
     containers: list[Path] = field(default_factory=list)
+    """The archives."""
     container: array = field(default_factory=lambda: array("i"))
-    """For each name the archive it is in, -1 for a file of its own."""
+    """Number of each image's archive in `containers`; -1 for a file outside of archives."""
     offset: array = field(default_factory=lambda: array("q"))
+    """Position of each image's bytes in the archive."""
     size: array = field(default_factory=lambda: array("q"))
-    """For each name its bytes in the archive; negative where they are deflated."""
+    """Bytes of each image in the archive; negative if they are deflated."""
     crc: array = field(default_factory=lambda: array("q"))
-    """For each name the archive's CRC-32 of it; -1 where there is none."""
+    """The archive's CRC-32 of each image; -1 if there is none."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,7 +72,7 @@ class Source:
             self._add(name)
 
     def add_archive(self, path: Path, chosen: Iterable[Member]) -> None:
-        """Add images of the archive at `path`; their names are already those to be stored."""
+        """Add images of the archive at `path`. The members already have the names to store."""
         number = len(self.containers)
         self.containers.append(path)
         for member in chosen:
@@ -75,7 +82,7 @@ class Source:
             self._add(member.name, number, member.offset, size, member.crc)
 
     def add_fault(self, name: str, reason: str) -> None:
-        """Add something that cannot be packed."""
+        """Add a file or folder that cannot be packed."""
         self.faults[len(self.names)] = reason
         self._add(name)
 
@@ -95,14 +102,14 @@ def coco(root: Path) -> Source:
 
 
 def cocoplus(root: Path) -> Source:
-    """COCO+: ROOT/train2017/*.jpg, then ROOT/unlabeled2017/*.jpg; or zips of these names."""
+    """COCO+: ROOT/train2017/*.jpg and ROOT/unlabeled2017/*.jpg, or zip files of these names."""
     return _flat(root, "train2017", "unlabeled2017")
 
 
 def imagenet(root: Path) -> Source:
     """ImageNet: ROOT/train/<wnid>/*.JPEG, ROOT/train/<wnid>.tar, or ROOT/ILSVRC2012_img_train.tar.
 
-    The label is the rank of the sorted wnid.
+    The label is the rank of the wnid in sorted order.
     """
     whole = root / "ILSVRC2012_img_train.tar"
     if not is_folder(root / "train") and is_file(whole):
@@ -126,9 +133,9 @@ def imagenet(root: Path) -> Source:
 
 
 def bdd100k(root: Path) -> Source:
-    """BDD100K: ROOT/images/100k/train/*.jpg, or the zip as it is downloaded.
+    """BDD100K: ROOT/images/100k/train/*.jpg, or the downloaded zip file.
 
-    That is ROOT/100k_images_train.zip, or in older downloads ROOT/bdd100k_images_100k.zip.
+    Its name is ROOT/100k_images_train.zip, or ROOT/bdd100k_images_100k.zip in older downloads.
     """
     zips = [root / "100k_images_train.zip", root / "bdd100k_images_100k.zip"]
     archive = next((path for path in zips if is_file(path)), None)
@@ -140,15 +147,14 @@ def bdd100k(root: Path) -> Source:
 
 
 def openimages(root: Path) -> Source:
-    """Open Images: all images below ROOT/train*, and in .tar or .zip files there."""
+    """Open Images: all images below ROOT/train*, also in .tar and .zip files."""
     require_folder(root, "", "train*")
     return _tree(root, "train", "train*/ with image files")
 
 
 def folder(root: Path) -> Source:
-    """Any folder: all images below ROOT, and in .tar or .zip files there, sorted by path."""
-    if not is_folder(root):
-        raise UserError(f"{root}: {'not a' if is_file(root) else 'no such'} folder")
+    """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path."""
+    require_root(root)
     return _tree(root, "", "image files")
 
 
@@ -168,20 +174,20 @@ def _flat(root: Path, *names: str) -> Source:
         packed = [root / (name + suffix) for suffix in archives.SUFFIXES]
         archive = next((path for path in packed if is_file(path)), None)
         if archive and not is_folder(root / name):
-            # They hold train2017/x.jpg, x.jpg or ./x.jpg: the file's own name is what counts.
+            # Such files contain train2017/x.jpg, x.jpg or ./x.jpg: only the last part counts.
             _add_archive(source, archive, r"(?:.*/)?([^/]+)", name)
         else:
             _add_folder(source, name, "*.jpg")
     return _require_any(source)
 
 
-def _add_class(source: Source, wnid: str, is_folder: bool, packed: list[str]) -> None:
-    """Add an ImageNet class from its folder or its archive; another archive of it is a fault."""
-    if is_folder:
+def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> None:
+    """Add an ImageNet class from its folder or archive. A second one of the class is a fault."""
+    if unpacked:
         _add_folder(source, f"train/{wnid}", "*.JPEG")
     for name in packed:
         path = f"train/{name}"
-        if is_folder or name != packed[0]:
+        if unpacked or name != packed[0]:
             source.add_fault(path, f"class {wnid} is there twice: remove this, or the other")
         elif name.lower().endswith(archives.UNREAD):
             source.add_fault(path, archives.COMPRESSED)
@@ -199,8 +205,9 @@ def _add_folder(source: Source, name: str, content: str) -> None:
 
 
 def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
-    """Add the images of the archive at `path` whose names in it match `pattern`, sorted, as if
-    what its groups hold lay in `folder`; and whatever is bad with the archive.
+    """Add the images of an archive whose names match `pattern`, sorted, and the archive's faults.
+
+    The stored name is `folder` and the groups of `pattern`.
     """
     before, top = len(source), path.relative_to(source.root).as_posix()
     chosen = []
@@ -217,7 +224,7 @@ def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
 
 
 def _members(source: Source, path: Path) -> Iterator[Member]:
-    """The images in an archive, and archives in it, or itself, with what is bad with them."""
+    """The images in an archive, and the faults of the archive and of the archives in it."""
     for member in archives.members(path):
         if not member.name or (member.fault and archives.is_archive(member.name)):
             if not is_hidden(member.name):
@@ -227,12 +234,12 @@ def _members(source: Source, path: Path) -> Iterator[Member]:
 
 
 def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
-    """The tar of 1,000 tars as it is downloaded. What is bad in none of them has the label -1."""
+    """The downloaded tar of 1,000 tars. A fault outside of them has the label -1."""
     source = Source(root)
     _add_archive(source, path, r"(?:.*/)?([^/]+)\.tar/(?:.*/)?([^/]+)", "train")
     of_class = re.compile(rf"train/([^/]+)/|{path.name}/(?:[^/]+/)*?([^/]+?)\.tar")
-    found = map(of_class.match, source.names)
-    wnids = [match and (match[1] or match[2]) for match in found]
+    matches = map(of_class.match, source.names)
+    wnids = [match and (match[1] or match[2]) for match in matches]
     source.classes = sorted({wnid for wnid in wnids if wnid})
     rank = {name: label for label, name in enumerate(source.classes)}
     source.labels = array("q", (rank[wnid] if wnid else -1 for wnid in wnids))
@@ -240,12 +247,14 @@ def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
 
 
 def _tree(root: Path, start: str, expected: str) -> Source:
-    """All images below `root`, in what begins with `start` there, sorted by path; those in an
-    archive come at its place.
+    """All images below the entries of `root` whose names begin with `start`, sorted by path. The
+    images of an archive stand where a folder of its name would.
     """
     source = Source(root)
     names: list[str] = []
-    reasons: dict[str, str] = {}  # apart, since a pair for each of millions of names is much
+    reasons: dict[
+        str, str
+    ] = {}  # apart: a pair for each of millions of names would take much memory
     for name, reason in walk(root, start):
         names.append(name)
         if reason:
@@ -271,7 +280,7 @@ def _tree(root: Path, start: str, expected: str) -> Source:
 
 
 def _require_any(source: Source) -> Source:
-    """Refuse a source in which everything is known to be bad."""
+    """Refuse a source without a good image."""
     if len(source.faults) == len(source):
         more = f" (and {len(source) - 1:,} more like it)" if len(source) > 1 else ""
         name = printable(str(source.root / source.names[0]))
@@ -282,7 +291,7 @@ def _require_any(source: Source) -> Source:
 def mark_duplicates(
     source: Source, canonical: Callable[[str], str] = str, start: int = 0
 ) -> Source:
-    """The second and later images of one name are bad: one would replace the other unpacked."""
+    """Mark the second and later images of a name as bad. Unpacked, one would replace the other."""
     seen: set[str] = set()
     for position in range(start, len(source)):
         name = canonical(source.names[position])
@@ -293,9 +302,9 @@ def mark_duplicates(
 
 
 def _is_chosen(source: Source, path: str) -> bool:
-    """Whether a file counts as an image, by its suffix; counts those that do not.
+    """Whether a file is an image by its suffix. Counts the other files.
 
-    A broken link does, so that packing names it.
+    A broken link is an image, so that packing names it.
     """
     if is_hidden(path):
         return False

@@ -372,7 +372,7 @@ def test_known_sets_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """A download that is 12 images short trains without a word."""
     fill(tmp_path, "train2017/a.jpg")
     run("coco", tmp_path, tmp_path / "o.beton")
-    assert "warning: coco has 118,287 images; here are 1" in capsys.readouterr().err
+    assert "warning: coco has 118,287 images, but found 1" in capsys.readouterr().err
 
 
 def lists(path: Path, text: str) -> Source:

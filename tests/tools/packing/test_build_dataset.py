@@ -117,7 +117,7 @@ def test_a_wrong_layout_says_what_is_there(
 
 def test_missing_root_and_loops(tmp_path: Path) -> None:
     """A link to a parent folder would be followed for ever."""
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="is missing"):
         SOURCES["coco"](tmp_path / "none")
     with pytest.raises(UserError, match="no such folder"):
         SOURCES["folder"](tmp_path / "none")
@@ -408,7 +408,7 @@ def test_every_bad_file_is_named(tmp_path: Path) -> None:
     lines = str(error.value).splitlines()
     assert lines[0].startswith(f"25 of 26 images are bad, {tmp_path}/o.beton is not written")
     assert lines[1].endswith("b00.jpg: empty file")
-    assert lines[-1].strip() == f"and 5 more: all are in {tmp_path}/o.beton.bad.txt"
+    assert lines[-1].strip() == f"and 5 more: {tmp_path}/o.beton.bad.txt lists all"
     assert len(lines) == 22
     listed = (tmp_path / "o.beton.bad.txt").read_text().splitlines()
     assert listed == [f"b{i:02d}.jpg: empty file" for i in range(25)]
@@ -443,7 +443,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     root = fill(tmp_path / "in", "a.jpg")
     with monkeypatch.context() as patch:
         patch.setattr(BetonWriter, "append", full)
-        message = r"cannot write .*o\.beton: No space left on device; what is done is kept"
+        message = r"cannot write .*o\.beton: No space left on device; finished work is kept"
         with pytest.raises(UserError, match=message):
             run("folder", root, tmp_path / "o.beton")
     assert not (tmp_path / "o.beton").exists()
@@ -462,7 +462,7 @@ def test_the_command_ends_with_one_line_and_2(tmp_path: Path) -> None:
     none = str(tmp_path / "none")
     result = command("tools.build_dataset", "coco", "--root", none, "--out", f"{tmp_path}/o.beton")
     assert result.returncode == 2
-    line = f"error: expected {none}/train2017/*.jpg; {none} is not there\n"
+    line = f"error: expected {none}/train2017/*.jpg; {none} is missing\n"
     assert result.stderr == line
 
 

@@ -16,7 +16,7 @@ from tests.helpers.manifests import damage, write_manifest
 from tests.tools.packing.test_build_dataset import fill
 from tests.tools.packing.test_build_dataset import run as pack
 from tools.inspect_dataset import main
-from tools.packing import check as dataset_check
+from tools.packing import check
 from tools.packing.check import inner_path
 
 IMAGES = 40
@@ -41,7 +41,7 @@ def beton(pristine: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_check, "RATE_SECONDS", 0.01)
+    monkeypatch.setattr(check, "RATE_SECONDS", 0.01)
 
 
 def inspect(*arguments: object) -> int:
@@ -73,7 +73,7 @@ def test_summary_counts_what_is_there(
     assert data["bytes"] == beton.stat().st_size
     assert 0 < data["page_use"] <= 1
     assert "digest ok" in data["manifest"]
-    for text in ("40 images", "40 JPEG, 0 raw", "digest ok", "images/s", "to cache it"):
+    for text in ("40 images", "40 JPEG, 0 raw", "digest ok", "images/s", "cache"):
         assert text in shown
 
 
@@ -213,7 +213,7 @@ def test_nothing_that_is_looked_at_is_replaced(
     """FILE.beton.json looks like the place for --json: the checksums would be gone."""
     before = beton.read_bytes(), manifest_path(beton).read_bytes()
     for path in (beton, manifest_path(beton), beton.parent / "x" / ".." / beton.name):
-        with pytest.raises(UserError, match="would replace what is looked at"):
+        with pytest.raises(UserError, match="would replace the beton, its manifest"):
             main([str(beton), "--json", str(path)])
     link = beton.parent / "link.beton"
     link.symlink_to(beton)

@@ -225,15 +225,15 @@ def test_what_is_done_is_not_done_again(
     root, out = images(tmp_path / "in", 40), tmp_path / "b.beton"
     start_of_a_job(root, out, monkeypatch, 8)
     run("folder", root, out)
-    assert "going on after" in capsys.readouterr().err
+    assert "resuming after" in capsys.readouterr().err
     start_of_a_job(root, tmp_path / "c.beton", monkeypatch, 8)
     run("folder", root, tmp_path / "c.beton", "--store", "raw")
-    assert "starting anew" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     assert set(Beton(tmp_path / "c.beton").records[:, 4]) == {1}
     start_of_a_job(root, tmp_path / "d.beton", monkeypatch, 8)
     save(root / "0000.png")
     run("folder", root, tmp_path / "d.beton")
-    assert "starting anew" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     assert len(Beton(tmp_path / "d.beton")) == 43
 
 
@@ -337,7 +337,7 @@ def test_nothing_good(tmp_path: Path) -> None:
     """An empty beton would fail in training only."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="no image is left"):
+    with pytest.raises(UserError, match="no good image remains"):
         run("folder", tmp_path / "in", tmp_path / "o.beton", "--on-error", "skip")
 
 
@@ -359,7 +359,7 @@ def test_merged_parts_are_the_whole(tmp_path: Path, on_error: str) -> None:
         run("imagenet", root, tmp_path / "b.beton", "--shard", f"{i}/4", *options)
     shards = [str(shard_path(tmp_path / "b.beton", i, 4)) for i in (2, 1, 3, 4)]
     assert all("shard-" in Path(path).name for path in shards)
-    with pytest.raises(UserError, match="missing parts of 4: 2"):
+    with pytest.raises(UserError, match="missing shards of 4: 2"):
         build_dataset.main(["merge", *shards[1:], "--out", f"{tmp_path}/b.beton"])
     with pytest.raises(UserError, match="given twice"):
         build_dataset.main(["merge", *shards, shards[0], "--out", f"{tmp_path}/b.beton"])
@@ -444,12 +444,12 @@ def test_stores(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--max-side 64", "--max-side does not go with --store original"),
-        ("--quality 64", "--quality does not go with --store original"),
-        ("--store auto", "--store auto and --budget go together"),
-        ("--budget 1GB", "--store auto and --budget go together"),
+        ("--max-side 64", "--max-side cannot be used with --store original"),
+        ("--quality 64", "--quality cannot be used with --store original"),
+        ("--store auto", "--store auto and --budget need each other"),
+        ("--budget 1GB", "--store auto and --budget need each other"),
         ("--store auto --budget 1GB --max-side 5", "it chooses the side"),
-        ("--store auto --budget 1kB", "--budget: even at 128 pixels 3 images come to"),
+        ("--store auto --budget 1kB", "--budget: 3 images of 128 pixels still take"),
     ],
 )
 def test_options_that_contradict(tmp_path: Path, options: str, message: str) -> None:

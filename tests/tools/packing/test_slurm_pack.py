@@ -42,10 +42,10 @@ def test_parts_are_packed_and_merged(tmp_path: Path) -> None:
     early = submit("2", "merge", "--out", str(out))
     assert (early.returncode, early.stderr) == (
         2,
-        "error: missing parts of 2: submit them again with --array=1\n",
+        "error: missing shards of 2: submit them again with --array=1\n",
     )
     assert submit(*pack, part="1").returncode == 0
-    assert submit(*pack, part="2").stdout == "part 2 of 2 is complete\n"
+    assert submit(*pack, part="2").stdout == "shard 2 of 2 is complete\n"
     merged = submit("2", "merge", "--out", str(out))
     assert merged.returncode == 0, merged.stderr
     assert same(tmp_path, "a.beton", "out put/b.beton")
@@ -54,9 +54,9 @@ def test_parts_are_packed_and_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "expected PARTS SOURCE"),
-        (("imagenet", "--root", "in", "--out", "o.beton"), "expected PARTS SOURCE"),
-        (("16",), "expected PARTS SOURCE"),
+        ((), "expected SHARDS SOURCE"),
+        (("imagenet", "--root", "in", "--out", "o.beton"), "expected SHARDS SOURCE"),
+        (("16",), "expected SHARDS SOURCE"),
         (("16", "imagenet", "--root", "in", "--out"), "--out FILE is missing"),
         (("16", "imagenet", "--out", "o.beton"), "submit with sbatch --array=1-16"),
     ],
