@@ -93,9 +93,7 @@ def inflate(data: bytes, limit: int) -> bytes:
 def _zip_member(info: zipfile.ZipInfo, file: int, end: int) -> Member:
     """One file of a zip file of `end` bytes."""
     name = info.filename
-    if (
-        info.create_system == 0 and "/" not in name
-    ):  # written by old .NET; a Unix name may contain backslashes
+    if info.create_system == 0 and "/" not in name:  # by old .NET; Unix names may have backslashes
         name = name.replace("\\", "/")
     offset = _zip_data(info, file, end)
     deflated = info.compress_type == zipfile.ZIP_DEFLATED

@@ -252,9 +252,7 @@ def _tree(root: Path, start: str, expected: str) -> Source:
     """
     source = Source(root)
     names: list[str] = []
-    reasons: dict[
-        str, str
-    ] = {}  # apart: a pair for each of millions of names would take much memory
+    reasons: dict[str, str] = {}  # apart: a pair for each name would take much memory
     for name, reason in walk(root, start):
         names.append(name)
         if reason:
