@@ -41,8 +41,6 @@ complete headers, and an end marker, which a truncated file does not have. --che
 decodes each JPEG. This finds more damage, and takes 1 to 2 ms per image and core.
 """  # noqa: E501
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack the data set and print a summary."""
@@ -247,8 +245,7 @@ def _bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text, re.IGNORECASE)
     if not match or (match[3] and not match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 40GB")
-    unit = UNITS[match[2].upper()]
-    factor = 1024 ** "KMGT".index(match[2].upper()) * 1024 if match[3] else unit
+    factor = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
     return int(float(match[1]) * factor)
 
 

@@ -12,7 +12,7 @@ from pipeline import turbojpeg
 from pipeline.beton_writer import DEFAULT_PAGE
 from pipeline.errors import UserError
 from pipeline.parallel import ordered_map
-from tools.packing.images import Record, Storage, make_record
+from tools.packing.images import Packed, Storage, pack_image
 from tools.packing.jpeg import BadImage
 
 SAMPLE = 256
@@ -50,7 +50,7 @@ def choose(files: Sequence[bytes], count: int, budget: int, base: Storage, worke
             return Choice(storage, size, _decode_rate(_records(files[:64], storage, 1)))
         storage = replace(base, store="jpeg" if side else "original", max_side=side)
         records = _records(files, storage, workers) if side else originals
-        stored = [record.buffer.nbytes for record in records]
+        stored = [record.size for record in records]
         if (size := _estimate(stored, count)) <= budget:
             return Choice(storage, size, _decode_rate(records))
     raise UserError(
@@ -58,19 +58,19 @@ def choose(files: Sequence[bytes], count: int, budget: int, base: Storage, worke
     )
 
 
-def _records(files: Sequence[bytes], storage: Storage, workers: int) -> list[Record]:
-    """The record of each good file."""
+def _records(files: Sequence[bytes], storage: Storage, workers: int) -> list[Packed]:
+    """The stored form of each good file."""
 
-    def record(data: bytes) -> Record | None:
+    def record(data: bytes) -> Packed | None:
         try:
-            return make_record(data, storage)
+            return pack_image(data, storage)
         except BadImage:
             return None
 
     return [record for record in ordered_map(record, files, workers) if record]
 
 
-def _scaled_size(record: Record, side: int | None) -> tuple[int, int]:
+def _scaled_size(record: Packed, side: int | None) -> tuple[int, int]:
     scale = min(1.0, (side or np.inf) / max(record.height, record.width))
     return max(1, round(record.height * scale)), max(1, round(record.width * scale))
 
@@ -83,7 +83,7 @@ def _estimate(sizes: Sequence[int], count: int) -> int:
     return round(count * ((mean + 2 * error) * page_waste + _ENTRY)) + 2 * DEFAULT_PAGE
 
 
-def _decode_rate(records: Sequence[Record]) -> float:
+def _decode_rate(records: Sequence[Packed]) -> float:
     """Records per second that one core decodes to pixels."""
     decoder = turbojpeg.Decoder(0)
     canvas = np.empty(max(record.height * record.width for record in records) * 3, np.uint8)

@@ -1,5 +1,5 @@
-"""Converting an image file's bytes to a record: the same bytes if FFCV decodes them correctly, else
-a conversion.
+"""Converting an image file to what a beton stores: the same bytes if FFCV decodes them correctly,
+else a conversion.
 
 `tools.packing.jpeg` checks the structure of a JPEG. A doubtful JPEG is decoded, and libjpeg's
 messages decide. With `Storage.check` "decode" each JPEG is decoded. This also finds most damage to
@@ -9,10 +9,12 @@ the compressed data, and takes 1.2 ms per image instead of 0.04 ms.
 import io
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from zlib_ng.zlib_ng import crc32
 
 from pipeline import turbojpeg
 from pipeline.beton import MAX_PIXELS
@@ -49,27 +51,26 @@ class Storage:
     """How a copied JPEG is checked: structure or decode."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Packed(NamedTuple):
     """One image as it is stored."""
 
     data: bytes | Pixels
     """A JPEG stream, or uint8 pixels [height, width, 3]."""
     height: int
     width: int
+    crc: int
+    """CRC-32 of the stored bytes."""
     how: str
     """As in the manifest: "original", "scaled" with reasons, or "converted: " with reasons."""
 
     @property
-    def buffer(self) -> memoryview:
-        """The stored bytes."""
-        if isinstance(self.data, bytes):
-            return memoryview(self.data)
-        return np.ascontiguousarray(self.data).reshape(-1).data
+    def size(self) -> int:
+        """Stored bytes."""
+        return len(self.data) if isinstance(self.data, bytes) else self.data.nbytes
 
 
-def make_record(data: bytes, storage: Storage) -> Record:
-    """Check the bytes of an image file and convert them to a record.
+def pack_image(data: bytes, storage: Storage) -> Packed:
+    """Check the bytes of an image file and convert them to what is stored.
 
     A JPEG that FFCV decodes correctly stays unchanged. Any other image becomes upright RGB, stored
     as pixels without loss, or as JPEG with `storage.store` "jpeg".
@@ -84,7 +85,7 @@ def make_record(data: bytes, storage: Storage) -> Record:
     side = storage.max_side
     too_large = header and side and max(header.height, header.width) > side
     if header and not (reasons or too_large) and storage.store != "raw":
-        return Record(data, header.height, header.width, ORIGINAL)
+        return Packed(data, header.height, header.width, crc32(data), ORIGINAL)
     plain = header and header.plain and header.components == _RGB_COMPONENTS and not reasons
     if header and plain and not (side and max(header.height, header.width) >= 2 * side):
         pixels = _decode_jpeg(data, header)
@@ -98,7 +99,7 @@ def make_record(data: bytes, storage: Storage) -> Record:
     if max(height, width) > MAX_SIDE:
         raise BadImage(f"a side of {max(height, width)} pixels; {MAX_SIDE} can be stored")
     stored = encode(pixels, storage.quality) if storage.store == "jpeg" else pixels
-    return Record(stored, height, width, how)
+    return Packed(stored, height, width, crc32(stored), how)
 
 
 def _obstacles(data: bytes, header: JpegHeader, check: str) -> list[str]:

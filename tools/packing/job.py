@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from tools.packing.images import Storage
-from tools.packing.read import Packed, load
+from tools.packing.images import Packed, Storage
+from tools.packing.read import load
 from tools.packing.sources import Source
 
 
@@ -22,8 +22,8 @@ class Job:
     options: dict[str, Any]
     """All settings that decide the beton's content."""
     names: Sequence[str]
-    load: Callable[[int, int], list[Packed]]
-    """Reads images `start` to `stop`. It runs on threads."""
+    load: Callable[[int, int], list[Packed | str]]
+    """Reads images `start` to `stop`; for a bad image it returns the reason. Runs on threads."""
     digest: str
     """Covers everything that decides the beton's content, except the bytes of the images."""
     labels: Sequence[int] | None = None

@@ -12,8 +12,8 @@ from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.ffcv_format import RAW
 from pipeline.manifest import Manifest
+from tools.packing.images import Packed
 from tools.packing.job import Job
-from tools.packing.read import Packed, bad
 
 
 def merge_job(paths: Sequence[Path]) -> Job:
@@ -63,16 +63,16 @@ class _Shards:
                 raise UserError(f"{beton.path}: its manifest belongs to another file")
         self._starts = np.cumsum([0, *map(len, self.betons)])
 
-    def load(self, start: int, stop: int) -> list[Packed]:
+    def load(self, start: int, stop: int) -> list[Packed | str]:
         """Read records `start` to `stop`. A record whose checksum differs is a bad image."""
-        packed = []
+        packed: list[Packed | str] = []
         for i in range(start, stop):
             shard = int(np.searchsorted(self._starts, i, "right")) - 1
             beton = self.betons[shard]
             pointer, size, height, width, mode = beton.records[i - self._starts[shard]].tolist()
             data = os.pread(beton.file, size, pointer)
             if crc32(data) != self._crcs[i]:
-                packed.append(bad(f"its bytes in {beton.path} have changed"))
+                packed.append(f"its bytes in {beton.path} have changed")
                 continue
             pixels = (
                 np.frombuffer(data, np.uint8).reshape(height, width, 3) if mode == RAW else data

@@ -1,52 +1,28 @@
-"""Reading images from their files or archives, and converting them to records."""
+"""Reading images from their files or archives, and converting them to what is stored."""
 
 import os
 import stat
 import zlib
 from contextlib import closing
-from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from zlib_ng.zlib_ng import crc32
 
 from tools.packing.archives import inflate
-from tools.packing.images import MAX_BYTES, Storage, make_record
+from tools.packing.images import MAX_BYTES, Packed, Storage, pack_image
 from tools.packing.jpeg import BadImage
 from tools.packing.sources import Source
 
 
-class Packed(NamedTuple):
-    """An image that is ready to be written, or a bad image."""
-
-    image: bytes | NDArray[np.uint8] | None
-    """A JPEG stream, or uint8 pixels [height, width, 3]; None for a bad image."""
-    height: int
-    width: int
-    crc: int
-    """CRC-32 of the stored bytes."""
-    how: str
-    """How it is stored, as in the manifest. For a bad image: why it is bad."""
-
-
-def bad(reason: str) -> Packed:
-    """A bad image."""
-    return Packed(None, 0, 0, 0, reason)
-
-
-def load(source: Source, storage: Storage, start: int, stop: int) -> list[Packed]:
-    """Read, check and convert images `start` to `stop`."""
-    packed = []
+def load(source: Source, storage: Storage, start: int, stop: int) -> list[Packed | str]:
+    """Read, check and convert images `start` to `stop`. For a bad image, the reason."""
+    images: list[Packed | str] = []
     with closing(_Reader(source)) as reader:
         for i in range(start, stop):
             try:
-                record = make_record(reader.read(i), storage)
+                images.append(pack_image(reader.read(i), storage))
             except BadImage as error:
-                packed.append(bad(str(error)))
-                continue
-            crc = crc32(record.buffer)
-            packed.append(Packed(record.data, record.height, record.width, crc, record.how))
-    return packed
+                images.append(str(error))
+    return images
 
 
 def read_image(source: Source, i: int) -> bytes:

@@ -26,10 +26,10 @@ from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG, RAW
 from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
 from pipeline.parallel import ordered_map
+from tools.packing.images import Packed
 from tools.packing.job import Job, journal_path, partial_path
 from tools.packing.journal import Journal, Row, read_done, read_job
 from tools.packing.progress import progress
-from tools.packing.read import Packed
 
 MAX_NAMED = 20  # bad images in an error message; FILE.beton.bad.txt names all of them
 SYNC_BYTES = 256 << 20  # written between two syncs; a power cut loses at most about this much
@@ -230,19 +230,19 @@ class _Run:
             yield start, stop
             start = stop
 
-    def _store(self, batch: list[Packed]) -> None:
+    def _store(self, batch: list[Packed | str]) -> None:
         """Write a batch's data, then its line in the journal."""
         samples: list[Sample] = []
         rows: list[Row] = []
-        for image, height, width, crc, how in batch:
-            if image is None:
-                rows.append(Row(0, 0, 0, 0, 0, how))
+        for image in batch:
+            if isinstance(image, str):
+                rows.append(Row(0, 0, 0, 0, 0, image))
             else:
+                data, height, width, crc, how = image
                 integers = (self.writer.count + len(samples), *self._label(len(self.how)))
-                samples.append(Sample(image, height, width, integers))
-                raw = isinstance(image, np.ndarray)
-                size = image.nbytes if isinstance(image, np.ndarray) else len(image)
-                rows.append(Row(size, height, width, RAW if raw else JPEG, crc, how))
+                samples.append(Sample(data, height, width, integers))
+                mode = JPEG if isinstance(data, bytes) else RAW
+                rows.append(Row(image.size, height, width, mode, crc, how))
             self._note(rows[-1])
         self.writer.append(samples)
         self.journal.append(rows)
@@ -288,7 +288,7 @@ class _Run:
 
     def _is_as_bad(self, i: int, row: Row) -> bool:
         """False if image `i` was bad, and is now good or bad for another reason."""
-        return bool(row.size) or self.job.load(i, i + 1)[0].how == row.how
+        return bool(row.size) or self.job.load(i, i + 1)[0] == row.how
 
     def _has_data(self, rows: list[Row], synced: bool) -> bool:
         """Whether the file holds the data of the next batch. Compares checksums if the data was

@@ -16,11 +16,6 @@ Shape = Callable[[Generator, Array, Array], Array]
 """(rng, u [H, W], v [H, W] in radii) -> about the distance [H, W] to the outline; inside > 0."""
 
 
-# -------------------------------------------------------------------------------------------------
-# Noise
-# -------------------------------------------------------------------------------------------------
-
-
 def noise(rng: Generator, shape: tuple[int, ...], cell_y: float, cell_x: float) -> Array:
     """Smooth noise [H, W] in -1..1 with features of about `cell` pixels."""
     top, down = _lattice(shape[0], cell_y)
@@ -44,11 +39,6 @@ def _lattice(count: int, cell: float) -> tuple[NDArray[np.intp], Array]:
 def soft(value: Array, width: float) -> Array:
     """A step from 0 to 1 at value 0, over a range of `width`."""
     return np.clip(value / np.float32(width) + 0.5, 0, 1)
-
-
-# -------------------------------------------------------------------------------------------------
-# Textures
-# -------------------------------------------------------------------------------------------------
 
 
 def _grass(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
@@ -148,11 +138,6 @@ def _to_edge(value: Array) -> Array:
     return np.abs(value - np.round(value))
 
 
-# -------------------------------------------------------------------------------------------------
-# Shapes
-# -------------------------------------------------------------------------------------------------
-
-
 def _disc(rng: Generator, u: Array, v: Array) -> Array:
     return 0.85 - np.hypot(u, v)
 
@@ -189,11 +174,6 @@ def _leaf(rng: Generator, u: Array, v: Array) -> Array:
 
 def _capsule(rng: Generator, u: Array, v: Array) -> Array:
     return rng.uniform(0.24, 0.32) - np.hypot(u - np.clip(u, -0.68, 0.68), v)
-
-
-# -------------------------------------------------------------------------------------------------
-# Classes
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,6 @@ PHOTOGRAPHS = (
 )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------
-# Scenes
-# -------------------------------------------------------------------------------------------------
-
-
 def scene(seed: int, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Scene `index`: its image [H, W, 3], and its class map [H, W] with indices into `CLASSES`.
 
@@ -186,11 +181,6 @@ def _blur(image: Array, sigma: float, axis: int) -> Array:
     for offset, tap in zip(range(-2, 3), taps, strict=True):
         total += tap * image.take(np.clip(np.arange(count) + offset, 0, count - 1), axis)
     return total
-
-
-# -------------------------------------------------------------------------------------------------
-# Files
-# -------------------------------------------------------------------------------------------------
 
 
 def photographs() -> Iterator[tuple[str, Image.Image]]:

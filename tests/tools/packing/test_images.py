@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.pipeline.test_beton_writer import jpeg, ramp
 from tests.tools.packing.test_build_dataset import picture
-from tools.packing.images import Storage, make_record
+from tools.packing.images import Storage, pack_image
 from tools.packing.jpeg import BadImage, jpeg_header
 
 
@@ -73,9 +73,9 @@ def test_bytes_after_the_image_are_kept(rest: bytes, options: dict[str, Any]) ->
     stream = io.BytesIO()
     picture(200, 300).save(stream, "JPEG", quality=95, **options)
     whole = stream.getvalue()
-    assert make_record(whole + rest, Storage()).data == whole + rest
+    assert pack_image(whole + rest, Storage()).data == whole + rest
     with pytest.raises(BadImage, match="end-of-image"):
-        make_record(whole[:-40], Storage())
+        pack_image(whole[:-40], Storage())
 
 
 def test_a_huge_claim_is_refused_before_memory_is_taken() -> None:
@@ -84,11 +84,11 @@ def test_a_huge_claim_is_refused_before_memory_is_taken() -> None:
     position = stream.index(b"\xff\xc0")
     stream[position + 5 : position + 9] = (65500).to_bytes(2) * 2
     with pytest.raises(BadImage, match="65500x65500 pixels: too large"):
-        make_record(bytes(stream), Storage())
+        pack_image(bytes(stream), Storage())
     bomb = io.BytesIO()
     Image.new("1", (20000, 20000)).save(bomb, "PNG")
     with pytest.raises(BadImage, match="20000x20000 pixels: too large"):
-        make_record(bomb.getvalue(), Storage())
+        pack_image(bomb.getvalue(), Storage())
 
 
 def test_a_side_beyond_the_format() -> None:
@@ -96,5 +96,5 @@ def test_a_side_beyond_the_format() -> None:
     stream = io.BytesIO()
     Image.new("L", (65536, 1)).save(stream, "PNG")
     with pytest.raises(BadImage, match="a side of 65536 pixels; 65535 can be stored"):
-        make_record(stream.getvalue(), Storage())
-    assert make_record(stream.getvalue(), Storage("raw", 1000)).width == 1000
+        pack_image(stream.getvalue(), Storage())
+    assert pack_image(stream.getvalue(), Storage("raw", 1000)).width == 1000
