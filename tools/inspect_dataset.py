@@ -152,7 +152,7 @@ def _manifest(file: Path) -> tuple[Manifest | None, str]:
     try:
         return Manifest.beside(file), ""
     except UserError as error:
-        return None, str(error).removeprefix(f"{manifest_path(file)}: ")
+        return None, check.problem(manifest_path(file), error)[1]
 
 
 def _open(file: Path, manifest: Manifest | None, args: argparse.Namespace) -> Beton:
@@ -162,28 +162,21 @@ def _open(file: Path, manifest: Manifest | None, args: argparse.Namespace) -> Be
     except UserError as error:
         if not (args.verify and file.is_file()):
             raise
-        outcome = Outcome(problems=[(str(file), str(error).removeprefix(f"{file}: "))])
-        if manifest:
-            outcome.problems += _lost(file, manifest)
+        outcome = Outcome(problems=[check.problem(file, error)])
+        try:
+            outcome.problems += check.beyond_the_end(file, manifest) if manifest else []
+        except UserError as damage:
+            outcome.problems.append(check.problem(manifest_path(file), damage))
         _report(outcome, "verified")
         _finish(args, {"dataset": None, "results": []}, outcome.problems)
         raise
 
 
-def _lost(file: Path, manifest: Manifest) -> list[Problem]:
-    try:
-        return check.beyond_the_end(file, manifest)
-    except UserError as error:
-        path = str(manifest_path(file))
-        return [(path, str(error).removeprefix(f"{path}: "))]
-
-
 def _rate(beton: Beton, workers: int) -> dict[str, Any]:
     outcome = check.decode_rate(beton, workers)
     print(
-        f"  decoding        {outcome.images_per_s:,.0f} images/s,"
-        f" {outcome.bytes / outcome.seconds / 1e6:,.0f} MB/s on {workers} threads"
-        " (a sample, in the page cache)"
+        f"  decoding        {outcome.images_per_s:,.0f} images/s, {outcome.mb_per_s:,.0f} MB/s"
+        f" on {workers} threads (a sample, in the page cache)"
     )
     return _result("decode", outcome, workers)
 
@@ -194,7 +187,7 @@ def _result(stage: str, outcome: Outcome, workers: int) -> dict[str, Any]:
         "backend": "libjpeg-turbo",
         "images": outcome.images,
         "images_per_s": outcome.images_per_s,
-        "mb_per_s": outcome.bytes / outcome.seconds / 1e6,
+        "mb_per_s": outcome.mb_per_s,
         "seconds": outcome.seconds,
         "threads": workers,
         "problems": len(outcome.problems),
@@ -210,8 +203,7 @@ def _report(outcome: Outcome, verb: str) -> None:
     if outcome.images:
         print(
             f"{outcome.images:,} records {verb} in {outcome.seconds:.1f} s"
-            f" ({outcome.images_per_s:,.0f} images/s,"
-            f" {outcome.bytes / outcome.seconds / 1e6:,.0f} MB/s):"
+            f" ({outcome.images_per_s:,.0f} images/s, {outcome.mb_per_s:,.0f} MB/s):"
             f" {f'{len(outcome.problems):,} problems' if outcome.problems else 'all good'}"
         )
 

@@ -47,6 +47,10 @@ class Outcome:
     def images_per_s(self) -> float:
         return self.images / self.seconds
 
+    @property
+    def mb_per_s(self) -> float:
+        return self.bytes / self.seconds / 1e6
+
 
 class RecordReader:
     """Reads and decodes single records. Each thread has its own buffers."""
@@ -212,6 +216,11 @@ def beyond_the_end(path: Path, manifest: Manifest) -> list[Problem]:
     ]
 
 
+def problem(path: Path | None, error: UserError) -> Problem:
+    """The problem of a file, from an error whose message begins with the path."""
+    return str(path), str(error).removeprefix(f"{path}: ")
+
+
 def _difference(stored: np.ndarray, expected: Record, reason: str) -> str:
     """The problem of a record's bytes, or "". `reason` is the decoder's."""
     if not expected.crc32:  # not in the manifest
@@ -240,7 +249,7 @@ def _lines(beton: Beton, manifest: Manifest | None, problems: list[Problem]) -> 
                     yield record._replace(name=str(record.name))
                 count += 1
         except UserError as error:
-            problems.append((str(manifest.path), str(error).removeprefix(f"{manifest.path}: ")))
+            problems.append(problem(manifest.path, error))
         if manifest.count != len(beton):
             reason = f"lists {manifest.count} records; the beton holds {len(beton)}"
             problems.append((str(manifest.path), reason))
