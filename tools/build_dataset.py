@@ -217,7 +217,7 @@ def _add_storage(command: CommandParser) -> None:
     )
     command.add_argument(
         "--check", choices=("structure", "decode"), default="structure",
-        help="of copied JPEGs: check headers and end (default), or decode, 1-2 ms per image",
+        help="how to check copied JPEGs: headers and end (default), or decode them, 1-2 ms each",
     )  # fmt: skip
     command.add_argument(
         "--on-error", choices=("stop", "skip"), default="stop",
