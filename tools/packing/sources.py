@@ -12,22 +12,8 @@ from pathlib import Path
 
 from pipeline.errors import UserError, printable
 from pipeline.formats import IMAGE_SUFFIXES
-from tools.packing import archives
+from tools.packing import archives, files
 from tools.packing.archives import Member
-from tools.packing.files import (
-    contents,
-    entries,
-    is_archive,
-    is_dir,
-    is_file,
-    is_folder,
-    is_hidden,
-    is_image_name,
-    require_folder,
-    require_root,
-    stem,
-    walk,
-)
 
 KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 """Number of images in the data sets of published results."""
@@ -112,17 +98,17 @@ def imagenet(root: Path) -> Source:
     The label is the rank of the wnid in sorted order.
     """
     whole = root / "ILSVRC2012_img_train.tar"
-    if not is_folder(root / "train") and is_file(whole):
+    if not files.is_folder(root / "train") and files.is_file(whole):
         return _imagenet_of_one_tar(root, whole)
-    folder = require_folder(root, "train", "<wnid>/*.JPEG")
-    there = list(entries(folder))
-    folders = {entry.name for entry in there if is_dir(entry)}
-    packed = {entry.name: stem(entry.name) for entry in there if is_archive(entry)}
+    folder = files.require_folder(root, "train", "<wnid>/*.JPEG")
+    there = list(files.entries(folder))
+    folders = {entry.name for entry in there if files.is_dir(entry)}
+    packed = {entry.name: files.stem(entry.name) for entry in there if files.is_archive(entry)}
     classes = sorted(folders | set(packed.values()))
     if not classes:
         raise UserError(
             f"{folder}: expected a folder per class, <wnid>/*.JPEG, or <wnid>.tar;"
-            f" {contents(folder)}"
+            f" {files.contents(folder)}"
         )
     source = Source(root, classes=classes, labels=array("q"))
     for label, wnid in enumerate(classes):
@@ -138,8 +124,8 @@ def bdd100k(root: Path) -> Source:
     Its name is ROOT/100k_images_train.zip, or ROOT/bdd100k_images_100k.zip in older downloads.
     """
     zips = [root / "100k_images_train.zip", root / "bdd100k_images_100k.zip"]
-    archive = next((path for path in zips if is_file(path)), None)
-    if archive is None or is_folder(root / "images"):
+    archive = next((path for path in zips if files.is_file(path)), None)
+    if archive is None or files.is_folder(root / "images"):
         return _flat(root, "images/100k/train")
     source = Source(root)
     _add_archive(source, archive, r"(?:(?:.*/)?train/)?([^/]+)", "images/100k/train")
@@ -148,13 +134,13 @@ def bdd100k(root: Path) -> Source:
 
 def openimages(root: Path) -> Source:
     """Open Images: all images below ROOT/train*, also in .tar and .zip files."""
-    require_folder(root, "", "train*")
+    files.require_folder(root, "", "train*")
     return _tree(root, "train", "train*/ with image files")
 
 
 def folder(root: Path) -> Source:
     """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path."""
-    require_root(root)
+    files.require_root(root)
     return _tree(root, "", "image files")
 
 
@@ -172,8 +158,8 @@ def _flat(root: Path, *names: str) -> Source:
     source = Source(root)
     for name in names:
         packed = [root / (name + suffix) for suffix in archives.SUFFIXES]
-        archive = next((path for path in packed if is_file(path)), None)
-        if archive and not is_folder(root / name):
+        archive = next((path for path in packed if files.is_file(path)), None)
+        if archive and not files.is_folder(root / name):
             # Such files contain train2017/x.jpg, x.jpg or ./x.jpg: only the last part counts.
             _add_archive(source, archive, r"(?:.*/)?([^/]+)", name)
         else:
@@ -197,11 +183,11 @@ def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> 
 
 def _add_folder(source: Source, name: str, content: str) -> None:
     """Add the images directly in ROOT/name, sorted."""
-    folder, before = require_folder(source.root, name, content), len(source)
-    files = (entry.name for entry in entries(folder) if not is_dir(entry))
-    source.add_files(sorted(f"{name}/{file}" for file in files if _is_chosen(source, file)))
+    folder, before = files.require_folder(source.root, name, content), len(source)
+    there = (entry.name for entry in files.entries(folder) if not files.is_dir(entry))
+    source.add_files(sorted(f"{name}/{file}" for file in there if _is_chosen(source, file)))
     if len(source) == before:
-        raise UserError(f"{folder}: expected image files; {contents(folder)}")
+        raise UserError(f"{folder}: expected image files; {files.contents(folder)}")
 
 
 def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
@@ -213,7 +199,7 @@ def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
     chosen = []
     for member in _members(source, path):
         match = re.fullmatch(pattern, member.name)
-        if not is_image_name(member.name):
+        if not files.is_image_name(member.name):
             chosen.append(member._replace(name=f"{top}/{member.name}".rstrip("/")))
         elif match:
             chosen.append(member._replace(name="/".join([folder, *match.groups()])))
@@ -227,7 +213,7 @@ def _members(source: Source, path: Path) -> Iterator[Member]:
     """The images in an archive, and the faults of the archive and of the archives in it."""
     for member in archives.members(path):
         if not member.name or (member.fault and archives.is_archive(member.name)):
-            if not is_hidden(member.name):
+            if not files.is_hidden(member.name):
                 yield member
         elif _is_chosen(source, member.name):
             yield member
@@ -253,7 +239,7 @@ def _tree(root: Path, start: str, expected: str) -> Source:
     source = Source(root)
     names: list[str] = []
     reasons: dict[str, str] = {}  # apart: a pair for each name would take much memory
-    for name, reason in walk(root, start):
+    for name, reason in files.walk(root, start):
         names.append(name)
         if reason:
             reasons[name] = reason
@@ -272,7 +258,7 @@ def _tree(root: Path, start: str, expected: str) -> Source:
             source.add_files([name])
     if not len(source):
         raise UserError(
-            f"{root}: expected {expected} ({' '.join(IMAGE_SUFFIXES)}); {contents(root)}"
+            f"{root}: expected {expected} ({' '.join(IMAGE_SUFFIXES)}); {files.contents(root)}"
         )
     return _require_any(mark_duplicates(source) if source.containers else source)
 
@@ -304,7 +290,7 @@ def _is_chosen(source: Source, path: str) -> bool:
 
     A broken link is an image, so that packing names it.
     """
-    if is_hidden(path):
+    if files.is_hidden(path):
         return False
     if path.lower().endswith(IMAGE_SUFFIXES):
         return True
