@@ -14,6 +14,7 @@ from pipeline.ffcv_format import (
     FIELDS,
     HEADER,
     JPEG,
+    MIN_PAGE,
     RAW,
     TYPE_ID,
     VERSION,
@@ -30,7 +31,6 @@ from pipeline.turbojpeg import (
     is_harmless,
 )
 
-MIN_PAGE = 1 << 21
 BLOCK = 1 << 20  # bytes of the file that are worth reading at once
 MAX_PIXELS = 178_956_970
 """Where Pillow, too, takes an image for a decompression bomb: none larger is packed, and a damaged

@@ -1,12 +1,12 @@
-"""A writer of standard FFCV beton files (format version 2) that stores samples as they are given.
+"""A writer of standard FFCV beton files (format version 2) that stores samples unchanged.
 
-FFCV's own `DatasetWriter` encodes each image anew, and lays out pages in the order in which its
-worker processes finish. This one copies JPEG streams unchanged, keeps samples in their order, and
-gives the same file for the same input:
+FFCV's own `DatasetWriter` encodes each image again, and the order of its pages depends on which
+worker process finishes first. This writer copies JPEG streams, keeps the order of the samples, and
+writes the same file for the same input:
 
     header · field descriptors · metadata [N] · page · page · … · allocation table [N]
 
-No sample crosses a page boundary: FFCV's process cache reads page by page and relies on that.
+No sample crosses a page boundary: FFCV's process cache reads page by page and relies on it.
 """
 
 import fcntl
@@ -25,46 +25,49 @@ from pipeline.ffcv_format import (
     DESCRIPTOR,
     HEADER,
     JPEG,
+    MAX_PAGE,
+    MAX_SIDE,
+    MIN_PAGE,
     RAW,
     TYPE_ID,
     VERSION,
     metadata_type,
 )
 
-MIN_PAGE_SIZE = 1 << 21
-DEFAULT_PAGE_SIZE = 1 << 23  # FFCV's; with samples of 0.1 MB about 1 % of a page stays empty
-_MAX_RUN = 512  # buffers in one write; Linux takes 1024
-MAX_PAGE_SIZE = 1 << 31  # the largest power of two that the header's uint32 holds
+DEFAULT_PAGE = 1 << 23  # as in FFCV; with samples of 0.1 MB about 1 % of a page stays empty
+_MAX_RUN = 512  # buffers in one write; Linux accepts 1024
 
 
 class Sample(NamedTuple):
-    """What is stored of one image: a JPEG stream, or uint8 pixels [height, width, 3]."""
+    """One record: an image and its integer fields."""
 
     image: bytes | NDArray[np.uint8]
+    """A JPEG stream, or uint8 pixels [height, width, 3]."""
     height: int
     width: int
     integers: tuple[int, ...]
+    """Values of the fields other than `image`."""
 
 
 class BetonWriter:
     """Writes one beton with the fields `image` and `integers`, sample after sample.
 
-    The data goes to `<path>.partial`; the final name appears, complete and synced to disk, when
-    `finish` and `publish` have been called, or when a `with` block ends without an error. After an
-    error nothing is left, unless `keep` is set: then the partial file stays, and `restore` can go
-    on with it. Memory: about 70 bytes a sample.
+    The data goes to `<path>.partial`. The file gets its final name when it is complete and synced:
+    after `finish` and `publish`, or when a `with` block ends without an error. After an error the
+    partial file is deleted. With `keep` it stays, and a later writer can resume it with `reserve`.
+    Memory: about 70 bytes per sample.
 
         with BetonWriter(path, capacity=2, integers=("index",)) as writer:
             writer.append([Sample(jpeg_bytes, 480, 640, (0,))])   # a JPEG stream, unchanged
             writer.append([Sample(pixels, 32, 32, (1,))])         # uint8 [32, 32, 3], stored raw
 
-    Samples may be left out by `skip`; the space for their entries stays. `capacity` is how many
-    are appended or skipped.
+    `skip` skips a sample, but leaves space for its table entry. `capacity` is the number of
+    samples that are appended or skipped.
 
     Raises:
-        ValueError: on a sample that the format cannot hold, or on other than `capacity` samples.
-        UserError: where another process writes the same file.
-        OSError: where the file cannot be written.
+        ValueError: if the format cannot hold a sample, or the number of samples is not `capacity`.
+        UserError: if another process is writing the same file.
+        OSError: if the file cannot be written.
     """
 
     def __init__(
@@ -72,19 +75,21 @@ class BetonWriter:
         path: Path,
         capacity: int,
         integers: Sequence[str] = ("index",),
-        page_size: int = DEFAULT_PAGE_SIZE,
+        page_size: int = DEFAULT_PAGE,
         keep: bool = False,
     ) -> None:
         if capacity < 1:
             raise ValueError("a beton holds at least one sample")
-        if page_size.bit_count() != 1 or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
-            raise ValueError(f"page_size is a power of two from 2 MiB to 2 GiB, not {page_size}")
+        if page_size.bit_count() != 1 or not MIN_PAGE <= page_size <= MAX_PAGE:
+            raise ValueError(
+                f"page_size must be a power of two from 2 MiB to 2 GiB, not {page_size}"
+            )
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.page_size = page_size
         self.keep = keep
         self.count = 0
-        """Samples appended or restored."""
+        """Samples appended or reserved."""
         self._skipped = 0
         self._published = False
         self._fields = ["image", *integers]
@@ -105,8 +110,8 @@ class BetonWriter:
             os.close(self.file)
             raise UserError(f"another process is writing {self.path}") from error
         except OSError:
-            pass  # a cluster's file system without locks
-        if not self._is_ours():  # whoever held the lock gave the file its final name meanwhile
+            pass  # some file systems of clusters have no locks
+        if not self._is_ours():  # the process that held the lock has published the file meanwhile
             os.close(self.file)
             raise UserError(f"another process has just written {self.path}")
         if not self.keep:
@@ -114,31 +119,32 @@ class BetonWriter:
         return self
 
     def append(self, samples: Sequence[Sample]) -> None:
-        """Store the next samples, those side by side in one write."""
+        """Store the next samples. Neighbours in the file are written with one call."""
         start = self.end
         run: list[memoryview] = []
         for image, height, width, integers in samples:
             if isinstance(image, np.ndarray):
                 if image.shape != (height, width, 3) or image.dtype != np.uint8:
-                    what = f"{image.dtype}{image.shape}"
-                    raise ValueError(f"{what} is not uint8({height}, {width}, 3)")
+                    raise ValueError(
+                        f"{image.dtype}{image.shape} is not uint8({height}, {width}, 3)"
+                    )
                 mode, data = RAW, np.ascontiguousarray(image).reshape(-1).data
             else:
                 mode, data = JPEG, memoryview(image)
             end = self.end
-            pointer = self.place(data.nbytes, height, width, mode, integers)
+            pointer = self.reserve(data.nbytes, height, width, mode, integers)
             if pointer != end or len(run) == _MAX_RUN:
                 self._write(start, run)
                 start, run = pointer, []
             run.append(data)
         self._write(start, run)
 
-    def place(
+    def reserve(
         self, size: int, height: int, width: int, mode: int, integers: tuple[int, ...]
     ) -> int:
-        """Enter a sample of `size` bytes in the tables, as `append` does; returns its pointer."""
-        if not (0 < height < 65536 and 0 < width < 65536):
-            raise ValueError(f"sides from 1 to 65535 pixels can be stored, not {width}x{height}")
+        """Add a sample of `size` bytes to the tables without writing it; returns its pointer."""
+        if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+            raise ValueError(f"sides must be 1 to {MAX_SIDE} pixels, not {width}x{height}")
         pointer, self.page_size = _allocate(self.end, size, self.page_size)
         self.end = pointer + size
         self._metadata[self.count] = ((mode, width, height, pointer), *integers)
@@ -147,7 +153,7 @@ class BetonWriter:
         return pointer
 
     def pointers(self, sizes: Sequence[int]) -> list[int]:
-        """Where samples of these sizes would be placed next."""
+        """The pointers that the next samples would get, from their sizes in bytes."""
         end, page_size, pointers = self.end, self.page_size, []
         for size in sizes:
             pointer, page_size = _allocate(end, size, page_size)
@@ -156,19 +162,19 @@ class BetonWriter:
         return pointers
 
     def sizes(self) -> NDArray[np.uint64]:
-        """Bytes of each sample."""
+        """Bytes of each sample: uint64 [count]."""
         return self._allocations["size"][: self.count]
 
     def skip(self) -> None:
-        """Leave the next sample out."""
+        """Skip the next sample."""
         self._skipped += 1
 
     def truncate(self) -> None:
-        """Cut off what an earlier run wrote after the last sample placed."""
+        """Cut off the data that an earlier run wrote after the last reserved sample."""
         os.ftruncate(self.file, min(self.end, os.fstat(self.file).st_size))
 
     def finish(self) -> int:
-        """Write the tables; returns the file's size."""
+        """Write the tables; returns the file's bytes."""
         if self.count + self._skipped != len(self._metadata):
             raise ValueError(f"{self.count} of {len(self._metadata)} samples were appended")
         table = _round_up(self.end, 8)
@@ -179,7 +185,7 @@ class BetonWriter:
         return table + len(allocations)
 
     def publish(self) -> None:
-        """Bring the finished file to the disk and give it its name."""
+        """Sync the finished file and give it its final name."""
         os.fsync(self.file)
         self.partial.replace(self.path)
         self._published = True
@@ -209,7 +215,7 @@ class BetonWriter:
     def _write(self, position: int, run: list[memoryview]) -> None:
         total = sum(data.nbytes for data in run)
         written = os.pwritev(self.file, run, position) if run else 0
-        if written < total:  # a signal, a file above 2 GiB or a nearly full disk
+        if written < total:  # after a signal, above 2 GiB, or on a nearly full disk
             rest = memoryview(b"".join(run))
             while written < total:
                 written += os.pwrite(self.file, rest[written:], position + written)
@@ -232,14 +238,14 @@ class BetonWriter:
 
 
 def _allocate(end: int, size: int, page_size: int) -> tuple[int, int]:
-    """The pointer, not before `end`, for `size` bytes that do not cross a page boundary; and the
-    page size.
+    """The first pointer from `end` on at which `size` bytes cross no page boundary, and the page
+    size.
 
-    A sample larger than a page doubles the page size, for the whole file. A boundary of the larger
-    pages is one of the smaller pages too, so nothing written before crosses it: that is why one
-    pass over the images is enough.
+    A sample larger than a page doubles the page size of the whole file. Each boundary of the larger
+    pages is also a boundary of the smaller pages, so the earlier samples do not cross it. That is
+    why one pass over the images is enough.
     """
-    if not 0 < size <= MAX_PAGE_SIZE:
+    if not 0 < size <= MAX_PAGE:
         raise ValueError(f"a sample of {size} bytes does not fit a page")
     while size > page_size:
         page_size *= 2

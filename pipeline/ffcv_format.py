@@ -33,6 +33,12 @@ INTEGER = np.dtype("<i8")
 JPEG, RAW = 0, 1
 """The values of `mode` in an image's metadata."""
 
+MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31
+"""Limits of the page size in bytes. It is a power of two, and the header has a uint32 for it."""
+
+MAX_SIDE = 65535
+"""Largest height and width of an image in pixels: they are uint16."""
+
 FIELDS = {"image": IMAGE, "index": INTEGER, "label": INTEGER}
 """What a beton of slotstream's holds of each sample; label only where there is one."""
 

@@ -1,12 +1,12 @@
-"""Packing beside ffcv's own writer and `cp -r`, on the same files, one after the other.
+"""Compare packing with ffcv's own writer and with `cp -r`, on the same files, one after the other.
 
     python -m tests.benchmark_packing IMAGES WORK --repeat-to 20000
 
-The images are copied to WORK until there are as many as asked for, and laid out as each source
-expects them; WORK must have room for five times the result. The page cache is warm: every file is
-read first. slotstream's times are those of the whole command, which ends when the file is verified
-and on the disk; ffcv's leave out its start, which takes seconds, and it does not sync. What is
-decoded and encoded is less: `--few` of the images.
+The images are copied to WORK until there are `--repeat-to` of them, in the layout of each source.
+WORK must have space for five times the result. The page cache is warm: every file is read first.
+slotstream's times include the whole command, with verification and sync. ffcv's times exclude its
+start, which takes seconds, and ffcv does not sync. Where images are decoded and encoded, only
+`--few` of them are used.
 """
 
 import argparse
@@ -58,7 +58,7 @@ print(time.perf_counter() - start)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Lay the files out, measure, print a table, tidy up."""
+    """Copy the files, measure, print a table, delete the copies."""
     args = _parse(argv)
     work: Path = args.work
     work.mkdir(parents=True)
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _lay_out(images: Path, work: Path, count: int, few: int) -> None:
-    """The images as COCO, ImageNet, archives of both, a list, and a folder with few of them."""
+    """Copy the images as COCO, ImageNet, archives of both, a list, and a folder with `few`."""
     sources = sorted(path for path in images.iterdir() if path.is_file())
     coco, imagenet = work / "coco/train2017", work / "imagenet/train"
     for folder in (coco, work / "few", work / "zip", work / "tar/train"):
@@ -139,7 +139,7 @@ def _ffcv(
 
 
 def _measure(what: str, work: Path, files: Path, command: Sequence[object]) -> dict[str, Any]:
-    """Run `command`, whose input is `files`; its own time where it prints one."""
+    """Run `command` on `files`. If it prints its time in seconds, that time counts."""
     sizes = [len(path.read_bytes()) for path in files.iterdir()]  # fills the page cache
     start = time.perf_counter()
     done = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE)
@@ -170,11 +170,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", type=Path, help="folder of images")
-    parser.add_argument("work", type=Path, help="a folder to make, and to delete at the end")
-    parser.add_argument("--repeat-to", type=int, default=20000, help="files (default 20000)")
-    parser.add_argument("--few", type=int, default=6000, help="files to encode (default 6000)")
+    parser.add_argument("work", type=Path, help="folder to create, and to delete at the end")
+    parser.add_argument(
+        "--repeat-to", type=int, default=20000, help="number of files (default 20000)"
+    )
+    parser.add_argument(
+        "--few", type=int, default=6000, help="number of files to encode (default 6000)"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=1, help="how often all is measured")
+    parser.add_argument("--rounds", type=int, default=1, help="number of repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     return parser.parse_args(argv)
 

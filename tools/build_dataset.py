@@ -12,18 +12,13 @@ from pipeline.manifest import manifest_path
 from tools.packing import scenes
 from tools.packing.budget import SAMPLE, choose
 from tools.packing.images import Storage
+from tools.packing.job import job_of, shard_path
 from tools.packing.jpeg import BadImage
-from tools.packing.run import (
-    Summary,
-    is_complete,
-    is_interrupted,
-    job_of,
-    merge_job,
-    pack,
-    read_image,
-    shard_path,
-)
-from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source, listed
+from tools.packing.lists import listed
+from tools.packing.merge import merge_job
+from tools.packing.read import read_image
+from tools.packing.run import Summary, is_complete, is_interrupted, pack
+from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source
 from train.run.cli import CommandParser, check_writable, run
 
 EPILOG = """examples:
@@ -40,17 +35,15 @@ EPILOG = """examples:
 Images in .tar and .zip files are read in place: train2017.zip, train/<wnid>.tar or
 ILSVRC2012_img_train.tar under --root, and any archive below a folder.
 
-Killed at any moment, the same command goes on where it was; FILE appears only when it is complete.
-FILE.beton.json lists the images in order with their checksums. By default a JPEG that is copied is
-checked by its structure (complete headers, and an end, which a truncated file has not);
---check decode also decodes each one, which finds more damage, at 1 to 2 ms an image and core.
+After a kill, the same command resumes. FILE appears only when it is complete. FILE.beton.json lists
+the images in order with their checksums. By default only the structure of a copied JPEG is checked:
+complete headers, and an end marker, which a truncated file does not have. --check decode also
+decodes each JPEG. This finds more damage, and takes 1 to 2 ms per image and core.
 """  # noqa: E501
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pack as the command line says, and print one line about it."""
+    """Pack the data set and print a summary."""
     args = _parse(argv)
     out: Path = args.out
     if args.source != "merge" and args.shard:
@@ -75,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Refuse an `out` that exists where `force` is not set, or is no beton. Raises UserError."""
+    """Raises UserError if `out` exists, unless `force` is set and it is called .beton."""
     if out.exists() and force and out.suffix != ".beton":
         raise UserError(f"--out {out}: exists; --force replaces only files called .beton")
     if out.exists() and not force:
@@ -83,10 +76,10 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def fit(source: Source, budget: int, base: Storage, workers: int) -> Storage:
-    """The largest storage of `source` that fits `budget` bytes, by a sample; prints what it found.
+    """Choose and print the storage with the largest side that fits `budget` bytes, from a sample.
 
     Raises:
-        UserError: where none does.
+        UserError: if no storage fits.
     """
     count = min(SAMPLE, len(source))
     files = []
@@ -115,27 +108,27 @@ def _source(args: argparse.Namespace, out: Path) -> Source:
     source = SOURCES[args.source](args.root)
     if source.ignored:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.ignored.most_common(8))
-        print(f"left aside, not known as images: {kinds}", file=sys.stderr)
+        print(f"skipped files that are not images: {kinds}", file=sys.stderr)
     return source
 
 
 def _storage(args: argparse.Namespace) -> Storage:
-    """The storage options, where they agree with each other. Raises UserError."""
+    """The storage options. Raises UserError if they contradict each other."""
     if args.max_side and args.store in ("original", "auto"):
-        hint = "--store jpeg or raw scales" if args.store == "original" else "it chooses the side"
-        raise UserError(f"--max-side does not go with --store {args.store}: {hint}")
+        hint = "use --store jpeg or raw" if args.store == "original" else "it chooses the side"
+        raise UserError(f"--max-side cannot be used with --store {args.store}: {hint}")
     if args.quality and args.store not in ("jpeg", "auto"):
-        raise UserError(f"--quality does not go with --store {args.store}: it encodes no JPEG")
+        raise UserError(f"--quality cannot be used with --store {args.store}: it encodes no JPEG")
     if (args.budget is not None) != (args.store == "auto"):
-        raise UserError("--store auto and --budget go together")
+        raise UserError("--store auto and --budget need each other")
     store = "original" if args.store == "auto" else args.store
     return Storage(store, args.max_side, args.quality or Storage.quality, args.check)
 
 
 def _warn_of_count(source: Source, kind: str, expected: int) -> None:
-    found = len(source) - len(source.faults)
-    if found != expected:
-        print(f"warning: {kind} has {expected:,} images; here are {found:,}", file=sys.stderr)
+    count = len(source) - len(source.faults)
+    if count != expected:
+        print(f"warning: {kind} has {expected:,} images, but found {count:,}", file=sys.stderr)
 
 
 def _print_summary(out: Path, summary: Summary) -> None:
@@ -155,24 +148,34 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, build in SOURCES.items():
         command = _add_command(commands, name, build.__doc__ or "")
-        command.add_argument("--root", type=Path, required=True, metavar="DIR", help="data folder")
+        command.add_argument(
+            "--root", type=Path, required=True, metavar="DIR", help="folder of the data set"
+        )
         _add_storage(command)
     command = _add_command(commands, "list", listed.__doc__ or "")
     command.add_argument("--list", type=Path, required=True, metavar="FILE", help="the list")
-    command.add_argument("--root", type=Path, metavar="DIR", help="of the paths (default: list's)")
+    command.add_argument(
+        "--root", type=Path, metavar="DIR", help="folder of the paths (default: list's)"
+    )
     _add_storage(command)
     command = _add_command(commands, "sample", "Generated scenes with label maps, and photographs.")
     command.add_argument(
-        "--root", type=Path, metavar="DIR", help="for the scenes (default: scenes/ beside FILE)"
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder for the scenes (default: scenes/ beside FILE)",
     )
-    for option, default, what in (("count", 1000, "training"), ("val-count", 100, "held-out")):
+    for option, default, kind in (("count", 1000, "training"), ("val-count", 100, "held-out")):
         command.add_argument(
-            f"--{option}", type=_positive, default=default, help=f"{what} scenes ({default})"
+            f"--{option}",
+            type=_positive,
+            default=default,
+            help=f"{kind} scenes (default {default})",
         )
-    command.add_argument("--seed", type=int, default=0, help="of the generator (default 0)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
     _add_storage(command)
-    command = _add_command(commands, "merge", "Join the parts that --shard made into one beton.")
-    command.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="every part")
+    command = _add_command(commands, "merge", "Merge the shards that --shard made into one beton.")
+    command.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="all shards")
     command.set_defaults(on_error="stop")
     return parser.parse_args(argv)
 
@@ -191,44 +194,44 @@ def _add_command(
         "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
         help="threads (default: all cores)",
     )  # fmt: skip
-    command.add_argument("--force", action="store_true", help="replace what is at --out")
+    command.add_argument("--force", action="store_true", help="replace an existing FILE")
     return command
 
 
 def _add_storage(command: CommandParser) -> None:
     command.add_argument(
         "--store", choices=("original", "jpeg", "raw", "auto"), default="original",
-        help="original (default): JPEG files byte for byte, all else as pixels; jpeg: JPEG files"
-        " no larger than --max-side byte for byte, all else encoded; raw: pixels; auto: the"
-        " largest side and storage that fit --budget, from a sample",
+        help="original (default): JPEG files unchanged, other images as pixels; jpeg: JPEG files up"
+        " to --max-side unchanged, other images encoded; raw: pixels; auto: the largest side and"
+        " the storage that fit --budget, from a sample",
     )  # fmt: skip
     command.add_argument(
         "--max-side", type=_positive, metavar="N",
-        help="scale larger images down to N pixels, antialiased (with --store jpeg or raw)",
+        help="scale images with a longer side down to N pixels, antialiased (--store jpeg or raw)",
     )  # fmt: skip
     command.add_argument(
-        "--quality", type=_quality, metavar="Q", help="of the JPEGs that are encoded (default 95)"
+        "--quality", type=_quality, metavar="Q", help="JPEG quality of encoded images (default 95)"
     )
     command.add_argument(
-        "--budget", type=_bytes, metavar="SIZE", help="of --store auto: 40GB, 500MB, 1.5TB"
+        "--budget", type=_bytes, metavar="SIZE", help="size for --store auto: 40GB, 500MB, 1.5TB"
     )
     command.add_argument(
         "--check", choices=("structure", "decode"), default="structure",
-        help="of JPEGs that are copied: headers and end (default), or a full decode: 1-2 ms each",
+        help="how to check copied JPEGs: headers and end (default), or decode them, 1-2 ms each",
     )  # fmt: skip
     command.add_argument(
         "--on-error", choices=("stop", "skip"), default="stop",
-        help="bad images: stop after the whole scan and name them (default), or leave them out",
+        help="bad images: read all images, name the bad ones and stop (default), or skip them",
     )  # fmt: skip
     command.add_argument(
         "--shard", type=_shard, metavar="I/N",
-        help="pack the I-th of N parts into FILE.shard-I-of-N.beton; merge joins them",
+        help="pack shard I of N into FILE.shard-I-of-N.beton; merge joins the shards",
     )  # fmt: skip
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
@@ -241,9 +244,8 @@ def _quality(text: str) -> int:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text, re.IGNORECASE)
     if not match or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size like 40GB")
-    unit = UNITS[match[2].upper()]
-    factor = 1024 ** "KMGT".index(match[2].upper()) * 1024 if match[3] else unit
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 40GB")
+    factor = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
     return int(float(match[1]) * factor)
 
 

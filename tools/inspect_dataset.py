@@ -1,4 +1,4 @@
-"""What is in a beton: a summary, and on request a check of every record, pictures, the images."""
+"""Summarise a beton; optionally verify every record, draw pictures, extract the images."""
 
 import argparse
 import io
@@ -16,13 +16,12 @@ from pipeline.beton import Beton
 from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG
 from pipeline.manifest import Manifest, manifest_path
-from tools.packing import check as dataset_check
-from tools.packing import pictures as dataset_pictures
+from tools.packing import check, pictures
 from tools.packing.check import Outcome, Problem
 from tools.packing.pictures import size_text
 from train.run.cli import CommandParser, check_writable, run
 
-MAX_NAMED = 50  # problems printed one by one; the rest are counted, and all are in the JSON
+MAX_NAMED = 50  # problems that are printed; --json lists all of them
 QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 
 EXAMPLES = """examples:
@@ -31,34 +30,34 @@ EXAMPLES = """examples:
   python -m tools.inspect_dataset coco.beton --verify
   python -m tools.inspect_dataset coco.beton --extract coco-images
 
---verify reads and decodes every record, compares it with the manifest beside the beton, names what
-is damaged and ends with exit code 1 where anything is. Without a manifest only damage that keeps an
-image from being decoded is found.
+--verify reads and decodes every record and compares it with the manifest beside the beton. It names
+each damaged image; the exit code is 1 if there is damage. Without a manifest it only finds images
+that cannot be decoded.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line says; exit code 1 where a record is damaged."""
+    """Inspect a beton; exit code 1 if a record is damaged."""
     args = _parse(argv)
     manifest, damage = _manifest(args.file)
     beton = _open(args.file, manifest, args)
     content: dict[str, Any] = {"dataset": summarise(beton, manifest, damage), "results": []}
     print_summary(beton, content["dataset"])
-    if not args.verify:  # which measures the same on all records
+    if not args.verify:  # --verify measures the rate on all records
         content["results"].append(_rate(beton, args.workers))
     if args.plot:
-        _save(args.plot, dataset_pictures.histograms(beton))
+        _save(args.plot, pictures.histograms(beton))
     if args.sheet:
-        _save(args.sheet, dataset_pictures.contact_sheet(beton, args.workers))
-    problems: dict[Problem, None] = {}  # in order, each once
+        _save(args.sheet, pictures.contact_sheet(beton, args.workers))
+    problems: dict[Problem, None] = {}  # a set that keeps its order
     if args.verify:
-        outcome = dataset_check.verify(beton, manifest, args.workers)
+        outcome = check.verify(beton, manifest, args.workers)
         outcome.problems += [(str(manifest_path(args.file)), damage)] if damage else []
         problems |= dict.fromkeys(outcome.problems)
         content["results"].append(_result("verify", outcome, args.workers))
         _report(outcome, "verified" if manifest else "decoded (no manifest: no checksums)")
     if args.extract:
-        outcome = dataset_check.extract(beton, manifest, args.extract, args.workers)
+        outcome = check.extract(beton, manifest, args.extract, args.workers)
         problems |= dict.fromkeys(outcome.problems)
         content["results"].append(_result("extract", outcome, args.workers))
         _report(outcome, f"extracted to {args.extract}")
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def summarise(beton: Beton, manifest: Manifest | None, damage: str = "") -> dict[str, Any]:
-    """The beton in numbers, as --json writes them."""
+    """The numbers that --json writes."""
     size = beton.records[:, 1]
     jpeg = int((beton.records[:, 4] == JPEG).sum())
     first = int(beton.records[:, 0].min()) // beton.page_size * beton.page_size
@@ -94,12 +93,10 @@ def summarise(beton: Beton, manifest: Manifest | None, damage: str = "") -> dict
 
 
 def print_summary(beton: Beton, summary: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print the summary as text."""
     how = f", packed from {summary['source']}" if summary["source"] else ""
     print(f"{beton.path}: {len(beton):,} images, {size_text(beton.bytes)}{how}")
-    print(
-        f"  {'':14}" + "".join(f"{name:>10}" for name in ("least", "5 %", "median", "95 %", "most"))
-    )
+    print(f"  {'':14}" + "".join(f"{name:>10}" for name in ("min", "5 %", "median", "95 %", "max")))
     for name, key, form in (
         ("longest side", "longest_side", "{:,.0f}"),
         ("shortest side", "shortest_side", "{:,.0f}"),
@@ -110,8 +107,8 @@ def print_summary(beton: Beton, summary: dict[str, Any]) -> None:
     rows = {
         "storage": _storage(summary),
         "pages": f"{summary['page_bytes'] >> 20} MiB, {summary['page_use']:.1%} used",
-        "to cache it": f"{size_text(beton.bytes)} of memory"
-        f" ({size_text(summary['memory_free'])} are free here)",
+        "cache": f"needs {size_text(beton.bytes)} of memory"
+        f" ({size_text(summary['memory_free'])} free on this machine)",
         "labels": _labels(summary),
         "manifest": summary["manifest"],
     }
@@ -122,9 +119,9 @@ def print_summary(beton: Beton, summary: dict[str, Any]) -> None:
 def _storage(summary: dict[str, Any]) -> str:
     parts = [f"{summary['jpeg']:,} JPEG", f"{summary['raw']:,} raw"]
     if stored := summary["stored"]:
-        parts[0] += f" ({stored.get('original', 0):,} as they were)"
+        parts[0] += f" ({stored.get('original', 0):,} unchanged)"
     if summary["skipped"]:
-        parts.append(f"{summary['skipped']:,} bad files were left out")
+        parts.append(f"{summary['skipped']:,} bad files skipped")
     return ", ".join(parts)
 
 
@@ -136,57 +133,50 @@ def _labels(summary: dict[str, Any]) -> str:
 
 
 def _manifest_state(beton: Beton, manifest: Manifest | None) -> str:
-    """Whether the manifest is whole and belongs to this beton; its checksums are --verify's."""
+    """Whether the manifest is complete and belongs to this beton. Does not compare checksums."""
     if manifest is None:
-        return "none beside the beton: names and checksums are not known"
+        return "none: names and checksums are unknown"
     try:
         sizes = np.fromiter((record.bytes for record in manifest.records()), np.int64)
     except UserError as error:
         return f"damaged: {error}"
     if not np.array_equal(sizes, beton.records[:, 1]) or manifest.bytes != beton.bytes:
-        return "of another beton: sizes differ"
+        return "belongs to another beton: sizes differ"
     return f"digest ok, {manifest.digest[:16]}…, by {manifest.tool}"
 
 
 def _manifest(file: Path) -> tuple[Manifest | None, str]:
-    """The manifest beside `file`, if there is one, and what is wrong with it."""
+    """The manifest beside `file` or None, and its damage or ""."""
     if not manifest_path(file).exists():
         return None, ""
     try:
         return Manifest.beside(file), ""
     except UserError as error:
-        return None, str(error).removeprefix(f"{manifest_path(file)}: ")
+        return None, check.problem(manifest_path(file), error)[1]
 
 
 def _open(file: Path, manifest: Manifest | None, args: argparse.Namespace) -> Beton:
-    """The beton. Where --verify meets one that cannot be opened, that is what it has found."""
+    """Open the beton. If it cannot be opened, --verify reports this and the lost images."""
     try:
         return Beton(file)
     except UserError as error:
         if not (args.verify and file.is_file()):
             raise
-        outcome = Outcome(problems=[(str(file), str(error).removeprefix(f"{file}: "))])
-        if manifest:
-            outcome.problems += _lost(file, manifest)
+        outcome = Outcome(problems=[check.problem(file, error)])
+        try:
+            outcome.problems += check.beyond_the_end(file, manifest) if manifest else []
+        except UserError as damage:
+            outcome.problems.append(check.problem(manifest_path(file), damage))
         _report(outcome, "verified")
         _finish(args, {"dataset": None, "results": []}, outcome.problems)
         raise
 
 
-def _lost(file: Path, manifest: Manifest) -> list[Problem]:
-    try:
-        return dataset_check.beyond_the_end(file, manifest)
-    except UserError as error:
-        path = str(manifest_path(file))
-        return [(path, str(error).removeprefix(f"{path}: "))]
-
-
 def _rate(beton: Beton, workers: int) -> dict[str, Any]:
-    outcome = dataset_check.decode_rate(beton, workers)
+    outcome = check.decode_rate(beton, workers)
     print(
-        f"  decoding        {outcome.images_per_s:,.0f} images/s,"
-        f" {outcome.bytes / outcome.seconds / 1e6:,.0f} MB/s on {workers} threads"
-        " (a sample, in the page cache)"
+        f"  decoding        {outcome.images_per_s:,.0f} images/s, {outcome.mb_per_s:,.0f} MB/s"
+        f" on {workers} threads (a sample, in the page cache)"
     )
     return _result("decode", outcome, workers)
 
@@ -197,7 +187,7 @@ def _result(stage: str, outcome: Outcome, workers: int) -> dict[str, Any]:
         "backend": "libjpeg-turbo",
         "images": outcome.images,
         "images_per_s": outcome.images_per_s,
-        "mb_per_s": outcome.bytes / outcome.seconds / 1e6,
+        "mb_per_s": outcome.mb_per_s,
         "seconds": outcome.seconds,
         "threads": workers,
         "problems": len(outcome.problems),
@@ -205,7 +195,7 @@ def _result(stage: str, outcome: Outcome, workers: int) -> dict[str, Any]:
 
 
 def _report(outcome: Outcome, verb: str) -> None:
-    """Name what is wrong on stderr, and say how it went on stdout."""
+    """Print the problems to stderr and a summary to stdout."""
     for name, reason in outcome.problems[:MAX_NAMED]:
         print(f"bad: {printable(name)}: {reason}", file=sys.stderr)
     if len(outcome.problems) > MAX_NAMED:
@@ -213,8 +203,7 @@ def _report(outcome: Outcome, verb: str) -> None:
     if outcome.images:
         print(
             f"{outcome.images:,} records {verb} in {outcome.seconds:.1f} s"
-            f" ({outcome.images_per_s:,.0f} images/s,"
-            f" {outcome.bytes / outcome.seconds / 1e6:,.0f} MB/s):"
+            f" ({outcome.images_per_s:,.0f} images/s, {outcome.mb_per_s:,.0f} MB/s):"
             f" {f'{len(outcome.problems):,} problems' if outcome.problems else 'all good'}"
         )
 
@@ -245,15 +234,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(
         prog="python -m tools.inspect_dataset", description=__doc__, epilog=EXAMPLES
     )
-    parser.add_argument("file", type=Path, metavar="FILE.beton", help="what to look at")
+    parser.add_argument("file", type=Path, metavar="FILE.beton", help="the beton")
     parser.add_argument("--verify", action="store_true", help="check every record")
     parser.add_argument(
         "--extract", type=Path, metavar="DIR",
-        help="write the images to DIR, a new or empty folder, under their names",
+        help="write the images to DIR, a new or empty folder",
     )  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="histograms of shapes and sizes")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="a contact sheet")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the numbers and all problems")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw histograms of shapes and sizes"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a contact sheet")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the numbers and all problems"
+    )
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="threads (default: all cores)",
@@ -262,24 +255,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
     outputs = {f"--{name}": getattr(args, name) for name in ("plot", "sheet", "json")}
-    taken = [
+    used = [
         path for file in (args.file, args.file.resolve()) for path in (file, manifest_path(file))
     ]
     for option, path in outputs.items():
         if path:
-            _check_output(option, path, taken)
-            taken.append(path)
+            _check_output(option, path, used)
+            used.append(path)
     if args.extract and not args.extract.name:
-        raise UserError(f"--extract {args.extract}: needs a folder of its own")
+        raise UserError(f"--extract {args.extract}: needs the name of a folder")
     return args
 
 
-def _check_output(option: str, path: Path, taken: Sequence[Path]) -> None:
+def _check_output(option: str, path: Path, used: Sequence[Path]) -> None:
     if option != "--json" and path.suffix.lower() != ".png":
         raise UserError(f"{option} {path}: must end in .png")
     check_writable(option, path)
-    if path.resolve() in [other.resolve() for other in taken]:
-        raise UserError(f"{option} {path}: would replace what is looked at, or another output")
+    if path.resolve() in [other.resolve() for other in used]:
+        raise UserError(f"{option} {path}: would replace the beton, its manifest or another output")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.beton_writer import MIN_PAGE_SIZE, BetonWriter, Sample
+from pipeline.beton_writer import BetonWriter, Sample
 from pipeline.errors import UserError
-
-PAGE = MIN_PAGE_SIZE
+from pipeline.ffcv_format import MIN_PAGE as PAGE
 
 
 def ramp(height: int, width: int) -> np.ndarray:
-    """Pixels [H, W, 3] that tell their place."""
+    """Pixels [H, W, 3] that encode their position."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x % 256, y % 256, (x + y) % 256], axis=-1).astype(np.uint8)
 
@@ -31,7 +30,7 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 
 def stored(path: Path) -> list[bytes]:
-    """The samples' bytes, by FFCV's reader and allocation table."""
+    """The samples' bytes, from FFCV's reader and allocation table."""
     reader, data = Reader(str(path)), path.read_bytes()
     sizes = dict(zip(reader.alloc_table["ptr"], reader.alloc_table["size"], strict=True))
     pointers = reader.metadata["f0"]["data_ptr"]
@@ -49,7 +48,7 @@ sizes_near_a_page = st.one_of(
 def test_no_sample_crosses_a_page(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int]
 ) -> None:
-    """FFCV's process cache reads page by page, and would hand out another sample's bytes."""
+    """FFCV's process cache reads page by page, and would return another sample's bytes."""
     path = tmp_path_factory.mktemp("pages") / "a.beton"
     samples = [bytes([i + 1]) * size for i, size in enumerate(sizes)]
     with BetonWriter(path, len(samples), page_size=PAGE) as writer:
@@ -70,7 +69,7 @@ def test_no_sample_crosses_a_page(
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os-cache", "process-cache"])
 @pytest.mark.parametrize("order", [OrderOption.SEQUENTIAL, OrderOption.QUASI_RANDOM])
 def test_plain_ffcv_reads_it(tmp_path: Path, os_cache: bool, order: OrderOption) -> None:
-    """A beton of ours must work for every user of FFCV, through both memory managers."""
+    """FFCV must read slotstream's betons with both of its memory managers."""
     images = [ramp(40, 56) + np.uint8(7 * i) for i in range(6)]
     path = tmp_path / "a.beton"
     with BetonWriter(path, 6, ("index", "label"), page_size=PAGE) as writer:
@@ -96,7 +95,7 @@ def test_plain_ffcv_reads_it(tmp_path: Path, os_cache: bool, order: OrderOption)
 
 
 def test_fields_and_metadata(tmp_path: Path) -> None:
-    """Height and width exchanged, or another order of fields, would crash or shear every image."""
+    """Swapped height and width, or another order of fields, would crash or shear every image."""
     path = tmp_path / "a.beton"
     stream = jpeg(ramp(16, 24))
     with BetonWriter(path, 2, ("index", "label")) as writer:
@@ -113,7 +112,7 @@ def test_fields_and_metadata(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    """A half-written beton under the final name would be trained on."""
+    """A half-written beton with the final name would be used for training."""
     with (
         pytest.raises(RuntimeError, match="stop"),
         BetonWriter(tmp_path / "a.beton", 2) as writer,
@@ -124,7 +123,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_missing_sample_leaves_nothing(tmp_path: Path) -> None:
-    """The tail of the metadata would be zeros, which point at the header."""
+    """Otherwise the last metadata entries would be zeros, which point at the header."""
     with (
         pytest.raises(ValueError, match="1 of 2"),
         BetonWriter(tmp_path / "a.beton", 2) as writer,
@@ -139,7 +138,7 @@ def test_a_missing_sample_leaves_nothing(tmp_path: Path) -> None:
     ids=["empty", "no height", "too wide", "sheared", "float"],
 )
 def test_what_the_format_cannot_hold(tmp_path: Path, image: bytes, height: int, width: int) -> None:
-    """65,536 would be stored as 0, and wrong pixels would be read beyond their end."""
+    """65,536 would be stored as 0, and pixels of a wrong shape would be read beyond their end."""
     with (
         pytest.raises(ValueError, match=r"sides|uint8|fit a page"),
         BetonWriter(tmp_path / "a.beton", 1) as writer,
@@ -148,7 +147,7 @@ def test_what_the_format_cannot_hold(tmp_path: Path, image: bytes, height: int, 
 
 
 def test_one_write_or_many_give_the_same_file(tmp_path: Path) -> None:
-    """A batch is written as runs of neighbours; a page boundary in it must end a run."""
+    """Neighbours in the file are written with one call. A page boundary must end such a call."""
     samples = [Sample(bytes([i]) * (PAGE // 3), 1, 1, (i,)) for i in range(8)]
     for name, step in (("one", 1), ("all", 8)):
         with BetonWriter(tmp_path / name, 8, page_size=PAGE) as writer:
@@ -158,7 +157,7 @@ def test_one_write_or_many_give_the_same_file(tmp_path: Path) -> None:
 
 
 def test_two_writers_of_one_file(tmp_path: Path) -> None:
-    """A job started twice by mistake would interleave its samples."""
+    """If a job is started twice by mistake, the samples must not interleave."""
     path = tmp_path / "a.beton"
     with BetonWriter(path, 1) as writer:
         with pytest.raises(UserError, match="another process is writing"), BetonWriter(path, 1):
@@ -169,6 +168,6 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page_size", [1 << 20, 3 << 20, 1 << 32])
 def test_page_size_is_checked(tmp_path: Path, page_size: int) -> None:
-    """FFCV finds a page by shifting: any other size reads from the wrong place."""
+    """FFCV computes a page by bit shifts: other sizes would read from a wrong position."""
     with pytest.raises(ValueError, match="page_size"):
         BetonWriter(tmp_path / "a.beton", 1, page_size=page_size)

@@ -1,4 +1,4 @@
-"""What .tar and .zip files hold, and where, so that an image in one is read like one on disk."""
+"""The names and positions of the files in .tar and .zip archives, to read images in place."""
 
 import os
 import stat
@@ -14,17 +14,17 @@ UNREAD = (
     *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
     *(".tar.lz4", ".7z", ".rar"),
 )
-"""Archives in which nothing can be found without decompressing all that is before it."""
+"""Archives that are not read: finding a file would need to decompress all data before it."""
 COMPRESSED = "compressed: gunzip or unpack it, a .tar is read in place"
 
 _BLOCK = 512
 _MAX_NAME = 1 << 20  # of a long name or a pax header, in bytes
 _MAX_PADDING = 1 << 20  # after the end marker, in bytes; 10,240 unless `tar -b` was given
 _MAX_DEPTH = 8  # of archives in archives
-_EXTENDS = b"xgLKX"  # kinds of headers that tell of the next one
-_NO_DATA = b"123456"  # links, devices, folders: none follows, whatever their size field says
+_EXTENDS = b"xgLKX"  # types of headers that describe the next header
+_NO_DATA = b"123456"  # links, devices, folders: no data follows, whatever the size field says
 _BAD_PAX = "damaged: an extended header that cannot be read"
-_DAMAGE = (  # all that zipfile was seen to raise on damaged files
+_DAMAGE = (  # all errors that zipfile was seen to raise on damaged files
     zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, OverflowError, struct.error,
 )  # fmt: skip
 
@@ -33,36 +33,36 @@ class Member(NamedTuple):
     """A file in an archive."""
 
     name: str
-    """Its path in the archive, with forward slashes; in an archive in an archive, below that.
-    Empty where the archive itself has the fault."""
+    """Its path in the archive, with forward slashes. The path of a file in a nested archive begins
+    with that archive's path. Empty if the fault is that of the archive itself."""
     offset: int = 0
-    """Where its bytes begin in the outermost archive."""
+    """Where its bytes begin in the outermost archive, in bytes."""
     size: int = 0
-    """How many they are there, compressed if `deflated`."""
+    """Its bytes in the archive: the compressed size if `deflated`."""
     deflated: bool = False
     crc: int = -1
-    """The archive's CRC-32 of its content; -1 in a tar file, which has none."""
+    """The archive's CRC-32 of the content; -1 in a tar file, which has none."""
     fault: str = ""
-    """Why it cannot be read; empty where it can."""
+    """Why it cannot be read; empty if it can."""
 
 
 class _Damage(Exception):
-    """What ends the reading of a tar file; the message says what is wrong with it."""
+    """Damage that ends the reading of a tar file. The message says what is wrong."""
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file is one of many files by its name, read or not."""
+    """Whether a name is that of an archive, of a format that is read or not."""
     return name.lower().endswith(SUFFIXES + UNREAD)
 
 
 def members(path: Path) -> Iterator[Member]:
     """The files in an archive, and in the .tar files in it, in the archive's order.
 
-    An archive that is damaged, cut short or unreadable is itself a member with a fault, after
-    those that could be found.
+    If an archive is damaged, cut short or unreadable, the last member is the archive itself, with
+    a fault.
     """
     try:
-        # A pipe would block for ever without the flag, which regular files ignore.
+        # Without O_NONBLOCK a pipe would block for ever. Regular files ignore the flag.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(file, "rb") as stream:
             status = os.fstat(file)
@@ -93,7 +93,7 @@ def inflate(data: bytes, limit: int) -> bytes:
 def _zip_member(info: zipfile.ZipInfo, file: int, end: int) -> Member:
     """One file of a zip file of `end` bytes."""
     name = info.filename
-    if info.create_system == 0 and "/" not in name:  # old .NET; a Unix name may have backslashes
+    if info.create_system == 0 and "/" not in name:  # by old .NET; Unix names may have backslashes
         name = name.replace("\\", "/")
     offset = _zip_data(info, file, end)
     deflated = info.compress_type == zipfile.ZIP_DEFLATED
@@ -114,7 +114,7 @@ def _zip_member(info: zipfile.ZipInfo, file: int, end: int) -> Member:
 
 
 def _zip_data(info: zipfile.ZipInfo, file: int, end: int) -> int | None:
-    """Where the data of a file begin; None where they cannot, or where they are another file's."""
+    """Where the data of a file begins; None if that is impossible or another file's data."""
     if not 0 <= info.header_offset <= end:
         return None
     local = os.pread(file, 30, info.header_offset)
@@ -129,7 +129,7 @@ def _zip_data(info: zipfile.ZipInfo, file: int, end: int) -> int | None:
 
 
 def _tar(file: int, start: int, end: int, depth: int = 1) -> Iterator[Member]:
-    """The members of the tar file at bytes `start` to `end`, and what is wrong with it."""
+    """The members of the tar file at bytes `start` to `end`, and its fault if it has one."""
     try:
         yield from _tar_members(file, start, end, depth)
     except _Damage as error:
@@ -139,9 +139,11 @@ def _tar(file: int, start: int, end: int, depth: int = 1) -> Iterator[Member]:
 def _tar_members(file: int, start: int, end: int, depth: int) -> Iterator[Member]:
     """The members of a tar file: ustar, GNU and pax. Raises _Damage.
 
-    The standard library's reader takes 30 µs and 1.5 kB a member: too much for 1.3 million.
+    The standard library's tarfile takes 23 µs a member instead of 9 µs. It also ignores a damaged
+    pax header, and reads the times in some GNU headers as a part of the name.
     """
-    position, name, size = start, "", -1  # the last two as a header before the header says
+    position = start
+    name, size = "", -1  # from an extended header
     while position + _BLOCK <= end:
         header = os.pread(file, _BLOCK, position)
         if not header.strip(b"\0"):
@@ -170,7 +172,7 @@ def _tar_members(file: int, start: int, end: int, depth: int) -> Iterator[Member
 def _tar_member(
     file: int, name: str, kind: bytes, data: int, length: int, end: int, depth: int
 ) -> Iterator[Member]:
-    """What a header stands for: a file, the files in a nested tar, or something with a fault."""
+    """The members of one header: a file, the files in a nested tar, or a member with a fault."""
     entry = _tidy(Member(name, data, length))
     if kind in b"3456DV" or name.endswith("/"):  # devices, folders, a volume's label
         return
@@ -191,8 +193,10 @@ def _tar_member(
 
 
 def _check_end(file: int, position: int, end: int) -> None:
-    """Refuse more data after the end marker at `position`: a hole in an unfinished download looks
-    like that marker, and of joined tars the second would go unnoticed.
+    """Refuse further data after the end marker at `position`.
+
+    A hole in an unfinished download looks like an end marker, and the second of two joined tar
+    files would be missed.
     """
     if end - position > _MAX_PADDING or os.pread(file, end - position, position).strip(b"\0"):
         raise _Damage(f"damaged: {end - position:,} bytes after its end marker at byte {position}")
@@ -207,7 +211,7 @@ def _check_header(header: bytes, position: int) -> None:
 
 
 def _tidy(member: Member) -> Member:
-    """With the name that the member would have below the folder it is unpacked to."""
+    """The member with the path that it would have if the archive were unpacked."""
     name = os.path.normpath(member.name.lstrip("/"))
     if name.split("/", 1)[0] == "..":
         return member._replace(name=name, fault="its path leads out of the archive")
@@ -215,7 +219,7 @@ def _tidy(member: Member) -> Member:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or binary after a byte 0x80. -1 where neither."""
+    """The value of octal digits, or of binary digits after a byte 0x80; else -1."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:]) if field[0] == 0x80 else -1
     try:
@@ -231,7 +235,7 @@ def _ustar_name(header: bytes) -> str:
 
 
 def _pax(text: bytes, name: str, size: int) -> tuple[str, int]:
-    """The path and the size of the next member: lines of "length key=value". Raises _Damage."""
+    """Path and size of the next member, from lines of "length key=value". Raises _Damage."""
     start = 0
     while start < len(text) and text[start]:
         digits, space, _ = text[start : start + 20].partition(b" ")

@@ -1,6 +1,6 @@
-"""Going through every record of a beton on threads: verify, extract, measure.
+"""Verifying, extracting and timing the records of a beton, on threads.
 
-In memory: a record and an image for each thread, and the list of what is wrong.
+Memory: a record and an image per thread, and the list of problems.
 """
 
 import itertools
@@ -26,17 +26,17 @@ from tools.packing.progress import progress
 
 CHUNK = 32  # records of one task
 GAP = 1 << 23  # bytes of unused space read at once
-SAMPLE = 512  # records of a rate, or fewer where they are large
+SAMPLE = 512  # records for the decoding rate; fewer if they are large
 SAMPLE_BYTES = 1 << 28
 RATE_SECONDS = 1.0
 
 Problem = tuple[str, str]
-"""The name of an image, or of the file, and what is wrong with it."""
+"""The name of an image or a file, and the problem."""
 
 
 @dataclass
 class Outcome:
-    """What came of going through the records."""
+    """The result for all records."""
 
     images: int = 0
     bytes: int = 0
@@ -47,31 +47,35 @@ class Outcome:
     def images_per_s(self) -> float:
         return self.images / self.seconds
 
+    @property
+    def mb_per_s(self) -> float:
+        return self.bytes / self.seconds / 1e6
+
 
 class RecordReader:
-    """Reads and decodes records one by one, each thread into buffers of its own."""
+    """Reads and decodes single records. Each thread has its own buffers."""
 
     def __init__(self, beton: Beton) -> None:
         self.beton = beton
-        self._own = threading.local()
-        self.read(0)  # compiles what decodes, before anything is timed
+        self._buffers = threading.local()
+        self.read(0)  # compiles the decoder, before anything is timed
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray, str]:
-        """Record `i`: its stored bytes uint8 [bytes], its pixels uint8 [H, W, 3], both valid until
-        the thread's next call, and what is wrong with it or "".
+        """Record `i`: its stored bytes uint8 [bytes], its pixels uint8 [H, W, 3], and its problem
+        or "". The arrays are valid until the thread's next call.
         """
-        if not hasattr(self._own, "decoder"):
+        if not hasattr(self._buffers, "decoder"):
             largest = int((self.beton.height * self.beton.width).max()) * 3
-            self._own.pixels = np.empty(largest, np.uint8)
-            self._own.decoder = Decoder(int(self.beton.records[:, 1].max()))
+            self._buffers.pixels = np.empty(largest, np.uint8)
+            self._buffers.decoder = Decoder(int(self.beton.records[:, 1].max()))
         _, size, height, width, _ = self.beton.records[i]
-        pixels = self._own.pixels[: height * width * 3].reshape(1, height, width, 3)
-        _, reason = self.beton.try_decode(np.array([i]), pixels, self._own.decoder)
-        return self._own.decoder.scratch[:size], pixels[0], reason
+        pixels = self._buffers.pixels[: height * width * 3].reshape(1, height, width, 3)
+        _, reason = self.beton.try_decode(np.array([i]), pixels, self._buffers.decoder)
+        return self._buffers.decoder.scratch[:size], pixels[0], reason
 
 
 def verify(beton: Beton, manifest: Manifest | None, workers: int) -> Outcome:
-    """Decode every record and, where there is a manifest, compare it with that, bit by bit."""
+    """Decode every record, and compare it with the manifest if there is one."""
     reader = RecordReader(beton)
 
     def check(i: int, expected: Record) -> str:
@@ -85,8 +89,10 @@ def verify(beton: Beton, manifest: Manifest | None, workers: int) -> Outcome:
 
 
 def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int) -> Outcome:
-    """Write each record under its source's name in `folder`, new or empty: JPEG files as they are
-    stored, raw pixels as PNG. What is damaged is left out. The folder appears when all is there.
+    """Write each record under its source's name to `folder`, which must be new or empty.
+
+    JPEG files stay unchanged, raw pixels become PNG. Damaged records are skipped. The folder
+    appears when it is complete.
     """
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -94,7 +100,7 @@ def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int)
             raise UserError(f"{folder}: not empty; nothing is overwritten")
         partial.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"{partial}: left by an extraction that was killed; delete it") from None
+        raise UserError(f"{partial}: a killed extraction left it; delete it") from None
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from None
     reader = RecordReader(beton)
@@ -113,7 +119,7 @@ def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int)
                 else:
                     file.write(stored.data)
         except OSError as error:
-            if error.errno in (28, 122):  # no space, no quota: every further file would fail
+            if error.errno in (28, 122):  # no space or no quota: every further file would fail
                 shutil.rmtree(partial)
                 raise UserError(f"{path}: {error.strerror}") from None
             return f"cannot be written as {path}: {error.strerror}"
@@ -125,7 +131,7 @@ def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int)
 
 
 def decode_rate(beton: Beton, workers: int) -> Outcome:
-    """Reading and decoding a sample of the records, in the page cache, for about a second."""
+    """Read and decode a sample of the records from the page cache for about a second."""
     largest = int((beton.height * beton.width).max()) * 3
     count = min(len(beton), SAMPLE, max(workers, SAMPLE_BYTES // largest))
     sample = np.linspace(0, len(beton) - 1, count).astype(np.int64)
@@ -149,9 +155,11 @@ def for_each(
     manifest: Manifest | None,
     work: Callable[[int, Record], str],
     workers: int,
-    what: str,
+    title: str,
 ) -> Outcome:
-    """Call `work` on each record's number and manifest line; it returns what is wrong, or ""."""
+    """Call `work` with the number and the manifest line of each record. It returns the problem, or
+    "". `title` stands before the progress bar.
+    """
     outcome = Outcome(len(beton), int(beton.records[:, 1].sum()))
     lines = _lines(beton, manifest, outcome.problems)
 
@@ -159,7 +167,7 @@ def for_each(
         return [(record, work(i, record)) for i, record in items]
 
     began = time.perf_counter()
-    with progress(what, len(beton)) as bar:
+    with progress(title, len(beton)) as bar:
         for done in ordered_map(chunk, _chunks(enumerate(lines)), workers):
             wrong = [(record.name, reason) for record, reason in done if reason]
             outcome.problems += wrong
@@ -171,8 +179,8 @@ def for_each(
 
 
 def inner_path(name: str, suffix: str) -> PurePosixPath:
-    """Where an image of this name is written below a folder, never outside it: of an absolute name
-    the root is dropped, and `..` becomes `__`. `suffix` is added unless the name has it already.
+    """The path of an image of this name inside a folder. It never leads out of the folder: the root
+    of an absolute name is dropped, and `..` becomes `__`. Adds `suffix` unless the name has it.
     """
     parts = [part for part in name.replace("\0", "_").split("/") if part not in ("", ".")]
     path = PurePosixPath(*("__" if part == ".." else part for part in parts or ["_"]))
@@ -181,8 +189,8 @@ def inner_path(name: str, suffix: str) -> PurePosixPath:
 
 
 def beyond_the_end(path: Path, manifest: Manifest) -> list[Problem]:
-    """The images that a file cut short has lost, by its first part and the manifest; [] where they
-    cannot be told.
+    """The images that a truncated file has lost, from its beginning and the manifest; [] if the
+    beginning does not tell.
     """
     with path.open("rb") as file:
         size = path.stat().st_size
@@ -208,8 +216,13 @@ def beyond_the_end(path: Path, manifest: Manifest) -> list[Problem]:
     ]
 
 
+def problem(path: Path | None, error: UserError) -> Problem:
+    """The problem of a file, from an error whose message begins with the path."""
+    return str(path), str(error).removeprefix(f"{path}: ")
+
+
 def _difference(stored: np.ndarray, expected: Record, reason: str) -> str:
-    """What is wrong with the bytes of a record, given what decoding them says."""
+    """The problem of a record's bytes, or "". `reason` is the decoder's."""
     if not expected.crc32:  # not in the manifest
         return reason
     if stored.size != expected.bytes:
@@ -227,7 +240,7 @@ def _wrong_label(beton: Beton, i: int, expected: Record) -> str:
 
 
 def _lines(beton: Beton, manifest: Manifest | None, problems: list[Problem]) -> Iterator[Record]:
-    """The manifest's line for each record; where it has none a stand-in without a checksum."""
+    """The manifest's line of each record; a line without a checksum if the manifest has none."""
     count = 0
     if manifest:
         try:
@@ -236,7 +249,7 @@ def _lines(beton: Beton, manifest: Manifest | None, problems: list[Problem]) -> 
                     yield record._replace(name=str(record.name))
                 count += 1
         except UserError as error:
-            problems.append((str(manifest.path), str(error).removeprefix(f"{manifest.path}: ")))
+            problems.append(problem(manifest.path, error))
         if manifest.count != len(beton):
             reason = f"lists {manifest.count} records; the beton holds {len(beton)}"
             problems.append((str(manifest.path), reason))
@@ -245,7 +258,7 @@ def _lines(beton: Beton, manifest: Manifest | None, problems: list[Problem]) -> 
 
 
 def _check_tables(beton: Beton, manifest: Manifest) -> list[Problem]:
-    """What lies outside the records: numbers, and bytes that belong to nothing."""
+    """Problems outside the records: the file's size, the images' numbers, the unused bytes."""
     problems, file = [], str(beton.path)
     if manifest.bytes != beton.bytes:
         problems.append((file, f"has {beton.bytes} bytes; {manifest.bytes} were packed"))
@@ -257,7 +270,7 @@ def _check_tables(beton: Beton, manifest: Manifest) -> list[Problem]:
 
 
 def _stray_byte(beton: Beton) -> int | None:
-    """The first byte that belongs to nothing and is not zero."""
+    """Offset of the first unused byte that is not zero."""
     head = np.frombuffer(os.pread(beton.file, beton.data, 0), np.uint8)
     if (stray := np.flatnonzero(head[~_used(beton)])).size:
         return int(np.flatnonzero(~_used(beton))[stray[0]])
@@ -274,7 +287,7 @@ def _stray_byte(beton: Beton) -> int | None:
 
 
 def _used(beton: Beton) -> np.ndarray:
-    """Which bytes of header, descriptors and metadata mean something: bool [beton.data]."""
+    """Which bytes of header, descriptors and metadata are used: bool [beton.data]."""
     used = np.zeros(beton.data, bool)
     used[: HEADER.itemsize] = True
     fields = 3 if beton.label is not None else 2

@@ -1,28 +1,30 @@
-"""From an image file's bytes to what a beton stores: the same bytes if FFCV decodes them, else a
-conversion.
+"""Converting an image file to what a beton stores: the same bytes if FFCV decodes them correctly,
+else a conversion.
 
-A JPEG is checked by its structure: see `tools.packing.jpeg`. One that looks doubtful there is
-decoded, to see what libjpeg says; with `Storage.check` "decode" each one is, which finds most
-damage to the data too, at 1.2 ms an image instead of 0.04.
+`tools.packing.jpeg` checks the structure of a JPEG. A doubtful JPEG is decoded, and libjpeg's
+messages decide. With `Storage.check` "decode" each JPEG is decoded. This also finds most damage to
+the compressed data, and takes 1.2 ms per image instead of 0.04 ms.
 """
 
 import io
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from zlib_ng.zlib_ng import crc32
 
 from pipeline import turbojpeg
 from pipeline.beton import MAX_PIXELS
+from pipeline.ffcv_format import MAX_SIDE
 from pipeline.manifest import CONVERTED, ORIGINAL, SCALED
 from pipeline.resize import resize
 from tools.packing.jpeg import CUT, DOUBTFUL, BadImage, JpegHeader, jpeg_header, scans
 
-Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against what a beton can hold
+Image.MAX_IMAGE_PIXELS = None  # this module checks sizes itself, against the limits of a beton
 
-MAX_SIDE = 65535  # the beton's width and height are uint16
 MAX_BYTES = 1 << 30
 
 _RGB_COMPONENTS, _CMYK_COMPONENTS = 3, 4
@@ -36,46 +38,45 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Storage:
-    """How images are stored, and how well they are checked."""
+    """How images are stored and checked."""
 
     store: str = "original"
-    """original: JPEGs unchanged, all else as pixels. jpeg: JPEGs no larger than `max_side`
-    unchanged, all else encoded. raw: pixels."""
+    """original: JPEGs unchanged, other formats as pixels. jpeg: JPEGs up to `max_side` unchanged,
+    other images encoded. raw: pixels."""
     max_side: int | None = None
-    """Larger images are scaled down to this side, in pixels, antialiased. None: never."""
+    """Larger images are scaled down until their longer side has this many pixels. None: never."""
     quality: int = 95
-    """JPEG quality of what is encoded, 1 to 100."""
+    """JPEG quality of encoded images, 1 to 100."""
     check: str = "structure"
-    """Of a JPEG that is copied: structure, or decode."""
+    """How a copied JPEG is checked: structure or decode."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """What is stored for one image."""
+class Packed(NamedTuple):
+    """One image as it is stored."""
 
     data: bytes | Pixels
     """A JPEG stream, or uint8 pixels [height, width, 3]."""
     height: int
     width: int
+    crc: int
+    """CRC-32 of the stored bytes."""
     how: str
-    """As in the manifest: original, scaled, or "converted: " and the reasons."""
+    """As in the manifest: "original", "scaled" with reasons, or "converted: " with reasons."""
 
     @property
-    def buffer(self) -> memoryview:
-        """The stored bytes."""
-        if isinstance(self.data, bytes):
-            return memoryview(self.data)
-        return np.ascontiguousarray(self.data).reshape(-1).data
+    def size(self) -> int:
+        """Stored bytes."""
+        return len(self.data) if isinstance(self.data, bytes) else self.data.nbytes
 
 
-def make_record(data: bytes, storage: Storage) -> Record:
-    """Check the bytes of an image file and turn them into what is stored.
+def pack_image(data: bytes, storage: Storage) -> Packed:
+    """Check the bytes of an image file and convert them to what is stored.
 
-    A JPEG that FFCV decodes to the right picture is kept byte for byte. Anything else becomes
-    upright RGB: pixels, which lose nothing, or a JPEG where the storage says so.
+    A JPEG that FFCV decodes correctly stays unchanged. Any other image becomes upright RGB, stored
+    as pixels without loss, or as JPEG with `storage.store` "jpeg".
 
     Raises:
-        BadImage: where the file is damaged, or no image that can be stored.
+        BadImage: if the file is damaged, or is not an image that can be stored.
     """
     if not data:
         raise BadImage("empty file")
@@ -84,7 +85,7 @@ def make_record(data: bytes, storage: Storage) -> Record:
     side = storage.max_side
     too_large = header and side and max(header.height, header.width) > side
     if header and not (reasons or too_large) and storage.store != "raw":
-        return Record(data, header.height, header.width, ORIGINAL)
+        return Packed(data, header.height, header.width, crc32(data), ORIGINAL)
     plain = header and header.plain and header.components == _RGB_COMPONENTS and not reasons
     if header and plain and not (side and max(header.height, header.width) >= 2 * side):
         pixels = _decode_jpeg(data, header)
@@ -98,23 +99,23 @@ def make_record(data: bytes, storage: Storage) -> Record:
     if max(height, width) > MAX_SIDE:
         raise BadImage(f"a side of {max(height, width)} pixels; {MAX_SIDE} can be stored")
     stored = encode(pixels, storage.quality) if storage.store == "jpeg" else pixels
-    return Record(stored, height, width, how)
+    return Packed(stored, height, width, crc32(stored), how)
 
 
 def _obstacles(data: bytes, header: JpegHeader, check: str) -> list[str]:
-    """Why FFCV's decoder would not give the picture of this JPEG; empty where it does.
+    """Reasons why FFCV would not decode this JPEG correctly; empty if it does.
 
     Raises:
-        BadImage: where the JPEG is damaged, so that no decoder would.
+        BadImage: if the JPEG is damaged.
     """
     if header.height * header.width > MAX_PIXELS:
         raise BadImage(f"{header.width}x{header.height} pixels: too large")
     if not header.height or not header.width:
         raise BadImage(f"{header.width}x{header.height} pixels")
-    found, obstacles = scans(data, header), []
-    if found == CUT:
+    state, obstacles = scans(data, header), []
+    if state == CUT:
         raise BadImage("truncated JPEG: its end-of-image marker is missing")
-    if found == DOUBTFUL or check == "decode" or not header.plain:
+    if state == DOUBTFUL or check == "decode" or not header.plain:
         complaint = _decoder_complaint(data, header)
         if _is_damage(complaint):
             raise BadImage(complaint)
@@ -127,7 +128,7 @@ def _obstacles(data: bytes, header: JpegHeader, check: str) -> list[str]:
 
 
 def _decode_jpeg(data: bytes, header: JpegHeader) -> Pixels:
-    """Decode a plain JPEG as Pillow does, in three quarters of the time."""
+    """Decode a plain JPEG to the same pixels as Pillow, in three quarters of the time."""
     pixels = np.empty((header.height, header.width, 3), np.uint8)
     decoder = _decoder()
     code = turbojpeg.decompress(
@@ -148,10 +149,10 @@ def _decoder() -> turbojpeg.Decoder:
 
 
 def _decoder_complaint(data: bytes, header: JpegHeader) -> str:
-    """The first error or warning of a whole decode, or "".
+    """The first error or warning when the whole JPEG is decoded, or "".
 
-    Decodes at 1/8 of the size: all of the compressed data is read and checked, few pixels are
-    computed. FFCV ignores warnings: they stand for data that is missing or invalid.
+    Decodes at 1/8 of the size: this reads and checks all of the compressed data, but computes few
+    pixels. A warning means missing or invalid data; FFCV ignores warnings.
     """
     decoder = _decoder()
     height, width = -(-header.height // _SHRINK), -(-header.width // _SHRINK)
@@ -168,7 +169,7 @@ def _is_damage(complaint: str) -> bool:
 
 
 def _open_rgb(data: bytes, max_side: int | None) -> tuple[Pixels, list[str]]:
-    """Decode with Pillow: upright, RGB, the first frame; and what was changed for that."""
+    """Decode the first frame with Pillow to upright RGB; returns the pixels and the changes."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -181,12 +182,12 @@ def _open_rgb(data: bytes, max_side: int | None) -> tuple[Pixels, list[str]]:
         raise
     except UnidentifiedImageError as error:
         raise BadImage("not an image of a known format") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+    except Exception as error:  # Pillow's decoders raise many types of error on damaged files
         raise BadImage(str(error) or type(error).__name__) from error
 
 
 def _changes(data: bytes, image: Image.Image) -> list[str]:
-    """What a file other than a JPEG is, and what of it is lost."""
+    """The format of a file that is not a JPEG, and what the conversion loses."""
     if image.format in ("JPEG", "MPO"):
         return []
     changes = [image.format or "?"]
@@ -200,7 +201,7 @@ def _changes(data: bytes, image: Image.Image) -> list[str]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to 8-bit RGB; transparency is dropped, as PyTorch's image folders do."""
+    """Convert any Pillow mode to 8-bit RGB. Drops transparency, like PyTorch's image folders."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -211,7 +212,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def scaled(pixels: Pixels, max_side: int) -> Pixels:
-    """Scale the longest side down to `max_side` pixels, bicubic and antialiased."""
+    """Scale the longer side down to `max_side` pixels, bicubic and antialiased."""
     height, width, _ = pixels.shape
     scale = max_side / max(height, width)
     small = np.empty((max(1, round(height * scale)), max(1, round(width * scale)), 3), np.uint8)
@@ -220,7 +221,7 @@ def scaled(pixels: Pixels, max_side: int) -> Pixels:
 
 
 def encode(pixels: Pixels, quality: int) -> bytes:
-    """A JPEG stream of `pixels`, 4:2:0 as cameras write."""
+    """Encode `pixels` as JPEG with 4:2:0 sampling, as cameras do."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
     return stream.getvalue()

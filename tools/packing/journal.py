@@ -1,9 +1,9 @@
-"""What a packing run has done so far, so that the same command can go on after it was killed.
+"""The journal of a packing run, with which the same command resumes after a kill.
 
-A text file beside the partial beton: a first line that names the job, then a JSON line for each
-batch of images, written after the batch's data. Lines before the last {"synced": …} describe data
-that is on the disk; data of later lines may be lost with the machine's power, so their checksums
-are looked at again.
+A text file beside the partial beton. Its first line names the job. Each further line is JSON and
+lists a batch of images; it is written after the batch's data. A line {"synced": …} says how many
+bytes of the journal describe data that is on the disk. A power cut can lose later data, so a
+resumed run compares its checksums.
 """
 
 import json
@@ -16,20 +16,20 @@ FORMAT = 1
 
 
 class Row(NamedTuple):
-    """An image that was packed, or one that is bad."""
+    """A packed image or a bad image."""
 
     size: int
-    """Bytes stored; 0 for a bad image."""
+    """Stored bytes; 0 for a bad image."""
     height: int
     width: int
     mode: int
     crc: int
     how: str
-    """As in the manifest; for a bad image, why it is."""
+    """How it is stored, as in the manifest. For a bad image: why it is bad."""
 
 
 class Journal:
-    """Appends to a journal. Open it with `create` or `resume`."""
+    """An open journal, made with `create` or `resume`."""
 
     def __init__(self, path: Path, file: int) -> None:
         self.path = path
@@ -45,26 +45,26 @@ class Journal:
 
     @classmethod
     def resume(cls, path: Path, length: int) -> "Journal":
-        """Go on after the first `length` bytes of an older journal."""
+        """Continue an older journal after its first `length` bytes."""
         journal = cls(path, os.open(path, os.O_RDWR | os.O_CLOEXEC))
         os.ftruncate(journal.file, length)
         os.lseek(journal.file, length, os.SEEK_SET)
         return journal
 
     def append(self, rows: list[Row]) -> None:
-        """Note a batch whose data has been written."""
+        """Add a batch whose data has been written."""
         self._write(rows)
 
     def synced(self, length: int) -> None:
-        """Note that the data of the first `length` bytes of the journal is on the disk."""
+        """Record that the data listed in the first `length` bytes of the journal is on the disk."""
         self._write({"synced": length})
 
     def length(self) -> int:
-        """Bytes so far."""
+        """Length in bytes."""
         return os.lseek(self.file, 0, os.SEEK_CUR)
 
     def close(self) -> None:
-        """Close the file, which stays."""
+        """Close the file without deleting it."""
         os.close(self.file)
 
     def _write(self, content: object) -> None:
@@ -74,17 +74,17 @@ class Journal:
 
 
 class Done(NamedTuple):
-    """A batch that an older journal tells of."""
+    """A batch in an older journal."""
 
     rows: list[Row]
     end: int
     """Where its line ends in the journal, in bytes."""
     synced: bool
-    """Whether its data is on the disk for certain."""
+    """Whether its data is certainly on the disk."""
 
 
 def read_job(path: Path) -> str:
-    """The digest of the job that a journal belongs to; empty where there is no sound journal."""
+    """The digest of a journal's job; empty if the journal is missing or damaged."""
     try:
         with path.open("rb") as file:
             head = json.loads(file.readline())
@@ -94,7 +94,7 @@ def read_job(path: Path) -> str:
 
 
 def read_done(path: Path) -> Iterator[Done]:
-    """The batches of an older journal, up to the first line that is incomplete."""
+    """The batches of an older journal, up to the first incomplete line."""
     synced = 0
     for _, content in _lines(path):
         if isinstance(content, dict):

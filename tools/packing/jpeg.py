@@ -1,7 +1,7 @@
-"""What a JPEG's bytes say of it without being decoded: its header, and whether its scans are whole.
+"""Checks of a JPEG without decoding it: its header, and whether its scans are complete.
 
-A file that was cut short lacks the end-of-image marker; one with a hole, or with another file run
-into it, has markers that belong in no scan, or long runs of zeros. All of that shows at some GB/s.
+A file that was cut short has no end-of-image marker. A file with a hole, or with another file
+inside, has markers that no scan contains, or long runs of zeros. The check runs at several GB/s.
 """
 
 import re
@@ -13,25 +13,25 @@ from numba import njit
 from numpy.typing import NDArray
 
 _PLAIN_SAMPLING = (b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11", b"\x12\x11\x11")
-"""Sampling factors of grey, 4:4:4, 4:2:2, 4:2:0 and 4:4:0: what TurboJPEG decodes for certain."""
+"""Sampling factors that TurboJPEG certainly decodes: grey, 4:4:4, 4:2:2, 4:2:0 and 4:4:0."""
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # Huffman-coded: baseline, extended, progressive
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _BETWEEN_SCANS = (0xC4, _START_OF_SCAN, 0xDB, 0xDD, 0xFE)  # tables, scans, comments
-_ZEROS = 64  # bytes; longer runs of them are seldom compressed pixels and mostly unwritten disk
+_ZEROS = 64  # bytes; compressed pixels seldom contain longer runs, unwritten disk space does
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 
 WHOLE, DOUBTFUL, CUT = range(3)
-"""What `scans` finds: nothing wrong; something that only decoding can tell; no end."""
+"""Results of `scans`: complete; only decoding can decide; no end-of-image marker."""
 
 
 class BadImage(ValueError):
-    """The file cannot be packed; the message says why, without the file's name."""
+    """A file that cannot be packed. The message says why, without the file's name."""
 
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What a JPEG's markers say before the first scan."""
+    """The content of a JPEG's markers before the first scan."""
 
     height: int
     width: int
@@ -39,16 +39,16 @@ class JpegHeader:
     orientation: int
     """1 = upright, 2 to 8 as in EXIF."""
     plain: bool
-    """8 bits, Huffman-coded, commonly sampled, with its tables: any decoder reads it."""
+    """8 bits, Huffman-coded, a common sampling, tables present: every decoder reads it."""
     scan: int
-    """Where the first scan's marker is, in bytes."""
+    """Offset of the first scan's marker in bytes."""
 
 
 def jpeg_header(data: bytes) -> JpegHeader | None:
-    """Parse the markers of a JPEG up to its first scan; None where `data` is no JPEG at all.
+    """Parse the markers of a JPEG up to its first scan; None if `data` is not a JPEG.
 
     Raises:
-        BadImage: where it begins as a JPEG and has no complete header.
+        BadImage: if it begins like a JPEG, but its header is incomplete.
     """
     if data[:3] != b"\xff\xd8\xff":
         return None
@@ -78,16 +78,16 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def scans(data: bytes, header: JpegHeader) -> int:
-    """WHOLE, DOUBTFUL or CUT, by the bytes from the first scan to the image's own end.
+    """WHOLE, DOUBTFUL or CUT, from the bytes between the first scan and the end-of-image marker.
 
-    What lies behind that end is looked at by nobody: writers pad, and cameras append previews and
+    Bytes after that marker are ignored: some writers add padding, and cameras append previews and
     video.
     """
     return int(_walk(np.frombuffer(data, np.uint8), header.scan))
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """Tag 0x0112 of the first directory of an EXIF block; 0 where it is absent or unreadable."""
+    """Tag 0x0112 of the first directory of an EXIF block; 0 if it is absent or unreadable."""
     order = "<" if tiff[:2] == b"II" else ">"
     try:
         (directory,) = struct.unpack_from(order + "I", tiff, 4)
@@ -104,9 +104,9 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def _xmp_orientation(block: bytes) -> int | None:
-    """Adobe's programs may write it here alone; Pillow looks here too."""
-    found = re.search(rb'tiff:Orientation(?:="|>)([1-8])', block)
-    return int(found[1]) if found else None
+    """The orientation in an XMP block: Adobe's programs may write only this one."""
+    match = re.search(rb'tiff:Orientation(?:="|>)([1-8])', block)
+    return int(match[1]) if match else None
 
 
 @njit(nogil=True, cache=True)
@@ -128,8 +128,8 @@ def _walk(data: NDArray[np.uint8], position: int) -> int:
 
 @njit(nogil=True, cache=True)
 def _next_marker(data: NDArray[np.uint8], position: int) -> int:
-    """The next 0xFF that is no stuffing, fill or restart; -1 where there is none. Eight bytes at a
-    time: few of them hold a 0xFF at all.
+    """Offset of the next marker: a 0xFF that is not stuffing, a fill byte or a restart; -1 if there
+    is none. Looks at eight bytes at a time, because few groups of eight contain a 0xFF.
     """
     last = len(data) - 1
     if position >= last:
@@ -149,7 +149,9 @@ def _next_marker(data: NDArray[np.uint8], position: int) -> int:
 
 @njit(nogil=True, cache=True)
 def _has_zeros(data: NDArray[np.uint8]) -> bool:
-    """Whether _ZEROS bytes in a row are zero: every _ZEROS-th byte lies in such a run, or none."""
+    """Whether _ZEROS bytes in a row are zero. Such a run contains one of every _ZEROS-th bytes, so
+    only these are tested first.
+    """
     for i in range(_ZEROS - 1, len(data), _ZEROS):
         if data[i] == 0:
             low, high = i, i

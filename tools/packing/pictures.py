@@ -1,4 +1,4 @@
-"""Pictures of a data set: histograms of its images' shapes and sizes, and a contact sheet."""
+"""Pictures of a data set: histograms of the images' shapes and sizes, and a contact sheet."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ INK, FAINT, RULE, PAPER, BAR, MISSING = (
     "#1b1f24", "#6b7280", "#e5e7eb", "#ffffff", "#2f6fde", "#f3d9d4",
 )  # fmt: skip
 
-# Pixels; the pictures are drawn at twice the size they are looked at.
+# In pixels. The pictures are drawn at twice the size at which they are viewed.
 MARGIN, CAPTION = 48, 100
 PANEL, PANEL_GAP, PLOT, AXIS, TITLE = 760, 96, 420, 64, 92
 BINS = 48
@@ -24,7 +24,7 @@ COLUMNS, ROWS, CELL, LABEL, CELL_GAP = 8, 5, 280, 60, 16
 
 @dataclass(frozen=True)
 class Panel:
-    """One histogram. `scale` maps a value to the axis: the identity, or a logarithm."""
+    """One histogram. `scale` maps values to positions on the axis: the identity or a logarithm."""
 
     title: str
     values: np.ndarray
@@ -34,7 +34,7 @@ class Panel:
 
 
 def histograms(beton: Beton) -> Image.Image:
-    """Longest side, aspect and bytes of all images, side by side."""
+    """Histograms of the longer side, the aspect ratio and the bytes of all images."""
     side = np.maximum(beton.height, beton.width)
     size = beton.records[:, 1]
     panels = [
@@ -52,13 +52,13 @@ def histograms(beton: Beton) -> Image.Image:
     picture = Image.new("RGB", (width, 2 * MARGIN + CAPTION + TITLE + PLOT + AXIS), PAPER)
     draw = ImageDraw.Draw(picture)
     _caption(draw, beton, f"{len(beton):,} images, {size_text(beton.bytes)}")
-    for place, panel in enumerate(panels):
-        _draw_panel(draw, MARGIN + place * (PANEL + PANEL_GAP), MARGIN + CAPTION, panel)
+    for number, panel in enumerate(panels):
+        _draw_panel(draw, MARGIN + number * (PANEL + PANEL_GAP), MARGIN + CAPTION, panel)
     return picture
 
 
 def contact_sheet(beton: Beton, workers: int) -> Image.Image:
-    """Up to 40 images, spread evenly over the file, with their names and sizes."""
+    """Up to 40 images with their names and sizes, evenly spread over the file."""
     count = min(len(beton), COLUMNS * ROWS)
     chosen = np.linspace(0, len(beton) - 1, count).astype(np.int64).tolist()
     rows, columns = -(-count // COLUMNS), min(count, COLUMNS)
@@ -68,8 +68,8 @@ def contact_sheet(beton: Beton, workers: int) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     _caption(draw, beton, f"{count} of {len(beton):,} images")
     thumbnails = ordered_map(lambda i: _thumbnail(beton, i), chosen, workers)
-    for place, (i, thumbnail) in enumerate(zip(chosen, thumbnails, strict=True)):
-        row, column = divmod(place, COLUMNS)
+    for number, (i, thumbnail) in enumerate(zip(chosen, thumbnails, strict=True)):
+        row, column = divmod(number, COLUMNS)
         x = MARGIN + column * (CELL + CELL_GAP)
         y = MARGIN + CAPTION + row * (CELL + LABEL + CELL_GAP)
         inset = ((CELL - thumbnail.width) // 2, CELL - thumbnail.height)
@@ -82,7 +82,7 @@ def contact_sheet(beton: Beton, workers: int) -> Image.Image:
 
 
 def _thumbnail(beton: Beton, i: int) -> Image.Image:
-    """Image `i` within CELL × CELL pixels; a tinted square where it is damaged."""
+    """Image `i` within CELL × CELL pixels; a tinted square if it is damaged."""
     try:
         image = Image.fromarray(beton.decode(i))
     except CorruptRecord:
@@ -110,11 +110,11 @@ def _draw_panel(draw: ImageDraw.ImageDraw, left: int, top: int, panel: Panel) ->
         draw.line((left, y, left + PANEL, y), RULE, 2)
         draw.text((left + PANEL + 10, y), short(count), FAINT, _font(20), anchor="lm")
     for count, begin, end in zip(counts, edges[:-1], edges[1:], strict=True):
-        if count:  # at least a line: one image among a million is there
+        if count:  # at least 3 pixels high, so that one image among a million shows
             y = base - max(3, PLOT * count / counts.max())
             draw.rectangle((across(begin) + 1, y, across(end) - 1, base), BAR)
     draw.line((left, base, left + PANEL, base), FAINT, 2)
-    free = -math.inf  # where the last label ends
+    free = -math.inf  # the end of the last label
     for value in panel.ticks:
         x, label = across(float(panel.scale(np.array(value)))), panel.label(value)
         half = draw.textlength(label, _font(22)) / 2
@@ -135,8 +135,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _shorten(name: str, length: int) -> str:
-    """The end of a long name, which tells it from the others; what no font has as a question
-    mark.
+    """A name for a picture: of a long name only the end, which differs between images; characters
+    that cannot be printed become question marks.
     """
     shown = "".join(c if c.isprintable() else "?" for c in name)
     return shown if len(shown) <= length else "..." + shown[3 - length :]
@@ -161,7 +161,7 @@ def size_text(value: float) -> str:
 
 
 def _ratio(value: float) -> str:
-    """1:2, 3:4, 4:3, or 1.26 where the sides are no small numbers."""
+    """1:2, 3:4, 4:3, or 1.26 if the ratio is not one of small numbers."""
     for height in (1, 2, 3, 4):
         width = value * height
         if abs(width - round(width)) < 0.01 and 1 <= round(width) <= 4:

@@ -1,15 +1,15 @@
-"""How far a command is."""
+"""A progress bar."""
 
 import sys
 
 from tqdm import tqdm
 
 
-def progress(what: str, total: int, unit: str = "img", done: int = 0) -> "tqdm[None]":
-    """A bar on a terminal; in a log file a line each half a minute, if it takes that long."""
+def progress(title: str, total: int, unit: str = "img", done: int = 0) -> "tqdm[None]":
+    """A bar on a terminal. In a log file a line every 30 seconds, the first after 30 seconds."""
     pause = 0.1 if sys.stderr.isatty() else 30.0
     delay = 0.0 if sys.stderr.isatty() else pause
     return tqdm(
-        desc=what, total=total, initial=done, unit=unit, mininterval=pause, delay=delay,
+        desc=title, total=total, initial=done, unit=unit, mininterval=pause, delay=delay,
         maxinterval=2 * pause,
     )  # fmt: skip

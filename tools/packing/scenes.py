@@ -1,19 +1,17 @@
-"""The embedded sample set: scenes with a class for every pixel, and photographs from scikit-image.
+"""The sample set: generated scenes with a class for every pixel, and photographs of scikit-image.
 
-A scene is one or two textured backgrounds and one to six textured objects that hide parts of each
-other, under a light gradient, a colour cast, blur and noise. Within a class shape, texture, hue,
-size, direction and light vary; the hues of different classes overlap, so that colour alone does
-not tell them apart.
+A scene has one or two textured backgrounds and one to six textured objects, which hide parts of
+each other. A light gradient, a colour cast, blur and noise are added. Within a class the shape,
+texture, hue, size, direction and light vary. The hues of different classes overlap, so colour alone
+does not separate the classes.
 
     python -m tools.packing.scenes --out sheet.png      a picture of scenes and their label maps
 """
 
 import colorsys
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +22,19 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.parallel import ordered_map
+from tools.packing.scene_classes import (
+    BACKGROUNDS,
+    CLASSES,
+    OBJECTS,
+    Array,
+    Kind,
+    noise,
+    paint,
+    soft,
+)
 from train.run.cli import CommandParser, run
 
-Array = NDArray[np.floating]
-Texture = Callable[[Generator, Array, Array], tuple[Array, Array]]
-"""(rng, x [H, W], y [H, W] in pixels) -> mix [H, W] of two colours, 0..1; tone [H, W] around 1."""
-Shape = Callable[[Generator, Array, Array], Array]
-"""(rng, u [H, W], v [H, W] in radii) -> about the distance [H, W] to the outline, inside > 0."""
-
-VAL_START = 1 << 32  # held-out scenes are numbered from here
+VAL_START = 1 << 32  # number of the first held-out scene
 PHOTOGRAPH_SIDE = 384
 PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "cat", "clock", "coffee", "coins", "grass", "gravel",
@@ -40,261 +42,10 @@ PHOTOGRAPHS = (
 )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------
-# Noise
-# -------------------------------------------------------------------------------------------------
-
-
-def _noise(rng: Generator, shape: tuple[int, ...], cell_y: float, cell_x: float) -> Array:
-    """Smooth noise [H, W] in -1..1 whose features are about `cell` pixels large."""
-    top, down = _lattice(shape[0], cell_y)
-    left, across = _lattice(shape[1], cell_x)
-    grid = rng.uniform(-1, 1, (top[-1] + 2, left[-1] + 2)).astype(np.float32)
-    rows = grid[top] + down[:, None] * (grid[top + 1] - grid[top])
-    return rows[:, left] + across * (rows[:, left + 1] - rows[:, left])
-
-
-def _lattice(count: int, cell: float) -> tuple[NDArray[np.intp], Array]:
-    """For each pixel the lattice point before it, `cell` pixels apart, and the step to the next."""
-    position = np.arange(count, dtype=np.float32) / np.float32(cell)
-    before = position.astype(np.intp)
-    step = position - before.astype(np.float32)
-    return before, step * step * (3 - 2 * step)
-
-
-def _blur(image: Array, sigma: float, axis: int) -> Array:
-    """Gaussian blur along one axis, with five taps; sigma in pixels, below 1.
-
-    By hand, for BLAS threads and those of the caller would fight over the cores.
-    """
-    taps = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2).astype(np.float32)
-    taps /= taps.sum()
-    count = image.shape[axis]
-    total = np.zeros_like(image)
-    for offset, tap in zip(range(-2, 3), taps, strict=True):
-        total += tap * image.take(np.clip(np.arange(count) + offset, 0, count - 1), axis)
-    return total
-
-
-def _soft(value: Array, width: float) -> Array:
-    """A step at 0, `width` wide."""
-    return np.clip(value / np.float32(width) + 0.5, 0, 1)
-
-
-# -------------------------------------------------------------------------------------------------
-# Textures
-# -------------------------------------------------------------------------------------------------
-
-
-def _grass(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Thin upright blades over uneven ground."""
-    blades = _noise(rng, x.shape, rng.uniform(7, 12), 1.4) + _noise(rng, x.shape, 4, 1.1)
-    ground = _noise(rng, x.shape, 30, 30)
-    return _soft(blades + 0.6 * ground, 1.2), 1 + 0.28 * blades
-
-
-def _sand(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Grains on long, soft ripples."""
-    grain = rng.standard_normal(x.shape, np.float32)
-    warp = _noise(rng, x.shape, 40, 60)
-    ripple = np.sin(y * np.float32(rng.uniform(0.18, 0.3)) + 2.5 * warp)
-    return _soft(ripple, 3.0), 1 + 0.07 * grain + 0.06 * ripple
-
-
-def _water(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Flat waves with glints."""
-    swell = _noise(rng, x.shape, rng.uniform(4, 7), rng.uniform(22, 38))
-    chop = _noise(rng, x.shape, 2.2, 9)
-    glint = _soft(swell + 0.7 * chop - 0.75, 0.3)
-    return np.maximum(_soft(swell, 1.6) * 0.7, glint), 1 + 0.12 * chop + 0.35 * glint
-
-
-def _brick(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Courses of bricks, each of its own shade, with mortar between them."""
-    height = rng.uniform(9, 15)
-    length = height * rng.uniform(2.0, 2.6)
-    course = np.floor(y / height)
-    along = x / length + 0.5 * (course % 2)
-    column = np.floor(along)
-    edge = np.minimum(_to_edge(y / height) * height, _to_edge(along) * length)
-    shade = np.sin(course * 12.9898 + column * 78.233 + rng.uniform(0, 6)).astype(np.float32)
-    rough = _noise(rng, x.shape, 2, 2)
-    return 1 - _soft(edge - 1.0, 1.0), 1 + 0.13 * shade + 0.08 * rough
-
-
-def _sectors(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """A beach ball's wedges."""
-    angle = np.arctan2(y, x)
-    return _soft(np.sin(angle * int(rng.integers(3, 5))), 0.25), np.ones_like(x)
-
-
-def _planks(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Boards with grain, and dark joints between them."""
-    width = rng.uniform(9, 13)
-    grain = np.sin(y / width * 14 + 3 * _noise(rng, x.shape, 12, 12))
-    joint = _soft(1.1 - _to_edge(y / width) * width, 1.0)
-    return 0.5 + 0.5 * grain, 1 + 0.06 * grain - 0.55 * joint
-
-
-def _speckles(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Irregular spots."""
-    spots = _noise(rng, x.shape, 4.5, 4.5)
-    return _soft(spots - 0.2, 0.25), np.ones_like(x)
-
-
-def _checks(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """A chessboard."""
-    pitch = math.pi / rng.uniform(5.5, 8)
-    return _soft(np.sin(x * pitch) * np.sin(y * pitch), 0.35), np.ones_like(x)
-
-
-def _rays(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Fine rays around a disc of the second colour."""
-    radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    ray = np.sin(angle * int(rng.integers(26, 36)))
-    return _soft(rng.uniform(7, 10) - radius, 2), 1 + 0.16 * ray
-
-
-def _scales(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Rows of overlapping round scales."""
-    pitch = rng.uniform(6.5, 9)
-    row = np.floor(x / pitch)
-    across = y / pitch + 0.5 * (row % 2)
-    distance = np.hypot(x / pitch - row, across - np.floor(across) - 0.5)
-    return _soft(distance - 0.75, 0.3), 1.15 - 0.35 * distance
-
-
-def _veins(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """A middle rib with ribs branching off."""
-    pitch = rng.uniform(8, 11)
-    side = _to_edge((x - 0.9 * np.abs(y)) / pitch) * pitch
-    rib = np.minimum(np.abs(y) - 0.6, side)
-    return _soft(1.2 - rib, 1.2), 1 + 0.05 * side / pitch
-
-
-def _stripes(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
-    """Slanted stripes."""
-    pitch = rng.uniform(8, 12)
-    return _soft(np.sin((x + 0.6 * y) * (2 * np.pi / pitch)), 0.4), np.ones_like(x)
-
-
-def _to_edge(value: Array) -> Array:
-    """Distance to the nearest whole number."""
-    return np.abs(value - np.round(value))
-
-
-# -------------------------------------------------------------------------------------------------
-# Shapes
-# -------------------------------------------------------------------------------------------------
-
-
-def _disc(rng: Generator, u: Array, v: Array) -> Array:
-    return 0.85 - np.hypot(u, v)
-
-
-def _box(rng: Generator, u: Array, v: Array) -> Array:
-    return np.minimum(0.8 - np.abs(u), rng.uniform(0.55, 0.8) - np.abs(v))
-
-
-def _star(rng: Generator, u: Array, v: Array) -> Array:
-    points = int(rng.integers(5, 8))
-    wave = np.abs(np.mod(np.arctan2(v, u) * (points / math.pi), 2) - 1)
-    return 0.5 * (0.42 + 0.58 * wave - np.hypot(u, v))
-
-
-def _ring(rng: Generator, u: Array, v: Array) -> Array:
-    return rng.uniform(0.2, 0.28) - np.abs(np.hypot(u, v) - 0.66)
-
-
-def _petals(rng: Generator, u: Array, v: Array) -> Array:
-    count = int(rng.integers(5, 8))
-    return 0.7 * (0.68 + 0.25 * np.cos(np.arctan2(v, u) * count) - np.hypot(u, v))
-
-
-def _fish(rng: Generator, u: Array, v: Array) -> Array:
-    body = 0.4 * (1 - np.hypot((u - 0.2) / 0.78, v / rng.uniform(0.38, 0.5)))
-    tail = np.minimum(np.minimum(u + 1.0, -0.3 - u), -0.75 * (u + 0.35) - np.abs(v))
-    return np.maximum(body, tail)
-
-
-def _leaf(rng: Generator, u: Array, v: Array) -> Array:
-    bow = rng.uniform(0.6, 1.0)
-    return math.hypot(0.95, bow) - np.hypot(u, np.abs(v) + bow)
-
-
-def _capsule(rng: Generator, u: Array, v: Array) -> Array:
-    return rng.uniform(0.24, 0.32) - np.hypot(u - np.clip(u, -0.68, 0.68), v)
-
-
-# -------------------------------------------------------------------------------------------------
-# Classes
-# -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A semantic class: what all its instances share. Hues in turns."""
-
-    name: str
-    texture: Texture
-    hue: float
-    hue_spread: float
-    """Standard deviation of an instance's hue."""
-    second_hue: float
-    """Mean hue of the second colour, relative to the first."""
-    contrast: float
-    """Brightness of the second colour, relative to the first."""
-    shape: Shape | None = None
-    """None for a background."""
-    home: str = ""
-    """The background on which it is three times as likely."""
-    round: bool = False
-    """Shaded like a ball."""
-
-
-BACKGROUNDS = (
-    Kind("grass", _grass, 0.27, 0.05, -0.05, 1.25),
-    Kind("sand", _sand, 0.11, 0.05, 0.01, 1.15),
-    Kind("water", _water, 0.50, 0.09, -0.03, 1.45),
-    Kind("brick", _brick, 0.05, 0.07, 0.06, 1.40),
-)
-OBJECTS = (
-    Kind("ball", _sectors, 0.00, 0.20, 0.45, 1.10, _disc, "sand", round=True),
-    Kind("crate", _planks, 0.09, 0.07, 0.00, 0.80, _box, "brick"),
-    Kind("star", _speckles, 0.14, 0.14, -0.10, 0.65, _star, "sand"),
-    Kind("ring", _checks, 0.95, 0.20, 0.50, 1.40, _ring, "water"),
-    Kind("flower", _rays, 0.88, 0.14, 0.25, 1.20, _petals, "grass"),
-    Kind("fish", _scales, 0.52, 0.18, -0.10, 0.60, _fish, "water"),
-    Kind("leaf", _veins, 0.25, 0.10, -0.04, 1.45, _leaf, "grass"),
-    Kind("capsule", _stripes, 0.62, 0.22, 0.30, 1.50, _capsule, "brick"),
-)
-CLASSES = tuple(kind.name for kind in BACKGROUNDS + OBJECTS)
-
-
-def _paint(rng: Generator, kind: Kind, x: Array, y: Array) -> Array:
-    """An instance's colours [3, H, W] in 0..1, before light."""
-    hue = rng.normal(kind.hue, kind.hue_spread)
-    saturation, value = rng.uniform(0.3, 0.7), rng.uniform(0.42, 0.72)
-    first = colorsys.hsv_to_rgb(hue % 1, saturation, value)
-    second = colorsys.hsv_to_rgb(
-        (hue + rng.normal(kind.second_hue, 0.04)) % 1,
-        saturation * rng.uniform(0.6, 1.0),
-        min(1, value * kind.contrast * rng.uniform(0.9, 1.1)),
-    )
-    mix, tone = kind.texture(rng, x, y)
-    start, end = np.array([first, second], np.float32)[:, :, None, None]
-    return (start + mix * (end - start)) * tone
-
-
-# -------------------------------------------------------------------------------------------------
-# Scenes
-# -------------------------------------------------------------------------------------------------
-
-
 def scene(seed: int, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Scene `index`: the image [H, W, 3] and its class map [H, W] of positions in `CLASSES`.
+    """Scene `index`: its image [H, W, 3], and its class map [H, W] with indices into `CLASSES`.
 
-    Sides are 144 to 256 pixels. A function of its arguments alone.
+    Sides are 144 to 256 pixels. Depends only on its arguments.
     """
     rng = Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
     sides = int(rng.integers(144, 193)), int(rng.integers(192, 257))
@@ -308,7 +59,7 @@ def scene(seed: int, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def _draw_backgrounds(rng: Generator, canvas: Array, labels: NDArray[np.uint8]) -> set[str]:
-    """Fill the canvas [3, H, W] with one background, or two that meet at an uneven horizon.
+    """Fill the canvas [3, H, W] with one background, or with two that meet at an uneven horizon.
 
     Returns their names.
     """
@@ -316,14 +67,14 @@ def _draw_backgrounds(rng: Generator, canvas: Array, labels: NDArray[np.uint8]) 
     y, x = np.mgrid[:height, :width].astype(np.float32)
     upper, lower = (int(index) for index in rng.permutation(len(BACKGROUNDS))[:2])
     labels[:] = lower
-    canvas[:] = _paint(rng, BACKGROUNDS[lower], x, y)
+    canvas[:] = paint(rng, BACKGROUNDS[lower], x, y)
     if rng.random() < 0.35:
         return {BACKGROUNDS[lower].name}
     horizon = height * rng.uniform(0.3, 0.7) + rng.normal(0, 0.12) * (x - width / 2)
-    horizon = horizon + rng.uniform(1, 8) * _noise(rng, labels.shape, height, width / 5)
+    horizon = horizon + rng.uniform(1, 8) * noise(rng, labels.shape, height, width / 5)
     above = horizon - y
     labels[above > 0] = upper
-    _blend(canvas, _paint(rng, BACKGROUNDS[upper], x, y), _soft(above, 1.5))
+    _blend(canvas, paint(rng, BACKGROUNDS[upper], x, y), soft(above, 1.5))
     return {BACKGROUNDS[upper].name, BACKGROUNDS[lower].name}
 
 
@@ -332,7 +83,7 @@ def _place_objects(
 ) -> list[tuple[Kind, float, float, float]]:
     """One to six objects (kind, x, y, radius in pixels), from far to near.
 
-    The nearer an object, the lower and larger it is.
+    A nearer object is lower in the picture and larger.
     """
     weights = np.array([3.0 if kind.home in present else 1.0 for kind in OBJECTS])
     kinds = rng.choice(len(OBJECTS), size=rng.integers(1, 7), p=weights / weights.sum())
@@ -368,24 +119,24 @@ def _draw_object(
 
     assert kind.shape is not None
     outline = kind.shape(rng, u, v)
-    patch[:, 3:, 2:] *= 1 - 0.45 * _soft(outline[:-3, :-2] + 0.04, 0.2)  # the shadow
-    colours = _paint(rng, kind, u * radius, v * radius)
+    patch[:, 3:, 2:] *= 1 - 0.45 * soft(outline[:-3, :-2] + 0.04, 0.2)  # the shadow
+    colours = paint(rng, kind, u * radius, v * radius)
     colours *= _shading(rng, kind, columns - x, rows - y, radius)
-    _blend(patch, colours, _soft(outline * radius, 1.2))
+    _blend(patch, colours, soft(outline * radius, 1.2))
     patch_labels[outline > 0] = len(BACKGROUNDS) + OBJECTS.index(kind)
 
 
 def _object_frame(rng: Generator, u: Array, v: Array) -> tuple[Array, Array]:
-    """Turn, stretch and bend the object's coordinates [H, W]; in radii."""
+    """Rotate, stretch and bend the object's coordinates [H, W], in radii."""
     angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.95, 1.2)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     cells = max(8.0, u.shape[0] / 3), max(8.0, u.shape[1] / 3)
-    bend = 0.07 * _noise(rng, u.shape, *cells)
+    bend = 0.07 * noise(rng, u.shape, *cells)
     return (cos * u + sin * v + bend) * stretch, cos * v - sin * u + bend
 
 
 def _shading(rng: Generator, kind: Kind, x: Array, y: Array, radius: float) -> Array:
-    """Light on an object [H, W], around 1: from a side, and darker towards the rim of a ball."""
+    """Light on an object [H, W], around 1: from one side, and darker at the edge of a ball."""
     angle = rng.uniform(0, 2 * np.pi)
     light = (np.cos(angle) * x + np.sin(angle) * y).astype(np.float32) / radius
     if not kind.round:
@@ -399,7 +150,7 @@ def _blend(canvas: Array, colours: Array, alpha: Array) -> None:
 
 
 def _photograph(rng: Generator, canvas: Array) -> NDArray[np.uint8]:
-    """What a camera makes of the canvas [3, H, W], as [H, W, 3].
+    """Turn the canvas [3, H, W] into a photograph [H, W, 3].
 
     Light gradient, colour cast, blur, tone curve, noise.
     """
@@ -418,18 +169,29 @@ def _photograph(rng: Generator, canvas: Array) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
-# -------------------------------------------------------------------------------------------------
-# Files
-# -------------------------------------------------------------------------------------------------
+def _blur(image: Array, sigma: float, axis: int) -> Array:
+    """Gaussian blur along one axis, with five taps; sigma in pixels, below 1.
+
+    Written without BLAS: its threads would compete with the caller's threads for the cores.
+    """
+    taps = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2).astype(np.float32)
+    taps /= taps.sum()
+    count = image.shape[axis]
+    total = np.zeros_like(image)
+    for offset, tap in zip(range(-2, 3), taps, strict=True):
+        total += tap * image.take(np.clip(np.arange(count) + offset, 0, count - 1), axis)
+    return total
 
 
 def photographs() -> Iterator[tuple[str, Image.Image]]:
-    """The photographs in scikit-image's wheel (name, RGB), at most PHOTOGRAPH_SIDE pixels."""
+    """The photographs of scikit-image (name, RGB image), at most PHOTOGRAPH_SIDE pixels."""
     from skimage import data  # only the sample set needs it
 
     for name in PHOTOGRAPHS:
         loaded = getattr(data, name)()
-        pixels = loaded[0] if isinstance(loaded, tuple) else loaded  # a stereo pair: its left eye
+        pixels = (
+            loaded[0] if isinstance(loaded, tuple) else loaded
+        )  # of a stereo pair: the left image
         image = Image.fromarray(pixels).convert("RGB")
         image.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE), Image.Resampling.LANCZOS)
         yield name, image
@@ -438,12 +200,12 @@ def photographs() -> Iterator[tuple[str, Image.Image]]:
 def write(root: Path, count: int, val_count: int, seed: int, workers: int, force: bool) -> None:
     """Write the sample set: {train,val}/{images,labels} and classes.json below `root`.
 
-    Images are JPEG, label maps 8-bit PNG. The folder appears when it is complete; where it is there
-    already, made by an earlier call of the same arguments, nothing is done.
+    Images are JPEG, label maps 8-bit PNG. The folder appears when it is complete. It is not written
+    again if an earlier call with the same arguments has written it.
 
     Raises:
-        UserError: where `root` is something else and `force` is not set, or it is no sample set,
-            or it cannot be written.
+        UserError: if `root` exists and `force` is not set; if `root` is not a sample set; or if it
+            cannot be written.
     """
     recipe = json.dumps({"count": count, "val_count": val_count, "seed": seed}) + "\n"
     if not force and _has_recipe(root, recipe):
@@ -470,7 +232,7 @@ def write(root: Path, count: int, val_count: int, seed: int, workers: int, force
 
 
 _RECIPE = "recipe.json"
-_VOID = 255  # what evaluation leaves out
+_VOID = 255  # ignored by the evaluation
 
 
 def _has_recipe(root: Path, recipe: str) -> bool:
@@ -486,7 +248,7 @@ def _check_root(root: Path, force: bool) -> None:
     if not force:
         raise UserError(f"--root {root}: exists; --force replaces it")
     if not (root / "classes.json").is_file():
-        raise UserError(f"--root {root}: is not a sample set, so it is not replaced")
+        raise UserError(f"--root {root}: not a sample set, so it is not replaced")
 
 
 def _write_split(folder: Path, seed: int, indices: range, workers: int) -> None:
@@ -510,7 +272,7 @@ def _save_jpeg(image: Image.Image, path: Path) -> None:
 
 
 def contact_sheet(seed: int, columns: int, rows: int) -> Image.Image:
-    """Scenes 0, 1, … in a grid, each beside its label map, in cells of 256 x 256 pixels."""
+    """Scenes 0, 1, … in a grid of cells of 256 x 256 pixels, each beside its label map."""
     palette = (np.array([_label_colour(label) for label in range(len(CLASSES))]) * 255).astype(
         np.uint8
     )
@@ -525,7 +287,7 @@ def contact_sheet(seed: int, columns: int, rows: int) -> Image.Image:
 
 
 def _label_colour(label: int) -> tuple[float, float, float]:
-    """Backgrounds pale, objects vivid, each with its own hue."""
+    """A different hue for each class: pale for backgrounds, vivid for objects."""
     if label < len(BACKGROUNDS):
         return colorsys.hsv_to_rgb(0.12 + label / len(BACKGROUNDS), 0.2, 0.85)
     return colorsys.hsv_to_rgb(label / len(OBJECTS), 0.8, 0.6 + 0.3 * (label % 2))
@@ -539,9 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="example:\n  python -m tools.packing.scenes --columns 3 --rows 4 --out sheet.png",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
-    parser.add_argument("--columns", type=int, default=3, help="of the grid (default 3)")
-    parser.add_argument("--rows", type=int, default=4, help="of the grid (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the generator (default 0)")
+    parser.add_argument("--columns", type=int, default=3, help="columns of the grid (default 3)")
+    parser.add_argument("--rows", type=int, default=4, help="rows of the grid (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
     args = parser.parse_args(argv)
     try:
         contact_sheet(args.seed, args.columns, args.rows).save(args.out)

@@ -1,11 +1,9 @@
-"""Which image files a data set consists of, where they are, and in which order they are stored."""
+"""The images of each data set: where they are, and the order in which they are stored.
 
-import codecs
-import csv
-import io
-import os
+To add a data set, write a function from its root folder to a `Source` and add it to `SOURCES`.
+"""
+
 import re
-import stat
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,39 +12,42 @@ from pathlib import Path
 
 from pipeline.errors import UserError, printable
 from pipeline.formats import IMAGE_SUFFIXES
-from tools.packing import archives
+from tools.packing import archives, files
 from tools.packing.archives import Member
 
 KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
-"""Images in the sets that people publish results on."""
+"""Number of images in the data sets of published results."""
 
 
 @dataclass
 class Source:
-    """The images of a data set, in the stored order: `names` and where each of them is.
+    """The images of a data set in the stored order: the name and the position of each image.
 
-    An image is a file below `root`, or bytes of one of the `containers`. About 130 bytes each.
+    An image is a file below `root`, or a part of one of the `containers`. Memory: about 130 bytes
+    per image.
     """
 
     root: Path
     names: list[str] = field(default_factory=list)
-    """Paths below `root` with forward slashes; those in an archive as if it were unpacked."""
+    """Paths below `root` with forward slashes, as if all archives were unpacked."""
     classes: list[str] | None = None
-    """Class names in the order of the labels; None where there are none."""
+    """Class names in the order of the labels; None if there are none."""
     labels: array | None = None
-    """For each name its label; None for a set without."""
+    """The label of each image; None if the data set has none."""
     faults: dict[int, str] = field(default_factory=dict)
-    """Position to reason of each image, archive or folder that is known to be unusable."""
+    """Number of each unusable image, archive or folder, and the reason."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Suffix to count of the files that were left aside, since it is not an image's."""
+    """Number of files with each suffix that is not an image's. They are skipped."""
     containers: list[Path] = field(default_factory=list)
+    """The archives."""
     container: array = field(default_factory=lambda: array("i"))
-    """For each name the archive it is in, -1 for a file of its own."""
+    """Number of each image's archive in `containers`; -1 for a file outside of archives."""
     offset: array = field(default_factory=lambda: array("q"))
+    """Position of each image's bytes in the archive."""
     size: array = field(default_factory=lambda: array("q"))
-    """For each name its bytes in the archive; negative where they are deflated."""
+    """Bytes of each image in the archive; negative if they are deflated."""
     crc: array = field(default_factory=lambda: array("q"))
-    """For each name the archive's CRC-32 of it; -1 where there is none."""
+    """The archive's CRC-32 of each image; -1 if there is none."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -57,7 +58,7 @@ class Source:
             self._add(name)
 
     def add_archive(self, path: Path, chosen: Iterable[Member]) -> None:
-        """Add images of the archive at `path`; their names are already those to be stored."""
+        """Add images of the archive at `path`. The members already have the names to store."""
         number = len(self.containers)
         self.containers.append(path)
         for member in chosen:
@@ -67,7 +68,7 @@ class Source:
             self._add(member.name, number, member.offset, size, member.crc)
 
     def add_fault(self, name: str, reason: str) -> None:
-        """Add something that cannot be packed."""
+        """Add a file or folder that cannot be packed."""
         self.faults[len(self.names)] = reason
         self._add(name)
 
@@ -87,26 +88,27 @@ def coco(root: Path) -> Source:
 
 
 def cocoplus(root: Path) -> Source:
-    """COCO+: ROOT/train2017/*.jpg, then ROOT/unlabeled2017/*.jpg; or zips of these names."""
+    """COCO+: ROOT/train2017/*.jpg and ROOT/unlabeled2017/*.jpg, or zip files of these names."""
     return _flat(root, "train2017", "unlabeled2017")
 
 
 def imagenet(root: Path) -> Source:
     """ImageNet: ROOT/train/<wnid>/*.JPEG, ROOT/train/<wnid>.tar, or ROOT/ILSVRC2012_img_train.tar.
 
-    The label is the rank of the sorted wnid.
+    The label is the rank of the wnid in sorted order.
     """
     whole = root / "ILSVRC2012_img_train.tar"
-    if not _is("folder", root / "train") and _is("file", whole):
+    if not files.is_folder(root / "train") and files.is_file(whole):
         return _imagenet_of_one_tar(root, whole)
-    folder = _require_folder(root, "train", "<wnid>/*.JPEG")
-    entries = list(_entries(folder))
-    folders = {entry.name for entry in entries if _is_dir(entry)}
-    packed = {e.name: _stem(e.name) for e in entries if _is_archive(e)}
+    folder = files.require_folder(root, "train", "<wnid>/*.JPEG")
+    there = list(files.entries(folder))
+    folders = {entry.name for entry in there if files.is_dir(entry)}
+    packed = {entry.name: files.stem(entry.name) for entry in there if files.is_archive(entry)}
     classes = sorted(folders | set(packed.values()))
     if not classes:
         raise UserError(
-            f"{folder}: expected a folder per class, <wnid>/*.JPEG, or <wnid>.tar; {_found(folder)}"
+            f"{folder}: expected a folder per class, <wnid>/*.JPEG, or <wnid>.tar;"
+            f" {files.contents(folder)}"
         )
     source = Source(root, classes=classes, labels=array("q"))
     for label, wnid in enumerate(classes):
@@ -117,13 +119,13 @@ def imagenet(root: Path) -> Source:
 
 
 def bdd100k(root: Path) -> Source:
-    """BDD100K: ROOT/images/100k/train/*.jpg, or the zip as it is downloaded.
+    """BDD100K: ROOT/images/100k/train/*.jpg, or the downloaded zip file.
 
-    That is ROOT/100k_images_train.zip, or in older downloads ROOT/bdd100k_images_100k.zip.
+    Its name is ROOT/100k_images_train.zip, or ROOT/bdd100k_images_100k.zip in older downloads.
     """
     zips = [root / "100k_images_train.zip", root / "bdd100k_images_100k.zip"]
-    archive = next((path for path in zips if _is("file", path)), None)
-    if archive is None or _is("folder", root / "images"):
+    archive = next((path for path in zips if files.is_file(path)), None)
+    if archive is None or files.is_folder(root / "images"):
         return _flat(root, "images/100k/train")
     source = Source(root)
     _add_archive(source, archive, r"(?:(?:.*/)?train/)?([^/]+)", "images/100k/train")
@@ -131,103 +133,15 @@ def bdd100k(root: Path) -> Source:
 
 
 def openimages(root: Path) -> Source:
-    """Open Images: all images below ROOT/train*, and in .tar or .zip files there."""
-    _require_folder(root, "", "train*")
+    """Open Images: all images below ROOT/train*, also in .tar and .zip files."""
+    files.require_folder(root, "", "train*")
     return _tree(root, "train", "train*/ with image files")
 
 
 def folder(root: Path) -> Source:
-    """Any folder: all images below ROOT, and in .tar or .zip files there, sorted by path."""
-    if not _is("folder", root):
-        raise UserError(f"{root}: {'not a' if _is('file', root) else 'no such'} folder")
+    """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path."""
+    files.require_root(root)
     return _tree(root, "", "image files")
-
-
-def listed(path: Path, root: Path | None = None) -> Source:
-    """The files that a list names, in its order: a path a line, or CSV with path and label.
-
-    Paths are relative to `root`, by default the list's own folder. Labels that are all whole
-    numbers are kept; others are classes, ranked by name.
-    """
-    rows = list(_rows(path))
-    if not rows:
-        raise UserError(f"{path}: names no files")
-    if root and not _is("folder", root):
-        raise UserError(f"{root}: {'not a' if _is('file', root) else 'no such'} folder")
-    source = Source(root or path.parent)
-    source.add_files(os.path.normpath(name) for name, _ in rows)
-    given = [label for _, label in rows if label is not None]
-    if given and len(given) < len(rows):
-        raise UserError(f"{path}: {len(rows) - len(given):,} of {len(rows):,} rows have no label")
-    if given:
-        source.labels, source.classes = _ranked(path, given)
-    top = str(source.root.absolute())
-    join = os.path.join  # a Path takes ten times as long
-    return _mark_duplicates(source, lambda name: os.path.normpath(join(top, name)))
-
-
-def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Path and label, or None, of each line."""
-    if path.suffix.lower() not in (".csv", ".tsv"):
-        yield from ((line.rstrip("\r\n"), None) for line in _lines(path) if line.strip())
-        return
-    table = csv.reader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    try:
-        for number, row in enumerate(row for row in table if row):
-            if number == 0 and row[0].strip().lower() in _HEADINGS:
-                continue
-            if not row[0] or len(row) > 2:
-                raise UserError(f"{path}: line {table.line_num}: expected path or path,label")
-            label = row[1].strip() if len(row) == 2 else None
-            if label == "":
-                raise UserError(f"{path}: line {table.line_num}: an empty label")
-            yield row[0], label
-    except csv.Error as error:
-        raise UserError(f"{path}: line {table.line_num}: {error}") from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their ends: UTF-8, other bytes kept; or, as PowerShell writes
-    by default, UTF-16 with its byte order mark.
-    """
-    try:
-        with path.open("rb") as file:
-            wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
-            text = io.TextIOWrapper(file, encoding, errors, newline="")
-            for number, line in enumerate(text, 1):
-                if "\0" in line:
-                    raise UserError(f"{path}: line {number}: a NUL byte; save it as UTF-8 text")
-                yield line
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except UnicodeError as error:
-        raise UserError(f"{path}: damaged UTF-16 text: {error}") from error
-
-
-_HEADINGS = ("path", "file", "filename", "file_name", "image", "name")
-_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
-
-
-def _ranked(path: Path, labels: list[str]) -> tuple[array, list[str] | None]:
-    """Whole numbers as they are; names as their ranks, and the names in that order.
-
-    Numbers that cannot be stored are refused: as names they would be renumbered, "10" before "2".
-    """
-    odd = next((label for label in labels if _whole(label) is None), None)
-    if odd is None:
-        return array("q", map(int, labels)), None
-    classes = sorted(set(labels))
-    if all(_NUMBER.fullmatch(name) for name in classes):
-        raise UserError(f"{path}: label {odd}: numbers must be whole and fit 64 bits")
-    rank = {name: label for label, name in enumerate(classes)}
-    return array("q", (rank[label] for label in labels)), classes
-
-
-def _whole(label: str) -> int | None:
-    """A label's value, where it is a whole number of 64 bits."""
-    value = int(label) if re.fullmatch(r"-?[0-9]{1,30}", label) else 1 << 63
-    return value if -(1 << 63) <= value < 1 << 63 else None
 
 
 SOURCES: dict[str, Callable[[Path], Source]] = {
@@ -244,22 +158,22 @@ def _flat(root: Path, *names: str) -> Source:
     source = Source(root)
     for name in names:
         packed = [root / (name + suffix) for suffix in archives.SUFFIXES]
-        archive = next((path for path in packed if _is("file", path)), None)
-        if archive and not _is("folder", root / name):
-            # They hold train2017/x.jpg, x.jpg or ./x.jpg: the file's own name is what counts.
+        archive = next((path for path in packed if files.is_file(path)), None)
+        if archive and not files.is_folder(root / name):
+            # Such files contain train2017/x.jpg, x.jpg or ./x.jpg: only the last part counts.
             _add_archive(source, archive, r"(?:.*/)?([^/]+)", name)
         else:
             _add_folder(source, name, "*.jpg")
     return _require_any(source)
 
 
-def _add_class(source: Source, wnid: str, is_folder: bool, packed: list[str]) -> None:
-    """Add an ImageNet class from its folder or its archive; another archive of it is a fault."""
-    if is_folder:
+def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> None:
+    """Add an ImageNet class from its folder or archive. A second one of the class is a fault."""
+    if unpacked:
         _add_folder(source, f"train/{wnid}", "*.JPEG")
     for name in packed:
         path = f"train/{name}"
-        if is_folder or name != packed[0]:
+        if unpacked or name != packed[0]:
             source.add_fault(path, f"class {wnid} is there twice: remove this, or the other")
         elif name.lower().endswith(archives.UNREAD):
             source.add_fault(path, archives.COMPRESSED)
@@ -269,48 +183,49 @@ def _add_class(source: Source, wnid: str, is_folder: bool, packed: list[str]) ->
 
 def _add_folder(source: Source, name: str, content: str) -> None:
     """Add the images directly in ROOT/name, sorted."""
-    folder, before = _require_folder(source.root, name, content), len(source)
-    files = (entry.name for entry in _entries(folder) if not _is_dir(entry))
-    source.add_files(sorted(f"{name}/{file}" for file in files if _is_chosen(source, file)))
+    folder, before = files.require_folder(source.root, name, content), len(source)
+    there = (entry.name for entry in files.entries(folder) if not files.is_dir(entry))
+    source.add_files(sorted(f"{name}/{file}" for file in there if _is_chosen(source, file)))
     if len(source) == before:
-        raise UserError(f"{folder}: expected image files; {_found(folder)}")
+        raise UserError(f"{folder}: expected image files; {files.contents(folder)}")
 
 
 def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
-    """Add the images of the archive at `path` whose names in it match `pattern`, sorted, as if
-    what its groups hold lay in `folder`; and whatever is bad with the archive.
+    """Add the images of an archive whose names match `pattern`, sorted, and the archive's faults.
+
+    The stored name is `folder` and the groups of `pattern`.
     """
     before, top = len(source), path.relative_to(source.root).as_posix()
     chosen = []
     for member in _members(source, path):
         match = re.fullmatch(pattern, member.name)
-        if not _is_image_name(member.name):
+        if not files.is_image_name(member.name):
             chosen.append(member._replace(name=f"{top}/{member.name}".rstrip("/")))
         elif match:
             chosen.append(member._replace(name="/".join([folder, *match.groups()])))
     source.add_archive(path, sorted(chosen))
     if len(source) == before:
         raise UserError(f"{path}: holds no image files where they are expected")
-    _mark_duplicates(source, start=before)
+    mark_duplicates(source, start=before)
 
 
 def _members(source: Source, path: Path) -> Iterator[Member]:
-    """The images in an archive, and archives in it, or itself, with what is bad with them."""
+    """The images in an archive, and the faults of the archive and of the archives in it."""
     for member in archives.members(path):
         if not member.name or (member.fault and archives.is_archive(member.name)):
-            if not _is_hidden(member.name):
+            if not files.is_hidden(member.name):
                 yield member
         elif _is_chosen(source, member.name):
             yield member
 
 
 def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
-    """The tar of 1,000 tars as it is downloaded. What is bad in none of them has the label -1."""
+    """The downloaded tar of 1,000 tars. A fault outside of them has the label -1."""
     source = Source(root)
     _add_archive(source, path, r"(?:.*/)?([^/]+)\.tar/(?:.*/)?([^/]+)", "train")
     of_class = re.compile(rf"train/([^/]+)/|{path.name}/(?:[^/]+/)*?([^/]+?)\.tar")
-    found = map(of_class.match, source.names)
-    wnids = [match and (match[1] or match[2]) for match in found]
+    matches = map(of_class.match, source.names)
+    wnids = [match and (match[1] or match[2]) for match in matches]
     source.classes = sorted({wnid for wnid in wnids if wnid})
     rank = {name: label for label, name in enumerate(source.classes)}
     source.labels = array("q", (rank[wnid] if wnid else -1 for wnid in wnids))
@@ -318,13 +233,13 @@ def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
 
 
 def _tree(root: Path, start: str, expected: str) -> Source:
-    """All images below `root`, in what begins with `start` there, sorted by path; those in an
-    archive come at its place.
+    """All images below the entries of `root` whose names begin with `start`, sorted by path. The
+    images of an archive stand where a folder of its name would.
     """
     source = Source(root)
     names: list[str] = []
-    reasons: dict[str, str] = {}  # apart, since a pair for each of millions of names is much
-    for name, reason in _walk(root, start):
+    reasons: dict[str, str] = {}  # apart: a pair for each name would take much memory
+    for name, reason in files.walk(root, start):
         names.append(name)
         if reason:
             reasons[name] = reason
@@ -342,12 +257,14 @@ def _tree(root: Path, start: str, expected: str) -> Source:
         elif _is_chosen(source, name):
             source.add_files([name])
     if not len(source):
-        raise UserError(f"{root}: expected {expected} ({' '.join(IMAGE_SUFFIXES)}); {_found(root)}")
-    return _require_any(_mark_duplicates(source) if source.containers else source)
+        raise UserError(
+            f"{root}: expected {expected} ({' '.join(IMAGE_SUFFIXES)}); {files.contents(root)}"
+        )
+    return _require_any(mark_duplicates(source) if source.containers else source)
 
 
 def _require_any(source: Source) -> Source:
-    """Refuse a source in which everything is known to be bad."""
+    """Refuse a source without a good image."""
     if len(source.faults) == len(source):
         more = f" (and {len(source) - 1:,} more like it)" if len(source) > 1 else ""
         name = printable(str(source.root / source.names[0]))
@@ -355,10 +272,10 @@ def _require_any(source: Source) -> Source:
     return source
 
 
-def _mark_duplicates(
+def mark_duplicates(
     source: Source, canonical: Callable[[str], str] = str, start: int = 0
 ) -> Source:
-    """The second and later images of one name are bad: one would replace the other unpacked."""
+    """Mark the second and later images of a name as bad. Unpacked, one would replace the other."""
     seen: set[str] = set()
     for position in range(start, len(source)):
         name = canonical(source.names[position])
@@ -368,113 +285,15 @@ def _mark_duplicates(
     return source
 
 
-def _is(kind: str, path: Path) -> bool:
-    """Whether there is a "folder" or a "file" at `path`. Raises UserError where that is hidden."""
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    return stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)
-
-
-def _require_folder(root: Path, name: str, content: str) -> Path:
-    folder = root / name
-    if not _is("folder", folder):
-        raise UserError(f"expected {folder}/{content}; {_found(root)}")
-    return folder
-
-
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What `folder` holds, less the hidden files that macOS and others leave beside images."""
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    yield entry
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}") from error
-
-
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_archive(entry: os.DirEntry[str]) -> bool:
-    return archives.is_archive(entry.name) and not _is_dir(entry)
-
-
-def _stem(name: str) -> str:
-    """An archive's name without its suffix."""
-    suffixes = archives.UNREAD + archives.SUFFIXES
-    return name[: -next(len(suffix) for suffix in suffixes if name.lower().endswith(suffix))]
-
-
-def _is_hidden(path: str) -> bool:
-    """Whether a path in an archive is that of a hidden file, or in a hidden folder."""
-    if "/." not in path and not path.startswith("."):  # nearly always
-        return False
-    return any(part.startswith(".") and part != ".." for part in path.split("/"))
-
-
-def _is_image_name(path: str) -> bool:
-    return path.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(path)
-
-
 def _is_chosen(source: Source, path: str) -> bool:
-    """Whether a file counts as an image, by its suffix; counts those that do not.
+    """Whether a file is an image by its suffix. Counts the other files.
 
-    A broken link does, so that packing names it.
+    A broken link is an image, so that packing names it.
     """
-    if _is_hidden(path):
+    if files.is_hidden(path):
         return False
     if path.lower().endswith(IMAGE_SUFFIXES):
         return True
     suffix = re.search(r"\.[a-z0-9]{1,8}$", path.lower())
     source.ignored[suffix[0] if suffix else "of other names"] += 1
     return False
-
-
-_Folder = tuple[int, int]  # device and inode
-
-
-def _walk(top: Path, start: str) -> Iterator[tuple[str, str]]:
-    """The files below `top`, in what begins with `start` there: their paths below it, and a reason
-    where one is unusable. Links are followed; a loop of them shows up in the folders above.
-    """
-    left: list[tuple[str, tuple[_Folder, ...]]] = [("", ())]
-    while left:  # a recursion would end at 1,000 levels
-        name, above = left.pop()
-        folder = top / name
-        try:
-            status = folder.stat()
-            here = (status.st_dev, status.st_ino)
-            if here in above:
-                yield name, "a link to a folder that contains it"
-                continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith(".") or not (name or entry.name.startswith(start)):
-                        continue
-                    path = f"{name}/{entry.name}" if name else entry.name
-                    if _is_dir(entry):
-                        left.append((path, (*above, here)))
-                    else:
-                        yield path, ""
-        except OSError as error:
-            if not name:
-                raise UserError(f"{folder}: {error.strerror}") from error
-            yield name, error.strerror or str(error)
-
-
-def _found(folder: Path) -> str:
-    """What is there instead, for an error line."""
-    if not _is("folder", folder):
-        return f"{folder} is {'not a folder' if os.path.lexists(folder) else 'not there'}"
-    names = sorted(entry.name + "/" * _is_dir(entry) for entry in _entries(folder))
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{folder} holds {', '.join(names[:5]) + more}" if names else f"{folder} is empty"

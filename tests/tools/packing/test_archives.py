@@ -1,4 +1,4 @@
-"""Images in tar and zip files, read in place; and lists of files."""
+"""Images in tar and zip files, read in place."""
 
 import io
 import os
@@ -12,16 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.beton import Beton
 from pipeline.errors import UserError
-from pipeline.manifest import Manifest
-from tests.helpers.manifests import names_of
 from tests.tools.packing.test_build_dataset import fill, run
 from tests.tools.packing.test_run import same
 from tools.packing.archives import members
 from tools.packing.jpeg import BadImage
-from tools.packing.run import read_image
-from tools.packing.sources import SOURCES, Source, listed
+from tools.packing.read import read_image
+from tools.packing.sources import SOURCES
 
 FUZZ = int(os.environ.get("FUZZ", "200"))  # mutations of an archive
 
@@ -37,7 +34,7 @@ def tar(path: Path, files: Mapping[str, bytes], layout: int = tarfile.GNU_FORMAT
 
 
 def contents(root: Path, below: str = "") -> dict[str, bytes]:
-    """Name to bytes of all files in ROOT/below."""
+    """Names and bytes of all files in ROOT/below."""
     files = sorted(path for path in (root / below).rglob("*") if path.is_file())
     return {str(path.relative_to(root / below)): path.read_bytes() for path in files}
 
@@ -60,18 +57,18 @@ name_part = st.text("aé/. \\x", min_size=1, max_size=120).map(lambda text: f"d/
 def test_tar_files_are_read_as_tarfile_reads_them(
     tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], layout: int
 ) -> None:
-    """Three layouts, long names and padding: a wrong offset gives half of another image."""
+    """Two layouts, long names and padding: a wrong offset would give a part of another image."""
     path = tar(tmp_path_factory.mktemp("tar") / "a.tar", files, layout)
     data = path.read_bytes()
-    found = [data[member.offset : member.offset + member.size] for member in members(path)]
-    assert found == list(files.values())
+    read = [data[member.offset : member.offset + member.size] for member in members(path)]
+    assert read == list(files.values())
     names = [member.name for member in members(path)]
     assert names == [os.path.normpath(name) for name in files]
 
 
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_and_links(tmp_path: Path, layout: int) -> None:
-    """ustar splits long names, the others put them before the file."""
+    """ustar splits long names; GNU and pax store them before the file."""
     long = "/".join(["folder" * 5] * 6) + "/a.jpg"
     path = tar(tmp_path / "a.tar", {"./b.jpg": b"b", long: b"long", "c.jpg": b"c" * 513}, layout)
     with tarfile.open(path, "a", format=layout) as archive:
@@ -91,8 +88,8 @@ def test_long_names_and_links(tmp_path: Path, layout: int) -> None:
 
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_cut_anywhere_says_so(tmp_path: Path, layout: int) -> None:
-    """A download that broke off must not pack as a smaller data set: not at a member's boundary,
-    not in a header, and not where no file is an image.
+    """An interrupted download must not be packed as a smaller data set, whether it ends between two
+    members, in a header, or after a file that is not an image.
     """
     names = ("a.jpg", "x/" + "y" * 90 + ".txt", "b.jpg")
     path = tar(tmp_path / "a.tar", dict.fromkeys(names, b"a" * 700), layout)
@@ -112,7 +109,7 @@ def test_a_tar_cut_anywhere_says_so(tmp_path: Path, layout: int) -> None:
 
 
 def header(changes: Mapping[int, bytes]) -> bytes:
-    """A ustar header with bytes replaced and the checksum that goes with them."""
+    """A ustar header with some bytes replaced, and its checksum corrected."""
     block = bytearray(tarfile.TarInfo("b.jpg").tobuf(tarfile.USTAR_FORMAT)[:512])
     for start, content in changes.items():
         block[start : start + len(content)] = content
@@ -132,8 +129,8 @@ def header(changes: Mapping[int, bytes]) -> bytes:
         ({156: b"M"}, "sparse, or of an unknown kind"),
     ],
 )
-def test_what_a_tar_header_may_say(tmp_path: Path, changes: dict[int, bytes], fault: str) -> None:
-    """Its sum is right, its content is not: a fault, and what comes before is used."""
+def test_wrong_tar_headers(tmp_path: Path, changes: dict[int, bytes], fault: str) -> None:
+    """A wrong header with a correct checksum is a fault; the files before it are used."""
     path = tar(tmp_path / "a.tar", {"a.jpg": b"1"})
     path.write_bytes(path.read_bytes()[:1024] + header(changes) + b"9" * 512 + bytes(1024))
     first, *others = members(path)
@@ -142,7 +139,7 @@ def test_what_a_tar_header_may_say(tmp_path: Path, changes: dict[int, bytes], fa
 
 
 def test_one_bad_archive_is_one_bad_image(tmp_path: Path) -> None:
-    """Of a hundred archives, one that is damaged must neither end the run nor go unnoticed."""
+    """One damaged archive among a hundred must neither end the run nor stay unnoticed."""
     good = zipped(tmp_path / "a.zip", {"a.jpg": b"1"}, zipfile.ZIP_STORED).read_bytes()
     whole = tar(tmp_path / "b.tar", {"a.jpg": b"1", "b.jpg": b"2"}).read_bytes()
     (tmp_path / "b.tar").write_bytes(whole[:1024] + b"x" * 512)
@@ -180,7 +177,7 @@ def test_one_bad_archive_is_one_bad_image(tmp_path: Path) -> None:
 
 
 def test_imagenet_with_bad_archives(tmp_path: Path) -> None:
-    """A class that vanishes shifts the labels of all after it."""
+    """A missing class would shift the labels of all later classes."""
     whole = tar(tmp_path / "n.tar", {"x.JPEG": b"1", "y.JPEG": b"2"}).read_bytes()
     classes = {"n0.tar": whole, "n1.tar": whole[:512], "n2.tar": b"junk" * 200, "n3.tar": whole}
     path = tar(tmp_path / "ILSVRC2012_img_train.tar", classes)
@@ -217,8 +214,8 @@ def test_imagenet_with_bad_archives(tmp_path: Path) -> None:
     assert source.labels.tolist() == [0, 1, 1, 2]
 
 
-def test_archives_hold_what_a_walk_of_them_unpacked_would_find(tmp_path: Path) -> None:
-    """Hidden folders, backslashes in Unix names, other suffixes, depth: the names are the same."""
+def test_archives_have_the_names_of_their_unpacked_folders(tmp_path: Path) -> None:
+    """The same names as unpacked: hidden folders, backslashes in Unix names, suffixes, depth."""
     names = ("a.jpg", ".git/b.jpg", "c/.d.jpg", "c/e\\f.jpg", "c/g.heic", "c/readme", "h.JFIF")
     for name in names:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +237,7 @@ def test_archives_hold_what_a_walk_of_them_unpacked_would_find(tmp_path: Path) -
 
 
 def test_roots_that_are_no_folders(tmp_path: Path) -> None:
-    """One line each; a folder 600 deep took more frames than Python has."""
+    """One line each. A folder 600 levels deep must not exceed Python's recursion limit."""
     (tmp_path / "f").touch()
     for kind in ("folder", "openimages", "coco", "imagenet", "bdd100k"):
         with pytest.raises(UserError, match="not a folder"):
@@ -253,7 +250,7 @@ def test_roots_that_are_no_folders(tmp_path: Path) -> None:
 
 
 def mutations(whole: bytes, count: int) -> Iterator[bytes]:
-    """`whole` with one to four bytes changed, a fifth of them cut as well."""
+    """`whole` with one to four changed bytes; one fifth of the results is also cut short."""
     random = np.random.default_rng(1)
     for _ in range(count):
         data = bytearray(whole)
@@ -264,7 +261,7 @@ def mutations(whole: bytes, count: int) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("suffix", ["zip", "tar"])
 def test_any_damage_is_a_fault(tmp_path: Path, suffix: str) -> None:
-    """zipfile raises many kinds of errors on damaged files; none may end in a traceback."""
+    """zipfile raises many types of error on damaged files. None may end in a traceback."""
     path = tmp_path / f"b.{suffix}"
     files = {"é" * 60 + ".jpg": b"1" * 40, "b/c.jpg": b"2" * 40, "d.jpg": b"3" * 600}
     if suffix == "zip":
@@ -282,7 +279,7 @@ def test_any_damage_is_a_fault(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_coco_zips_give_the_beton_of_the_folders(tmp_path: Path, method: int) -> None:
-    """Unpacked or not is no difference that should show anywhere."""
+    """The result must not depend on whether the files were unpacked."""
     root = tmp_path / "in"
     fill(root, "train2017/b.jpg", "train2017/a.jpg", "unlabeled2017/c.jpg")
     other = tmp_path / "zips"
@@ -296,7 +293,7 @@ def test_coco_zips_give_the_beton_of_the_folders(tmp_path: Path, method: int) ->
 
 
 def test_imagenet_as_it_is_downloaded(tmp_path: Path) -> None:
-    """138 GB of tars need not be unpacked to 1.3 million files: per class, or all in one."""
+    """138 GB of tars are read without unpacking: a tar per class, or all in one tar."""
     root = tmp_path / "in"
     fill(root, *(f"train/n0{i % 3}/n0{i % 3}_{i}.JPEG" for i in range(10)))
     run("imagenet", root, tmp_path / "a.beton")
@@ -312,7 +309,7 @@ def test_imagenet_as_it_is_downloaded(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_archives(tmp_path: Path) -> None:
-    """Archives stand where a folder of their name would."""
+    """The images of an archive stand where a folder of its name would."""
     root = fill(tmp_path / "in", "b/1.jpg", "z.jpg")
     files = contents(root)
     tar(root / "c.tar", {"y/2.jpg": files["z.jpg"], "1.jpg": files["b/1.jpg"], "readme": b""})
@@ -330,7 +327,7 @@ def test_a_folder_with_archives(tmp_path: Path) -> None:
 
 
 def test_bad_members(tmp_path: Path) -> None:
-    """What is wrong in an archive is a bad image among good ones, with its reason."""
+    """A fault in an archive is a bad image with a reason; the other images are good."""
     (tmp_path / "in").mkdir()
     path = zipped(tmp_path / "in" / "a.zip", {"a.jpg": b"x" * 99}, zipfile.ZIP_DEFLATED)
     data = bytearray(path.read_bytes())
@@ -352,7 +349,7 @@ def test_bad_members(tmp_path: Path) -> None:
 
 
 def test_bdd100k_and_openimages(tmp_path: Path) -> None:
-    """Their layouts, as published."""
+    """The published layouts."""
     fill(tmp_path, "images/100k/train/b.jpg", "images/100k/train/a.jpg", "images/100k/val/c.jpg")
     fill(tmp_path, "train_1/b.jpg", "train_0/c.jpg", "validation/d.jpg")
     names = ["images/100k/train/a.jpg", "images/100k/train/b.jpg"]
@@ -368,103 +365,7 @@ def test_bdd100k_and_openimages(tmp_path: Path) -> None:
 
 
 def test_known_sets_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A download that is 12 images short trains without a word."""
+    """Training on a download that lacks 12 images would show no error."""
     fill(tmp_path, "train2017/a.jpg")
     run("coco", tmp_path, tmp_path / "o.beton")
-    assert "warning: coco has 118,287 images; here are 1" in capsys.readouterr().err
-
-
-def lists(path: Path, text: str) -> Source:
-    path.write_text(text)
-    return listed(path)
-
-
-def test_lists(tmp_path: Path) -> None:
-    """The order is the list's own; labels are numbers or names."""
-    fill(tmp_path, "a b.jpg", "c/d.jpg")
-    text = lists(tmp_path / "l.txt", "c/d.jpg\r\n\na b.jpg\n./c//d.jpg\n")
-    assert text.names == ["c/d.jpg", "a b.jpg", "c/d.jpg"]
-    assert text.labels is None
-    assert text.faults == {2: "duplicate path"}
-    table = lists(tmp_path / "l.csv", 'path,label\n"a b.jpg",zebra\nc/d.jpg, cat\n')
-    assert table.labels is not None
-    assert (table.names, table.labels.tolist()) == (["a b.jpg", "c/d.jpg"], [1, 0])
-    assert table.classes == ["cat", "zebra"]
-    numbers = lists(tmp_path / "l.tsv", "a b.jpg\t7\nc/d.jpg\t3\n")
-    assert numbers.labels is not None
-    assert (numbers.labels.tolist(), numbers.classes) == ([7, 3], None)
-    names = f"{tmp_path}/c/d.jpg\nc/d.jpg\n../{tmp_path.name}/c/d.jpg\n"
-    absolute = lists(tmp_path / "m.txt", names)
-    assert read_image(absolute, 0) == (tmp_path / "c/d.jpg").read_bytes()
-    assert absolute.faults == {1: "duplicate path", 2: "duplicate path"}
-    (tmp_path / "w.csv").write_text("c/d.jpg,é\r\na b.jpg,a\r\n", encoding="utf-16")
-    assert listed(tmp_path / "w.csv").classes == ["a", "é"]
-
-
-@pytest.mark.parametrize(
-    ("labels", "stored", "classes"),
-    [
-        (("-1", "10", "2"), [-1, 10, 2], None),
-        (("007", str(2**63 - 1), str(-(2**63))), [7, 2**63 - 1, -(2**63)], None),
-        (("10", "2", "cat"), [0, 1, 2], ["10", "2", "cat"]),
-        (("1e5", "n01", "2"), [0, 2, 1], ["1e5", "2", "n01"]),
-    ],
-)
-def test_labels(
-    tmp_path: Path, labels: tuple[str, ...], stored: list[int], classes: list[str] | None
-) -> None:
-    """Numbers taken for names would be renumbered: "10" comes before "2"."""
-    source = lists(tmp_path / "l.csv", "".join(f"{i}.jpg,{x}\n" for i, x in enumerate(labels)))
-    assert source.labels is not None
-    assert (source.labels.tolist(), source.classes) == (stored, classes)
-
-
-def test_a_list_is_packed(tmp_path: Path) -> None:
-    """--root is where its paths begin; the beton holds its labels."""
-    fill(tmp_path / "in", "a.jpg", "b.jpg")
-    path = tmp_path / "l.csv"
-    path.write_text("b.jpg,x\na.jpg,y\n")
-    run("list", tmp_path / "in", tmp_path / "o.beton", "--list", str(path))
-    path.write_text("b.jpg,-5\na.jpg,7\n")
-    run("list", tmp_path / "in", tmp_path / "n.beton", "--list", str(path))
-    assert Beton(tmp_path / "n.beton").label.tolist() == [-5, 7]  # type: ignore[union-attr]
-    manifest = Manifest.beside(tmp_path / "o.beton")
-    assert (names_of(manifest), manifest.classes) == (["b.jpg", "a.jpg"], ["x", "y"])
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("l.txt", "\n\n", "names no files"),
-        ("l.csv", "a.jpg,1\nb.jpg\n", "1 of 2 rows have no label"),
-        ("l.csv", "a.jpg,1\nb.jpg,1,2\n", "line 2: expected path or path,label"),
-        ("l.csv", ",1\n", "line 1: expected path"),
-        ("l.csv", "a.jpg,1\nb.jpg,\n", "line 2: an empty label"),
-        ("l.csv", "a.jpg,1.0\nb.jpg,2\n", "label 1.0: numbers must be whole and fit 64 bits"),
-        ("l.csv", f"a.jpg,1\nb.jpg,{10**20}\n", f"label {10**20}: numbers must be whole"),
-        ("l.txt", "a.jpg\nb\0.jpg\n", "line 2: a NUL byte"),
-        ("none.txt", None, "No such file"),
-    ],
-)
-def test_bad_lists(tmp_path: Path, name: str, text: str | None, message: str) -> None:
-    """A column too many would shift labels silently."""
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UserError) as error:
-        listed(tmp_path / name)
-    assert message in str(error.value)
-
-
-@given(text=st.text(max_size=80), suffix=st.sampled_from(["txt", "csv", "tsv"]))
-def test_any_list_is_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, text: str, suffix: str
-) -> None:
-    """Lists come out of spreadsheets and scripts: no content may end in a traceback."""
-    path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
-    path.write_text(text, encoding="utf-8", newline="")
-    try:
-        source = listed(path)
-    except UserError:
-        return
-    assert source.names
-    assert source.labels is None or len(source.labels) == len(source.names)
+    assert "warning: coco has 118,287 images, but found 1" in capsys.readouterr().err

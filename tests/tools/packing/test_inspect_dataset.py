@@ -1,4 +1,4 @@
-"""Inspecting: what is in a beton is what was packed, and every damaged image is named."""
+"""Inspecting: the summary is true, and every damaged image is named."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.helpers.manifests import damage, write_manifest
 from tests.tools.packing.test_build_dataset import fill
 from tests.tools.packing.test_build_dataset import run as pack
 from tools.inspect_dataset import main
-from tools.packing import check as dataset_check
+from tools.packing import check
 from tools.packing.check import inner_path
 
 IMAGES = 40
@@ -32,7 +32,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def beton(pristine: Path, tmp_path: Path) -> Path:
-    """A copy to break, with its manifest."""
+    """A copy to damage, with its manifest."""
     copy = tmp_path / "photos.beton"
     copy.write_bytes(pristine.read_bytes())
     manifest_path(copy).write_bytes(manifest_path(pristine).read_bytes())
@@ -41,7 +41,7 @@ def beton(pristine: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_check, "RATE_SECONDS", 0.01)
+    monkeypatch.setattr(check, "RATE_SECONDS", 0.01)
 
 
 def inspect(*arguments: object) -> int:
@@ -73,7 +73,7 @@ def test_summary_counts_what_is_there(
     assert data["bytes"] == beton.stat().st_size
     assert 0 < data["page_use"] <= 1
     assert "digest ok" in data["manifest"]
-    for text in ("40 images", "40 JPEG, 0 raw", "digest ok", "images/s", "to cache it"):
+    for text in ("40 images", "40 JPEG, 0 raw", "digest ok", "images/s", "cache"):
         assert text in shown
 
 
@@ -87,8 +87,8 @@ def test_whole_beton_is_good(beton: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_every_flipped_bit_names_its_image(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A bit of the compressed data decodes to another picture without a word: only the checksum
-    knows.
+    """A flipped bit of the compressed data can decode to a wrong picture without an error: only the
+    checksum shows it.
     """
     opened, content = Beton(beton), beton.read_bytes()
     decoded = 0
@@ -103,7 +103,7 @@ def test_every_flipped_bit_names_its_image(
             problems = json.loads((tmp_path / "bad.json").read_text())["problems"]
             assert [name for name, _ in problems] == [NAMES[i]]
             damage(beton, offset, content[offset : offset + 1])
-    assert decoded  # some of them would have gone unnoticed
+    assert decoded  # only the checksum finds these
 
 
 def test_changed_byte_outside_of_the_records_is_found(
@@ -117,9 +117,7 @@ def test_changed_byte_outside_of_the_records_is_found(
 def test_every_flipped_bit_of_the_tables_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A changed label would be learnt; it has its image's name, as any other entry that can be
-    told.
-    """
+    """A model would learn a changed label. The problem names the image, as far as it is known."""
     path = tmp_path / "classes.beton"
     fill(tmp_path, *(f"train/n{i}/{i}.JPEG" for i in range(3)))
     pack("imagenet", tmp_path, path)
@@ -137,7 +135,7 @@ def test_every_flipped_bit_of_the_tables_is_found(
 
 
 def test_truncation_names_the_lost_images(beton: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without its table the beton does not open; what it has lost can be told all the same."""
+    """Without its table the beton cannot be opened, but the lost images are known."""
     pointers = Beton(beton).records[:, 0]
     os.truncate(beton, int(pointers[30]) + 3)
     lost = [NAMES[i] for i in np.flatnonzero(pointers >= pointers[30])]
@@ -164,7 +162,7 @@ def test_without_manifest_what_does_not_decode_is_found(
 def test_every_changed_byte_of_the_manifest_is_found(
     beton: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A label means what the manifest calls its class; a changed name would name a wrong image."""
+    """The manifest names the class of each label and each image: a change would name wrong ones."""
     path = manifest_path(beton)
     content = path.read_bytes()
     for offset in range(0, len(content), 23):
@@ -196,7 +194,7 @@ def test_every_changed_byte_of_the_manifest_is_found(
 def test_a_damaged_line_of_the_manifest_is_a_problem(
     beton: Path, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also beside a beton that was cut short, of which something can be told without it."""
+    """Also for a truncated beton, where the beton's problem is reported too."""
     path = manifest_path(beton)
     lines = path.read_text().splitlines(keepends=True)
     lines[-5] = line + ",\n"
@@ -207,13 +205,11 @@ def test_a_damaged_line_of_the_manifest_is_a_problem(
         os.truncate(beton, beton.stat().st_size - 100)
 
 
-def test_nothing_that_is_looked_at_is_replaced(
-    beton: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """FILE.beton.json looks like the place for --json: the checksums would be gone."""
+def test_inputs_are_not_replaced(beton: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FILE.beton.json looks like a good path for --json, but it would replace the checksums."""
     before = beton.read_bytes(), manifest_path(beton).read_bytes()
     for path in (beton, manifest_path(beton), beton.parent / "x" / ".." / beton.name):
-        with pytest.raises(UserError, match="would replace what is looked at"):
+        with pytest.raises(UserError, match="would replace the beton, its manifest"):
             main([str(beton), "--json", str(path)])
     link = beton.parent / "link.beton"
     link.symlink_to(beton)
@@ -228,7 +224,7 @@ def test_nothing_that_is_looked_at_is_replaced(
 
 
 def test_names_come_from_this_betons_manifest(beton: Path, tmp_path: Path) -> None:
-    """Another file's would name an image that is sound."""
+    """The manifest of another file would name a good image."""
     assert Beton(beton).name(3) == NAMES[3]
     other = write_beton(tmp_path / "other.beton", varied(IMAGES + 1))
     write_manifest(other)
@@ -257,7 +253,7 @@ def test_manifest_of_another_beton_and_damaged_manifest_are_found(
 
 
 def test_extract_gives_back_identical_bytes(tmp_path: Path) -> None:
-    """JPEG bytes as stored, raw pixels as PNG, under the sources' names."""
+    """JPEG bytes unchanged, raw pixels as PNG, under the sources' names."""
     images = [photograph(i, 30, 50) for i in range(6)]
     jpeg = write_beton(tmp_path / "jpeg.beton", images)
     write_manifest(jpeg, [f"a/b {i}.JPEG" for i in range(6)])
@@ -276,7 +272,7 @@ def test_extract_gives_back_identical_bytes(tmp_path: Path) -> None:
 def test_extract_stays_in_its_folder_and_overwrites_nothing(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A manifest is a file from somewhere: its names must not reach out of the folder."""
+    """A manifest can come from anywhere: its names must not lead out of the folder."""
     inner = tmp_path / "a" / "b"
     names = ["../../up.jpg", f"{tmp_path}/absolute.jpg", "x/../../y.jpg", "twice.jpg", "/", ".."]
     names += ["./twice.jpg", "n\0ul.jpg", "line\nbreak.jpg", "twice.jpg/inner.jpg", "x" * 300, ""]
@@ -313,7 +309,7 @@ def test_damaged_record_is_not_extracted(
 
 
 def test_pictures_are_drawn(beton: Path, tmp_path: Path) -> None:
-    """Also of a damaged beton: to look at one is why they are there."""
+    """Also of a damaged beton: users look at the pictures to understand damage."""
     damage(beton, int(Beton(beton).records[0, 0]), bytes(9))
     plot, sheet = tmp_path / "plot.png", tmp_path / "sheet.png"
     assert inspect(beton, "--plot", plot, "--sheet", sheet) == 0
@@ -340,6 +336,6 @@ def test_impossible_requests_end_in_one_line(
     (beton.parent / "notes.beton").write_text("no beton at all")
     try:
         code = inspect(beton.parent / arguments[0], *arguments[1:])
-        assert code == 1 and len(bad_lines(capsys)) == 1  # what --verify finds
+        assert code == 1 and len(bad_lines(capsys)) == 1  # --verify reports it as a problem
     except UserError as error:
         assert message in str(error) and "\n" not in str(error)

@@ -1,4 +1,4 @@
-"""Packing that is interrupted, shared out, or met with bad images."""
+"""Packing with interruptions, bad images and each storage."""
 
 import json
 import os
@@ -22,8 +22,9 @@ from tests.tools.packing.test_build_dataset import fill, picture, run, save
 from tools import build_dataset
 from tools.packing import run as packing
 from tools.packing.images import Storage
+from tools.packing.job import job_of
 from tools.packing.journal import Journal
-from tools.packing.run import job_of, merge_job, pack, shard_path
+from tools.packing.run import pack
 from tools.packing.sources import SOURCES
 
 
@@ -33,7 +34,7 @@ def left(folder: Path) -> list[str]:
 
 
 def images(root: Path, count: int) -> Path:
-    """`count` JPEGs and two PNGs, which are converted."""
+    """`count` JPEGs and two PNGs; the PNGs are converted."""
     fill(root, *(f"{i:04d}.jpg" for i in range(count)))
     save(root / "0003.png")
     save(root / "z.png", picture(90, 70))
@@ -52,7 +53,7 @@ def same(folder: Path, one: str, other: str) -> bool:
 
 
 class Killed(BaseException):
-    """Stands for a signal that nothing can catch."""
+    """Simulates SIGKILL."""
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 5, 9])
@@ -60,7 +61,7 @@ class Killed(BaseException):
 def test_killed_between_data_and_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, when: str
 ) -> None:
-    """Whatever the order of the two writes, no image may be lost, doubled or half there."""
+    """Wherever the run is killed, no image may be lost, doubled or incomplete."""
     monkeypatch.setattr(packing, "BATCH_IMAGES", 3)
     root = images(tmp_path / "in", 40)
     run("folder", root, tmp_path / "a.beton")
@@ -104,7 +105,7 @@ def test_killed_at_the_end(
     function: str,
     done: bool,
 ) -> None:
-    """The last steps are several: after each, the command given again must end well."""
+    """After a kill at any of the last steps, the same command must complete the beton."""
     root = images(tmp_path / "in", 10)
     run("folder", root, tmp_path / "a.beton")
     original = getattr(module, function)
@@ -128,7 +129,7 @@ def test_killed_at_the_end(
 def test_another_command_does_not_end_what_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else its user would get the file of an older command, and be told that it is complete."""
+    """Without it, the user would get an older command's file, reported as complete."""
     fill(tmp_path, "train2017/a.jpg")
     root = tmp_path / "train2017"
 
@@ -147,8 +148,8 @@ def test_another_command_does_not_end_what_was_killed(
 
 
 def test_killed_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An older beton keeps its manifest until the new one is there; the command given again ends
-    what is left.
+    """An older beton keeps its manifest until the new beton is complete. The same command completes
+    the rest.
     """
     root, out = images(tmp_path / "in", 3), tmp_path / "o.beton"
     run("folder", root, out)
@@ -170,21 +171,21 @@ def test_killed_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_killed_for_real(tmp_path: Path) -> None:
-    """SIGKILL at any moment: the same command goes on, and ends with the same bytes."""
+    """After SIGKILL at any moment the same command resumes, and ends with the same bytes."""
     root = tmp_path / "in"
     photograph = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
     from PIL import Image
 
     for i in range(12):
         save(root / f"{i}.png", Image.fromarray(np.roll(photograph, i, axis=0)))
-    for i in range(2000):
+    for i in range(1200):  # more than SYNC_BYTES
         os.link(root / f"{i % 12}.png", root / f"copy{i}.png")
     command = f"-m tools.build_dataset folder --root {root} --workers 2 --out".split()
     once = [sys.executable, *command, f"{tmp_path}/a.beton"]
     subprocess.run(once, check=True, capture_output=True, timeout=60)
     again = [sys.executable, *command, f"{tmp_path}/b.beton"]
     partial, journal = tmp_path / "b.beton.partial", tmp_path / "b.beton.partial.journal"
-    total, went_on = (tmp_path / "a.beton").stat().st_size, 0
+    total, resumed = (tmp_path / "a.beton").stat().st_size, 0
     for share in (0.0, 0.2, 0.5, 0.9):
         process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (
@@ -193,14 +194,14 @@ def test_killed_for_real(tmp_path: Path) -> None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        went_on += journal.exists()
-    assert went_on
+        resumed += journal.exists()
+    assert resumed
     subprocess.run(again, check=True, capture_output=True, timeout=60)
     assert same(tmp_path, "a.beton", "b.beton")
 
 
 def start_of_a_job(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    """Pack `batches` batches of 3 images, then die."""
+    """Pack `batches` batches of 3 images, then simulate SIGKILL."""
     append, count = Journal.append, 0
 
     def die(journal: Journal, rows: list) -> None:
@@ -216,22 +217,22 @@ def start_of_a_job(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch, batch
         run("folder", root, out)
 
 
-def test_what_is_done_is_not_done_again(
+def test_finished_work_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """That is what the journal is for; and other options must not be mixed with what is there."""
+    """The journal saves finished work, and a beton must not mix two sets of options."""
     root, out = images(tmp_path / "in", 40), tmp_path / "b.beton"
     start_of_a_job(root, out, monkeypatch, 8)
     run("folder", root, out)
-    assert "going on after" in capsys.readouterr().err
+    assert "resuming after" in capsys.readouterr().err
     start_of_a_job(root, tmp_path / "c.beton", monkeypatch, 8)
     run("folder", root, tmp_path / "c.beton", "--store", "raw")
-    assert "starting anew" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     assert set(Beton(tmp_path / "c.beton").records[:, 4]) == {1}
     start_of_a_job(root, tmp_path / "d.beton", monkeypatch, 8)
     save(root / "0000.png")
     run("folder", root, tmp_path / "d.beton")
-    assert "starting anew" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     assert len(Beton(tmp_path / "d.beton")) == 43
 
 
@@ -239,7 +240,7 @@ def test_what_is_done_is_not_done_again(
 def test_data_lost_after_a_power_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    """The journal may reach the disk before the data that it tells of."""
+    """The journal may reach the disk before the data that it lists."""
     root, out = images(tmp_path / "in", 40), tmp_path / "b.beton"
     run("folder", root, tmp_path / "a.beton")
     start_of_a_job(root, out, monkeypatch, 8)
@@ -258,7 +259,7 @@ def test_data_lost_after_a_power_cut(
 
 
 def test_skipping(tmp_path: Path) -> None:
-    """One bad image in a million must not cost the others, nor shift their labels."""
+    """One bad image in a million must not exclude the others or shift their labels."""
     fill(tmp_path, "train/n01/a.JPEG", "train/n01/c.JPEG", "train/n02/e.JPEG")
     (tmp_path / "train/n01/b.JPEG").write_bytes(b"")
     (tmp_path / "train/n02/d.JPEG").symlink_to("nowhere")
@@ -280,7 +281,7 @@ def test_skipping(tmp_path: Path) -> None:
 
 
 def test_mended_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file fetched again goes to its place: the result is that of a run that never stopped."""
+    """A file that is downloaded again takes its old number, as in a run without a stop."""
     monkeypatch.setattr(packing, "BATCH_IMAGES", 3)
     root = images(tmp_path / "in", 30)
     run("folder", root, tmp_path / "a.beton")
@@ -294,7 +295,7 @@ def test_mended_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_mended_before_skipping(tmp_path: Path) -> None:
-    """What was fetched again must not stay left out; what is still bad must be."""
+    """Repaired images must be packed; images that are still bad must be skipped."""
     root, out = images(tmp_path / "in", 9), tmp_path / "o.beton"
     content = (root / "0002.jpg").read_bytes()
     for name in ("0002.jpg", "0005.jpg"):
@@ -308,8 +309,8 @@ def test_mended_before_skipping(tmp_path: Path) -> None:
     assert same(tmp_path, "o.beton", "once.beton")
 
 
-def test_what_is_packed_is_not_replaced(tmp_path: Path) -> None:
-    """--force with a wrong --out would cost a photograph, or the list itself."""
+def test_inputs_are_not_replaced(tmp_path: Path) -> None:
+    """--force with a wrong --out must not replace a photograph or the list."""
     root = fill(tmp_path / "in", "a.jpg")
     before = (root / "a.jpg").read_bytes()
     with pytest.raises(UserError, match=r"--force replaces only files called \.beton"):
@@ -321,7 +322,7 @@ def test_what_is_packed_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_names_that_break_the_line(tmp_path: Path) -> None:
-    """A name with a line feed would look like two files, one with an escape could do worse."""
+    """A name with a line feed would look like two files; an escape could change the terminal."""
     root = fill(tmp_path / "in", "a.jpg")
     for name in ("new\nline.jpg", "es\x1b[31mcape.jpg"):
         (root / name).write_bytes(b"")
@@ -332,88 +333,18 @@ def test_names_that_break_the_line(tmp_path: Path) -> None:
 
 
 def test_nothing_good(tmp_path: Path) -> None:
-    """An empty beton would fail in training only."""
+    """Without it, an empty beton would fail only in training."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="no image is left"):
+    with pytest.raises(UserError, match="no good image remains"):
         run("folder", tmp_path / "in", tmp_path / "o.beton", "--on-error", "skip")
-
-
-# --- shards --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_merged_parts_are_the_whole(tmp_path: Path, on_error: str) -> None:
-    """Packed on n machines or on one: the same bytes, indices, labels and manifest."""
-    root = tmp_path / "in"
-    fill(root, *(f"train/n{i % 4}/{i:02d}.JPEG" for i in range(29)))
-    save(root / "train/n1/p.JPEG", format="PNG")
-    if on_error == "skip":
-        for name in ("n0/00", "n2/10", "n3/99"):
-            (root / f"train/{name}.JPEG").write_bytes(b"")
-    options = ["--on-error", on_error]
-    run("imagenet", root, tmp_path / "a.beton", *options)
-    for i in (3, 1, 4, 2):
-        run("imagenet", root, tmp_path / "b.beton", "--shard", f"{i}/4", *options)
-    shards = [str(shard_path(tmp_path / "b.beton", i, 4)) for i in (2, 1, 3, 4)]
-    assert all("shard-" in Path(path).name for path in shards)
-    with pytest.raises(UserError, match="missing parts of 4: 2"):
-        build_dataset.main(["merge", *shards[1:], "--out", f"{tmp_path}/b.beton"])
-    with pytest.raises(UserError, match="given twice"):
-        build_dataset.main(["merge", *shards, shards[0], "--out", f"{tmp_path}/b.beton"])
-    build_dataset.main(["merge", *shards, "--out", f"{tmp_path}/b.beton"])
-    assert Beton(tmp_path / "b.beton").index.tolist() == list(
-        range(30 if on_error == "stop" else 28)
-    )
-    assert same(tmp_path, "a.beton", "b.beton")
-
-
-def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
-    """Merging parts of two data sets would give a third that nobody asked for."""
-    root = fill(tmp_path / "in", "a.jpg", "b.jpg", "c.jpg")
-    run("folder", root, tmp_path / "o.beton", "--shard", "1/2")
-    run("folder", root, tmp_path / "o.beton", "--shard", "2/2", "--store", "raw")
-    paths = [shard_path(tmp_path / "o.beton", i, 2) for i in (1, 2)]
-    with pytest.raises(UserError, match="another data set or options"):
-        merge_job(paths)
-    run("folder", root, tmp_path / "whole.beton")
-    with pytest.raises(UserError, match="without --shard"):
-        merge_job([tmp_path / "whole.beton"])
-    with pytest.raises(UserError, match="--shard 1/4: empty"):
-        run("folder", root, tmp_path / "x.beton", "--shard", "1/4")
-
-
-def test_parts_packed_with_and_without_skipping(tmp_path: Path) -> None:
-    """The usual end of an array of tasks: one part has a bad image and is packed again."""
-    root = images(tmp_path / "in", 9)
-    (root / "0000.jpg").write_bytes(b"")
-    for part, on_error in (("1/3", "skip"), ("2/3", "stop"), ("3/3", "stop")):
-        run("folder", root, tmp_path / "o.beton", "--shard", part, "--on-error", on_error)
-    parts = [str(shard_path(tmp_path / "o.beton", i, 3)) for i in (3, 1, 2)]
-    build_dataset.main(["merge", *parts, "--out", f"{tmp_path}/o.beton"])
-    run("folder", root, tmp_path / "once.beton", "--on-error", "skip")
-    assert same(tmp_path, "o.beton", "once.beton")
-
-
-def test_a_part_that_has_changed(tmp_path: Path) -> None:
-    """A bit that flips on its way from a machine to another must not get into the whole."""
-    root = fill(tmp_path / "in", "a.jpg", "b.jpg")
-    paths = [shard_path(tmp_path / "o.beton", i, 2) for i in (1, 2)]
-    for i in (1, 2):
-        run("folder", root, tmp_path / "o.beton", "--shard", f"{i}/2")
-    pointer = int(Beton(paths[1]).records[0, 0])
-    with paths[1].open("r+b") as file:
-        file.seek(pointer + 50)
-        file.write(b"\x77")
-    with pytest.raises(UserError, match=r"b\.jpg: its bytes in .*2-of-2\.beton have changed"):
-        pack(merge_job(paths), tmp_path / "o.beton")
 
 
 # --- storage -------------------------------------------------------------------------------------
 
 
 def test_stores(tmp_path: Path) -> None:
-    """Each store: what it keeps, scales and encodes, and what the manifest says of it."""
+    """The images that each store keeps, scales and encodes, and their manifest."""
     root = tmp_path / "in"
     save(root / "a.jpg", picture(48, 64), quality=95)
     save(root / "b.jpg", picture(200, 300), quality=95)
@@ -442,16 +373,16 @@ def test_stores(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--max-side 64", "--max-side does not go with --store original"),
-        ("--quality 64", "--quality does not go with --store original"),
-        ("--store auto", "--store auto and --budget go together"),
-        ("--budget 1GB", "--store auto and --budget go together"),
+        ("--max-side 64", "--max-side cannot be used with --store original"),
+        ("--quality 64", "--quality cannot be used with --store original"),
+        ("--store auto", "--store auto and --budget need each other"),
+        ("--budget 1GB", "--store auto and --budget need each other"),
         ("--store auto --budget 1GB --max-side 5", "it chooses the side"),
-        ("--store auto --budget 1kB", "--budget: even at 128 pixels 3 images come to"),
+        ("--store auto --budget 1kB", "--budget: 3 images of 128 pixels still take"),
     ],
 )
 def test_options_that_contradict(tmp_path: Path, options: str, message: str) -> None:
-    """Ignored, they would give another beton than the user believes."""
+    """If they were ignored, the beton would differ from what the user expects."""
     fill(tmp_path / "in", "a.jpg", "b.jpg", "c.jpg")
     with pytest.raises(UserError) as error:
         run("folder", tmp_path / "in", tmp_path / "o.beton", *options.split())
@@ -459,7 +390,7 @@ def test_options_that_contradict(tmp_path: Path, options: str, message: str) -> 
 
 
 def test_a_budget_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The estimate decides what is stored: it must hold, and not waste half the space."""
+    """The estimate decides the storage: the beton must fit, and not waste half the space."""
     root = tmp_path / "in"
     rng = np.random.default_rng(0)
     from PIL import Image

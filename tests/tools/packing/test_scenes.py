@@ -20,7 +20,7 @@ from tools.packing import scenes
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**64), index=st.integers(0, 2**40))
 def test_a_scene_depends_on_seed_and_index_alone(seed: int, index: int) -> None:
-    """Otherwise the demo's figures change with the thread count or the number of scenes."""
+    """Otherwise the demo's scores would change with the thread count or the number of scenes."""
     image, labels = scenes.scene(seed, index)
     again, labels_again = scenes.scene(seed, index)
     np.testing.assert_array_equal(image, again)
@@ -44,7 +44,7 @@ def test_every_class_and_both_formats_occur() -> None:
 
 
 def test_colour_alone_does_not_tell_the_classes_apart() -> None:
-    """If it did, the demo would show nothing: an untrained network groups by colour already."""
+    """If it did, the demo would prove nothing: an untrained network already groups by colour."""
     means: dict[int, list[np.ndarray]] = {}
     for index in range(60):
         image, labels = scenes.scene(1, index)
@@ -60,7 +60,7 @@ def test_colour_alone_does_not_tell_the_classes_apart() -> None:
 
 
 def test_the_sample_set_on_disk(tmp_path: Path) -> None:
-    """Evaluation finds a label map by the image's name; that of a photograph is all void."""
+    """Evaluation finds a label map by the image's name. A photograph's label map is all void."""
     out = tmp_path / "s.beton"
     arguments = ["sample", "--out", str(out), "--count", "6", "--val-count", "2", "--workers", "2"]
     build_dataset.main(arguments)
@@ -90,7 +90,7 @@ def test_the_sample_set_on_disk(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
-    """People make the folder first."""
+    """Users often create the folder first."""
     (tmp_path / "mine").mkdir()
     scenes.write(tmp_path / "mine", 1, 1, 0, 1, force=False)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
@@ -102,7 +102,7 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
 
 
 def test_a_set_that_is_there_is_used(tmp_path: Path) -> None:
-    """Packing that was killed after the scenes were made goes on by the same command."""
+    """If packing is killed after the scenes are written, the same command uses them."""
     root = tmp_path / "mine"
     scenes.write(root, 2, 1, 0, 1, force=False)
     made = (root / "classes.json").stat().st_ino
@@ -113,7 +113,7 @@ def test_a_set_that_is_there_is_used(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_users_is_not_replaced(tmp_path: Path) -> None:
-    """--force with a wrong --root would delete someone's data."""
+    """--force with a wrong --root must not delete the user's data."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     for force in (False, True):
