@@ -22,8 +22,8 @@ from tools.report.results import (
     read_run,
     slot_values,
 )
-from train.metrics import duration
 from train.run.cli import CommandParser, check_writable, run
+from train.run.log import duration
 from train.run.provenance import write_bytes
 
 EXAMPLES = """examples:

@@ -31,12 +31,12 @@ def separable_run(beton: Path, folder: Path, name: str = "run") -> RunConfig:
     return replace(config, model=replace(config.model, group_loss_weight=1.0))
 
 
-def freeze(run: Trainer) -> Trainer:
+def freeze(training: Trainer) -> Trainer:
     """Normalise by running statistics, which do not depend on what else is in a batch."""
-    for module in run.slotcon.modules():
+    for module in training.slotcon.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
             module.eval()
-    return run
+    return training
 
 
 def make(
@@ -51,16 +51,16 @@ def fingerprints(batch: Batch) -> list[tuple[int, float]]:
     return list(zip(batch.index.tolist(), sums, strict=True))
 
 
-def watch(run: Trainer) -> Seen:
+def watch(training: Trainer) -> Seen:
     """What the steps of `run` will see."""
-    epoch, seen = run.loader.epoch, Seen()
+    epoch, seen = training.loader.epoch, Seen()
 
     def watched(number: int, start: int = 0) -> Iterator[Batch]:
         for step, batch in enumerate(epoch(number, start), start):
-            seen[number * run.loader.steps_per_epoch + step] = fingerprints(batch)
+            seen[number * training.loader.steps_per_epoch + step] = fingerprints(batch)
             yield batch
 
-    run.loader.epoch = watched  # type: ignore[method-assign]
+    training.loader.epoch = watched  # type: ignore[method-assign]
     return seen
 
 
@@ -125,16 +125,15 @@ def _run(rank: int, port: int, fault: str, command: list[str], errors: Path) -> 
         checkpoint._flush = partial(_slowly, checkpoint._flush)
     train_step = Trainer._train_step
 
-    def logging(run: Trainer, batches: Iterator[Batch]) -> None:
-        freeze(run)
+    def logging(training: Trainer, batches: Iterator[Batch]) -> None:
+        freeze(training)
         batch = next(batches)
-        with Path(f"{run.run_dir}.rank{rank}").open("a") as file:
+        with Path(f"{training.run.folder}.rank{rank}").open("a") as file:
             for index, total in fingerprints(batch):
-                file.write(f"{run.step} {index} {total!r}\n")
-        train_step(run, iter([batch]))
+                file.write(f"{training.run.step} {index} {total!r}\n")
+        train_step(training, iter([batch]))
 
     Trainer._train_step = logging  # type: ignore[method-assign]
-    pretrain._FIRST = rank == 0
     pretrain.main()
 
 

@@ -16,9 +16,10 @@ from tests.helpers.host_sync import host_syncs
 from tests.helpers.tiny_slotcon import IMAGES, tiny_batch, tiny_model
 from tests.helpers.training import run_dir, small_beton, small_run, trainer
 from train.config import RunConfig
-from train.health import CollapseAlarm, Collapsed, near_duplicates, usage_entropy
+from train.health import CollapseAlarm, near_duplicates, usage_entropy
 from train.metrics import STATS, Meter
 from train.run import checkpoint
+from train.run.ends import Collapsed
 
 HEALTHY = {"active_slots": 4.0, "usage_entropy": 0.9, "grouping_12": 3.0, "grouping_21": 3.1}
 FEW_SLOTS = HEALTHY | {"active_slots": 1.4}

@@ -65,6 +65,6 @@ def test_run_grows_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.Monke
     parted = replace(config, name="parted")
     trainer(replace(parted, train=replace(parted.train, max_steps=3))).train()
     resumed: Trainer = trainer(parted, "auto")
-    assert resumed.step == 3
+    assert resumed.run.step == 3
     resumed.train()
     assert_same_tensors(*(run_dir(c) / "checkpoints" / "step_10" for c in (config, parted)))

@@ -26,8 +26,10 @@ from tests.helpers.training import (
     with_accumulation,
 )
 from train.config import RunConfig, load_config
-from train.metrics import Diverged, Meter
+from train.metrics import Meter
+from train.pretrained import load_model
 from train.run import checkpoint
+from train.run.ends import Diverged
 from train.trainer import Trainer
 
 METERED = (
@@ -104,7 +106,7 @@ def test_training_learns(whole: RunConfig) -> None:
     """The loss must fall: a trainer that never steps the optimiser passes most other tests."""
     losses = [line["loss"] for line in curve(whole)]
     assert losses[-1] < losses[0]
-    model, _ = checkpoint.load_model(run_dir(whole))
+    model, _ = load_model(run_dir(whole))
     student, teacher = model.student.state_dict(), model.teacher.state_dict()
     moved = [name for name in student if not torch.equal(student[name], teacher[name])]
     assert len(moved) > len(student) / 2  # the teacher lags behind
@@ -149,7 +151,7 @@ def test_two_processes(beton: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "2 x cpu" in ended.stdout and ended.stdout.count("step 3/3") == 1
     ranks = [torch.load(tmp_path / f"run.rank{rank}", weights_only=True) for rank in (0, 1)]
-    model, _ = checkpoint.load_model(run_dir(config))
+    model, _ = load_model(run_dir(config))
     parameters = dict(model.named_parameters())
     for name, value in parameters.items():
         assert torch.equal(ranks[0][name], ranks[1][name]) and torch.equal(ranks[0][name], value)
@@ -223,12 +225,12 @@ def test_divergence_stops_before_a_checkpoint(beton: Path, tmp_path: Path) -> No
 def test_infinite_weights_are_never_saved(whole: RunConfig, tmp_path: Path) -> None:
     """The loss of a step is that before its update, so a finite loss does not yet mean finite
     weights."""
-    run = trainer(replace(whole, log=replace(whole.log, dir=str(tmp_path))))
+    training = trainer(replace(whole, log=replace(whole.log, dir=str(tmp_path))))
     with torch.no_grad():
-        run.slotcon.student.grouping.prototypes[0, 0] = torch.inf
+        training.slotcon.student.grouping.prototypes[0, 0] = torch.inf
     with pytest.raises(Diverged, match="a weight is not finite"):
-        run._checkpoint()
-    assert checkpoint.latest(run.run_dir) is None
+        training._checkpoint()
+    assert checkpoint.latest(training.run.folder) is None
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_resume_keeps_the_data(whole: RunConfig, tmp_path: Path) -> None:
     """Other images under the same name: positions and indices would mean something else."""
     other = write_beton(tmp_path / "other.beton", varied(23))
     config = replace(whole, data=replace(whole.data, path=str(other)))
-    with pytest.raises(UserError, match=r"data.path: .* is not what .* was trained on"):
+    with pytest.raises(UserError, match=r"data.path: .* is not the data of "):
         trainer(config, "auto")
 
 
@@ -270,9 +272,9 @@ def test_checkpoints_are_not_overwritten(whole: RunConfig, beton: Path, tmp_path
 def test_a_new_run_may_start_from_another_ones_checkpoint(whole: RunConfig, tmp_path: Path) -> None:
     """--resume PATH with a new name repeats the steps after that checkpoint, exactly."""
     config = replace(whole, log=replace(whole.log, dir=str(tmp_path)))
-    run = trainer(config, str(run_dir(whole) / "checkpoints" / "step_8"))
-    assert run.step == 8
-    run.train()
+    training = trainer(config, str(run_dir(whole) / "checkpoints" / "step_8"))
+    assert training.run.step == 8
+    training.train()
     assert curve(config) == curve(whole)[-2:]
 
 
@@ -302,9 +304,9 @@ def test_bf16_trains(beton: Path, tmp_path: Path) -> None:
     """Autocast must reach the whole step, and weights must stay float32."""
     config = small_run(beton, tmp_path, max_steps=2)
     config = replace(config, efficiency=replace(config.efficiency, precision="bf16"))
-    run: Trainer = trainer(config)
-    run.train()
-    assert all(p.dtype == torch.float32 for p in run.slotcon.parameters())
+    training: Trainer = trainer(config)
+    training.train()
+    assert all(p.dtype == torch.float32 for p in training.slotcon.parameters())
     assert np.isfinite(curve(config)[0]["loss"])
 
 
@@ -338,9 +340,9 @@ def test_corrupt_image_stops_the_run_or_is_replaced(
     with pytest.raises(UserError, match="record 3: not a JPEG"):
         trainer(replace(config, train=replace(config.train, max_steps=10))).train()
     data = replace(config.data, on_corrupt="replace")
-    run = trainer(replace(config, name="replace", data=data))
-    run.train()
-    assert run.step == 5
+    training = trainer(replace(config, name="replace", data=data))
+    training.train()
+    assert training.run.step == 5
     assert curve(replace(config, name="replace"))[-1]["replaced"] == 1
     assert "record 3: not a JPEG" in capfd.readouterr().err
 
@@ -358,9 +360,9 @@ def test_a_variant_trains_and_resumes(beton: Path, tmp_path: Path) -> None:
     """Its term must reach the log, its predictor the checkpoint, and both come back."""
     config = variants(beton, tmp_path, max_steps=2)
     trainer(replace(config, train=replace(config.train, max_steps=1))).train()
-    before, _ = checkpoint.load_model(run_dir(config))
+    before, _ = load_model(run_dir(config))
     trainer(config, "auto").train()
-    after, found = checkpoint.load_model(run_dir(config))
+    after, found = load_model(run_dir(config))
     assert found == config
     assert before.image_predictor and after.image_predictor
     weights = [list(model.image_predictor.parameters()) for model in (before, after)]

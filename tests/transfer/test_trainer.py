@@ -28,13 +28,14 @@ from tests.helpers.tiny_task import (
     tiny_config,
     trainer,
 )
-from train.metrics import Diverged
 from train.run import checkpoint
-from train.run.signals import Stopped, StopSignals
+from train.run.ends import Diverged, Stopped
+from train.run.signals import StopSignals
+from train.run.watchdog import Watchdog
 from transfer import statistics
 from transfer.command import settings_of
 from transfer.examples import Order, generator
-from transfer.scoring import evaluation, place, watchdog
+from transfer.scoring import beat_in_forward, evaluation, place
 from transfer.task import Row
 
 
@@ -148,7 +149,8 @@ def test_norms_are_of_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_forward_is_a_sign_of_life(tmp_path: Path) -> None:
     """An evaluation of hours must not be taken for a hang."""
     model = TinyTask(tiny_config(tmp_path)).model
-    watching = watchdog(model, "run")
+    watching = Watchdog(600, "run")
+    beat_in_forward(model, watching)
     batch = {"image": torch.zeros(2, 3, 8, 8), "label": torch.zeros(2, dtype=torch.int64)}
     for mode in (True, False):
         watching._waited = 1.0

@@ -27,7 +27,7 @@ from pipeline.views import ViewConfig, ViewParams, sample_views
 from pipeline.views_array import sample_views_numpy, sample_views_torch
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
-from train.metrics import Stopwatch
+from train.run.log import Stopwatch
 
 if TYPE_CHECKING:
     from pipeline.beton import Beton

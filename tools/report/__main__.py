@@ -41,8 +41,8 @@ from tools.report.results import (
     slot_values,
     wait_share,
 )
-from train.metrics import duration
 from train.run.cli import CommandParser, check_writable, run
+from train.run.log import duration
 from train.run.provenance import write_bytes
 
 EXAMPLES = """examples:

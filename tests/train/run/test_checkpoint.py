@@ -12,6 +12,7 @@ from model import SlotCon
 from pipeline.errors import UserError
 from tests.helpers.training import run_dir, small_beton, small_run, trainer
 from train.config import RunConfig, to_dict
+from train.pretrained import load_model
 from train.run import checkpoint
 
 
@@ -34,7 +35,7 @@ def test_model_loads_from_every_name_it_has(run: RunConfig) -> None:
     """Users give whichever path they see: the step, the link, or the run; a relative one too."""
     folder = run_dir(run)
     models = [
-        checkpoint.load_model(path)
+        load_model(path)
         for path in (folder, folder / "checkpoints" / "latest", folder / "checkpoints" / "step_1")
     ]
     for model, config in models:
@@ -88,7 +89,7 @@ def test_failure_while_saving_leaves_the_old_ones(
         continued.train()
     assert not list((copy / "checkpoints").glob("*.partial"))
     assert (copy / "checkpoints" / "latest").resolve().name == "step_1"
-    assert checkpoint.load_model(copy)[1] == run
+    assert load_model(copy)[1] == run
 
 
 def test_a_damaged_newest_checkpoint_is_made_again(run: RunConfig, copy: Path) -> None:
@@ -98,7 +99,7 @@ def test_a_damaged_newest_checkpoint_is_made_again(run: RunConfig, copy: Path) -
     trainer(config, "auto").train()
     (copy / "checkpoints" / "step_2" / "run.json").unlink()
     trainer(config, "auto").train()
-    assert checkpoint.load_model(copy / "checkpoints" / "step_2")[1] == config
+    assert load_model(copy / "checkpoints" / "step_2")[1] == config
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
@@ -107,7 +108,7 @@ def test_damage_is_one_line(copy: Path, name: str) -> None:
     file = copy / "checkpoints" / "step_1" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=f"{name}: damaged") as refused:
-        checkpoint.load_model(copy)
+        load_model(copy)
     assert "\n" not in str(refused.value)
 
 
@@ -128,12 +129,12 @@ def test_missing_weights_and_folders_are_named(copy: Path, tmp_path: Path) -> No
     """The three ways in which there is nothing to load."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no whole checkpoint"):
-        checkpoint.load_model(tmp_path / "empty")
+        load_model(tmp_path / "empty")
     with pytest.raises(UserError, match="no such checkpoint or run folder"):
-        checkpoint.load_model(tmp_path / "nothing")
+        load_model(tmp_path / "nothing")
     (copy / "checkpoints" / "step_1" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
-        checkpoint.load_model(copy)
+        load_model(copy)
 
 
 @pytest.mark.parametrize(
@@ -154,4 +155,4 @@ def test_weights_that_do_not_fit_are_refused(
     record["config"]["model"][key] = value
     file.write_text(json.dumps(record))
     with pytest.raises(UserError, match=says):
-        checkpoint.load_model(copy)
+        load_model(copy)

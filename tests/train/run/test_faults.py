@@ -3,6 +3,7 @@ limit and without losing more than the steps since the last checkpoint, or in no
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -26,9 +27,11 @@ from tests import ROOT
 from tests.helpers.faulty import Pair, at_micro_batch, make, separable_run, watch
 from tests.helpers.training import TIMES, assert_same_tensors, run_dir, small_beton, tensors
 from train.config import RunConfig
-from train.metrics import Diverged, Meter
+from train.metrics import Meter
+from train.pretrained import load_model
 from train.run import checkpoint
-from train.run.signals import Stopped, StopSignals
+from train.run.ends import Diverged, Stopped
+from train.run.signals import StopSignals
 from train.run.watchdog import Watchdog
 from train.trainer import Trainer
 
@@ -53,9 +56,9 @@ def whole(
     """A run of 10 steps to which nothing happens: checkpoints at 4, 8, 10, log lines every 3."""
     config = separable_run(beton, tmp_path_factory.mktemp("whole"))
     config = replace(config, log=replace(config.log, keep=3))
-    run = make(config)
-    watched = watch(run)
-    run.train()
+    training = make(config)
+    watched = watch(training)
+    training.train()
     seen.update(watched)
     return config
 
@@ -81,9 +84,9 @@ def copied(whole: RunConfig, config: RunConfig) -> RunConfig:
 
 def impatient(config: RunConfig, seconds: float) -> Trainer:
     """A run that waits that long for disk and trackers, and whose watchdog leaves pytest alone."""
-    run = make(with_log(config, timeout_minutes=seconds / 60))
-    run.watchdog = Watchdog(600, "")
-    return run
+    training = make(with_log(config, timeout_minutes=seconds / 60))
+    training.run.watchdog = Watchdog(600, "")
+    return training
 
 
 def with_log(config: RunConfig, **changes: Any) -> RunConfig:
@@ -185,9 +188,9 @@ def test_another_number_of_processes_goes_on_with_the_same_steps(
         for line in Path(f"{run_dir(config)}.rank{rank}").read_text().splitlines():
             step, index, total = line.split()
             met.setdefault(int(step), []).append((int(index), float(total)))
-    run = make(config, "auto")
-    later = watch(run)
-    run.train()
+    training = make(config, "auto")
+    later = watch(training)
+    training.train()
     assert set(met) == {3, 4, 5} and set(later) == {6, 7, 8, 9}
     for step, images in {**met, **later}.items():
         assert sorted(images) == sorted(seen[step])
@@ -202,9 +205,9 @@ def test_another_number_of_processes_goes_on_with_the_same_steps(
 # ---- divergence ----
 
 
-def poison(run: Trainer) -> None:
+def poison(training: Trainer) -> None:
     with torch.no_grad():
-        run.slotcon.student.grouping.prototypes[0, 0] = torch.nan
+        training.slotcon.student.grouping.prototypes[0, 0] = torch.nan
 
 
 def test_rolling_back_once_repeats_the_steps(
@@ -215,42 +218,42 @@ def test_rolling_back_once_repeats_the_steps(
 ) -> None:
     """A bit that flips must cost the steps since the last checkpoint and nothing else: no line
     twice, no momentum left over."""
-    run = make(with_log(config, on_divergence="roll_back"))
+    training = make(with_log(config, on_divergence="roll_back"))
     with monkeypatch.context() as patch:
-        patch.setattr(Meter, "add", at_micro_batch(6, lambda: poison(run)))
-        run.train()
+        patch.setattr(Meter, "add", at_micro_batch(6, lambda: poison(training)))
+        training.train()
     assert_same_end(config, whole)
     said = [line for line in capsys.readouterr().err.splitlines() if "roll-back" in line]
-    assert len(said) == 1 and "going on from there (roll-back 1)" in said[0] and "step_4" in said[0]
+    assert len(said) == 1 and re.search(r"resuming from .*step_4 \(roll-back 1\)", said[0])
 
 
 def test_rolling_back_in_vain_ends(
     copied: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What diverges at the same place each time would otherwise burn a machine for ever."""
-    run = make(with_log(copied, on_divergence="roll_back"), "auto")
+    training = make(with_log(copied, on_divergence="roll_back"), "auto")
     add = Meter.add
 
     def poisoned(meter: Meter, *output: Any) -> None:
         add(meter, *output)
-        poison(run)
+        poison(training)
 
     monkeypatch.setattr(Meter, "add", poisoned)
-    with pytest.raises(Diverged, match=r"last good .*step_8; rolled back 3 times in vain"):
-        run.train()
+    with pytest.raises(Diverged, match=r"rolled back 3 times in vain; last good .*step_8"):
+        training.train()
     assert capsys.readouterr().err.count("warning") == 3 and newest(copied).name == "step_8"
 
 
 def test_overflow_storms_are_told_from_the_search_for_a_scale(copied: RunConfig) -> None:
     """fp16's first steps overflow until the loss scale fits; a run that never steps again must not
     go on for days."""
-    run = make(copied, "auto")
+    training = make(copied, "auto")
     for steps, skipped in ((5, 5), (1, 1), (10, 9), (10, 10), (9, 9)):
-        run._check_overflows(steps, skipped)
+        training.run.check_overflows(steps, skipped)
     with pytest.raises(Diverged, match="all of the last 20 steps overflow"):
-        run._check_overflows(1, 1)
-    reading = Meter(run.accelerator, (), 3, torch.tensor(7)).read(2)
-    assert (reading.skipped, reading.end) == (7, 2)
+        training.run.check_overflows(1, 1)
+    reading = Meter(training.accelerator, (), 3, torch.tensor(7)).read(2)
+    assert (reading.skipped, reading.reason) == (7, 2)
 
 
 # ---- checkpoints ----
@@ -339,10 +342,10 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     """A power cut must not end a run that has an older checkpoint; nor may it go on unsaid, or the
     damaged one count among those that are kept."""
     damage(run_dir(copied) / "checkpoints" / "step_8" / name)
-    run = make(copied, "auto")
+    training = make(copied, "auto")
     said = capsys.readouterr().err
-    assert run.step == 4 and said.count("warning") == 1 and len(said.splitlines()) == 1
-    assert "step_8" in said and name in said and "going on from " in said and "step_4" in said
+    assert training.run.step == 4 and said.count("warning") == 1 and len(said.splitlines()) == 1
+    assert "step_8" in said and name in said and "resuming from " in said and "step_4" in said
     assert newest(copied).name == "step_4"
     assert (run_dir(copied) / "checkpoints" / "latest").resolve().name == "step_4"
 
@@ -385,7 +388,7 @@ def test_a_full_disk_is_one_line(whole: RunConfig, small_disk: Path) -> None:
     assert "\n" not in str(full.value) and "last good checkpoint: " in str(full.value)
     assert not list(run_dir(config).glob("checkpoints/*.partial"))
     if found := checkpoint.latest(run_dir(config)):
-        assert found.name == "step_2" and checkpoint.load_model(found)
+        assert found.name == "step_2" and load_model(found)
 
 
 def test_a_disk_that_hangs_is_one_line(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
