@@ -22,17 +22,17 @@ from train.run.signals import StopSignals
 from train.trainer import Trainer
 
 Seen = dict[int, list[tuple[int, float]]]
-"""For each step the images of a process: number and sum of the views."""
+"""For each step the images of a process: index and sum of the views."""
 
 
 def separable_run(beton: Path, folder: Path, name: str = "run") -> RunConfig:
-    """A run whose gradient is the mean of its processes' gradients, together with `freeze`."""
+    """With `freeze`, a run whose gradient is the mean of its processes' gradients."""
     config = small_run(beton, folder, name)
     return replace(config, model=replace(config.model, group_loss_weight=1.0))
 
 
 def freeze(training: Trainer) -> Trainer:
-    """Normalise by running statistics, which do not depend on what else is in a batch."""
+    """Normalise by running statistics, which do not depend on the other images of a batch."""
     for module in training.slotcon.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
             module.eval()
@@ -46,13 +46,13 @@ def make(
 
 
 def fingerprints(batch: Batch) -> list[tuple[int, float]]:
-    """Number and sum of the views, for each image."""
+    """Index and sum of the views of each image."""
     sums = batch.views.double().sum(dim=(0, 2, 3, 4)).tolist()
     return list(zip(batch.index.tolist(), sums, strict=True))
 
 
 def watch(training: Trainer) -> Seen:
-    """What the steps of `run` will see."""
+    """The images that the steps of `training` will read, filled in as it trains."""
     epoch, seen = training.loader.epoch, Seen()
 
     def watched(number: int, start: int = 0) -> Iterator[Batch]:
@@ -65,7 +65,7 @@ def watch(training: Trainer) -> Seen:
 
 
 def at_micro_batch(count: int, act: Callable[[], None]) -> Callable[..., None]:
-    """A Meter.add that calls `act` once, after that many micro-batches of this process."""
+    """A Meter.add that calls `act` once, after `count` micro-batches of this process."""
     add, done = metrics.Meter.add, []
 
     def counting(meter: metrics.Meter, *output: object) -> None:
@@ -78,9 +78,9 @@ def at_micro_batch(count: int, act: Callable[[], None]) -> Callable[..., None]:
 
 
 class Pair:
-    """Two processes of a run without a launcher, so that nobody cleans up after them. `fault` is
-    "SIGNAL:N": what the second sends itself after N micro-batches. The first, which writes, has a
-    slow disk. Each lists the images of its steps in RUN.rank0 or RUN.rank1, beside the folder RUN.
+    """Two processes of a run without a launcher that cleans up after them. `fault` is "SIGNAL:N":
+    the second sends itself this signal after N micro-batches. The first one writes checkpoints, to
+    a slow disk. They list the images of their steps in RUN.rank0 and RUN.rank1, beside RUN.
     """
 
     def __init__(self, config: RunConfig, fault: str, *options: str) -> None:
@@ -89,7 +89,7 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("forkserver")  # which imports everything once
+        context = multiprocessing.get_context("forkserver")  # it imports everything once
         context.set_forkserver_preload(["tests.helpers.faulty"])
         self.errors = [Path(f"{run_dir(config)}.stderr{rank}") for rank in (0, 1)]
         command = ["train.pretrain", "--config", str(file), *options]
@@ -101,7 +101,7 @@ class Pair:
             process.start()
 
     def end(self, rank: int) -> tuple[int | None, str]:
-        """Wait for the end of one; its exit code and what it said on stderr."""
+        """Wait for the end of one process; its exit code and its stderr."""
         self.processes[rank].join(120)
         return self.processes[rank].exitcode, self.errors[rank].read_text()
 
@@ -138,6 +138,6 @@ def _run(rank: int, port: int, fault: str, command: list[str], errors: Path) -> 
 
 
 def _slowly(flush: Callable[[Path], None], path: Path) -> None:
-    """A disk for which the other process has to wait."""
+    """A slow disk: the other process has to wait."""
     time.sleep(0.2)
     flush(path)

@@ -140,7 +140,7 @@ def set_aside(checkpoint: Path) -> Path:
     return aside
 
 
-class Writer:
+class Writer(Background):
     """Writes checkpoints on a thread, from a copy of the tensors, while training continues.
 
     The copy takes as much host memory as the checkpoint (pinned, for a GPU's tensors), and is
@@ -148,8 +148,8 @@ class Writer:
     """
 
     def __init__(self, run_dir: Path, retention: Retention, timeout_s: float) -> None:
+        super().__init__(f"{run_dir / 'checkpoints'}: writing", timeout_s)
         self._run_dir, self._retention = run_dir, retention
-        self._thread = Background(f"{run_dir / 'checkpoints'}: writing", timeout_s)
         self._copies: list[Tensor] = []
 
     def save(
@@ -159,26 +159,14 @@ class Writer:
 
         Waits for the checkpoint before this one. Raises UserError if that one failed.
         """
-        self._thread.wait()
+        self.wait()
         state = {
             _MODEL: model.state_dict(),
             _OPTIMIZER: optimizer.state_dict(),
             _SCALER: scaler and scaler.state_dict(),
         }
         copy = self._copy(state)
-        self._thread.submit(lambda: write(self._run_dir, record, copy, self._retention))
-
-    def problem(self) -> Exception | None:
-        """Why writing has failed, or None."""
-        return self._thread.problem()
-
-    def wait(self) -> None:
-        """Return when all is written. Raises UserError."""
-        self._thread.wait()
-
-    def close(self) -> None:
-        """End the thread when it is done."""
-        self._thread.close()
+        self.submit(lambda: write(self._run_dir, record, copy, self._retention))
 
     def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
         leaves, structure = _pytree.tree_flatten(state)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -27,27 +27,6 @@ from train.run.watchdog import Watchdog
 _STORM = 20  # steps in a row that fp16 skips before loss scaling counts as failed
 
 
-class _Log(Protocol):
-    @property
-    def dir(self) -> str: ...
-
-
-class _Efficiency(Protocol):
-    @property
-    def precision(self) -> str: ...
-
-
-class Configuration(Protocol):
-    """What every configuration of a run has."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def log(self) -> _Log: ...
-    @property
-    def efficiency(self) -> _Efficiency: ...
-
-
 class Run:
     """One run in its folder, on this process.
 
@@ -57,7 +36,7 @@ class Run:
 
     def __init__(
         self,
-        config: Configuration,
+        config: Any,
         settings: Settings[Any],
         resume: str | None,
         signals: StopSignals | None,
@@ -67,8 +46,9 @@ class Run:
     ) -> None:
         """Find the checkpoints to resume from, join the other processes, lock the folder.
 
-        `resume`: None (a new run), "auto" or the path of a checkpoint or run. `timeout_minutes`:
-        how long to wait for the others, the disk and the `trackers`. Raises UserError.
+        `config`: read by `settings`, with `name`, `log.dir` and `efficiency.precision`. `resume`:
+        None (a new run), "auto" or the path of a checkpoint or run. `timeout_minutes`: how long to
+        wait for other processes, the disk and the `trackers`. Raises UserError.
         """
         self._config, self._patience_s = config, 60 * timeout_minutes
         self.folder = Path(config.log.dir) / config.name

@@ -1,5 +1,5 @@
-"""What goes wrong in a run of days, injected: each fault must end in a clear line, within a time
-limit and without losing more than the steps since the last checkpoint, or in no fault at all."""
+"""Faults of a run of days, injected. The run must survive the fault, or end with a clear line,
+within a time limit, and lose no more than the steps since the last checkpoint."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen() -> dict[int, list[tuple[int, float]]]:
-    """What the steps of `whole` saw."""
+    """The images that the steps of `whole` have read."""
     return {}
 
 
@@ -53,7 +53,7 @@ def whole(
     seen: dict[int, list[tuple[int, float]]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> RunConfig:
-    """A run of 10 steps to which nothing happens: checkpoints at 4, 8, 10, log lines every 3."""
+    """A run of 10 steps without a fault: checkpoints at 4, 8, 10, log lines every 3 steps."""
     config = separable_run(beton, tmp_path_factory.mktemp("whole"))
     config = replace(config, log=replace(config.log, keep=3))
     training = make(config)
@@ -65,25 +65,25 @@ def whole(
 
 @pytest.fixture
 def config(whole: RunConfig, tmp_path: Path) -> RunConfig:
-    """The same, elsewhere."""
+    """The same configuration in another folder."""
     return replace(whole, log=replace(whole.log, dir=str(tmp_path)))
 
 
 def share(source: str, target: str) -> None:
-    """Copy a file, but for those of a checkpoint, which are large and never written again."""
+    """Copy a file. Link the files of a checkpoint, which are large and never written again."""
     (os.link if "checkpoints" in source else shutil.copy)(source, target)
 
 
 @pytest.fixture
 def copied(whole: RunConfig, config: RunConfig) -> RunConfig:
-    """The same, up to step 8, in a copy."""
+    """A copy of `whole` up to step 8."""
     shutil.copytree(run_dir(whole), run_dir(config), symlinks=True, copy_function=share)
     shutil.rmtree(run_dir(config) / "checkpoints" / "step_10")
     return config
 
 
 def impatient(config: RunConfig, seconds: float) -> Trainer:
-    """A run that waits that long for disk and trackers, and whose watchdog leaves pytest alone."""
+    """A run that waits so long for disk and trackers. Its watchdog does not end pytest."""
     training = make(with_log(config, timeout_minutes=seconds / 60))
     training.run.watchdog = Watchdog(600, "")
     return training
@@ -109,7 +109,7 @@ def newest(config: RunConfig) -> Path:
 
 
 def run_code(code: str) -> "subprocess.CompletedProcess[str]":
-    """In a process of its own, to its end."""
+    """Run `code` in a new process until it ends."""
     return subprocess.run(
         [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT
     )
@@ -121,14 +121,14 @@ def assert_same_end(one: RunConfig, other: RunConfig) -> None:
     assert_same_tensors(newest(one), newest(other))
 
 
-# ---- being told to stop ----
+# ---- signals to stop ----
 
 
 def test_a_signal_leaves_a_checkpoint_and_costs_nothing(
     whole: RunConfig, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A scheduler that takes the machine back must not cost the steps since the last checkpoint,
-    nor change a bit of the curve: steps 2 and 3 share a log line across the interruption."""
+    """A scheduler takes the machine away. No step may be lost and no bit of the curve may change:
+    steps 2 and 3 share a log line across the interruption."""
     before = signal.getsignal(signal.SIGUSR1)
     with monkeypatch.context() as patch:
         send = at_micro_batch(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
@@ -145,7 +145,7 @@ def test_a_signal_leaves_a_checkpoint_and_costs_nothing(
 
 
 def test_a_signal_before_the_first_step_is_remembered(config: RunConfig) -> None:
-    """A requeued job may be taken off again while it still loads its data."""
+    """A requeued job may have to stop again while it still loads its data."""
     signals = StopSignals()
     signals.received = signal.SIGTERM
     with pytest.raises(Stopped, match="stopped by SIGTERM at step 1, which has a checkpoint"):
@@ -154,7 +154,7 @@ def test_a_signal_before_the_first_step_is_remembered(config: RunConfig) -> None
 
 
 def test_a_second_signal_ends_a_process_that_hangs() -> None:
-    """Whoever presses twice means it, and a launcher's echo of the first is no second one."""
+    """A second signal is an order, but a launcher's echo of the first one is not."""
     code = (
         "import os, signal, time\n"
         "from train.run.signals import StopSignals\n"
@@ -172,10 +172,10 @@ def test_a_second_signal_ends_a_process_that_hangs() -> None:
 def test_another_number_of_processes_goes_on_with_the_same_steps(
     whole: RunConfig, config: RunConfig, seen: dict[int, list[tuple[int, float]]]
 ) -> None:
-    """One process, then two, which are told to stop by a signal that only the second gets, then one
-    again: each step must see the images and views that it always sees, and where the loss is a mean
-    over images (no batch statistics, no slots) the run must stay the same up to rounding. A
-    launcher that sees the second end kills the first: the checkpoint must be there by then."""
+    """One process; then two, of which only the second receives a signal to stop; then one again.
+    Each step must see the same images and views as ever. If the loss is a mean over images (no
+    batch statistics, no slots), the run must stay the same up to rounding. A launcher that sees the
+    second process end kills the first: the checkpoint must exist by then."""
     make(with_steps(config, 3)).train()
     two = Pair(config, "SIGTERM:1", "--resume", "auto")
     other = two.end(1)
@@ -216,8 +216,8 @@ def test_rolling_back_once_repeats_the_steps(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A bit that flips must cost the steps since the last checkpoint and nothing else: no line
-    twice, no momentum left over."""
+    """A flipped bit must cost the steps since the last checkpoint and nothing else: no line appears
+    twice, and the old momentum is gone."""
     training = make(with_log(config, on_divergence="roll_back"))
     with monkeypatch.context() as patch:
         patch.setattr(Meter, "add", at_micro_batch(6, lambda: poison(training)))
@@ -230,7 +230,7 @@ def test_rolling_back_once_repeats_the_steps(
 def test_rolling_back_in_vain_ends(
     copied: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What diverges at the same place each time would otherwise burn a machine for ever."""
+    """A run that always diverges at the same step would otherwise never end."""
     training = make(with_log(copied, on_divergence="roll_back"), "auto")
     add = Meter.add
 
@@ -244,9 +244,9 @@ def test_rolling_back_in_vain_ends(
     assert capsys.readouterr().err.count("warning") == 3 and newest(copied).name == "step_8"
 
 
-def test_overflow_storms_are_told_from_the_search_for_a_scale(copied: RunConfig) -> None:
-    """fp16's first steps overflow until the loss scale fits; a run that never steps again must not
-    go on for days."""
+def test_failed_loss_scaling_is_not_the_search_for_a_scale(copied: RunConfig) -> None:
+    """fp16's first steps overflow until the loss scale fits. A run that only skips steps must not
+    continue for days."""
     training = make(copied, "auto")
     for steps, skipped in ((5, 5), (1, 1), (10, 9), (10, 10), (9, 9)):
         training.run.check_overflows(steps, skipped)
@@ -259,19 +259,19 @@ def test_overflow_storms_are_told_from_the_search_for_a_scale(copied: RunConfig)
 # ---- checkpoints ----
 
 
-def test_checkpoints_are_written_while_training_goes_on(
+def test_checkpoints_are_written_while_training_continues(
     whole: RunConfig, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk must not hold up the steps, and later steps must not leak into what is written."""
-    flush, go_on = checkpoint._flush, threading.Event()
+    """The disk must not delay the steps, and later steps must not leak into the checkpoint."""
+    flush, released = checkpoint._flush, threading.Event()
 
     def slow(path: Path) -> None:
-        go_on.wait(60)
+        released.wait(60)
         flush(path)
 
     monkeypatch.setattr(checkpoint, "_flush", slow)
     with monkeypatch.context() as patch:  # two steps after the checkpoint of step 4 was begun
-        patch.setattr(Meter, "add", at_micro_batch(6, go_on.set))
+        patch.setattr(Meter, "add", at_micro_batch(6, released.set))
         make(with_log(with_steps(config, 7), keep=9)).train()
     steps = [run_dir(each) / "checkpoints" / "step_4" for each in (config, whole)]
     assert_same_tensors(*steps)
@@ -291,7 +291,7 @@ def flip(file: Path) -> None:
 
 
 def swap(file: Path) -> None:
-    """The same file of another checkpoint, in itself quite right."""
+    """The same file of another checkpoint, undamaged in itself."""
     file.unlink()
     os.link(file.parent.with_name("step_4") / file.name, file)
 
@@ -339,8 +339,8 @@ def empty_momenta(file: Path) -> None:
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     copied: RunConfig, capsys: pytest.CaptureFixture[str], name: str, damage: Any
 ) -> None:
-    """A power cut must not end a run that has an older checkpoint; nor may it go on unsaid, or the
-    damaged one count among those that are kept."""
+    """A power cut must not end a run that has an older checkpoint. The run must say so, and must
+    not count the damaged one among the checkpoints that it keeps."""
     damage(run_dir(copied) / "checkpoints" / "step_8" / name)
     training = make(copied, "auto")
     said = capsys.readouterr().err
@@ -351,7 +351,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
 
 
 def test_nothing_is_changed_where_every_checkpoint_is_damaged(copied: RunConfig) -> None:
-    """Then somebody has to look."""
+    """A person has to decide then."""
     for step in ("step_8", "step_4"):
         shrink(run_dir(copied) / "checkpoints" / step / "model.safetensors")
     with pytest.raises(UserError, match=r"step_8/model\.safetensors: damaged"):
@@ -361,7 +361,7 @@ def test_nothing_is_changed_where_every_checkpoint_is_damaged(copied: RunConfig)
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder with room for one checkpoint and a half; where nothing can be mounted, files of
+    """A folder with room for one and a half checkpoints. If we may not mount one, files have a
     limited size."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -380,8 +380,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_one_line(whole: RunConfig, small_disk: Path) -> None:
-    """The write that fails is on another thread: it must surface, leave what was there, and make
-    room again."""
+    """The write fails on another thread. The error must reach the main thread, older checkpoints
+    must remain, and the partial one must go."""
     config = with_log(whole, dir=str(small_disk), every=1, checkpoint_every=2)
     with pytest.raises(UserError, match=r"step_\d+.partial: cannot be written \(") as full:
         make(config).train()
@@ -392,12 +392,12 @@ def test_a_full_disk_is_one_line(whole: RunConfig, small_disk: Path) -> None:
 
 
 def test_a_disk_that_hangs_is_one_line(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network file system that does not answer must not keep the machines for ever."""
-    for_ever = threading.Event()
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: for_ever.wait(60))
+    """A network file system that does not answer must not block the machines for ever."""
+    released = threading.Event()
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: released.wait(60))
     with pytest.raises(UserError, match=r"checkpoints: writing: no answer for \d+ s"):
         impatient(with_steps(config, 1), 1).train()
-    for_ever.set()
+    released.set()
 
 
 # ---- trackers ----
@@ -436,7 +436,7 @@ class FaultyTracker(GeneralTracker):
 def test_a_lost_tracker_is_one_line(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, method: str, seconds: float
 ) -> None:
-    """A server that is gone, or never answers, must not hang the run, nor cost more than itself."""
+    """A server that is gone, or never answers, must not hang the run, and no step may be lost."""
     monkeypatch.setattr(FaultyTracker, "fault", (method, seconds))
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", FaultyTracker)
     config = with_log(with_steps(config, 1), trackers=("tensorboard",), every=1)
@@ -452,8 +452,8 @@ def test_a_lost_tracker_is_one_line(
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
 def test_a_dead_process_ends_the_other(config: RunConfig, name: str) -> None:
-    """One of two processes dies, or stands still, and no launcher looks after them."""
-    minutes = 0.5 if name == "SIGKILL" else 0.1  # where the other one is gone, nobody waits
+    """One of two processes dies or freezes, without a launcher that ends the other."""
+    minutes = 0.5 if name == "SIGKILL" else 0.1  # without the process there is no wait
     two = Pair(with_log(config, timeout_minutes=minutes), f"{name}:2")
     try:
         code, said = two.end(0)
@@ -465,7 +465,7 @@ def test_a_dead_process_ends_the_other(config: RunConfig, name: str) -> None:
 
 
 def test_the_watchdog_ends_what_nothing_else_ends() -> None:
-    """A GPU's collective waits for a dead process inside the driver, where no exception comes."""
+    """A GPU's collective waits for a dead process inside the driver and raises no exception."""
     code = (
         "import time\n"
         "from train.run.watchdog import Watchdog\n"
