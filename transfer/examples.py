@@ -80,9 +80,7 @@ def batches(
         collate_fn=partial(_collate, task),
         num_workers=workers,
         worker_init_fn=_ignore_signals,
-        multiprocessing_context="fork"
-        if workers
-        else None,  # tasks hold models, which we do not pickle
+        multiprocessing_context="fork" if workers else None,  # a task's model is not pickled
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # or the loader would use up the model's random numbers
     )
@@ -99,22 +97,22 @@ def batches(
 
 
 def _on(device: torch.device, ahead: Iterator[Any]) -> Iterator[Any]:
-    while (batch := _next(ahead)) is not None:
+    while True:
+        try:
+            batch = next(ahead, None)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # A worker that ends in its last batch raises one of the last two.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                f"efficiency.workers: a worker has ended ({error}): is there enough memory for so "
+                "many?"
+            ) from error
+        if batch is None:
+            return
         if isinstance(batch, UserError):
             raise batch
         yield send_to_device(batch, device, non_blocking=True)
-
-
-def _next(ahead: Iterator[Any]) -> Any:
-    """The next batch, None after the last. Raises UserError if a worker has ended early."""
-    try:
-        return next(ahead, None)
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: in its last batch
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-            raise
-        raise UserError(
-            f"efficiency.workers: a worker has ended ({error}): is there memory enough for so many?"
-        ) from error
 
 
 class _Examples(Dataset[Any]):

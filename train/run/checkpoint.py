@@ -32,16 +32,9 @@ from train.run.settings import Settings
 
 _MODEL, _OPTIMIZER, _SCALER, _RECORD = "model.safetensors", "optimizer.bin", "scaler.pt", "run.json"
 _UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+    OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError,
+    SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 class Damaged(UserError):

@@ -19,15 +19,16 @@ class Reason(IntEnum):
 
 
 class EarlyEnd(RuntimeError):
-    """A run ends before its last step; the message says why."""
+    """A run ends before its last step; the message says why.
 
-    exit_code = 1
+    Usually all processes know the reason, and the first one of each machine prints it.
+    """
+
+    exit_code, prefix, all_print = 1, "error: ", False
 
     def line(self, first: bool) -> str:
-        """What a process prints. `first`: it is the first one of its machine. All processes know
-        the reason, so one line is enough.
-        """
-        return f"error: {self}" if first else ""
+        """What this process prints. `first`: it is the first one of its machine."""
+        return f"{self.prefix}{self}" if first or self.all_print else ""
 
 
 class Diverged(EarlyEnd):
@@ -45,17 +46,13 @@ class Collapsed(EarlyEnd):
 class Stopped(EarlyEnd):
     """The run has received a signal to stop, and its checkpoint is written."""
 
-    exit_code = REQUEUE
-
-    def line(self, first: bool) -> str:
-        return str(self) if first else ""
+    exit_code, prefix = REQUEUE, ""
 
 
 class LostProcess(EarlyEnd):
-    """Another process of the run has ended, or does not answer. Each process prints it."""
+    """Another process of the run has ended, or does not answer."""
 
-    def line(self, first: bool) -> str:
-        return f"error: {self}"
+    all_print = True
 
 
 class EndedElsewhere(EarlyEnd):

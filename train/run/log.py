@@ -90,11 +90,6 @@ class Stopwatch:
         self._began += time.perf_counter() - began
 
 
-def finite(values: Mapping[str, float]) -> bool:
-    """No NaN, no infinity."""
-    return all(math.isfinite(value) for value in values.values())
-
-
 def progress(values: Mapping[str, Any], last_step: int, batch_size: int, text: str) -> str:
     """step 3/10  14.8 images/s  TEXT  data wait 2%  45 s left"""
     left = (last_step - values["step"]) * batch_size / values["images_per_s"]

@@ -1,9 +1,10 @@
 """The life of a run, whatever it trains: its processes, folder, log, checkpoints, and its end.
 
-A trainer has one `Run` and uses it from top to bottom: construct it, build the data and the model,
-`resume`, `start`, and then train inside `alive`: `log`, `save` and `end_if` after the steps.
+A trainer has one `Run` and uses it in this order: construct it, build the data and the model, call
+`resume` and `start`, then train inside `alive`, with `log`, `save` and `end_if` after the steps.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from train.run import checkpoint
 from train.run.ends import Collapsed, Diverged, EndedElsewhere, Reason, Stopped, naming
 from train.run.launch import launch, lock
-from train.run.log import Journal, Stopwatch, finite
+from train.run.log import Journal, Stopwatch
 from train.run.provenance import provenance, write_bytes
 from train.run.resume import candidates, restore_first_whole
 from train.run.settings import Settings, flatten, to_dict, to_yaml
@@ -108,7 +109,7 @@ class Run:
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Train inside. At the end everything is written, however the run ends.
+        """Train inside its `with`. When it ends, for whatever reason, all files are written.
 
         Adds the last checkpoint to the message of Diverged and Collapsed. Raises LostProcess if
         another process is lost, UserError if a disk or a tracker fails. The watchdog ends the
@@ -133,7 +134,9 @@ class Run:
             self._writer.close()
 
     def is_due(self, every: int) -> bool:
-        """Whether an action is due that comes every so many steps (0: never) and at the end."""
+        """Whether something is due now that is due after each `every` steps (0: never) and after
+        the last step.
+        """
         return self.step == self.last_step or (every > 0 and self.step % every == 0)
 
     def measure(
@@ -143,7 +146,7 @@ class Run:
 
         `averages`: losses and statistics; `skipped`: steps that fp16 has skipped. Raises Diverged.
         """
-        self.check(finite(averages), "the loss is not finite")
+        self._check_losses(averages)
         steps, seconds, wait_share = self.stopwatch.read()
         self.check_overflows(steps, skipped)
         self.seconds += seconds
@@ -169,7 +172,7 @@ class Run:
             self._journal.write(values, progress)
 
     def rewind(self) -> None:
-        """Delete the journal's lines after the present step, and time what follows anew."""
+        """Delete the journal's lines after the present step; restart the stopwatch."""
         if self.is_main:
             self._journal.rewind(self.step)
         self.stopwatch.restart()
@@ -189,8 +192,8 @@ class Run:
 
         `data`: its identity; `meter`: sums for the next log line; `more`: added to the provenance.
         """
-        self.check(finite(averages), "the loss is not finite")
-        self.check(checkpoint.all_finite(model, self.accelerator), "a weight is not finite")
+        self._check_losses(averages)
+        self._check(checkpoint.all_finite(model, self.accelerator), "a weight is not finite")
         self._saved = self.step
         if not self.is_main:
             return
@@ -206,11 +209,6 @@ class Run:
             )
             self._writer.save(record, model, optimizer, self.accelerator.scaler)
 
-    def check(self, good: bool, problem: str) -> None:
-        """Raises Diverged unless `good`, which is equal on all processes."""
-        if not good:
-            raise Diverged(f"{self.folder}: {problem} at step {self.step}")
-
     def check_overflows(self, steps: int, skipped: int) -> None:
         """Raises Diverged if loss scaling has failed: fp16 skipped all steps of two log lines.
 
@@ -219,7 +217,7 @@ class Run:
         self._overflows = [*self._overflows, steps] if skipped >= steps else []
         total = sum(self._overflows)
         storm = len(self._overflows) >= 2 and total >= _STORM
-        self.check(not storm, f"all of the last {total} steps overflow in fp16")
+        self._check(not storm, f"all of the last {total} steps overflow in fp16")
 
     def reason_to_end(self) -> Reason:
         """Why this process wants to end the run. A log line shares it with the others."""
@@ -277,6 +275,15 @@ class Run:
         """One line on stderr, from the main process."""
         if self.is_main:
             print(message, file=sys.stderr, flush=True)
+
+    def _check_losses(self, averages: Mapping[str, float]) -> None:
+        finite = all(math.isfinite(value) for value in averages.values())
+        self._check(finite, "the loss is not finite")
+
+    def _check(self, good: bool, problem: str) -> None:
+        """Raises Diverged unless `good`, which is equal on all processes."""
+        if not good:
+            raise Diverged(f"{self.folder}: {problem} at step {self.step}")
 
     def _process(self) -> str:
         index, count = self.accelerator.process_index, self.accelerator.num_processes

@@ -252,8 +252,11 @@ def test_failed_loss_scaling_is_not_the_search_for_a_scale(copied: RunConfig) ->
         training.run.check_overflows(steps, skipped)
     with pytest.raises(Diverged, match="all of the last 20 steps overflow"):
         training.run.check_overflows(1, 1)
-    reading = Meter(training.accelerator, (), 3, torch.tensor(7)).read(2)
+    meter = Meter(training.accelerator, (), 3, torch.tensor(7))
+    reading = meter.read(2)
     assert (reading.skipped, reading.reason) == (7, 2)
+    meter.clear()
+    assert meter.read().skipped == 0
 
 
 # ---- checkpoints ----
