@@ -72,7 +72,7 @@ class Retention:
     total_steps: int
 
     def outdated(self, checkpoints: Sequence[Path]) -> list[Path]:
-        """Those of all `checkpoints` (oldest first) that are not kept."""
+        """The `checkpoints` (all of the run, oldest first) that are not kept."""
         last_of = {self._part(step_of(one)): one for one in checkpoints} if self.parts else {}
         kept = {*checkpoints[-self.newest :], *last_of.values()}
         return [one for one in checkpoints if one not in kept]

@@ -27,7 +27,7 @@ def test_each_end_has_a_code_and_a_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Schedulers read the code. A line that every process prints, or none prints, helps nobody."""
+    """Schedulers read the code. Users need the line once: not never, and not from each process."""
 
     def train() -> None:
         raise end
