@@ -12,7 +12,8 @@ from model import ModelConfig, SlotCon
 from model.encoder import cells_of
 from pipeline.errors import UserError
 from train.config import RunConfig, from_dict
-from train.run.checkpoint import find, load_model, read_record
+from train.pretrained import load_model, read_record
+from train.run.checkpoint import find
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 256, 8
 

@@ -6,8 +6,8 @@
 #   sbatch --nodes=2 tools/slurm_pretrain.sh --config configs/imagenet_r50_200ep.yaml
 #
 # on 1, 8 and 2 x 8 GPUs. All arguments go to train.pretrain, which here always resumes from the run's newest
-# checkpoint. Five minutes before the time limit each process gets SIGUSR1: they write a checkpoint,
-# end with code 75, and the job queues again. Any other failure ends it.
+# checkpoint. Five minutes before the time limit each process gets SIGUSR1. The run then writes a checkpoint
+# and ends with code 75, and the job queues again. Any other failure ends the job.
 # Submit from the project's folder with its environment active, or set PYTHON.
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=1
@@ -32,14 +32,14 @@ fi
 
 nodes=${SLURM_JOB_NODELIST:-localhost}
 export MASTER_ADDR MASTER_PORT WORLD_SIZE PYTHON
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun no longer takes over by itself
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer copies it by itself
 MASTER_ADDR=$(scontrol show hostnames "$nodes" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a machine need ports of their own
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a machine need different ports
 WORLD_SIZE=$SLURM_NTASKS
 PYTHON=${PYTHON:-python}
 
-# A task that ends does not have the others killed, which may have the same to say: after a signal all
-# end with 75, and tasks that lost one of them end by themselves (log.timeout_minutes).
+# srun must not kill the other tasks when one ends: after a signal all of them end with 75, and if a task is
+# lost, the others end by themselves (log.timeout_minutes).
 code=0
 # shellcheck disable=SC2016  # each task expands these, not this shell
 srun --kill-on-bad-exit=0 bash -c '

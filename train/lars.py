@@ -1,5 +1,5 @@
-"""LARS, layer-wise adaptive rates for large batches (You et al., arXiv 1708.03888), as SlotCon uses
-it."""
+"""LARS, layer-wise adaptive rates for large batches (You et al., arXiv 1708.03888), in SlotCon's
+form."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -13,18 +13,18 @@ class LARS(Optimizer):
     """SGD with momentum; each tensor's step is scaled by eta · |weight| / |gradient + decay|.
 
     1-D tensors (biases, norms) get neither decay nor scaling; a tensor or gradient of norm zero is
-    not scaled. The learning rate multiplies the momentum buffer instead of entering it, so a change
-    of rate acts at once. All tensors of a group go through each operation together. A step uses the
-    gradients up: afterwards they hold something else.
+    not scaled. The learning rate multiplies the momentum buffer and is no part of it, so a change
+    of the rate acts at once. Each operation handles all tensors of a group together. A step
+    overwrites the gradients.
 
-    Under a `GradScaler` a step whose gradients are not finite changes nothing; that is decided on
-    the device, and counted in `skipped`.
+    Under a `GradScaler` a step whose gradients are not finite changes nothing. The device decides
+    this, and counts it in `skipped`.
     """
 
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf for each step
 
     skipped: Tensor
-    """int64 scalar on the device: steps left out since this optimizer was made."""
+    """int64 scalar on the device: skipped steps. The caller may set it to zero."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; stays on the device throughout."""
+        """One update of every parameter that has a gradient, without waiting for the device."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -62,7 +62,7 @@ class LARS(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer; momentum that was saved in another memory layout takes the weight's."""
+        """Like any optimizer's. Momentum takes the memory layout of its weight."""
         super().load_state_dict(state_dict)
         for weight, state in self.state.items():
             state["momentum"] = torch.empty_like(weight).copy_(state["momentum"])
@@ -71,7 +71,7 @@ class LARS(Optimizer):
         self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
     ) -> None:
         """One step of tensors that share a device and a type."""
-        # In the weights' layout, which the fused update counts on and gradients may not have.
+        # The fused update needs the weights' memory layout; gradients may have another one.
         updates = [
             gradient
             if gradient.stride() == weight.stride()
@@ -80,9 +80,9 @@ class LARS(Optimizer):
         ]
         if (scale := getattr(self, "grad_scale", None)) is not None:
             torch._foreach_div_(updates, scale)
-        adapted = [at for at, weight in enumerate(weights) if weight.ndim != 1]
+        adapted = [i for i, weight in enumerate(weights) if weight.ndim != 1]
         if adapted:
-            _adapt([weights[at] for at in adapted], [updates[at] for at in adapted], group)
+            _adapt([weights[i] for i in adapted], [updates[i] for i in adapted], group)
         torch._fused_sgd_(
             weights,
             updates,

@@ -1,16 +1,14 @@
-"""Learning rate and teacher momentum as pure functions of the step: nothing to save, nothing to
-restore.
+"""Learning rate and teacher momentum as pure functions of the step: there is no state to save.
 
 Both follow SlotCon (arXiv 2205.15288, section 4.1; the momentum is BYOL's cosine). `step` counts
-from 0 and `total_steps` are the optimiser steps that the run really makes. The authors' momentum
-counts images instead, and so also the last partial batch of each epoch that is dropped: where the
-set is not a whole number of batches, theirs ends a little below 1, ours at 1. Where it is, the two
-are equal.
+from 0; `total_steps` are the optimiser steps that the run makes. The authors' momentum counts
+images, and so includes the partial batch that each epoch drops. If the set is not a whole number of
+batches, their momentum ends a little below 1 and ours at 1. If it is, the two are equal.
 """
 
 import math
 
-FLOOR = 1e-6  # the learning rate that the cosine ends at
+FLOOR = 1e-6  # the learning rate at the end of the cosine
 
 
 def learning_rate(
@@ -24,7 +22,7 @@ def learning_rate(
 
 
 def teacher_momentum(step: int, *, base: float, total_steps: int) -> float:
-    """What the teacher keeps of itself at `step`: `base` at first, 1 at the end."""
+    """The share of its weights that the teacher keeps at `step`: `base` at first, 1 at the end."""
     return 1 - (1 - base) * _cosine(step / total_steps)
 
 

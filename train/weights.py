@@ -23,7 +23,8 @@ from model.names import ENCODERS, Branch, arch_of, backbone_of, branches_of, wit
 from pipeline.errors import UserError, printable
 from train.config import RunConfig, from_dict, to_dict
 from train.pickles import read_pickle
-from train.run.checkpoint import Record, check_weights, find, is_checkpoint, load_model, read_record
+from train.pretrained import load_model, read_record
+from train.run.checkpoint import Record, check_weights, find, is_checkpoint
 
 META = "meta"
 """The key of the metadata in the dictionaries that we write, as in mmengine's."""

@@ -1,4 +1,4 @@
-"""The body of both commands."""
+"""What both transfer commands share."""
 
 import json
 import sys
@@ -9,9 +9,9 @@ from pipeline.errors import UserError
 from train.run import checkpoint
 from train.run.cli import CommandParser
 from train.run.command import EXIT_CODES, run_training
+from train.run.ends import naming
 from train.run.settings import RESUME, Settings
 from train.run.signals import StopSignals
-from train.run.watchdog import naming
 from transfer.config import Config
 from transfer.scoring import evaluation
 from transfer.task import Task
@@ -21,10 +21,10 @@ _OPTIONS = {
     "resume": RESUME,
     "evaluate": (
         "PATH",
-        "Score this checkpoint, or this run's newest, instead of training; it brings its own "
-        "configuration, which --config and the values below change.",
+        "Score this checkpoint, or the newest of this run, instead of training. It brings its "
+        "configuration; --config and the values below change it.",
     ),
-    "json": ("FILE", "With --evaluate: write the scores there."),
+    "json": ("FILE", "With --evaluate: write the scores to this file."),
 }
 _MOVABLE = (
     "data.root",
@@ -33,13 +33,13 @@ _MOVABLE = (
     "data.val_images",
     "data.val_labels",
 )
-"""Where data lies, which may change: it is known by its fingerprint."""
+"""The paths of the data. They may change, because a fingerprint identifies the data."""
 
 
 def settings_of(
     kind: type[Config], prog: str = "", description: str = "", examples: str = ""
 ) -> Settings[Config]:
-    """How a task's configurations are read, and what of them a resumed run keeps."""
+    """How to read a task's configurations, and which of its settings a resumed run keeps."""
     return Settings(
         kind,
         prog=f"python -m {prog}",
@@ -59,11 +59,10 @@ def run_task(
     examples: str,
     argv: list[str] | None = None,
 ) -> None:
-    """Read the command line, build the task, train or evaluate; bad input, and whatever else ends a
-    run early, ends the process, see --help.
+    """Read the command line, build the task, train or evaluate. Bad input and every other early end
+    of a run end the process, see --help.
 
-    `build_task` is called once in each process, after torch's generators are seeded with
-    optim.seed.
+    Each process calls `build_task` once, after seeding torch's generators with optim.seed.
     """
     settings = settings_of(config_class, prog, description, examples)
 
@@ -71,8 +70,8 @@ def run_task(
         arguments = sys.argv[1:] if argv is None else argv
         evaluated = _evaluated(arguments)
         if evaluated:
-            own = checkpoint.read_record(evaluated, settings).config
-            arguments = ["--config", json.dumps(own), *arguments]
+            trained_with = checkpoint.read_record(evaluated, settings).config
+            arguments = ["--config", json.dumps(trained_with), *arguments]
         config, options = settings.load(arguments)
         out = Path(options["json"]) if options["json"] else None
         if options["evaluate"] and not evaluated:
@@ -90,7 +89,7 @@ def run_task(
 
 
 def _evaluated(argv: list[str]) -> Path | None:
-    """The checkpoint that --evaluate means. Raises UserError."""
+    """The checkpoint that --evaluate names, or None. Raises UserError."""
     parser = CommandParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--evaluate", type=Path)
     path: Path | None = parser.parse_known_args(argv)[0].evaluate

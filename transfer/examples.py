@@ -1,5 +1,5 @@
-"""Which example comes when, and what draws its randomness: all of it follows from the seed, the
-epoch and the example's number, whatever the workers, the processes and the resumes.
+"""The order of the examples, and the generator for each one. Both follow from the seed, the epoch
+and the example's index, whatever the number of workers, processes and resumes.
 """
 
 import signal
@@ -23,23 +23,23 @@ from transfer.task import Task
 
 
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Draws the randomness of example `index` in `epoch`."""
+    """The generator for example `index` in `epoch`."""
     counter = np.array([0, 0, index, 1], np.uint64)  # the order of the epoch begins at 0, 0, 0, 0
     key = np.array([seed, epoch], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-Place = tuple[int, int]
-"""An example's number, and the epoch that sees it."""
+Visit = tuple[int, int]
+"""The index of an example, and the epoch that reads it."""
 
 
 class Order:
-    """Which examples each step takes. An epoch goes through all of them but those that are left
-    over after its last whole step.
+    """Which examples each step takes. An epoch takes as many as fill whole steps, each once, and
+    drops the rest.
     """
 
     def __init__(self, examples: int, optim: OptimConfig, rank: int, world: int) -> None:
-        """Raises UserError if an epoch has no step, or a step cannot be shared by the `world`."""
+        """Raises UserError if an epoch has no step, or `world` processes cannot share a step."""
         batch = optim.batch_size
         if batch % world:
             raise UserError(
@@ -54,14 +54,14 @@ class Order:
         share = batch // world
         self._share = slice(rank * share, (rank + 1) * share)
 
-    def steps(self, begin: int, end: int) -> Iterator[list[Place]]:
-        """This process's share of each of the steps from `begin` to before `end`."""
+    def steps(self, begin: int, end: int) -> Iterator[list[Visit]]:
+        """This process's share of each step from `begin` to `end` - 1."""
         epoch, images = -1, np.empty(0, np.int64)
         for step in range(begin, end):
-            now, place = divmod(step, self.steps_per_epoch)
+            now, number = divmod(step, self.steps_per_epoch)
             if now != epoch:
                 epoch, images = now, permutation(self._examples, self._seed, now)
-            batch = images[place * self._batch : (place + 1) * self._batch]
+            batch = images[number * self._batch : (number + 1) * self._batch]
             yield [(int(index), epoch) for index in batch[self._share]]
 
 
@@ -69,9 +69,10 @@ class Order:
 def batches(
     task: Task, order: Order, begin: int, end: int, workers: int, accelerator: Accelerator
 ) -> Iterator[Iterator[Any]]:
-    """This process's batches of the steps from `begin` to before `end`, on its device; `workers`
-    processes make them, and end with the `with`. To be entered in the main thread. The iterator
-    raises UserError for an example that cannot be read, and for a worker that has ended.
+    """This process's batches of the steps from `begin` to `end` - 1, on its device. `workers`
+    processes make them, and end with the `with`. Enter it in the main thread.
+
+    The iterator raises UserError for an example that cannot be read, and if a worker ends early.
     """
     loader: DataLoader[Any] = DataLoader(
         _Examples(task),
@@ -79,51 +80,51 @@ def batches(
         collate_fn=partial(_collate, task),
         num_workers=workers,
         worker_init_fn=_ignore_signals,
-        multiprocessing_context="fork" if workers else None,  # tasks hold models: not to be pickled
+        multiprocessing_context="fork" if workers else None,  # a task's model is not pickled
         pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # or it would draw from the model's
+        generator=torch.Generator(),  # or the loader would use up the model's random numbers
     )
     ahead = iter(loader)
-    if workers:  # torch's handler would raise at any place, even after this; `next` tells as well
+    if workers:  # torch's handler could raise anywhere, even later; `next` reports it as well
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield _on(accelerator.device, ahead)
     finally:
-        # An error's traceback would keep `ahead` and its workers, which Python would wait for at
-        # its end: they ignore its SIGTERM.
+        # The traceback of an error keeps `ahead` and its workers alive. Python would wait for them
+        # at its end, because they ignore SIGTERM.
         if isinstance(ahead, _MultiProcessingDataLoaderIter):
             ahead._shutdown_workers()
 
 
 def _on(device: torch.device, ahead: Iterator[Any]) -> Iterator[Any]:
-    while (batch := _next(ahead)) is not None:
+    while True:
+        try:
+            batch = next(ahead, None)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # A worker that ends in its last batch raises one of the last two.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                f"efficiency.workers: a worker has ended ({error}): is there enough memory for so "
+                "many?"
+            ) from error
+        if batch is None:
+            return
         if isinstance(batch, UserError):
             raise batch
         yield send_to_device(batch, device, non_blocking=True)
-
-
-def _next(ahead: Iterator[Any]) -> Any:
-    """The next batch, None after the last. Raises UserError for a worker that has ended."""
-    try:
-        return next(ahead, None)
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: of its last batch
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-            raise
-        raise UserError(
-            f"efficiency.workers: a worker has ended ({error}): is there memory enough for so many?"
-        ) from error
 
 
 class _Examples(Dataset[Any]):
     def __init__(self, task: Task) -> None:
         self._task = task
 
-    def __getitem__(self, place: Place) -> Any:
-        """The example; a mistake of the user's is handed on, since raised in a worker it would
-        come with the worker's traceback.
+    def __getitem__(self, visit: Visit) -> Any:
+        """The example, or the UserError: if a worker raised it, its message would hold the worker's
+        traceback.
         """
         try:
-            return self._task.example(*place)
+            return self._task.example(*visit)
         except UserError as error:
             return error
 
@@ -134,7 +135,7 @@ def _collate(task: Task, examples: list[Any]) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """A worker lives on until its process has heeded them."""
+    """A worker lives until its process has acted on the signal."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

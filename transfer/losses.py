@@ -21,17 +21,19 @@ class LossMeter:
         self._count = 0
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Take in one step's losses, scalars."""
+        """Add the losses of one step, scalars."""
         values = torch.stack([loss.detach().double() for loss in losses.values()])
         self._names = list(losses)
         self._sums = self._sums + values if self._count else values
         self._count += 1
 
-    def read(self, end: int = 0) -> tuple[dict[str, float], int]:
-        """The averages, none if nothing was added, and the largest `end` of all processes."""
-        ended = torch.tensor([float(end)], dtype=torch.float64, device=self._accelerator.device)
-        own = torch.cat([self._sums.to(ended), ended])
-        rows: Tensor = self._accelerator.gather(own[None]).cpu()
+    def read(self, reason: int = 0) -> tuple[dict[str, float], int]:
+        """The averages (none if nothing was added) and the largest `reason` of all processes to end
+        the run.
+        """
+        last = torch.tensor([float(reason)], dtype=torch.float64, device=self._accelerator.device)
+        values = torch.cat([self._sums.to(last), last])
+        rows: Tensor = self._accelerator.gather(values[None]).cpu()
         means = (rows[:, :-1].mean(dim=0) / max(1, self._count)).tolist()
         averages = dict(zip(self._names, means, strict=True))
         return {"loss": sum(means), **averages} if averages else {}, int(rows[:, -1].max())

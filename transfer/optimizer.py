@@ -1,4 +1,4 @@
-"""SGD over what learns of a model."""
+"""SGD over the trainable weights of a model."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> SGD:
-    """Over all weights that need gradients, those of norms with a decay of their own if they have
-    one. The learning rate is set at each step.
+    """SGD over all weights that need gradients; norms may have another weight decay. The trainer
+    sets the learning rate at each step.
     """
     norms = {
         id(weight)

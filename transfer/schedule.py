@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step: there is no state to save."""
 
 from bisect import bisect_right
 
@@ -6,10 +6,10 @@ from transfer.config import OptimConfig
 
 
 def learning_rate(step: int, optim: OptimConfig) -> float:
-    """Of step 0, 1, …: what the schedule says, times the warm-up.
+    """The schedule's rate at `step` (0, 1, …), times the factor of the warm-up.
 
     "step" and its warm-up are detectron2's WarmupMultiStepLR; "poly" is mmcv's PolyLrUpdaterHook
-    with a linear warm-up, which rises to the falling curve, not to its start.
+    with a linear warm-up. The warm-up rises to the falling curve, not to its start.
     """
     if optim.schedule == "step":
         scheduled = optim.lr * optim.gamma ** bisect_right(optim.milestones, step)

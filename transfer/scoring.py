@@ -1,4 +1,4 @@
-"""A model's scores, and the file that tells them."""
+"""The scores of a model, and the file that holds them."""
 
 import resource
 from collections.abc import Callable, Iterator
@@ -15,50 +15,44 @@ from torch import nn
 from pipeline.errors import UserError
 from train.run import checkpoint
 from train.run.cli import check_writable
-from train.run.launch import launch
+from train.run.ends import naming
+from train.run.launch import launch, to_device
 from train.run.provenance import provenance, write_json
 from train.run.settings import Settings, to_dict
-from train.run.watchdog import Watchdog, naming
+from train.run.watchdog import Watchdog
 from transfer import statistics
 from transfer.config import Config, TransferConfig, without_weights
 from transfer.examples import Order, batches
 from transfer.task import Row, Task
 
 RESULT = "result.json"
-"""The file in a run's folder that says how it ended."""
-PATIENCE_MINUTES = 60.0
+"""The file in a run's folder with its scores and its cost."""
+TIMEOUT_MINUTES = 60.0
 """How long a process waits for the others, which may evaluate, and for the disk."""
 
 
 def place(model: nn.Module, config: TransferConfig, accelerator: Accelerator) -> nn.Module:
-    """`model` on this process's device; on GPUs, with batch statistics over all of them."""
-    processes, device = accelerator.num_processes, accelerator.device
-    if processes > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif processes > 1:
-        accelerator.print("note: on CPUs each process has batch statistics of its own")
+    """`model` on this process's device, in the memory layout of the configuration."""
     layout = torch.channels_last if config.efficiency.channels_last else torch.preserve_format
-    return model.to(device).to(memory_format=layout)
+    return to_device(model, accelerator).to(memory_format=layout)
 
 
-def watchdog(model: nn.Module, what: str) -> Watchdog:
-    """One that each forward of `model`, in training and in evaluation, calms."""
-    watching = Watchdog(1.1 * 60 * PATIENCE_MINUTES, what)  # after those that know more
+def beat_in_forward(model: nn.Module, watchdog: Watchdog) -> None:
+    """Each forward of `model`, in training and in evaluation, reports progress to `watchdog`."""
     first = next(layer for layer in model.modules() if not any(layer.children()))
-    first.register_forward_hook(lambda *_: watching.beat())
-    return watching
+    first.register_forward_hook(lambda *_: watchdog.beat())
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators for what a model draws in `step`: it follows from these three."""
+    """Seed torch's generators for the random numbers that a model draws in `step`."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def score(
     task: Task, config: TransferConfig, accelerator: Accelerator, order: Order, step: int
 ) -> list[Row]:
-    """Evaluate the task's model as it is after `step` steps, with BatchNorm's statistics of the
-    next batches if `optim.precise_bn` asks for that. Raises UserError.
+    """Evaluate the task's model after `step` steps. With `optim.precise_bn`, BatchNorm uses the
+    statistics of that many next batches. Raises UserError.
     """
     model = task.model
     statistics.share(model)
@@ -92,25 +86,27 @@ def evaluation(
     origin: Path,
     out: Path | None = None,
 ) -> Callable[[], None]:
-    """What scores the checkpoint `origin`, and writes nothing but `out`, a JSON file as
-    result.json, less the cost; everything is loaded and checked before it is called.
+    """Load and check everything; return a function that scores the checkpoint `origin`.
 
-    Raises UserError, also when called, and LostProcess.
+    This function writes nothing but `out`: result.json without the cost. Both raise UserError, and
+    the function also LostProcess.
     """
     if out:
         check_writable("--json", out, origin.parents[1] / RESULT)
     record = checkpoint.read_record(origin, settings)
-    accelerator = launch(origin, config.efficiency.precision, (), PATIENCE_MINUTES)
+    accelerator = launch(origin, config.efficiency.precision, (), TIMEOUT_MINUTES)
     torch.manual_seed(config.optim.seed)
     task = build_task(without_weights(config))
     check_data(origin, record.data, task, classes_alone=not config.optim.precise_bn)
     checkpoint.load_weights(origin, record, task.model)
     accelerator.prepare(place(task.model, config, accelerator).train())
+    watchdog = Watchdog(60 * TIMEOUT_MINUTES, str(origin))
+    beat_in_forward(task.model, watchdog)
     rank, world = accelerator.process_index, accelerator.num_processes
     order = Order(len(task), config.optim, rank, world)
 
     def evaluate() -> None:
-        with watchdog(task.model, str(origin)), naming(str(origin)):
+        with watchdog, naming(str(origin)):
             rows = score(task, config, accelerator, order, record.step)
         content = result(task, config, record.provenance["init"], record.step, rows)
         if accelerator.is_main_process:
@@ -124,8 +120,8 @@ def evaluation(
 def check_data(
     origin: Path, trained_on: dict[str, Any], task: Task, *, classes_alone: bool = False
 ) -> None:
-    """Raises UserError unless the task's training set, or its classes alone, are those that the
-    checkpoint `origin` was `trained_on`.
+    """Raises UserError unless the task has the training set that the checkpoint `origin` was
+    `trained_on`; with `classes_alone`, unless it has the same classes.
     """
     before, now = (data.get("classes", []) for data in (trained_on, task.data))
     if before != now:
@@ -149,7 +145,7 @@ def _describe(data: dict[str, Any]) -> str:
 def result(
     task: Task, config: TransferConfig, init: dict[str, Any], step: int, rows: list[Row]
 ) -> dict[str, Any]:
-    """What a JSON file says of a run after `step` steps."""
+    """The content of result.json after `step` steps, without the cost."""
     return {
         **provenance(),
         "name": config.name,
@@ -166,8 +162,8 @@ def result(
 
 
 def cost(seconds: float, steps: int, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
-    """Of training alone; the memory is the largest that a process has held, of its GPU where it has
-    one.
+    """Time, speed and memory of training, without evaluation. The memory is the peak of the largest
+    process: GPU memory on a GPU, otherwise host memory.
     """
     on_gpu = accelerator.device.type == "cuda"
     if on_gpu:
@@ -184,5 +180,5 @@ def cost(seconds: float, steps: int, batch_size: int, accelerator: Accelerator) 
 
 
 def summary(rows: list[Row]) -> str:
-    """The results over all classes, for people: "miou 0.312  pixel_accuracy 0.810"."""
+    """The results over all classes in one line: "miou 0.312  pixel_accuracy 0.810"."""
     return "  ".join(f"{row['metric']} {row['value']:.3f}" for row in rows if "class" not in row)

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics, made equal on all processes or measured anew for an evaluation."""
+"""BatchNorm's running statistics: shared by all processes, or measured for an evaluation."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from model.distributed import all_reduce_mean, world_size
 
 
 def share(model: nn.Module) -> None:
-    """Give each process the mean of all processes' running statistics. SyncBatchNorm's are equal
-    already; those of processes on CPUs are not, and one model is what is evaluated and saved.
+    """Give each process the mean of all processes' running statistics. On GPUs SyncBatchNorm keeps
+    them equal; on CPUs they differ, but a run evaluates and saves one model.
     """
     if world_size() == 1:
         return
@@ -24,14 +24,14 @@ def share(model: nn.Module) -> None:
 
 @contextmanager
 def measured(model: nn.Module, forwards: Iterable[object]) -> Iterator[None]:
-    """Inside, running statistics are averages over `forwards`, an iterable whose every item is one
-    forward of `model` in training mode; the ones from before are put back after it.
+    """Inside its `with`, running statistics are averages over `forwards`. Each item of this
+    iterable is one forward of `model` in training mode. Afterwards the old statistics return.
     """
     norms = _learning_norms(model)
     before = [(norm.momentum, _clones(norm)) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # every batch counts the same
+        norm.momentum = None  # the plain average over the batches
     try:
         with torch.no_grad():
             for _ in forwards:
@@ -45,7 +45,7 @@ def measured(model: nn.Module, forwards: Iterable[object]) -> Iterator[None]:
 
 
 def _learning_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Those with running statistics that training changes; a frozen one is of another class."""
+    """The norms whose running statistics training changes. Frozen norms have another class."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return [norm for norm in norms if norm.track_running_stats]
 

@@ -1,4 +1,4 @@
-"""What a task is to the trainer."""
+"""What the trainer needs from a task."""
 
 from typing import Any, Protocol
 
@@ -10,42 +10,42 @@ Row = dict[str, Any]
 
 
 class Task(Protocol):
-    """A model, the examples that it learns from, and how it is scored."""
+    """A model, its training examples, and its scores."""
 
     name: str
-    """What result.json calls it: "detection" or "segmentation"."""
+    """Its name in result.json: "detection" or "segmentation"."""
     model: nn.Module
-    """In training mode, forward(batch) → dict of losses, scalars by name, of which the sum is
-    minimised and each is logged; the names are the same for each batch. Whatever it draws, it draws
-    from torch's generators, which the trainer seeds at each step."""
+    """In training mode, forward(batch) → dict of losses, scalars by name. The trainer minimises
+    their sum and logs each; the names are the same for each batch. All random numbers come from
+    torch's generators, which the trainer seeds at each step."""
     init: dict[str, Any]
-    """What `build_backbone` says of the backbone."""
+    """The record of the backbone from `build_backbone`."""
     data: dict[str, Any]
     """The training set's identity: {"dataset": kind, "images": N, "fingerprint": sha256 of the list
-    of names and annotations, "classes": names in the order of their labels}. A resumed run must
-    find the same, and whoever scores a checkpoint the same classes."""
+    of names and annotations, "classes": names in the order of their labels}. A resumed run needs
+    the same data; an evaluation of a checkpoint needs the same classes."""
     scored: dict[str, Any]
-    """Likewise of the set that `evaluate` scores on."""
+    """The identity of the held-out set that `evaluate` scores on, in the same form."""
 
     def __len__(self) -> int:
-        """Training examples."""
+        """The number of training examples."""
         ...
 
     def example(self, index: int, epoch: int) -> Any:
-        """Example `index` as `epoch` sees it; its randomness is drawn from
-        `transfer.examples.generator(seed, epoch, index)`. Called in worker processes.
+        """Example `index` of `epoch`. Its random numbers come from
+        `transfer.examples.generator(seed, epoch, index)`. Worker processes call it.
 
         Raises UserError for a file that cannot be read, in one line that names it.
         """
         ...
 
     def collate(self, examples: list[Any]) -> Any:
-        """A batch: tensors in dicts, lists and tuples, which the trainer brings to the device."""
+        """A batch: tensors in dicts, lists and tuples. The trainer moves it to the device."""
         ...
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> list[Row]:
-        """Score `model`, which is in evaluation mode; called without gradients and inside autocast
-        where the run has mixed precision. Each process does its share, and all return all rows.
+        """Score `model`, which is in evaluation mode. The caller switches gradients off, and
+        autocast on for mixed precision. Each process does its share; all return all rows.
 
         Raises UserError.
         """

@@ -12,7 +12,7 @@ from train.run.checkpoint import Record
 
 
 def write_checkpoint(folder: Path, model: SlotCon, config: ModelConfig) -> Path:
-    """A checkpoint of `model` that says it is one of `config`."""
+    """Write a checkpoint of `model` whose record says that its configuration is `config`."""
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
     run = to_dict(RunConfig(name="x", data=DataConfig("x"), model=config))

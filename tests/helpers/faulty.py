@@ -22,21 +22,21 @@ from train.run.signals import StopSignals
 from train.trainer import Trainer
 
 Seen = dict[int, list[tuple[int, float]]]
-"""For each step the images of a process: number and sum of the views."""
+"""For each step the images of a process: index and sum of the views."""
 
 
 def separable_run(beton: Path, folder: Path, name: str = "run") -> RunConfig:
-    """A run whose gradient is the mean of its processes' gradients, together with `freeze`."""
+    """With `freeze`, a run whose gradient is the mean of its processes' gradients."""
     config = small_run(beton, folder, name)
     return replace(config, model=replace(config.model, group_loss_weight=1.0))
 
 
-def freeze(run: Trainer) -> Trainer:
-    """Normalise by running statistics, which do not depend on what else is in a batch."""
-    for module in run.slotcon.modules():
+def freeze(training: Trainer) -> Trainer:
+    """Normalise by running statistics, which do not depend on the other images of a batch."""
+    for module in training.slotcon.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
             module.eval()
-    return run
+    return training
 
 
 def make(
@@ -46,26 +46,26 @@ def make(
 
 
 def fingerprints(batch: Batch) -> list[tuple[int, float]]:
-    """Number and sum of the views, for each image."""
+    """Index and sum of the views of each image."""
     sums = batch.views.double().sum(dim=(0, 2, 3, 4)).tolist()
     return list(zip(batch.index.tolist(), sums, strict=True))
 
 
-def watch(run: Trainer) -> Seen:
-    """What the steps of `run` will see."""
-    epoch, seen = run.loader.epoch, Seen()
+def watch(training: Trainer) -> Seen:
+    """The images that the steps of `training` will read, filled in as it trains."""
+    epoch, seen = training.loader.epoch, Seen()
 
     def watched(number: int, start: int = 0) -> Iterator[Batch]:
         for step, batch in enumerate(epoch(number, start), start):
-            seen[number * run.loader.steps_per_epoch + step] = fingerprints(batch)
+            seen[number * training.loader.steps_per_epoch + step] = fingerprints(batch)
             yield batch
 
-    run.loader.epoch = watched  # type: ignore[method-assign]
+    training.loader.epoch = watched  # type: ignore[method-assign]
     return seen
 
 
 def at_micro_batch(count: int, act: Callable[[], None]) -> Callable[..., None]:
-    """A Meter.add that calls `act` once, after that many micro-batches of this process."""
+    """A Meter.add that calls `act` once, after `count` micro-batches of this process."""
     add, done = metrics.Meter.add, []
 
     def counting(meter: metrics.Meter, *output: object) -> None:
@@ -78,9 +78,9 @@ def at_micro_batch(count: int, act: Callable[[], None]) -> Callable[..., None]:
 
 
 class Pair:
-    """Two processes of a run without a launcher, so that nobody cleans up after them. `fault` is
-    "SIGNAL:N": what the second sends itself after N micro-batches. The first, which writes, has a
-    slow disk. Each lists the images of its steps in RUN.rank0 or RUN.rank1, beside the folder RUN.
+    """Two processes of a run without a launcher that cleans up after them. `fault` is "SIGNAL:N":
+    the second sends itself this signal after N micro-batches. The first one writes checkpoints, to
+    a slow disk. They list the images of their steps in RUN.rank0 and RUN.rank1, beside RUN.
     """
 
     def __init__(self, config: RunConfig, fault: str, *options: str) -> None:
@@ -89,7 +89,7 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("forkserver")  # which imports everything once
+        context = multiprocessing.get_context("forkserver")  # it imports everything once
         context.set_forkserver_preload(["tests.helpers.faulty"])
         self.errors = [Path(f"{run_dir(config)}.stderr{rank}") for rank in (0, 1)]
         command = ["train.pretrain", "--config", str(file), *options]
@@ -101,7 +101,7 @@ class Pair:
             process.start()
 
     def end(self, rank: int) -> tuple[int | None, str]:
-        """Wait for the end of one; its exit code and what it said on stderr."""
+        """Wait for the end of one process; its exit code and its stderr."""
         self.processes[rank].join(120)
         return self.processes[rank].exitcode, self.errors[rank].read_text()
 
@@ -125,20 +125,19 @@ def _run(rank: int, port: int, fault: str, command: list[str], errors: Path) -> 
         checkpoint._flush = partial(_slowly, checkpoint._flush)
     train_step = Trainer._train_step
 
-    def logging(run: Trainer, batches: Iterator[Batch]) -> None:
-        freeze(run)
+    def logging(training: Trainer, batches: Iterator[Batch]) -> None:
+        freeze(training)
         batch = next(batches)
-        with Path(f"{run.run_dir}.rank{rank}").open("a") as file:
+        with Path(f"{training.run.folder}.rank{rank}").open("a") as file:
             for index, total in fingerprints(batch):
-                file.write(f"{run.step} {index} {total!r}\n")
-        train_step(run, iter([batch]))
+                file.write(f"{training.run.step} {index} {total!r}\n")
+        train_step(training, iter([batch]))
 
     Trainer._train_step = logging  # type: ignore[method-assign]
-    pretrain._FIRST = rank == 0
     pretrain.main()
 
 
 def _slowly(flush: Callable[[Path], None], path: Path) -> None:
-    """A disk for which the other process has to wait."""
+    """A slow disk: the other process has to wait."""
     time.sleep(0.2)
     flush(path)

@@ -1,4 +1,4 @@
-"""Find what would make the host wait for a GPU, on a machine that has none."""
+"""Find operations that would make the host wait for a GPU, on a machine without one."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
 """Operators that return a number, or a tensor of a size that only the device knows."""
 METHODS = ("tolist", "numpy", "cpu")
-"""What reads a tensor without an operator where it lies in host memory anyway."""
+"""Methods that read a tensor in host memory without an operator."""
 
 
 @contextmanager
 def host_syncs() -> Iterator[Counter[str]]:
-    """Counts by name what a GPU would be waited for inside the block, the backward included.
+    """Counts by name the operations inside the `with` that would wait for a GPU, also in backward.
 
-    Other copies to the host go unseen; CUDA's own `set_sync_debug_mode` knows of those too.
+    It does not see other copies to the host; CUDA's `set_sync_debug_mode` sees those too.
     """
     found: Counter[str] = Counter()
     with _Operators(found), _Methods(found):

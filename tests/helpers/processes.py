@@ -1,4 +1,4 @@
-"""Run a test's function in several gloo processes, so that a hang becomes a failure."""
+"""Run a function in several gloo processes; a hang becomes a failure."""
 
 import time
 from collections.abc import Callable
@@ -17,9 +17,9 @@ TIMEOUT = timedelta(seconds=60)
 def run_workers(
     worker: Callable[..., None], folder: Path, *args: Any, world: int = 2, limit_s: float = 240
 ) -> None:
-    """Call worker(rank, folder, *args) in `world` processes of one group; raise what any raises.
+    """Call worker(rank, folder, *args) in `world` processes of one group. Raises the first error.
 
-    `worker` must be importable by name. Processes still alive after `limit_s` are ended.
+    `worker` must be importable by name. Kills processes that still run after `limit_s`.
     """
     store = folder / f"{worker.__name__}.store"
     context = spawn(_enter, (world, store, worker, folder, args), nprocs=world, join=False)

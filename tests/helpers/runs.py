@@ -14,7 +14,7 @@ Made = TypeVar("Made")
 
 
 def in_this_process(start: Callable[[], Made]) -> Made:
-    """start(), without what Accelerate keeps from one run to the next."""
+    """start(), without the state that Accelerate keeps from one run to the next."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return start()
@@ -23,7 +23,7 @@ def in_this_process(start: Callable[[], Made]) -> Made:
 def launch_module(
     module: str, *arguments: str, processes: int, timeout: float, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m module …`, by torchrun where there are several processes."""
+    """`python -m module …`; with torchrun for several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     line = [sys.executable, *(torchrun if processes > 1 else []), "-m", module, *arguments]
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""A task of generated images for tests of transfer's core, in this process and in others."""
+"""A task of generated images, for tests of transfer's trainer in this process and in others."""
 
 import os
 import signal
@@ -30,16 +30,16 @@ CLASSES = len(NAMES)
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images that are bright in one channel, their class; and what can be wrong with them."""
+    """Images that are bright in one channel, which is their class; and faults of the images."""
 
     root: str = ""
-    """Where they would be."""
+    """The folder of the images (there is none)."""
     unreadable: int = -1
-    """This one cannot be read."""
+    """The index of an image that cannot be read."""
     lethal: int = -1
-    """This one ends the process that reads it."""
+    """The index of an image that kills the process that reads it."""
     nan_epoch: int = -1
-    """From this epoch on all of them are NaN."""
+    """From this epoch on all images are NaN."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ModelConfig:
     norm: bool = True
     """BatchNorm."""
     dropout: float = 0.2
-    """Share of what the classifier sees."""
+    """Share of the features that the head does not see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Classifier(nn.Module):
 
 
 class TinyTask:
-    """Which channel is bright?"""
+    """Classify images by their bright channel."""
 
     name = "classification"
 
@@ -125,11 +125,11 @@ class TinyTask:
         assert not model.training and not torch.is_grad_enabled()
         assert torch.is_autocast_enabled("cpu") == (self.config.efficiency.precision != "no")
         rank, world = accelerator.process_index, accelerator.num_processes
-        own = range(IMAGES + rank, IMAGES + HELD_OUT, world)
-        batch = self.collate([self.example(index, 1000) for index in own])
+        share = range(IMAGES + rank, IMAGES + HELD_OUT, world)
+        batch = self.collate([self.example(index, 1000) for index in share])
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         right = (model(batch).argmax(dim=1) == batch["label"]).sum()
-        counts = accelerator.gather(torch.stack([right, torch.full_like(right, len(own))])[None])
+        counts = accelerator.gather(torch.stack([right, torch.full_like(right, len(share))])[None])
         total, seen = counts.sum(dim=0).tolist()
         assert seen == HELD_OUT
         return [
@@ -139,7 +139,7 @@ class TinyTask:
 
 
 def tiny_config(folder: Path, name: str = "run", **optim: Any) -> TinyConfig:
-    """Three epochs of five steps; log lines, checkpoints and epochs all end at different steps."""
+    """Three epochs of five steps. Log lines, checkpoints and epochs end at different steps."""
     settings = {"steps": 15, "batch_size": BATCH, "lr": 0.05, "seed": 3, **optim}
     return TinyConfig(
         name=name,
@@ -168,7 +168,7 @@ def command(argv: list[str] | None = None) -> None:
 def launched(
     config: TinyConfig, *options: str, processes: int = 1, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command in other processes."""
+    """Run the command in new processes."""
     file = Path(config.log.dir) / f"{config.name}.yaml"
     file.write_text(to_yaml(config))
     return launch_module(

@@ -37,7 +37,7 @@ def small_beton(folder: Path) -> Path:
 
 
 def small_run(beton: Path, folder: Path, name: str = "run", **train: Any) -> RunConfig:
-    """Two epochs of five steps; log lines, checkpoints and epochs all end at different steps."""
+    """Two epochs of five steps. Log lines, checkpoints and epochs end at different steps."""
     return RunConfig(
         name=name,
         data=DataConfig(str(beton), threads=1),
@@ -65,7 +65,7 @@ def run_dir(config: RunConfig) -> Path:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Everything in a checkpoint that is a tensor, by name."""
+    """All tensors of a checkpoint by name."""
     found = load_file(checkpoint / "model.safetensors")
     optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
     for number, state in optimizer["state"].items():
@@ -82,7 +82,7 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 
 
 def launch(config: RunConfig, *options: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run `config` in other processes, by way of `main` below."""
+    """Run `config` in new processes, with `main` below."""
     file = Path(config.log.dir) / f"{config.name}.yaml"
     file.write_text(to_yaml(config))
     return launch_module(
@@ -91,7 +91,7 @@ def launch(config: RunConfig, *options: str, processes: int = 1) -> subprocess.C
 
 
 def _kill_at(count: int) -> None:
-    """End this process by SIGKILL once it has done `count` micro-batches."""
+    """End this process with SIGKILL after `count` micro-batches."""
     add, done = metrics.Meter.add, []
 
     def counting(meter: metrics.Meter, output: ModelOutput) -> None:
@@ -104,8 +104,8 @@ def _kill_at(count: int) -> None:
 
 
 def main() -> None:
-    """Train; KILL_AT=N in the environment kills the process of rank KILL_RANK (0) after N
-    micro-batches. Each process then writes its model beside the run, to compare them."""
+    """Train. KILL_AT=N in the environment kills the process of rank KILL_RANK (0) after N
+    micro-batches. At the end each process writes its model beside the run's folder."""
     rank = os.environ.get("RANK", "0")
     if "KILL_AT" in os.environ and rank == os.environ.get("KILL_RANK", "0"):
         _kill_at(int(os.environ["KILL_AT"]))

@@ -1,4 +1,4 @@
-"""The health of the prototypes, live in the log, and the alarm."""
+"""The health of the prototypes in the log, and the alarm."""
 
 import json
 import math
@@ -16,9 +16,10 @@ from tests.helpers.host_sync import host_syncs
 from tests.helpers.tiny_slotcon import IMAGES, tiny_batch, tiny_model
 from tests.helpers.training import run_dir, small_beton, small_run, trainer
 from train.config import RunConfig
-from train.health import CollapseAlarm, Collapsed, near_duplicates, usage_entropy
+from train.health import CollapseAlarm, near_duplicates, usage_entropy
 from train.metrics import STATS, Meter
 from train.run import checkpoint
+from train.run.ends import Collapsed
 
 HEALTHY = {"active_slots": 4.0, "usage_entropy": 0.9, "grouping_12": 3.0, "grouping_21": 3.1}
 FEW_SLOTS = HEALTHY | {"active_slots": 1.4}
@@ -40,12 +41,12 @@ def lines(config: RunConfig) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-# ---- what is measured ----
+# ---- measurements ----
 
 
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=20))
 def test_entropy_is_its_definition(usage: list[int]) -> None:
-    """In shares of log K, so that one bound holds for every K."""
+    """Divided by log K, so that one bound holds for every K."""
     usage[0] += 1
     shares = [count / sum(usage) for count in usage if count]
     expected = -sum(share * math.log(share) for share in shares) / math.log(len(usage))
@@ -53,19 +54,19 @@ def test_entropy_is_its_definition(usage: list[int]) -> None:
 
 
 def test_entropy_at_its_ends() -> None:
-    """A prototype that never wins is no NaN."""
+    """A prototype that never wins must not give NaN."""
     assert usage_entropy(torch.tensor([0, 9, 0])) == 0
     assert usage_entropy(torch.full((2048,), 3)) == pytest.approx(1)
 
 
 def test_duplicates_are_pairs_in_one_direction() -> None:
-    """Length says nothing, a prototype is no duplicate of itself, an opposite is none of it."""
+    """Length does not matter; a prototype is no duplicate of itself or of its opposite."""
     prototypes = torch.tensor([[1.0, 0], [5, 0.1], [-1, 0], [0, 1], [1, 0.2]])
     assert near_duplicates(prototypes).item() == 3  # 0 and 1, 0 and 4, 1 and 4
 
 
 def test_usage_counts_the_cells_of_the_teacher() -> None:
-    """Of both views, whatever the loss makes of them."""
+    """Both views count, whatever the loss does with them."""
     model, batch = tiny_model(), tiny_batch(side=64)
     usage = model(*batch).usage
     scores = torch.stack([model.teacher(view).scores for view in batch[0]])
@@ -81,7 +82,7 @@ def a_meter(beton: Path, folder: Path) -> tuple[Meter, SlotCon]:
 
 
 def test_the_log_needs_no_further_wait(beton: Path, tmp_path: Path) -> None:
-    """Usage and duplicates ride along: a log line is one copy to the host, whatever it tells."""
+    """A log line is one copy to the host, which also carries usage and duplicates."""
     meter, model = a_meter(beton, tmp_path)
     output = model(*tiny_batch(side=64))
     with host_syncs() as found:
@@ -93,9 +94,9 @@ def test_the_log_needs_no_further_wait(beton: Path, tmp_path: Path) -> None:
     assert found["cpu"] == 1
 
 
-def test_meter_goes_on_from_any_checkpoint(beton: Path, tmp_path: Path) -> None:
-    """Of the same run, of twice as many processes, from before there was a usage, of another
-    model: averages and usage must stay what they are, and nothing may fail."""
+def test_meter_continues_from_any_checkpoint(beton: Path, tmp_path: Path) -> None:
+    """From a checkpoint of the same run, of twice as many processes, of a version without usage, of
+    another model: averages and usage must stay the same, and nothing may fail."""
     meter, model = a_meter(beton, tmp_path)
     model.eval()
     output = model(*tiny_batch(side=64))
@@ -121,23 +122,24 @@ def test_meter_goes_on_from_any_checkpoint(beton: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [FEW_SLOTS, ONE_FOR_ALL])
 def test_alarm_needs_two_bad_lines_in_a_row(bad: dict[str, float]) -> None:
-    """Not one odd line, not the warm-up, and not the same warning at every line to the end."""
+    """One bad line gives no alarm, nor does the warm-up; each line does not repeat the warning."""
     alarm = CollapseAlarm(num_prototypes=256, warmup_steps=WARMUP)
     said = [
         bool(alarm.check(begin, begin + 10, CELLS, bad if is_bad else HEALTHY))
         for begin, is_bad in [
             *((begin, True) for begin in (0, 50, 90)),
-            *((100, True), (110, False), (120, True)),  # two odd ones
+            *((100, True), (110, False), (120, True)),  # two single bad lines
             *((begin, True) for begin in (130, 140, 150)),  # the second in a row, once
-            *((160, False), (170, True), (180, True)),  # again, after it was well
+            *((160, False), (170, True), (180, True)),  # again, after a healthy line
         ]
     ]
     assert said == [False] * 6 + [True] + [False] * 4 + [True]
 
 
 def test_alarm_gives_a_loss_at_chance_more_time() -> None:
-    """A grouping starts with it; only one that never leaves it has collapsed to all alike. Neither
-    slots nor usage tells: hair's breadths decide which prototype wins, and they win by turns."""
+    """Every grouping starts with this loss. If it never falls, all prototypes have become alike.
+    Slots and usage do not show it: tiny differences decide which prototype wins, and they win in
+    turn."""
     chance = HEALTHY | dict.fromkeys(("grouping_12", "grouping_21"), math.log(256))
     for every, expected in ((50, 9), (1, 199)):  # ten lines; two hundred steps
         alarm = CollapseAlarm(num_prototypes=256, warmup_steps=WARMUP)
@@ -148,7 +150,7 @@ def test_alarm_gives_a_loss_at_chance_more_time() -> None:
 
 
 def test_alarm_knows_views_with_too_few_cells() -> None:
-    """Views of 32 pixels have one cell and never two slots; nor has a model of one prototype."""
+    """Views of 32 pixels have one cell and so never two slots; nor has a single prototype."""
     for cells, prototypes in ((1, 256), (4, 256), (49, 1)):
         alarm = CollapseAlarm(prototypes, 0)
         assert not any(alarm.check(step, step + 1, cells, FEW_SLOTS) for step in range(5))
@@ -157,7 +159,7 @@ def test_alarm_knows_views_with_too_few_cells() -> None:
 
 
 def collapse(model: SlotCon) -> None:
-    """One prototype wins every cell: all others point away from what the others share."""
+    """One prototype wins every cell: the others point away from the mean of all features."""
     for branch in (model.student, model.teacher):
         *_, (_, bias) = branch.projector.named_parameters()
         torch.nn.init.constant_(bias, 50.0)
@@ -175,7 +177,7 @@ def roomy_run(beton: Path, folder: Path, **log: object) -> RunConfig:
 def test_a_healthy_run_is_quiet(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And its log has the figures."""
+    """It prints no warning, and its log holds the figures."""
     config = roomy_run(beton, tmp_path)
     trainer(config).train()
     assert "collapsed" not in capsys.readouterr().err
@@ -184,10 +186,10 @@ def test_a_healthy_run_is_quiet(
         assert 0 <= line["dead_prototypes"] < 8 and line["near_duplicates"] == 0
 
 
-def test_a_collapsed_run_says_so_once_and_goes_on(
+def test_a_collapsed_run_warns_once_and_continues(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the second line that shows it."""
+    """It warns at the second bad line."""
     config = roomy_run(beton, tmp_path)
     run = trainer(config)
     with torch.no_grad():
@@ -200,8 +202,8 @@ def test_a_collapsed_run_says_so_once_and_goes_on(
     assert last["dead_prototypes"] == 7 and last["near_duplicates"] == math.comb(7, 2)
 
 
-def test_a_collapsed_run_stops_where_it_is_told_to(beton: Path, tmp_path: Path) -> None:
-    """At once, with its line in the log, and without trying again from a checkpoint."""
+def test_a_collapsed_run_stops_if_configured(beton: Path, tmp_path: Path) -> None:
+    """It stops at once, with its line in the log, and without a roll-back."""
     config = roomy_run(beton, tmp_path, on_collapse="stop", on_divergence="roll_back")
     run = trainer(with_log(config, checkpoint_every=1))
     with torch.no_grad():

@@ -26,8 +26,8 @@ def optimizer_of(run: str) -> tuple[LARS, dict[str, torch.nn.Parameter]]:
 
 @pytest.mark.parametrize("run", ["a", "b"])
 def test_steps_match(run: str) -> None:
-    """Scaling, decay, momentum and the exemptions of 1-D and zero tensors, each of which run b
-    makes visible."""
+    """Scaling, decay, momentum, and the exemptions of 1-D and zero tensors. Run b shows an error in
+    any of them."""
     optimizer, weights = optimizer_of(run)
     for step in range(3):
         for name, weight in weights.items():
@@ -42,7 +42,7 @@ def test_steps_match(run: str) -> None:
 
 
 def test_state_survives_saving() -> None:
-    """A resumed run must go on with the interrupted one's momentum, or it is not the same run."""
+    """A resumed run must continue with the momentum of the interrupted one."""
     whole, whole_weights = optimizer_of("b")
     first, first_weights = optimizer_of("b")
 
@@ -66,7 +66,7 @@ def test_state_survives_saving() -> None:
 
 
 def test_parameters_without_gradient_stay() -> None:
-    """The teacher and frozen layers have no gradient; decay must not shrink them."""
+    """The teacher and frozen layers have no gradient. Decay must not shrink them."""
     optimizer, weights = optimizer_of("b")
     optimizer.step()
     for name, weight in weights.items():
@@ -75,7 +75,7 @@ def test_parameters_without_gradient_stay() -> None:
 
 
 def tensors(seed: int) -> list[Tensor]:
-    """One of each kind: convolution, the same channels-last, matrix, bias, zeros."""
+    """One of each kind: convolution, convolution in channels-last, matrix, bias, zeros."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((4, 3, 3, 3), (4, 8, 3, 3), (5, 4), (7,), (2, 2))
     made = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -91,7 +91,7 @@ def parameters() -> list[torch.nn.Parameter]:
 def naive_step(
     weights: list[torch.nn.Parameter], momenta: list[Tensor], settings: dict[str, float]
 ) -> None:
-    """The definition, a tensor at a time."""
+    """The definition, one tensor after the other."""
     for weight, momentum in zip(weights, momenta, strict=True):
         assert weight.grad is not None
         update = weight.grad
@@ -105,7 +105,7 @@ def naive_step(
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_all_tensors_at_once_is_one_at_a_time(momentum: float) -> None:
-    """A scale that lands on the wrong tensor, or a layout read as another, still trains."""
+    """With a scale on the wrong tensor, or a wrong memory layout, training would still run."""
     settings = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1, "eta": 0.01}
     ours, theirs = parameters(), parameters()
     optimizer, momenta = LARS(ours, **settings), [torch.zeros_like(w) for w in theirs]
@@ -119,7 +119,7 @@ def test_all_tensors_at_once_is_one_at_a_time(momentum: float) -> None:
 
 
 def test_momentum_of_another_memory_layout() -> None:
-    """A run may be resumed with channels_last switched: the values must follow, not the bytes."""
+    """A resume may switch channels_last: the values must stay, not the order of the bytes."""
     settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "eta": 0.01}
     first, weights = (torch.nn.Parameter(tensors(0)[1]) for _ in range(2))
     gradient, flat = tensors(1)[1], weights.detach().contiguous()
@@ -137,7 +137,7 @@ def test_momentum_of_another_memory_layout() -> None:
 
 
 def test_loss_scaling_without_waiting() -> None:
-    """Scaled steps are the unscaled ones; one with an overflow changes nothing and is counted."""
+    """Scaled steps equal unscaled ones; a step with an overflow changes nothing and counts."""
     settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "eta": 0.01}
     plain, scaled = parameters(), parameters()
     reference, optimizer = LARS(plain, **settings), LARS(scaled, **settings)
@@ -170,7 +170,7 @@ def test_loss_scaling_without_waiting() -> None:
 
 
 def test_each_group_has_its_own_rate() -> None:
-    """Fine-tuning gives a head another rate than the rest."""
+    """Fine-tuning gives a head another learning rate than the rest."""
     one, two = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = LARS([one], lr=0.1, momentum=0.0)
     optimizer.add_param_group({"params": [two], "lr": 0.5})

@@ -1,4 +1,4 @@
-"""Progressive view size: the same images, order, geometry and schedules, smaller views at first."""
+"""Progressive view size: smaller views at first; images, order, geometry, schedules stay equal."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,8 @@ from train.trainer import Trainer
 GROWING = ((0.0, 32), (0.5, 64))
 
 
-def test_size_is_that_of_the_stage_that_has_begun(tmp_path: Path) -> None:
-    """A stage that begins an epoch late or early changes what a schedule costs and learns."""
+def test_the_size_follows_the_stages(tmp_path: Path) -> None:
+    """A stage that begins an epoch late or early changes the cost and the result."""
     config = small_run(tmp_path / "no.beton", tmp_path, epochs=4, view_sizes=GROWING)
     assert [config.view_size(epoch) for epoch in range(4)] == [32, 32, 64, 64]
     config = replace(config, train=TrainConfig(epochs=3, view_sizes=GROWING, warmup_epochs=1))
@@ -30,7 +30,7 @@ def test_size_is_that_of_the_stage_that_has_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "stages",
     [
-        [[0, 32], [0.5, 96]],  # ends beside views.size
+        [[0, 32], [0.5, 96]],  # does not end with views.size
         [[0, 60], [0.5, 64]],
         [[0, 64], [0.5, 32], [0.7, 64]],
         [[0.1, 64]],
@@ -42,7 +42,7 @@ def test_size_is_that_of_the_stage_that_has_begun(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_stages_are_refused(tmp_path: Path, stages: object) -> None:
-    """Before anything is loaded, by the setting's name."""
+    """The error comes before anything is loaded, and names the setting."""
     values = to_dict(small_run(tmp_path / "no.beton", tmp_path))
     values["train"]["view_sizes"] = stages
     with pytest.raises(UserError, match=r"train\.view_sizes must be"):
@@ -50,7 +50,7 @@ def test_impossible_stages_are_refused(tmp_path: Path, stages: object) -> None:
 
 
 def test_run_grows_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step meets each size in its epochs, and a run that was stopped in the small ones ends
+    """The step sees each size in its epochs. A run that was interrupted during the small ones ends
     with the same weights."""
     config: RunConfig = small_run(small_beton(tmp_path), tmp_path, view_sizes=GROWING)
     run, met = trainer(config), []
@@ -65,6 +65,6 @@ def test_run_grows_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.Monke
     parted = replace(config, name="parted")
     trainer(replace(parted, train=replace(parted.train, max_steps=3))).train()
     resumed: Trainer = trainer(parted, "auto")
-    assert resumed.step == 3
+    assert resumed.run.step == 3
     resumed.train()
     assert_same_tensors(*(run_dir(c) / "checkpoints" / "step_10" for c in (config, parted)))

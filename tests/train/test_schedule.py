@@ -33,8 +33,8 @@ def long_settings() -> dict[str, Any]:
 
 
 def test_short_run_matches_every_step() -> None:
-    """A warm-up that is off by one, or a cosine that starts late, would train with other rates than
-    the paper's."""
+    """With a warm-up that is off by one, or a cosine that starts late, the learning rates would not
+    be the paper's."""
     rates = [learning_rate(step, **SHORT) for step in range(12)]
     np.testing.assert_allclose(rates, RECORDED["short_lr"], rtol=1e-12)
     np.testing.assert_allclose(
@@ -45,8 +45,8 @@ def test_short_run_matches_every_step() -> None:
 
 
 def test_long_run_matches_at_all_recorded_steps() -> None:
-    """The authors' cosine is PyTorch's recursion from the last value; ours is the closed form. They
-    must agree to the rounding that the recursion gathers over 1755 steps (relative to the peak)."""
+    """The authors' cosine is PyTorch's recursion; ours is the closed form. They must agree up to
+    rounding, which accumulates over the 1755 steps of the recursion (relative to the peak)."""
     settings = long_settings()
     rates = [learning_rate(int(step), **settings) for step in RECORDED["long_step"]]
     np.testing.assert_allclose(rates, RECORDED["long_lr"], rtol=1e-9, atol=1e-12 * settings["peak"])
@@ -55,8 +55,8 @@ def test_long_run_matches_at_all_recorded_steps() -> None:
 
 
 def test_momentum_of_a_whole_number_of_batches() -> None:
-    """Where no image is dropped, counting steps and counting images are the same, so the momenta
-    must be too."""
+    """If no image is dropped, counting steps and counting images are the same, and the momenta are
+    equal."""
     total = int(RECORDED["long_K_exact"])
     assert total == long_settings()["total_steps"]
     momenta = [
@@ -66,9 +66,9 @@ def test_momentum_of_a_whole_number_of_batches() -> None:
 
 
 def test_momentum_of_a_ragged_set_is_ours() -> None:
-    """The deliberate difference: the authors' index counts dropped images, so their momentum lags
-    behind ours (by less than 1e-4 here) and never arrives. Equality here would mean that ours
-    counts images again."""
+    """A deliberate difference: the authors' index counts dropped images, so their momentum lags
+    behind ours (by less than 1e-4 here) and does not reach 1. If they were equal, ours would count
+    images again."""
     total = long_settings()["total_steps"]
     ours = np.array(
         [teacher_momentum(int(s), base=0.99, total_steps=total) for s in RECORDED["long_step"]]
@@ -88,8 +88,8 @@ def test_momentum_of_a_ragged_set_is_ours() -> None:
 def test_rate_rises_to_the_peak_then_falls(
     warmup: int, rest: int, peak: float, multiplier: float
 ) -> None:
-    """Any configuration, also without warm-up or with one step only, must give a finite rate in (0,
-    peak]."""
+    """All configurations, also without warm-up or with a single step, give finite rates in
+    (0, peak]."""
     total = warmup + rest
     rates = [
         learning_rate(

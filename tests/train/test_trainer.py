@@ -1,5 +1,5 @@
-"""The run as a whole: trains, stops, goes on exactly where it stood, and refuses to go on
-wrongly."""
+"""The run as a whole: it trains, stops and resumes exactly where it stopped, but not with other
+settings or data."""
 
 import json
 import signal
@@ -26,8 +26,10 @@ from tests.helpers.training import (
     with_accumulation,
 )
 from train.config import RunConfig, load_config
-from train.metrics import Diverged, Meter
+from train.metrics import Meter
+from train.pretrained import load_model
 from train.run import checkpoint
+from train.run.ends import Diverged
 from train.trainer import Trainer
 
 METERED = (
@@ -58,7 +60,7 @@ def whole(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def curve(config: RunConfig) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without the values that depend on the clock."""
     lines = (run_dir(config) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
@@ -71,7 +73,7 @@ def assert_same_run(one: RunConfig, other: RunConfig) -> None:
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: RunConfig, step: int) -> None:
-    """Train until step `step` (counted from 1) has done its first forward, then fail."""
+    """Train up to the first forward pass of step `step` (counted from 1), then fail."""
     add, done = Meter.add, []
 
     def failing(meter: Meter, output: object) -> None:
@@ -101,10 +103,10 @@ def test_a_run_writes_what_it_promises(whole: RunConfig) -> None:
 
 
 def test_training_learns(whole: RunConfig) -> None:
-    """The loss must fall: a trainer that never steps the optimiser passes most other tests."""
+    """The loss must fall: a trainer that never steps its optimiser passes most other tests."""
     losses = [line["loss"] for line in curve(whole)]
     assert losses[-1] < losses[0]
-    model, _ = checkpoint.load_model(run_dir(whole))
+    model, _ = load_model(run_dir(whole))
     student, teacher = model.student.state_dict(), model.teacher.state_dict()
     moved = [name for name in student if not torch.equal(student[name], teacher[name])]
     assert len(moved) > len(student) / 2  # the teacher lags behind
@@ -113,9 +115,9 @@ def test_training_learns(whole: RunConfig) -> None:
 def test_killed_in_mid_step_and_resumed_is_exact(
     whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL between the two micro-batches of step 7, after a log line (6) that is younger than
-    the newest checkpoint (4, in mid-epoch and in the middle of that line's average): what is on
-    the disk must be enough to repeat steps 5 and 6 bit for bit, and no line may appear twice."""
+    """SIGKILL between the two micro-batches of step 7. The last log line (6) is younger than the
+    newest checkpoint (4, in the middle of an epoch and of that line's average). The files on the
+    disk must be enough to repeat steps 5 and 6 bit for bit, and no line may appear twice."""
     config = replace(whole, log=replace(whole.log, dir=str(tmp_path)))
     monkeypatch.setenv("KILL_AT", "13")
     killed = launch(config)
@@ -123,14 +125,14 @@ def test_killed_in_mid_step_and_resumed_is_exact(
     newest = checkpoint.latest(run_dir(config))
     assert newest and newest.name == "step_4" and len(curve(config)) == 2
     with (run_dir(config) / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # a torn line, as a power cut leaves it
+        file.write('{"step": 6, "lo')  # a torn line, as after a power cut
     trainer(config, "auto").train()
     assert_same_run(config, whole)
 
 
-def test_stopping_early_and_going_on_is_exact(whole: RunConfig, tmp_path: Path) -> None:
-    """max_steps must not touch the schedules, and may be lifted later; so may speed and log
-    settings."""
+def test_stopping_early_and_resuming_is_exact(whole: RunConfig, tmp_path: Path) -> None:
+    """max_steps must not change the schedules. It may change at a resume, and so may settings of
+    speed and log."""
     log = replace(whole.log, dir=str(tmp_path))
     config = replace(whole, log=log, train=replace(whole.train, max_steps=6))
     trainer(config).train()
@@ -142,14 +144,14 @@ def test_stopping_early_and_going_on_is_exact(whole: RunConfig, tmp_path: Path) 
 
 
 def test_two_processes(beton: Path, tmp_path: Path) -> None:
-    """Both ranks must know each other, end with the same weights, and leave one checkpoint that a
+    """Both ranks must form a group, end with the same weights, and leave one checkpoint that a
     single process can load."""
     config = small_run(beton, tmp_path, max_steps=3)
     ended = launch(config, processes=2)
     assert ended.returncode == 0, ended.stderr
     assert "2 x cpu" in ended.stdout and ended.stdout.count("step 3/3") == 1
     ranks = [torch.load(tmp_path / f"run.rank{rank}", weights_only=True) for rank in (0, 1)]
-    model, _ = checkpoint.load_model(run_dir(config))
+    model, _ = load_model(run_dir(config))
     parameters = dict(model.named_parameters())
     for name, value in parameters.items():
         assert torch.equal(ranks[0][name], ranks[1][name]) and torch.equal(ranks[0][name], value)
@@ -163,8 +165,8 @@ def test_two_processes(beton: Path, tmp_path: Path) -> None:
 def test_death_of_one_process_ends_the_others(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that the system kills for memory must not leave the others waiting for its share
-    of a step. Data are loaded by threads, so they cannot die alone.
+    """If the system kills a process for its memory, the others must not wait for its share of a
+    step. Threads load the data, so loading cannot die alone.
     """
     monkeypatch.setenv("KILL_AT", "2")
     monkeypatch.setenv("KILL_RANK", "1")
@@ -187,7 +189,7 @@ def test_data_settings_that_cannot_work_are_refused(
     change: dict[str, str],
     says: str,
 ) -> None:
-    """Before hours of work, not in their midst: another order would show images twice."""
+    """The error must come before hours of work. Another order would show images twice."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = replace(whole, data=replace(whole.data, **change))
@@ -197,7 +199,7 @@ def test_data_settings_that_cannot_work_are_refused(
 
 @pytest.mark.parametrize("order", ["quasi-random", "sequential"])
 def test_orders_and_host_crops_train_and_resume(beton: Path, tmp_path: Path, order: str) -> None:
-    """The settings reach the loader, and mid-epoch resume goes through the same images."""
+    """The settings reach the loader, and a resume in mid-epoch reads the same images."""
     config = small_run(beton, tmp_path, max_steps=3)
     config = replace(config, data=replace(config.data, crops="host", order=order))
     trainer(config).train()
@@ -210,8 +212,8 @@ def test_orders_and_host_crops_train_and_resume(beton: Path, tmp_path: Path, ord
 
 
 def test_divergence_stops_before_a_checkpoint(beton: Path, tmp_path: Path) -> None:
-    """A rate of 1e25 makes the second step infinite: the run must say so and keep step 1 as it
-    is."""
+    """A learning rate of 1e25 makes the second step infinite: the run must say so and must not
+    change step 1."""
     config = small_run(beton, tmp_path, base_lr=1e25)
     config = replace(config, log=replace(config.log, every=100, checkpoint_every=1))
     with pytest.raises(Diverged, match=r"not finite at step \d+; last good checkpoint: .*step_\d+"):
@@ -221,14 +223,14 @@ def test_divergence_stops_before_a_checkpoint(beton: Path, tmp_path: Path) -> No
 
 
 def test_infinite_weights_are_never_saved(whole: RunConfig, tmp_path: Path) -> None:
-    """The loss of a step is that before its update, so a finite loss does not yet mean finite
+    """A step computes its loss before its update, so a finite loss does not imply finite
     weights."""
-    run = trainer(replace(whole, log=replace(whole.log, dir=str(tmp_path))))
+    training = trainer(replace(whole, log=replace(whole.log, dir=str(tmp_path))))
     with torch.no_grad():
-        run.slotcon.student.grouping.prototypes[0, 0] = torch.inf
+        training.slotcon.student.grouping.prototypes[0, 0] = torch.inf
     with pytest.raises(Diverged, match="a weight is not finite"):
-        run._checkpoint()
-    assert checkpoint.latest(run.run_dir) is None
+        training._checkpoint()
+    assert checkpoint.latest(training.run.folder) is None
 
 
 @pytest.mark.parametrize(
@@ -243,22 +245,22 @@ def test_infinite_weights_are_never_saved(whole: RunConfig, tmp_path: Path) -> N
 def test_resume_keeps_the_science(
     whole: RunConfig, section: str, change: dict[str, int], says: str
 ) -> None:
-    """A curve made of two recipes would be reported as one."""
+    """Otherwise one curve would mix two recipes."""
     config = replace(whole, **{section: replace(getattr(whole, section), **change)})
     with pytest.raises(UserError, match=says):
         trainer(config, "auto")
 
 
 def test_resume_keeps_the_data(whole: RunConfig, tmp_path: Path) -> None:
-    """Other images under the same name: positions and indices would mean something else."""
+    """With other images under the same name, positions and indices have another meaning."""
     other = write_beton(tmp_path / "other.beton", varied(23))
     config = replace(whole, data=replace(whole.data, path=str(other)))
-    with pytest.raises(UserError, match=r"data.path: .* is not what .* was trained on"):
+    with pytest.raises(UserError, match=r"data.path: .* is not the data of "):
         trainer(config, "auto")
 
 
 def test_checkpoints_are_not_overwritten(whole: RunConfig, beton: Path, tmp_path: Path) -> None:
-    """Starting the same command twice must not destroy the first run; nor may runs be mixed."""
+    """Starting the same command twice must not destroy the first run or mix two runs."""
     with pytest.raises(UserError, match="already holds checkpoints, up to step_10"):
         trainer(whole)
     with pytest.raises(UserError, match="not the checkpoint to resume from"):
@@ -267,17 +269,17 @@ def test_checkpoints_are_not_overwritten(whole: RunConfig, beton: Path, tmp_path
         trainer(whole, str(tmp_path / "nothing"))
 
 
-def test_a_new_run_may_start_from_another_ones_checkpoint(whole: RunConfig, tmp_path: Path) -> None:
+def test_a_new_run_may_start_from_a_checkpoint_of_another(whole: RunConfig, tmp_path: Path) -> None:
     """--resume PATH with a new name repeats the steps after that checkpoint, exactly."""
     config = replace(whole, log=replace(whole.log, dir=str(tmp_path)))
-    run = trainer(config, str(run_dir(whole) / "checkpoints" / "step_8"))
-    assert run.step == 8
-    run.train()
+    training = trainer(config, str(run_dir(whole) / "checkpoints" / "step_8"))
+    assert training.run.step == 8
+    training.train()
     assert curve(config) == curve(whole)[-2:]
 
 
 def test_damaged_images_stop_the_run(beton: Path, tmp_path: Path) -> None:
-    """An error of a decoding thread must surface, with the file's name, instead of hanging."""
+    """An error of a decoding thread must name the file and end the run, without a hang."""
     damaged = tmp_path / "damaged.beton"
     damaged.write_bytes(beton.read_bytes())
     pointer, size = Beton(beton).records[7, :2]
@@ -289,7 +291,7 @@ def test_damaged_images_stop_the_run(beton: Path, tmp_path: Path) -> None:
 
 
 def test_fp16_needs_a_gpu(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU fp16 would be slow at best; the authors' configs ask for it, so the line must be
+    """On a CPU fp16 would be slow at best. The authors' configs use it, so the line must be
     clear."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     config = small_run(beton, tmp_path)
@@ -299,19 +301,19 @@ def test_fp16_needs_a_gpu(beton: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_bf16_trains(beton: Path, tmp_path: Path) -> None:
-    """Autocast must reach the whole step, and weights must stay float32."""
+    """Autocast must cover the whole step, and weights must stay float32."""
     config = small_run(beton, tmp_path, max_steps=2)
     config = replace(config, efficiency=replace(config.efficiency, precision="bf16"))
-    run: Trainer = trainer(config)
-    run.train()
-    assert all(p.dtype == torch.float32 for p in run.slotcon.parameters())
+    training: Trainer = trainer(config)
+    training.train()
+    assert all(p.dtype == torch.float32 for p in training.slotcon.parameters())
     assert np.isfinite(curve(config)[0]["loss"])
 
 
 def test_tensorboard_gets_the_curve_once(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default tracker must hold each log line, and a resumed run must not double any."""
+    """The default tracker must hold each log line once, also after a resume."""
     config = small_run(beton, tmp_path)
     config = replace(config, log=replace(config.log, trackers=("tensorboard",)))
     stop_in_step(monkeypatch, config, 7)
@@ -331,22 +333,22 @@ def test_tensorboard_gets_the_curve_once(
 def test_corrupt_image_stops_the_run_or_is_replaced(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Hours of work must neither end without a name nor go on without a word."""
+    """The error must name the image, and a run that continues must warn."""
     path = small_beton(tmp_path)
     damage(path, int(Beton(path).records[3, 0]), bytes(20))
     config = small_run(path, tmp_path, "stop", max_steps=5)
     with pytest.raises(UserError, match="record 3: not a JPEG"):
         trainer(replace(config, train=replace(config.train, max_steps=10))).train()
     data = replace(config.data, on_corrupt="replace")
-    run = trainer(replace(config, name="replace", data=data))
-    run.train()
-    assert run.step == 5
+    training = trainer(replace(config, name="replace", data=data))
+    training.train()
+    assert training.run.step == 5
     assert curve(replace(config, name="replace"))[-1]["replaced"] == 1
     assert "record 3: not a JPEG" in capfd.readouterr().err
 
 
 def variants(beton: Path, folder: Path, **train: int) -> RunConfig:
-    """A run of the ablated method, every part at once."""
+    """A run with all ablations at once."""
     config = small_run(beton, folder, **train)
     model = replace(
         config.model, slot_loss="regression", align="projections", image_loss_weight=0.5
@@ -355,12 +357,12 @@ def variants(beton: Path, folder: Path, **train: int) -> RunConfig:
 
 
 def test_a_variant_trains_and_resumes(beton: Path, tmp_path: Path) -> None:
-    """Its term must reach the log, its predictor the checkpoint, and both come back."""
+    """Its loss term must reach the log, its predictor the checkpoint, also after a resume."""
     config = variants(beton, tmp_path, max_steps=2)
     trainer(replace(config, train=replace(config.train, max_steps=1))).train()
-    before, _ = checkpoint.load_model(run_dir(config))
+    before, _ = load_model(run_dir(config))
     trainer(config, "auto").train()
-    after, found = checkpoint.load_model(run_dir(config))
+    after, found = load_model(run_dir(config))
     assert found == config
     assert before.image_predictor and after.image_predictor
     weights = [list(model.image_predictor.parameters()) for model in (before, after)]
@@ -369,6 +371,7 @@ def test_a_variant_trains_and_resumes(beton: Path, tmp_path: Path) -> None:
 
 
 def test_one_image_has_no_batch_statistics(beton: Path, tmp_path: Path) -> None:
-    """The image-level predictor's BatchNorm would say so in mid-run, and name no setting."""
+    """Otherwise the image-level predictor's BatchNorm would fail during training, without naming a
+    setting."""
     with pytest.raises(UserError, match=r"train\.batch_size: .* leave one image"):
         trainer(variants(beton, tmp_path, batch_size=1))

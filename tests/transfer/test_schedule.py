@@ -1,4 +1,4 @@
-"""The learning rate against torch's schedulers and the field's formulas; who decays how much."""
+"""The learning rate against torch's schedulers and published formulas; the weight decay."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def by_torch(optim: OptimConfig) -> list[float]:
     ],
 )
 def test_rates_are_those_of_torch(optim: OptimConfig) -> None:
-    """One step's shift at a milestone, or a warm-up to another height, is another recipe."""
+    """A milestone that shifts by one step, or a warm-up to another height, is another recipe."""
     ours = [learning_rate(step, optim) for step in range(optim.steps)]
     assert ours == pytest.approx(by_torch(optim))
 
@@ -59,8 +59,8 @@ def test_poly_ends_at_its_floor() -> None:
     assert learning_rate(30, optim) == pytest.approx(1e-4)
 
 
-def test_norms_decay_as_told() -> None:
-    """detectron2 leaves norms without decay, mmsegmentation does not: a mix-up costs a point."""
+def test_norms_have_their_weight_decay() -> None:
+    """detectron2 does not decay norms, mmsegmentation does; to mix them up costs a point."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4))
     model[0].bias.requires_grad_(False)  # type: ignore[union-attr]
     both = build_optimizer(model, OptimConfig(9, 1, 0.1, norm_weight_decay=0.0)).param_groups

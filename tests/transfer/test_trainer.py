@@ -1,4 +1,4 @@
-"""The run of either task: what it writes, its exact continuation, its end."""
+"""A run of either task: its files, its exact resume, its end."""
 
 import json
 import multiprocessing
@@ -28,13 +28,14 @@ from tests.helpers.tiny_task import (
     tiny_config,
     trainer,
 )
-from train.metrics import Diverged
 from train.run import checkpoint
-from train.run.signals import Stopped, StopSignals
+from train.run.ends import Diverged, Stopped
+from train.run.signals import StopSignals
+from train.run.watchdog import Watchdog
 from transfer import statistics
 from transfer.command import settings_of
 from transfer.examples import Order, generator
-from transfer.scoring import evaluation, place, watchdog
+from transfer.scoring import beat_in_forward, evaluation, place
 from transfer.task import Row
 
 
@@ -43,7 +44,7 @@ def run_dir(config: TinyConfig) -> Path:
 
 
 def tensors(config: TinyConfig) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint: weights, statistics, momenta."""
+    """Weights, statistics and momenta of the newest checkpoint."""
     newest = run_dir(config) / "checkpoints" / "latest"
     found = load_file(newest / "model.safetensors")
     state = torch.load(newest / "optimizer.bin", weights_only=True)["state"]
@@ -68,14 +69,14 @@ def lines(config: TinyConfig) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> TinyConfig:
-    """A run of 15 steps in one go."""
+    """A run of 15 steps without an interruption."""
     config = tiny_config(tmp_path_factory.mktemp("whole"), "whole", precise_bn=2)
     trainer(config).train()
     return config
 
 
-def test_a_run_tells_its_result(whole: TinyConfig) -> None:
-    """What tables and people read of a run."""
+def test_a_run_writes_its_result(whole: TinyConfig) -> None:
+    """Tables and users read these values."""
     written = result(whole)
     assert written.keys() >= {"hardware", "versions", "command"}
     assert (written["task"], written["dataset"], written["step"]) == (
@@ -100,7 +101,7 @@ def test_a_run_tells_its_result(whole: TinyConfig) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    """A trainer whose steps do not reach the weights passes every other test."""
+    """A trainer that never changes the weights passes all other tests."""
     config = tiny_config(tmp_path, steps=75)
     config = replace(config, log=replace(config.log, evaluate_every=30))
     trainer(config).train()
@@ -110,16 +111,16 @@ def test_it_learns(tmp_path: Path) -> None:
     assert scored == [30, 60, 75]
 
 
-def test_steps_are_of_the_scheduled_size(tmp_path: Path) -> None:
-    """A schedule that only the log follows."""
+def test_steps_follow_the_schedule(tmp_path: Path) -> None:
+    """The optimiser, and not only the log, must use the scheduled rate."""
     run = trainer(tiny_config(tmp_path, lr=0.5, warmup_steps=10, warmup_factor=0.0, max_steps=6))
     run.train()
     expected = 0.5 * 5 / 10 * (1 - 5 / 15) ** 0.9  # warm-up times "poly", of the sixth step
     assert [group["lr"] for group in run.sgd.param_groups] == pytest.approx([expected] * 2)
 
 
-def test_scores_are_of_precise_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Averages over as many batches as asked for, in every evaluation and only there."""
+def test_scores_use_precise_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluation, and nothing else, averages statistics over `precise_bn` batches."""
     counts = []
     evaluate = TinyTask.evaluate
 
@@ -135,8 +136,8 @@ def test_scores_are_of_precise_statistics(tmp_path: Path, monkeypatch: pytest.Mo
     assert run.net.get_buffer("features.1.num_batches_tracked") == 15
 
 
-def test_norms_are_of_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The authors' setting; batches of two images have statistics that nothing learns from."""
+def test_norms_cover_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authors' setting: statistics of two images alone are too noisy to learn from."""
     config = tiny_config(tmp_path)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
     for processes, kind in ((1, torch.nn.BatchNorm2d), (2, torch.nn.SyncBatchNorm)):
@@ -146,9 +147,10 @@ def test_norms_are_of_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_forward_is_a_sign_of_life(tmp_path: Path) -> None:
-    """An evaluation of hours must not be taken for a hang."""
+    """The watchdog must not take an evaluation of hours for a hang."""
     model = TinyTask(tiny_config(tmp_path)).model
-    watching = watchdog(model, "run")
+    watching = Watchdog(600, "run")
+    beat_in_forward(model, watching)
     batch = {"image": torch.zeros(2, 3, 8, 8), "label": torch.zeros(2, dtype=torch.int64)}
     for mode in (True, False):
         watching._waited = 1.0
@@ -157,8 +159,8 @@ def test_every_forward_is_a_sign_of_life(tmp_path: Path) -> None:
 
 
 def test_mixed_precision(tmp_path: Path) -> None:
-    """Losses, scores and precise statistics in bf16, weights in float32, which a checkpoint keeps;
-    fp16 needs a GPU, and says so."""
+    """Losses, scores and precise statistics are in bf16, weights and checkpoints in float32. The
+    error of fp16 says that it needs a GPU."""
     config = tiny_config(tmp_path, max_steps=2, precise_bn=1)
     config = replace(config, efficiency=replace(config.efficiency, precision="bf16"))
     trainer(config).train()
@@ -174,8 +176,8 @@ def test_mixed_precision(tmp_path: Path) -> None:
 def test_resumed_in_mid_epoch_is_the_same_run(
     whole: TinyConfig, tmp_path: Path, workers: int
 ) -> None:
-    """An interrupted run that goes on with other images, draws or momenta is another run; so is one
-    whose examples depend on how many processes make them."""
+    """A run that resumes with other images, random numbers or momenta is another run; so is a run
+    whose examples depend on the number of workers."""
     config = replace(whole, name="resumed", log=replace(whole.log, dir=str(tmp_path)))
     config = replace(config, efficiency=replace(config.efficiency, workers=workers))
     trainer(replace(config, optim=replace(config.optim, max_steps=7))).train()
@@ -187,12 +189,12 @@ def test_resumed_in_mid_epoch_is_the_same_run(
 
 
 def test_a_signal_ends_with_a_checkpoint_and_75(whole: TinyConfig, tmp_path: Path) -> None:
-    """A scheduler that takes the machine must cost no step, and be told to start again."""
+    """A scheduler takes the machine away. No step is lost; code 75 asks for a new start."""
     config = replace(whole, name="stopped", log=replace(whole.log, dir=str(tmp_path)))
     config = replace(config, efficiency=replace(config.efficiency, workers=1))
     ended = launched(config, STOP_AT="6")
     assert ended.returncode == 75, ended.stderr
-    # A thread of its own hears of it, some of these tiny steps later.
+    # Another thread receives the signal; a few of these tiny steps pass meanwhile.
     stopped = re.fullmatch(r".*: stopped by SIGTERM at step (\d+), which has .*\n", ended.stderr)
     assert stopped and 6 <= int(stopped[1]) < 15, ended.stderr
     trainer(config, "auto").train()
@@ -200,7 +202,7 @@ def test_a_signal_ends_with_a_checkpoint_and_75(whole: TinyConfig, tmp_path: Pat
 
 
 def test_a_signal_at_the_last_step_finishes(tmp_path: Path) -> None:
-    """Requeuing a run that is done would start it again for nothing."""
+    """Code 75 would start a finished run again for nothing."""
     config = tiny_config(tmp_path, max_steps=1)
     signals = StopSignals()
     signals.received = signal.SIGTERM
@@ -211,7 +213,7 @@ def test_a_signal_at_the_last_step_finishes(tmp_path: Path) -> None:
 
 
 def test_two_processes_share_the_steps(tmp_path: Path) -> None:
-    """The same images a step, half each; the score over all held-out images, not a process's."""
+    """Each process takes half the images of a step; the score covers all held-out images."""
     plain = replace(tiny_config(tmp_path, "one"), model=ModelConfig(norm=False, dropout=0))
     trainer(plain).train()
     both = replace(plain, name="two")
@@ -223,20 +225,20 @@ def test_two_processes_share_the_steps(tmp_path: Path) -> None:
     assert result(both)["results"] == result(plain)["results"]
 
 
-def test_two_processes_tell_a_mistake_once(whole: TinyConfig) -> None:
-    """64 processes that all say it bury what it is."""
+def test_two_processes_print_a_mistake_once(whole: TinyConfig) -> None:
+    """The lines of 64 processes would bury the message."""
     options = ("--evaluate", str(run_dir(whole)), "--optim.batch_size", "3")
     ended = launched(whole, *options, processes=2)
     assert ended.returncode == 1 and ended.stderr.count("error: optim.batch") == 1, ended.stderr
 
 
 def test_steps_go_through_all_images() -> None:
-    """An image that comes twice in an epoch, or is shared by two ranks, weighs double."""
+    """An image that comes twice in an epoch, or on two ranks, would count double."""
     optim = tiny_config(Path()).optim
     shares = [list(Order(IMAGES, optim, rank, 2).steps(3, 12)) for rank in (0, 1)]
     whole = list(Order(IMAGES, optim, 0, 1).steps(3, 12))
     assert [a + b for a, b in zip(*shares, strict=True)] == whole
-    epoch = [place for step in whole[2:7] for place in step]
+    epoch = [visit for step in whole[2:7] for visit in step]
     assert {e for _, e in epoch} == {1} and len({i for i, _ in epoch}) == 20
     assert generator(0, 1, 2).random() != generator(0, 2, 1).random()
     with pytest.raises(UserError, match="4 images are more than the 3"):
@@ -246,7 +248,7 @@ def test_steps_go_through_all_images() -> None:
 
 
 def test_divergence_names_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """A NaN must neither be trained on for a day nor be saved."""
+    """The run must not train on with a NaN for a day, or save it."""
     config = replace(tiny_config(tmp_path), data=DataConfig(nan_epoch=1))
     with pytest.raises(Diverged, match=r"loss is not finite at step 6; last good .*/step_4$"):
         trainer(config).train()
@@ -257,7 +259,7 @@ def test_divergence_names_the_last_good_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_example_is_one_line(tmp_path: Path, workers: int) -> None:
-    """A worker's traceback hides which file it is."""
+    """A worker's traceback would hide the name of the file."""
     config = replace(tiny_config(tmp_path), data=DataConfig(unreadable=5))
     config = replace(config, efficiency=replace(config.efficiency, workers=workers))
     with pytest.raises(UserError) as refused:
@@ -267,7 +269,7 @@ def test_an_unreadable_example_is_one_line(tmp_path: Path, workers: int) -> None
 
 
 def test_an_error_leaves_no_workers(tmp_path: Path) -> None:
-    """They ignore SIGTERM: Python would wait for them at its end, for ever."""
+    """Workers ignore SIGTERM, so Python would wait for them for ever at its end."""
     config = replace(tiny_config(tmp_path), data=DataConfig(nan_epoch=0))
     config = replace(config, efficiency=replace(config.efficiency, workers=2))
     with pytest.raises(Diverged) as diverged:
@@ -276,7 +278,7 @@ def test_an_error_leaves_no_workers(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_ends_is_one_line(tmp_path: Path) -> None:
-    """The kernel kills one where memory is short; torch answers with pages, or waits."""
+    """The kernel kills a worker if memory is short. torch then prints pages, or waits."""
     config = replace(tiny_config(tmp_path), data=DataConfig(lethal=5))
     config = replace(config, efficiency=replace(config.efficiency, workers=1))
     with pytest.raises(UserError, match=r"^efficiency.workers: a worker has ended .*memory"):
@@ -298,8 +300,8 @@ def test_other_data_is_refused(
     changes: dict[str, Any],
     says: str,
 ) -> None:
-    """Going on with other images is another run; scores of classes in another order, or with
-    statistics of other images, are figures of nothing."""
+    """A resume with other images is another run. Scores with another order of classes, or with
+    statistics of other images, mean nothing."""
     build = TinyTask.__init__
 
     def changed(task: TinyTask, config: TinyConfig) -> None:
@@ -320,21 +322,21 @@ def test_other_data_is_refused(
 def test_a_checkpoint_is_scored_by_itself(
     whole: TinyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The figures of a run can be had again from its checkpoint, which knows its settings."""
+    """--evaluate repeats the scores of a run from its checkpoint, which holds its settings."""
     before = sorted(path.name for path in run_dir(whole).iterdir())
     out = tmp_path / "scores.json"
     in_this_process(lambda: command(["--evaluate", str(run_dir(whole)), "--json", str(out)]))
-    scores, own = json.loads(out.read_text()), result(whole)
-    assert scores["results"] == own["results"] and scores["step"] == 15
-    assert scores["init"] == own["init"] and "cost" not in scores
+    scores, expected = json.loads(out.read_text()), result(whole)
+    assert scores["results"] == expected["results"] and scores["step"] == 15
+    assert scores["init"] == expected["init"] and "cost" not in scores
     assert sorted(path.name for path in run_dir(whole).iterdir()) == before
     with pytest.raises(SystemExit):
         command(["--evaluate", str(run_dir(whole)), "--resume", "auto"])
     assert "error: --resume is for training, --evaluate for scoring" in capsys.readouterr().err
-    own_file = run_dir(whole) / "result.json"
-    with pytest.raises(SystemExit):  # what the run took stands there alone
-        command(["--evaluate", str(run_dir(whole)), "--json", str(own_file)])
-    assert result(whole) == own
+    its_result = run_dir(whole) / "result.json"
+    with pytest.raises(SystemExit):  # only this file holds the cost of the run
+        command(["--evaluate", str(run_dir(whole)), "--json", str(its_result)])
+    assert result(whole) == expected
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_a_checkpoint_is_scored_by_itself(
 def test_mistakes_are_one_line(
     argv: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No traceback, no usage dump, exit code 2."""
+    """One line, no traceback, no usage text, exit code 2."""
     base = ["--name", "a", "--log.dir", str(tmp_path), "--optim.steps", "9"]
     base += ["--optim.batch_size", "4", "--optim.lr", "0.1"]
     with pytest.raises(SystemExit) as ended:
@@ -359,7 +361,8 @@ def test_mistakes_are_one_line(
 
 
 def test_precise_statistics_are_means_and_go_away() -> None:
-    """Statistics of a few last batches are noise; those that training goes on with are its own."""
+    """Running statistics hold only the last batches, which is noise. Training continues with its
+    own afterwards."""
     torch.manual_seed(0)
     norm = torch.nn.BatchNorm1d(3).train()
     norm(torch.randn(8, 3))

@@ -27,7 +27,7 @@ from pipeline.views import ViewConfig, ViewParams, sample_views
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
 from tools.benchmark.verdict import find, plain_copy
-from train.metrics import Stopwatch
+from train.run.log import Stopwatch
 
 if TYPE_CHECKING:
     from pipeline.beton import Beton

@@ -8,7 +8,7 @@ from tools.report.charts import line_chart, short
 from tools.report.page import Table, render
 from tools.report.results import SCORES, Line, Part, Run, read_run, slot_values
 from tools.report.scores import METRICS, Evaluation, network_values, note
-from train.metrics import duration
+from train.run.log import duration
 
 MOST = 8
 """The largest number of runs that a person can tell apart in a chart."""

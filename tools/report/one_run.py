@@ -25,7 +25,7 @@ from tools.report.results import (
     wait_share,
 )
 from tools.report.scores import evaluation, network_values
-from train.metrics import duration
+from train.run.log import duration
 
 STAGES = ("read", "decode", "params", "augment", "transfer", "step", "pipeline")
 """The order in which the page shows the stages of the benchmark."""

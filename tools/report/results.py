@@ -11,7 +11,8 @@ import yaml
 
 from pipeline.errors import UserError
 from train.config import flatten
-from train.run.checkpoint import Record, find, read_record
+from train.pretrained import read_record
+from train.run.checkpoint import Record, find
 from train.run.provenance import read_json
 
 Line = Mapping[str, float]

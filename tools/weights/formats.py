@@ -12,7 +12,8 @@ from pipeline.errors import UserError
 from tools.weights.model_card import model_card, of_slotcon
 from tools.weights.official_settings import official_settings
 from train.pickles import pickle_arrays, torch_bytes
-from train.run.checkpoint import find, load_model, read_record
+from train.pretrained import load_model, read_record
+from train.run.checkpoint import find
 from train.run.cli import check_writable
 from train.weights import (
     FOLDER_CONFIG,

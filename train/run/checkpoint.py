@@ -1,8 +1,8 @@
-"""Checkpoints: directories that are either whole or not there.
+"""Checkpoints: folders that are either whole or not there.
 
 runs/NAME/checkpoints/step_N/ holds model.safetensors, optimizer.bin, scaler.pt (with fp16) and
-run.json: the step, the configuration, the data's identity, the machine. It is written as
-step_N.partial, flushed to the disk, then renamed; `latest` is a symbolic link to the newest.
+run.json: the step, the configuration, the data's identity, the machine. A checkpoint is written as
+step_N.partial, flushed to the disk, then renamed. `latest` is a symbolic link to the newest.
 """
 
 import hashlib
@@ -26,55 +26,45 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
-from model import SlotCon
 from pipeline.errors import UserError
-from train.config import SETTINGS, RunConfig
 from train.run.background import Background
 from train.run.settings import Settings
 
 _MODEL, _OPTIMIZER, _SCALER, _RECORD = "model.safetensors", "optimizer.bin", "scaler.pt", "run.json"
 _UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+    OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError,
+    SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 class Damaged(UserError):
-    """A checkpoint from which nothing can go on, but perhaps from the one before."""
+    """No run can resume from this checkpoint, but perhaps from the one before it."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What run.json says beside the tensors."""
+    """What run.json says about a checkpoint."""
 
     step: int
-    """Optimiser steps done; the position in the data and in the schedules follows from it."""
+    """Optimiser steps done. The position in the data and in the schedules follows from it."""
     config: dict[str, Any]
     """The run's configuration, see train.run.settings."""
     data: dict[str, Any]
-    """The data's identity: how many `images`, and its `fingerprint`."""
+    """The data's identity: the number of `images`, and their `fingerprint`."""
     seconds: float
     """Training time so far, over all resumes."""
     meter: list[list[float]]
-    """For each process, what has come together for the next log line, see train.metrics.Meter.
-    """
+    """For each process the sums for the next log line; [] if the trainer does not save them."""
     provenance: dict[str, Any]
-    """What wrote it: hardware, versions, command."""
+    """Hardware, versions and command of the run that wrote it."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of each of the other files, known once they are written."""
+    """Checksums of the other files by name. `write` fills them in."""
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints of a run stay: the `newest`, and the last of each of `parts` equal parts of
-    its `total_steps`.
+    """Which checkpoints of a run to keep: the `newest`, and also `parts` of them spread over the
+    run, each the last one of an equal part of its `total_steps`.
     """
 
     newest: int
@@ -82,13 +72,13 @@ class Retention:
     total_steps: int
 
     def outdated(self, checkpoints: Sequence[Path]) -> list[Path]:
-        """Those of all `checkpoints`, oldest first, that may go."""
+        """The `checkpoints` (all of the run, oldest first) that are not kept."""
         last_of = {self._part(step_of(one)): one for one in checkpoints} if self.parts else {}
-        stay = {*checkpoints[-self.newest :], *last_of.values()}
-        return [one for one in checkpoints if one not in stay]
+        kept = {*checkpoints[-self.newest :], *last_of.values()}
+        return [one for one in checkpoints if one not in kept]
 
     def _part(self, step: int) -> int:
-        """A part's last step belongs to it."""
+        """The part of a step, counted from 1. A part includes its last step."""
         return -(-step * self.parts // self.total_steps)
 
 
@@ -100,8 +90,8 @@ def latest(run_dir: Path) -> Path | None:
 
 def all_of(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, also those that lack a file."""
-    found = (run_dir / "checkpoints").glob("step_*")
-    return sorted((p for p in found if p.name.removeprefix("step_").isdecimal()), key=step_of)
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted((p for p in folders if p.name.removeprefix("step_").isdecimal()), key=step_of)
 
 
 def whole_ones(run_dir: Path) -> list[Path]:
@@ -110,7 +100,7 @@ def whole_ones(run_dir: Path) -> list[Path]:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """It is one's, and was written to the end."""
+    """`folder` is a checkpoint that was written to the end."""
     return (folder / _RECORD).is_file()
 
 
@@ -133,7 +123,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is in nobody's way and counts for nothing."""
+    """Rename a damaged checkpoint, so that no run reads, counts or overwrites it."""
     aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
     if aside.is_dir():
         shutil.rmtree(aside)
@@ -143,51 +133,38 @@ def set_aside(checkpoint: Path) -> Path:
     return aside
 
 
-class Writer:
-    """Writes checkpoints on a thread, from a copy of the tensors, while training goes on.
+class Writer(Background):
+    """Writes checkpoints on a thread, from a copy of the tensors, while training continues.
 
-    The copy takes as much memory of the host (pinned, for a GPU's tensors) as all that is saved;
-    it is kept and used again. What goes wrong surfaces in `problem`, and in the next `save` or
-    `wait`.
+    The copy takes as much host memory as the checkpoint (pinned, for a GPU's tensors), and is
+    reused. A failure shows in `problem`, and in the next `save` or `wait`.
     """
 
     def __init__(self, run_dir: Path, retention: Retention, timeout_s: float) -> None:
+        super().__init__(f"{run_dir / 'checkpoints'}: writing", timeout_s)
         self._run_dir, self._retention = run_dir, retention
-        self._thread = Background(f"{run_dir / 'checkpoints'}: writing", timeout_s)
         self._copies: list[Tensor] = []
 
     def save(
         self, record: Record, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None
     ) -> None:
-        """Begin to write checkpoints/step_N; the tensors may change as soon as this returns.
+        """Begin to write checkpoints/step_N. The tensors may change as soon as this returns.
 
-        Waits for the checkpoint before this one. Raises UserError for what went wrong there.
+        Waits for the checkpoint before this one. Raises UserError if that one failed.
         """
-        self._thread.wait()
+        self.wait()
         state = {
             _MODEL: model.state_dict(),
             _OPTIMIZER: optimizer.state_dict(),
             _SCALER: scaler and scaler.state_dict(),
         }
         copy = self._copy(state)
-        self._thread.submit(lambda: write(self._run_dir, record, copy, self._retention))
-
-    def problem(self) -> Exception | None:
-        """What went wrong, if anything."""
-        return self._thread.problem()
-
-    def wait(self) -> None:
-        """Until all is written. Raises UserError."""
-        self._thread.wait()
-
-    def close(self) -> None:
-        """Give the thread back, once it is done."""
-        self._thread.close()
+        self.submit(lambda: write(self._run_dir, record, copy, self._retention))
 
     def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
         leaves, structure = _pytree.tree_flatten(state)
-        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        sources = [leaves[i].detach() for i in where]
+        positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        sources = [leaves[i].detach() for i in positions]
         if [each.shape for each in self._copies] != [each.shape for each in sources]:
             self._copies = [
                 torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for each in sources
@@ -196,16 +173,16 @@ class Writer:
             copy.copy_(source, non_blocking=True)
         if any(each.is_cuda for each in sources):
             torch.cuda.current_stream().synchronize()
-        for i, copy in zip(where, self._copies, strict=True):
+        for i, copy in zip(positions, self._copies, strict=True):
             leaves[i] = copy
         return dict(_pytree.tree_unflatten(leaves, structure))
 
 
 def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Retention) -> None:
-    """Write checkpoints/step_N, point `latest` to it and delete those that are outdated then.
+    """Write checkpoints/step_N, point `latest` to it and delete the outdated checkpoints.
 
-    `state` holds what goes into each file. Killed at any moment, it leaves the checkpoints from
-    before, and at most a step_N.partial that nobody reads. Raises UserError if it cannot write.
+    `state` holds the content of each file. If the process is killed at any moment, the earlier
+    checkpoints remain, and at most a step_N.partial, which is never read. Raises UserError.
     """
     folder = run_dir / "checkpoints"
     partial, whole = folder / f"step_{record.step}.partial", folder / f"step_{record.step}"
@@ -224,9 +201,9 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Re
             _flush(file)
         _flush(partial)
         curve = run_dir / "metrics.jsonl"
-        if curve.exists():  # no checkpoint may be younger than its curve
+        if curve.exists():  # the curve on the disk must reach as far as the checkpoint
             _flush(curve)
-        if whole.exists():  # a damaged one, or it would not have been made again
+        if whole.exists():  # damaged: the run did not resume from it
             _discard(whole)
         partial.replace(whole)
         _link(folder / "latest", whole.name)
@@ -236,9 +213,7 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Re
 
 
 def write_model(run_dir: Path, record: Record, model: nn.Module) -> None:
-    """Write checkpoints/step_N of a trained model, from which no training goes on. Raises
-    UserError if it cannot.
-    """
+    """Write checkpoints/step_N of a trained model; no run can resume from it. Raises UserError."""
     state = {_MODEL: model.state_dict(), _OPTIMIZER: None, _SCALER: None}
     write(run_dir, record, state, Retention(newest=1, parts=0, total_steps=1))
 
@@ -250,18 +225,15 @@ def restore(
     optimizer: Optimizer,
     scaler: GradScaler | None,
 ) -> None:
-    """Load weights, optimiser and loss scale of a checkpoint with that record; nothing is changed
-    if any of them cannot be loaded.
+    """Load weights, optimiser and loss scale of a checkpoint with that record.
 
-    Raises Damaged.
+    Raises Damaged, and then has changed nothing.
     """
     for name in [_MODEL, _OPTIMIZER] + ([_SCALER] if scaler else []):
         if not (checkpoint / name).is_file():
-            raise Damaged(f"{checkpoint}: {name} is missing, so the run cannot go on from it")
+            raise Damaged(f"{checkpoint}: {name} is missing, so the run cannot resume from it")
         _check_content(checkpoint / name, record)
-    with _reading(checkpoint / _MODEL):
-        weights = load_file(checkpoint / _MODEL)
-        check_weights(weights, model.state_dict())
+    weights = _read_weights(checkpoint, model)
     with _reading(checkpoint / _OPTIMIZER):
         momenta = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
         _check_optimizer(momenta, optimizer)
@@ -273,39 +245,29 @@ def restore(
     optimizer.load_state_dict(momenta)
 
 
-def read_record(checkpoint: Path, settings: Settings[Any] = SETTINGS) -> Record:
-    """run.json of a checkpoint whose configuration `settings` read. Raises Damaged."""
+def read_record(checkpoint: Path, settings: Settings[Any]) -> Record:
+    """run.json of a checkpoint; `settings` reads its configuration. Raises Damaged."""
     with _reading(checkpoint / _RECORD):
         record = Record(**json.loads((checkpoint / _RECORD).read_text()))
         _check_record(record, checkpoint, settings)
         return record
 
 
-def load_model(path: Path | str) -> tuple[SlotCon, RunConfig]:
-    """The trained model, on the CPU in eval mode, and the configuration of its run.
-
-    `path` is a checkpoint (step_N or `latest`) or a run's folder. Raises UserError if anything is
-    missing, damaged, or does not fit together.
-    """
-    checkpoint = find(Path(path))
-    record = read_record(checkpoint)
-    config = SETTINGS.from_dict(record.config)
-    model = SlotCon(config.model)
-    load_weights(checkpoint, record, model)
-    return model.eval(), config
-
-
 def load_weights(checkpoint: Path, record: Record, model: nn.Module) -> None:
-    """Load the weights of a checkpoint with that record, all of them. Raises Damaged."""
+    """Load all weights of a checkpoint with that record. Raises Damaged."""
     _check_content(checkpoint / _MODEL, record)
+    model.load_state_dict(_read_weights(checkpoint, model))
+
+
+def _read_weights(checkpoint: Path, model: nn.Module) -> dict[str, Tensor]:
     with _reading(checkpoint / _MODEL):
         weights = load_file(checkpoint / _MODEL)
         check_weights(weights, model.state_dict())
-    model.load_state_dict(weights)
+        return weights
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Equal names and shapes, no NaN. Raises ValueError."""
+    """Raises ValueError unless names and shapes are equal and all `weights` are finite."""
     if different := sorted(weights.keys() ^ expected.keys()):
         raise ValueError(f"{different[0]} is missing or unknown")
     for name, value in expected.items():
@@ -327,7 +289,9 @@ def all_finite(model: nn.Module, accelerator: Accelerator) -> bool:
 
 @contextmanager
 def _writing(partial: Path, run_dir: Path) -> Iterator[None]:
-    """A full disk, say, leaves the checkpoints from before, room to go on, and one line."""
+    """After a failure (a full disk, for example) the earlier checkpoints remain, `partial` is
+    deleted, and a UserError names the reason in one line.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -341,7 +305,7 @@ def _writing(partial: Path, run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever a missing, damaged or ill-fitting file raises into one line that names it."""
+    """Turn any error of a missing, damaged or unsuitable file into one line that names it."""
     try:
         yield
     except UserError:
@@ -354,12 +318,12 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _check_record(record: Record, checkpoint: Path, settings: Settings[Any]) -> None:
-    """Raises ValueError, or what values of another kind raise."""
+    """Raises ValueError, or TypeError for values of a wrong type."""
     step = checkpoint.name.removeprefix("step_")
     if record.step < 0 or (step.isdecimal() and int(step) != record.step):
-        raise ValueError(f"it says that it is of step {record.step}")
+        raise ValueError(f"it says that its step is {record.step}")
     if not record.data.keys() >= {"images", "fingerprint"}:
-        raise ValueError("it does not say which data it is of")
+        raise ValueError("it does not name its data")
     torch.tensor([record.seconds, *(value for row in record.meter for value in row)])
     try:
         settings.from_dict(record.config)
@@ -368,7 +332,7 @@ def _check_record(record: Record, checkpoint: Path, settings: Settings[Any]) -> 
 
 
 def _check_content(file: Path, record: Record) -> None:
-    """Raises Damaged unless `file` is what was written with `record`."""
+    """Raises Damaged unless `file` has the checksum in `record`."""
     with _reading(file):
         if file.name in record.sha256 and _sha256(file) != record.sha256[file.name]:
             raise ValueError("its content has changed since it was written")
@@ -380,12 +344,13 @@ def _sha256(file: Path) -> str:
 
 
 def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """As many weights as `optimizer` has, each momentum of its weight's shape. Raises ValueError,
-    or what reading another file's content raises."""
+    """Raises ValueError unless `saved` has as many weights as `optimizer`, and each momentum the
+    shape of its weight; KeyError or TypeError if it is no optimiser's state.
+    """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(numbers) != len(weights):
-        raise ValueError(f"it is of {len(numbers)} weights, not {len(weights)}")
+        raise ValueError(f"it holds {len(numbers)} weights, not {len(weights)}")
     for number, weight in zip(numbers, weights, strict=True):
         for value in saved["state"].get(number, {}).values():
             if isinstance(value, Tensor) and value.ndim and value.shape != weight.shape:
@@ -393,14 +358,14 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
 
 
 def _discard(whole: Path) -> None:
-    """Delete a checkpoint; half-deleted, it does not look whole."""
+    """Delete a checkpoint. If the process is killed meanwhile, the rest does not look whole."""
     gone = whole.with_name(f"{whole.name}.old.partial")
     whole.replace(gone)
     shutil.rmtree(gone)
 
 
 def _link(link: Path, target: str) -> None:
-    """Point `link` to `target` in one step."""
+    """Point `link` to `target` in one atomic step."""
     beside = link.with_name(f"{link.name}.partial_link")
     beside.unlink(missing_ok=True)
     beside.symlink_to(target)
@@ -408,7 +373,7 @@ def _link(link: Path, target: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk."""
+    """Write a file, or the entries of a folder, through to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What every command shares: a parser, checks of output paths, one line for each error."""
+"""What all commands share: a parser, checks of output paths, one line for each error."""
 
 import argparse
 import os
@@ -9,19 +9,19 @@ from typing import Any, NoReturn
 
 from pipeline.errors import UserError
 
-_LONGEST_NAME = 255 - len(".partial.journal")  # Linux's limit, less what is added while we write
+_LONGEST_NAME = 255 - len(".partial.journal")  # Linux's limit, less our endings
 
 
 def check_writable(option: str, path: Path, source: Path | None = None) -> None:
-    """Refuse an output before the work is done whose result could not be written there.
+    """Check an output path before the work begins.
 
     Raises:
-        UserError: where `path` is a folder, or the one it would be in is none, or not writable, or
-            it is the file `source` that the work reads.
+        UserError: if `path` is a folder, if its parent is no folder or not writable, or if it is
+            the input file `source`.
     """
     try:
         if source and path.exists() and source.exists() and path.samefile(source):
-            raise UserError(f"{option} {path}: is the file to read: give the name of another")
+            raise UserError(f"{option} {path}: is the file to read: give another name")
         if len(os.fsencode(path.name)) > _LONGEST_NAME:
             raise UserError(f"{option} {path}: the name is too long")
         if not path.name or path.is_dir():
@@ -35,11 +35,11 @@ def check_writable(option: str, path: Path, source: Path | None = None) -> None:
         raise UserError(f"{option} {path}: the folder {folder} is not writable")
 
 
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), 127)}  # but line feeds
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), 127)}  # no line feed
 
 
 class CommandParser(argparse.ArgumentParser):
-    """One that says in one line what is wrong, and keeps the layout of its texts."""
+    """Prints each error as one line, and keeps the line breaks of its help texts."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -50,10 +50,10 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a command's `main`; a `UserError`, or a file that cannot be read or written, becomes one
+    """Call a command's `main`. A `UserError`, or a file that cannot be read or written, becomes one
     line on stderr and exit code 2.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that is no UTF-8 must not end the command
+    for stream in (sys.stdout, sys.stderr):  # a name that is not UTF-8 must not end the command
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         main()
@@ -61,7 +61,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print("error: " + str(error).translate(_CONTROLS), file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:

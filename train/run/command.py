@@ -1,4 +1,4 @@
-"""How a training command ends: its exit codes, and one line that says why."""
+"""How a training command ends: with its exit code, and one line that says why."""
 
 import os
 import sys
@@ -6,69 +6,52 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from pipeline.errors import UserError
-from train.run.signals import Stopped, StopSignals
+from train.run.ends import EarlyEnd
+from train.run.signals import StopSignals
 
-REQUEUE = os.EX_TEMPFAIL  # 75: start the same command again, with --resume auto
 EXIT_CODES = """exit codes:
   0    done
   1    the training diverged or collapsed, or another of its processes is lost
-  2    bad input; a disk, a tracker or an image that fails
-  75   told to stop by SIGTERM or SIGUSR1: a checkpoint is written, start the same command again
-       with --resume auto (a second signal ends the run at once, without one)
+  2    bad input, or a disk, a tracker or an image fails
+  75   stopped by SIGTERM or SIGUSR1, with a checkpoint: start the same command again with
+       --resume auto (a second signal ends the run at once, without a checkpoint)
   130  interrupted from the keyboard, without a checkpoint
-torchrun and accelerate launch make 1 of all but 0."""
-_FIRST = os.environ.get("LOCAL_RANK", "0") == "0"  # what all processes find, one says
+torchrun and accelerate launch turn every code but 0 into 1."""
 
 
 def run_training(prepare: Callable[[StopSignals], Callable[[], None]]) -> None:
-    """Call `prepare`, which builds a run that heeds the signals, then what it returns, which does
-    the steps; end the process, in a line and with an exit code, where either fails.
+    """Call `prepare`, which builds a run and returns the function that trains it; call this
+    function. If either fails, end the process with one line and an exit code.
     """
     with StopSignals() as signals:
         try:
-            train = prepare(signals)
-        except UserError as error:
-            if _FIRST:
-                print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _prepared(prepare, signals)()
+        except UserError as error:  # a damaged image, for example: other processes do not see it
+            _end(f"error: {error}", 2)
+        except EarlyEnd as end:
+            _end(end.line(_is_first()), end.exit_code)
         except KeyboardInterrupt:
-            _interrupted()
-        except RuntimeError as error:
-            from train.run.watchdog import LostProcess, lost
-
-            if isinstance(error, LostProcess):
-                _end(f"error: {error}", 1)
-            if not lost(error):
-                raise
-            _end(f"error: {LostProcess.REASON} ({lost(error)})", 1)
-        _run(train)
+            _end("error: interrupted" if _is_first() else "", 130)
 
 
-def _run(train: Callable[[], None]) -> None:
-    from train.health import Collapsed
-    from train.metrics import Diverged
-    from train.run.watchdog import LostProcess
-
+def _prepared(
+    prepare: Callable[[StopSignals], Callable[[], None]], signals: StopSignals
+) -> Callable[[], None]:
     try:
-        train()
-    except UserError as error:  # a damaged image, say, which one process alone meets
-        _end(f"error: {error}" if str(error) else "", 2)
-    except LostProcess as error:
-        _end(f"error: {error}", 1)
-    except (Diverged, Collapsed) as error:
-        _end(f"error: {error}" if _FIRST else "", 1)
-    except Stopped as error:
-        _end(str(error) if _FIRST else "", REQUEUE)
-    except KeyboardInterrupt:
-        _interrupted()
+        return prepare(signals)
+    except UserError as error:  # all processes fail alike: one of them prints the reason
+        if _is_first():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
-def _interrupted() -> NoReturn:
-    _end("error: interrupted" if _FIRST else "", 130)
+def _is_first() -> bool:
+    """This process is the first one of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _end(message: str, code: int) -> NoReturn:
-    """Say why, and end at once: what Python does at its end may wait for what does not answer."""
+    """Print `message` and end at once: Python's own exit may wait for a process that hangs."""
     if message:
         print(message, file=sys.stderr)
     sys.stdout.flush()

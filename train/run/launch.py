@@ -1,4 +1,4 @@
-"""A process's place: among the other processes of the run, on its device, alone in its folder."""
+"""How a process joins its run: the other processes, its device, the lock of the run's folder."""
 
 import fcntl
 import os
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import torch
 from accelerate import (
@@ -17,17 +17,19 @@ from accelerate import (
 )
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import get_int_from_env, parse_flag_from_env
+from torch import nn
 
 from pipeline.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def launch(
     run_dir: Path, precision: str, trackers: Sequence[str], timeout_minutes: float
 ) -> Accelerator:
-    """This process's place among the others, its device and `precision`, efficiency.precision; the
-    `trackers` write to `run_dir`; others are waited for `timeout_minutes`.
+    """Form a group with the other processes; each waits up to `timeout_minutes` for the others.
 
-    Raises UserError.
+    `precision` is efficiency.precision; the `trackers` write to `run_dir`. Raises UserError.
     """
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if precision == "fp16" and not on_gpu:
@@ -39,20 +41,20 @@ def launch(
     for tracker in trackers:
         if tracker not in installed:
             raise UserError(f"log.trackers: the package of {tracker} is not installed")
-    # torch 2.15 has another word for it, which Accelerate does not pass on yet.
+    # torch 2.15 has a new name for this option; Accelerate still uses the old one.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
-    # On GPUs the watchdog speaks first: NCCL would end the process with pages of traces.
+    # On GPUs the watchdog comes first: NCCL would end the process with pages of traces.
     patience = timedelta(minutes=timeout_minutes * (2 if on_gpu else 1))
     accelerator = Accelerator(
-        cpu=not on_gpu,  # or processes that torchrun starts on a CPU would not know each other
+        cpu=not on_gpu,  # or processes that torchrun starts on CPUs would not form a group
         mixed_precision=precision,
         log_with=list(trackers) or None,
         project_dir=run_dir,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=patience),
-            # Running statistics take no part in training and, synchronised, are equal anyway.
-            # Gradients are summed in buckets while backward goes on.
+            # Training does not use running statistics, and SyncBatchNorm keeps them equal.
+            # Gradients are summed in buckets during the backward pass.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -70,9 +72,9 @@ def launch(
 
 
 def lock(run_dir: Path) -> IO[str]:
-    """The lock of a run's folder, which the operating system lifts when the process ends.
+    """Lock a run's folder. The operating system removes the lock when the process ends.
 
-    Raises UserError if another process trains there: a requeued job, say, whose first life goes on.
+    Raises UserError if another process trains there, for example the first start of a requeued job.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,6 +87,16 @@ def lock(run_dir: Path) -> IO[str]:
     return file
 
 
+def to_device(model: Model, accelerator: Accelerator) -> Model:
+    """`model` on this process's device. On several GPUs its BatchNorms share their statistics."""
+    processes, device = accelerator.num_processes, accelerator.device
+    if processes > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif processes > 1:
+        accelerator.print("note: on CPUs each process has its own batch statistics")
+    return model.to(device)
+
+
 def share_of_cores() -> int:
-    """The cores of this machine for each of the processes that were launched on it."""
+    """The cores of this machine, divided by the processes that were launched on it."""
     return max(1, len(os.sched_getaffinity(0)) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))

@@ -1,4 +1,4 @@
-"""What a number was measured on, and the JSON file that carries both."""
+"""The machine and the versions behind a number; files that are written whole or not at all."""
 
 import contextlib
 import importlib.metadata
@@ -35,7 +35,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's marketing name where Linux tells it, else its architecture."""
+    """The processor's marketing name if Linux knows it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -45,30 +45,28 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose numbers depend on them, those that are
-    installed.
-    """
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the installed packages that results depend on."""
+    known = {"python": platform.python_version()}
     if torch.cuda.is_available():
-        found["cuda"] = str(torch.version.cuda)
+        known["cuda"] = str(torch.version.cuda)
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            known[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def provenance() -> dict[str, Any]:
-    """`hardware`, `versions` and `command` of the running process, the head of every measurement's
-    JSON.
+    """`hardware`, `versions` and `command` of the running process. Each JSON file of a measurement
+    begins with them.
     """
     command = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
     return {"hardware": hardware(), "versions": versions(), "command": shlex.join(command)}
 
 
 def read_json(path: Path) -> Any:
-    """What the JSON file holds. Raises UserError."""
+    """The content of a JSON file. Raises UserError."""
     try:
         return json.loads(path.read_text())
     except OSError as error:
@@ -83,7 +81,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` at once or not at all; to a device or a pipe, as it goes. Raises
+    """Write `content` to `path` at once or not at all; to a device or a pipe, directly. Raises
     UserError.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -102,9 +100,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` at the end of the block, or not at all.
+    """A folder to fill. At the end of the `with` it becomes `path`; after an error it is deleted.
 
-    Raises UserError where `path` is there already and not an empty folder, or cannot be written.
+    Raises UserError if `path` exists and is not an empty folder, or cannot be written.
     """
     empty = path.name and path.is_dir() and not any(path.iterdir())  # "." has no name
     if path.exists() and not empty:

@@ -1,4 +1,4 @@
-"""Which checkpoints a run may go on from."""
+"""From which checkpoint a run may resume."""
 
 import sys
 from collections.abc import Callable
@@ -12,51 +12,52 @@ from train.run import checkpoint
 from train.run.settings import Config, Settings
 
 
-def origins(
+def candidates(
     config: Config, settings: Settings[Config], run_dir: Path, resume: str | None
 ) -> list[Path]:
-    """The checkpoints to go on from: the first, or the next one if that is damaged, and so on.
+    """The checkpoints to resume from: the first one, or the next if it is damaged, and so on.
     Empty for a new run.
 
-    Raises UserError rather than overwrite a run or mix two.
+    Raises UserError instead of overwriting a run or mixing two.
     """
     newest = checkpoint.latest(run_dir)
     if resume is None and newest:
         raise UserError(
             f"{run_dir} already holds checkpoints, up to {newest.name}: "
-            "go on with --resume auto, or give the new run another --name"
+            "continue with --resume auto, or give the new run another --name"
         )
     if resume is None:
         return []
     if resume == "auto":
-        found = checkpoint.all_of(run_dir)[::-1]
+        origins = checkpoint.all_of(run_dir)[::-1]
     else:
-        found = [checkpoint.find(Path(resume))]
-        if newest and newest.resolve() != found[0].resolve():
+        origins = [checkpoint.find(Path(resume))]
+        if newest and newest.resolve() != origins[0].resolve():
             raise UserError(
                 f"{run_dir} holds {newest.name}, which is not the checkpoint to resume from "
-                f"({found[0]}): give the new run another --name, or delete the newer checkpoints"
+                f"({origins[0]}): give the new run another --name, or delete the newer checkpoints"
             )
-    for origin in found:
+    for origin in origins:
         try:
             record = checkpoint.read_record(origin, settings)
         except checkpoint.Damaged:
             continue
         _check_same_science(config, settings, origin, record)
         break
-    return found
+    return origins
 
 
-def go_on(
-    candidates: list[Path], restore: Callable[[Path], None], accelerator: Accelerator
+def restore_first_whole(
+    origins: list[Path], restore: Callable[[Path], None], accelerator: Accelerator
 ) -> None:
-    """Go on from the first of `candidates` that is whole on all processes; those before it are set
-    aside. `restore` loads one; it raises Damaged and then has changed nothing, or UserError.
+    """Restore the first of `origins` that is whole on all processes. Renames the damaged ones
+    before it, with a warning.
 
+    `restore` loads one checkpoint. It raises UserError, or Damaged, and then has changed nothing.
     Raises UserError.
     """
     damaged: dict[Path, str] = {}
-    for origin in candidates:
+    for origin in origins:
         problem = ""
         try:
             restore(origin)
@@ -70,16 +71,16 @@ def go_on(
     for path, problem in damaged.items():
         if accelerator.is_main_process:
             aside = checkpoint.set_aside(path)
-            message = f"warning: {problem}; it is now {aside.name}, going on from {origin}"
+            message = f"warning: {problem}; it is now {aside.name}, resuming from {origin}"
             print(message, file=sys.stderr, flush=True)
 
 
 def _check_same_science(
     config: Config, settings: Settings[Config], origin: Path, record: checkpoint.Record
 ) -> None:
-    """Refuse settings that would make a curve of two recipes."""
+    """Refuse settings that would mix two recipes in one curve."""
     for key, before, now in settings.changed(settings.from_dict(record.config), config):
         raise UserError(
-            f"{key} was {before} in {origin} and is now {now}: a resumed run keeps what decides its"
-            " result; give the new run another --name"
+            f"{key} was {before} in {origin} and is now {now}: a resumed run keeps every setting "
+            "that changes its result; give the new run another --name"
         )

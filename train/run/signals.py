@@ -1,27 +1,23 @@
-"""Being told to stop: SIGTERM and SIGUSR1, as schedulers send them before they take a machine."""
+"""Signals to stop: SIGTERM and SIGUSR1, which schedulers send before they take a machine away."""
 
 import os
 import signal
 import socket
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_ECHO_S = 2.0  # launchers pass on what the scheduler also sends to every process itself
-
-
-class Stopped(RuntimeError):
-    """The run was told to stop, and its checkpoint is written."""
+_ECHO_S = 2.0  # a launcher may repeat a signal that the scheduler sends to every process
 
 
 class StopSignals:
-    """Inside its `with`, the first SIGTERM or SIGUSR1 is only remembered, in `received`; a second
-    one, later than an echo of the first would be, ends the process at once, whatever it does.
+    """Inside its `with`, the first SIGTERM or SIGUSR1 is only stored in `received`. A second one
+    ends the process at once if it comes more than two seconds later: an earlier one is an echo of
+    the first.
 
-    To be entered in the main thread. A thread of its own waits for the signals, since Python's
-    handlers wait for the main thread, which may hang in a collective.
+    Enter it in the main thread. A second thread waits for the signals: Python runs signal handlers
+    in the main thread, which may hang in a collective.
     """
 
     def __init__(self) -> None:
@@ -29,7 +25,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)  # as set_wakeup_fd asks for
+        self._writer.setblocking(False)  # set_wakeup_fd requires it
         self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
@@ -40,16 +36,8 @@ class StopSignals:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._writer.close()  # the thread reads to the end, and ends
+        self._writer.close()  # the thread reads to the end of the stream, then ends
         self._thread.join()
-
-    def stopped(self, run_dir: Path, step: int) -> Stopped:
-        """How a run ends that has heeded the signal; another process may have received it."""
-        name = self.received.name if self.received else "a signal"
-        return Stopped(
-            f"{run_dir}: stopped by {name} at step {step}, which has a checkpoint; go on with"
-            " --resume auto"
-        )
 
     def _listen(self) -> None:
         with self._reader as reader:
@@ -64,4 +52,4 @@ class StopSignals:
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """Without a handler of Python's, the signal would not reach the thread."""
+    """Does nothing. The thread hears of a signal only if Python has a handler for it."""

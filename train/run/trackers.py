@@ -1,4 +1,4 @@
-"""The trackers' side of the log: Accelerate's, on a thread, since some of them talk to servers."""
+"""Accelerate's trackers. They run on a thread, because some of them talk to servers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +10,19 @@ from train.run.background import Background
 
 
 class Trackers:
-    """Started, fed and finished in the background; all methods do nothing but on the main process.
+    """Starts, feeds and finishes the trackers in the background, on the main process only.
 
-    A tracker that raises or does not answer surfaces in `problem` and in `finish`.
+    `problem` and `finish` report a tracker that raises or does not answer.
     """
 
     def __init__(
         self, accelerator: Accelerator, settings: Mapping[str, Any], step: int, timeout_s: float
     ) -> None:
-        """Start a run that holds `settings` and goes on after `step`. Raises UserError."""
-        self._accelerator, self._settings, self._step = accelerator, settings, step
+        """Start the trackers of a run with `settings` that continues after `step`. Raises
+        UserError.
+        """
+        self._accelerator, self._step = accelerator, step
+        self._settings = {name: _scalar(value) for name, value in settings.items()}
         names = [str(name) for name in accelerator.log_with]
         self._active = bool(names) and accelerator.is_main_process
         self._thread = Background(f"log.trackers: {', '.join(names)}", timeout_s)
@@ -28,12 +31,12 @@ class Trackers:
             self._thread.wait()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """One log line, later."""
+        """Send one log line later, on the thread."""
         if self._active:
             self._thread.submit(lambda: self._each("log", dict(values), step=step))
 
     def problem(self) -> Exception | None:
-        """What is wrong with one, if anything."""
+        """What is wrong with a tracker, if anything."""
         return self._thread.problem()
 
     def finish(self) -> None:
@@ -42,11 +45,11 @@ class Trackers:
             self._active = False
             self._thread.submit(lambda: self._each("finish"))
             self._thread.wait()
-            self._accelerator.trackers.clear()  # or they would be finished again
+            self._accelerator.trackers.clear()  # or Accelerate would finish them again
         self._thread.close()
 
     def _start(self) -> None:
-        purge = {"purge_step": self._step + 1} if self._step else {}  # as metrics.jsonl is rewound
+        purge = {"purge_step": self._step + 1} if self._step else {}  # like Journal.rewind
         try:
             self._accelerator.init_trackers("slotstream", init_kwargs={"tensorboard": purge})
         except Exception as error:
@@ -62,6 +65,11 @@ class Trackers:
             except Exception as error:
                 reason = f"log.trackers: {tracker.name} failed ({_reason(error)})"
                 raise UserError(reason) from error
+
+
+def _scalar(value: object) -> bool | int | float | str:
+    """Trackers accept no lists and no None."""
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def _reason(error: Exception) -> str:

@@ -22,7 +22,7 @@ from tools.benchmark.stages import COPY, least_bytes, operations, repeated
 from tools.benchmark.timing import Bench, Result, Work
 from tools.benchmark.verdict import compare, verdict
 from train.config import load_config
-from train.metrics import Stopwatch
+from train.run.log import Stopwatch
 
 CONFIG = """
 name: tiny

@@ -27,7 +27,8 @@ from tools.weights.model_card import model_card
 from tools.weights.official import Official, configured, loaded
 from tools.weights.official_settings import official_settings, with_official_settings
 from train.config import DataConfig, RunConfig, TrainConfig
-from train.run.checkpoint import find, load_model, read_record
+from train.pretrained import load_model, read_record
+from train.run.checkpoint import find
 from train.weights import describe, read_backbone
 
 IMAGES, STEPS, EPOCHS = 118_287, 184_800, 800

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there, and models that load from them or say why not."""
+"""Checkpoints are either whole or not there; a model loads from them, or an error says why not."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from model import SlotCon
 from pipeline.errors import UserError
 from tests.helpers.training import run_dir, small_beton, small_run, trainer
 from train.config import RunConfig, to_dict
+from train.pretrained import load_model
 from train.run import checkpoint
 
 
@@ -26,15 +27,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 @pytest.fixture
 def copy(run: RunConfig, tmp_path: Path) -> Path:
-    """That run's folder, to be damaged."""
+    """A copy of the run's folder, to damage."""
     return Path(shutil.copytree(run_dir(run), tmp_path / "copy", symlinks=True))
 
 
 def test_model_loads_from_every_name_it_has(run: RunConfig) -> None:
-    """Users give whichever path they see: the step, the link, or the run; a relative one too."""
+    """Users pass any path that they see: the step, the link or the run, also a relative one."""
     folder = run_dir(run)
     models = [
-        checkpoint.load_model(path)
+        load_model(path)
         for path in (folder, folder / "checkpoints" / "latest", folder / "checkpoints" / "step_1")
     ]
     for model, config in models:
@@ -43,24 +44,24 @@ def test_model_loads_from_every_name_it_has(run: RunConfig) -> None:
             assert torch.equal(value, models[0][0].state_dict()[name])
 
 
-def test_what_stays_tells_the_whole_run() -> None:
-    """The newest, to go on from; the last of each quarter, to look back at; nothing else, which
-    would fill the disk. A run deletes as it goes on, and keeps what it would at the end."""
+def test_kept_checkpoints_cover_the_whole_run() -> None:
+    """A run keeps the newest ones to resume from, and the last one of each quarter to look back at.
+    More would fill the disk. Deleting step by step gives the same result as at the end."""
     retention = checkpoint.Retention(newest=2, parts=4, total_steps=100)
-    there: list[Path] = []
+    kept: list[Path] = []
     for step in range(10, 101, 10):
-        there.append(Path(f"step_{step}"))
-        outdated = retention.outdated(there)
-        there = [path for path in there if path not in outdated]
-        assert len(there) <= 2 + 4 and there[-1].name == f"step_{step}"
-    assert [checkpoint.step_of(path) for path in there] == [20, 50, 70, 90, 100]
+        kept.append(Path(f"step_{step}"))
+        outdated = retention.outdated(kept)
+        kept = [path for path in kept if path not in outdated]
+        assert len(kept) <= 2 + 4 and kept[-1].name == f"step_{step}"
+    assert [checkpoint.step_of(path) for path in kept] == [20, 50, 70, 90, 100]
     newest = replace(retention, parts=0)
-    assert newest.outdated(there) == there[:-2]
+    assert newest.outdated(kept) == kept[:-2]
 
 
 def test_partial_checkpoints_do_not_count(run: RunConfig, copy: Path) -> None:
-    """A run killed while it saved leaves step_N.partial: reading it would be reading half a model,
-    and leaving it would fill the disk."""
+    """A run that is killed while it saves leaves step_N.partial, half a model. No run may read it,
+    and the next checkpoint must delete it, or the disk fills up."""
     partial = copy / "checkpoints" / "step_2.partial"
     shutil.copytree(copy / "checkpoints" / "step_1", partial)
     newest = checkpoint.latest(copy)
@@ -75,7 +76,7 @@ def test_partial_checkpoints_do_not_count(run: RunConfig, copy: Path) -> None:
 def test_failure_while_saving_leaves_the_old_ones(
     run: RunConfig, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk in the middle of a save must not cost the checkpoints that exist."""
+    """A full disk in the middle of a save must not damage the existing checkpoints."""
     train = replace(run.train, max_steps=2)
     config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)), train=train)
     continued = trainer(config, "auto")
@@ -88,32 +89,32 @@ def test_failure_while_saving_leaves_the_old_ones(
         continued.train()
     assert not list((copy / "checkpoints").glob("*.partial"))
     assert (copy / "checkpoints" / "latest").resolve().name == "step_1"
-    assert checkpoint.load_model(copy)[1] == run
+    assert load_model(copy)[1] == run
 
 
 def test_a_damaged_newest_checkpoint_is_made_again(run: RunConfig, copy: Path) -> None:
-    """A step_N without its run.json is in the way of the one that takes its place."""
+    """A step_N without its run.json must not block the new checkpoint of the same name."""
     train = replace(run.train, max_steps=2)
     config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)), train=train)
     trainer(config, "auto").train()
     (copy / "checkpoints" / "step_2" / "run.json").unlink()
     trainer(config, "auto").train()
-    assert checkpoint.load_model(copy / "checkpoints" / "step_2")[1] == config
+    assert load_model(copy / "checkpoints" / "step_2")[1] == config
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
 def test_damage_is_one_line(copy: Path, name: str) -> None:
-    """A truncated file must be named, not answered with a traceback of the library that met it."""
+    """The error must name the truncated file, without a traceback of the library that read it."""
     file = copy / "checkpoints" / "step_1" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=f"{name}: damaged") as refused:
-        checkpoint.load_model(copy)
+        load_model(copy)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin"])
 def test_resuming_from_damage_is_one_line(run: RunConfig, copy: Path, name: str) -> None:
-    """A run that cannot go on must say which file is at fault."""
+    """A run that cannot resume must name the damaged file."""
     config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)))
     file = copy / "checkpoints" / "step_1" / name
     file.write_bytes(file.read_bytes()[:1000])
@@ -125,15 +126,15 @@ def test_resuming_from_damage_is_one_line(run: RunConfig, copy: Path, name: str)
 
 
 def test_missing_weights_and_folders_are_named(copy: Path, tmp_path: Path) -> None:
-    """The three ways in which there is nothing to load."""
+    """In three cases there is nothing to load."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no whole checkpoint"):
-        checkpoint.load_model(tmp_path / "empty")
+        load_model(tmp_path / "empty")
     with pytest.raises(UserError, match="no such checkpoint or run folder"):
-        checkpoint.load_model(tmp_path / "nothing")
+        load_model(tmp_path / "nothing")
     (copy / "checkpoints" / "step_1" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
-        checkpoint.load_model(copy)
+        load_model(copy)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +148,11 @@ def test_missing_weights_and_folders_are_named(copy: Path, tmp_path: Path) -> No
 def test_weights_that_do_not_fit_are_refused(
     run: RunConfig, copy: Path, key: str, value: object, says: str
 ) -> None:
-    """Weights of another architecture must not be loaded in part."""
+    """Weights of another architecture must not load in part."""
     file = copy / "checkpoints" / "step_1" / "run.json"
     record = json.loads(file.read_text())
     assert record["config"] == to_dict(run)
     record["config"]["model"][key] = value
     file.write_text(json.dumps(record))
     with pytest.raises(UserError, match=says):
-        checkpoint.load_model(copy)
+        load_model(copy)

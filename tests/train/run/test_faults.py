@@ -1,8 +1,9 @@
-"""What goes wrong in a run of days, injected: each fault must end in a clear line, within a time
-limit and without losing more than the steps since the last checkpoint, or in no fault at all."""
+"""Faults of a run of days, injected. The run must survive the fault, or end with a clear line,
+within a time limit, and lose no more than the steps since the last checkpoint."""
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -26,9 +27,11 @@ from tests import ROOT
 from tests.helpers.faulty import Pair, at_micro_batch, make, separable_run, watch
 from tests.helpers.training import TIMES, assert_same_tensors, run_dir, small_beton, tensors
 from train.config import RunConfig
-from train.metrics import Diverged, Meter
+from train.metrics import Meter
+from train.pretrained import load_model
 from train.run import checkpoint
-from train.run.signals import Stopped, StopSignals
+from train.run.ends import Diverged, Stopped
+from train.run.signals import StopSignals
 from train.run.watchdog import Watchdog
 from train.trainer import Trainer
 
@@ -40,7 +43,7 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen() -> dict[int, list[tuple[int, float]]]:
-    """What the steps of `whole` saw."""
+    """The images that the steps of `whole` have read."""
     return {}
 
 
@@ -50,40 +53,40 @@ def whole(
     seen: dict[int, list[tuple[int, float]]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> RunConfig:
-    """A run of 10 steps to which nothing happens: checkpoints at 4, 8, 10, log lines every 3."""
+    """A run of 10 steps without a fault: checkpoints at 4, 8, 10, log lines every 3 steps."""
     config = separable_run(beton, tmp_path_factory.mktemp("whole"))
     config = replace(config, log=replace(config.log, keep=3))
-    run = make(config)
-    watched = watch(run)
-    run.train()
+    training = make(config)
+    watched = watch(training)
+    training.train()
     seen.update(watched)
     return config
 
 
 @pytest.fixture
 def config(whole: RunConfig, tmp_path: Path) -> RunConfig:
-    """The same, elsewhere."""
+    """The same configuration in another folder."""
     return replace(whole, log=replace(whole.log, dir=str(tmp_path)))
 
 
 def share(source: str, target: str) -> None:
-    """Copy a file, but for those of a checkpoint, which are large and never written again."""
+    """Copy a file. Link the files of a checkpoint, which are large and never written again."""
     (os.link if "checkpoints" in source else shutil.copy)(source, target)
 
 
 @pytest.fixture
 def copied(whole: RunConfig, config: RunConfig) -> RunConfig:
-    """The same, up to step 8, in a copy."""
+    """A copy of `whole` up to step 8."""
     shutil.copytree(run_dir(whole), run_dir(config), symlinks=True, copy_function=share)
     shutil.rmtree(run_dir(config) / "checkpoints" / "step_10")
     return config
 
 
 def impatient(config: RunConfig, seconds: float) -> Trainer:
-    """A run that waits that long for disk and trackers, and whose watchdog leaves pytest alone."""
-    run = make(with_log(config, timeout_minutes=seconds / 60))
-    run.watchdog = Watchdog(600, "")
-    return run
+    """A run that waits so long for disk and trackers. Its watchdog does not end pytest."""
+    training = make(with_log(config, timeout_minutes=seconds / 60))
+    training.run.watchdog = Watchdog(600, "")
+    return training
 
 
 def with_log(config: RunConfig, **changes: Any) -> RunConfig:
@@ -106,7 +109,7 @@ def newest(config: RunConfig) -> Path:
 
 
 def run_code(code: str) -> "subprocess.CompletedProcess[str]":
-    """In a process of its own, to its end."""
+    """Run `code` in a new process until it ends."""
     return subprocess.run(
         [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT
     )
@@ -118,14 +121,14 @@ def assert_same_end(one: RunConfig, other: RunConfig) -> None:
     assert_same_tensors(newest(one), newest(other))
 
 
-# ---- being told to stop ----
+# ---- signals to stop ----
 
 
 def test_a_signal_leaves_a_checkpoint_and_costs_nothing(
     whole: RunConfig, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A scheduler that takes the machine back must not cost the steps since the last checkpoint,
-    nor change a bit of the curve: steps 2 and 3 share a log line across the interruption."""
+    """A scheduler takes the machine away. No step may be lost and no bit of the curve may change:
+    steps 2 and 3 share a log line across the interruption."""
     before = signal.getsignal(signal.SIGUSR1)
     with monkeypatch.context() as patch:
         send = at_micro_batch(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
@@ -142,7 +145,7 @@ def test_a_signal_leaves_a_checkpoint_and_costs_nothing(
 
 
 def test_a_signal_before_the_first_step_is_remembered(config: RunConfig) -> None:
-    """A requeued job may be taken off again while it still loads its data."""
+    """A requeued job may have to stop again while it still loads its data."""
     signals = StopSignals()
     signals.received = signal.SIGTERM
     with pytest.raises(Stopped, match="stopped by SIGTERM at step 1, which has a checkpoint"):
@@ -151,7 +154,7 @@ def test_a_signal_before_the_first_step_is_remembered(config: RunConfig) -> None
 
 
 def test_a_second_signal_ends_a_process_that_hangs() -> None:
-    """Whoever presses twice means it, and a launcher's echo of the first is no second one."""
+    """A second signal is an order, but a launcher's echo of the first one is not."""
     code = (
         "import os, signal, time\n"
         "from train.run.signals import StopSignals\n"
@@ -169,10 +172,10 @@ def test_a_second_signal_ends_a_process_that_hangs() -> None:
 def test_another_number_of_processes_goes_on_with_the_same_steps(
     whole: RunConfig, config: RunConfig, seen: dict[int, list[tuple[int, float]]]
 ) -> None:
-    """One process, then two, which are told to stop by a signal that only the second gets, then one
-    again: each step must see the images and views that it always sees, and where the loss is a mean
-    over images (no batch statistics, no slots) the run must stay the same up to rounding. A
-    launcher that sees the second end kills the first: the checkpoint must be there by then."""
+    """One process; then two, of which only the second receives a signal to stop; then one again.
+    Each step must see the same images and views as ever. If the loss is a mean over images (no
+    batch statistics, no slots), the run must stay the same up to rounding. A launcher that sees the
+    second process end kills the first: the checkpoint must exist by then."""
     make(with_steps(config, 3)).train()
     two = Pair(config, "SIGTERM:1", "--resume", "auto")
     other = two.end(1)
@@ -185,9 +188,9 @@ def test_another_number_of_processes_goes_on_with_the_same_steps(
         for line in Path(f"{run_dir(config)}.rank{rank}").read_text().splitlines():
             step, index, total = line.split()
             met.setdefault(int(step), []).append((int(index), float(total)))
-    run = make(config, "auto")
-    later = watch(run)
-    run.train()
+    training = make(config, "auto")
+    later = watch(training)
+    training.train()
     assert set(met) == {3, 4, 5} and set(later) == {6, 7, 8, 9}
     for step, images in {**met, **later}.items():
         assert sorted(images) == sorted(seen[step])
@@ -202,9 +205,9 @@ def test_another_number_of_processes_goes_on_with_the_same_steps(
 # ---- divergence ----
 
 
-def poison(run: Trainer) -> None:
+def poison(training: Trainer) -> None:
     with torch.no_grad():
-        run.slotcon.student.grouping.prototypes[0, 0] = torch.nan
+        training.slotcon.student.grouping.prototypes[0, 0] = torch.nan
 
 
 def test_rolling_back_once_repeats_the_steps(
@@ -213,62 +216,65 @@ def test_rolling_back_once_repeats_the_steps(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A bit that flips must cost the steps since the last checkpoint and nothing else: no line
-    twice, no momentum left over."""
-    run = make(with_log(config, on_divergence="roll_back"))
+    """A flipped bit must cost the steps since the last checkpoint and nothing else: no line appears
+    twice, and the old momentum is gone."""
+    training = make(with_log(config, on_divergence="roll_back"))
     with monkeypatch.context() as patch:
-        patch.setattr(Meter, "add", at_micro_batch(6, lambda: poison(run)))
-        run.train()
+        patch.setattr(Meter, "add", at_micro_batch(6, lambda: poison(training)))
+        training.train()
     assert_same_end(config, whole)
     said = [line for line in capsys.readouterr().err.splitlines() if "roll-back" in line]
-    assert len(said) == 1 and "going on from there (roll-back 1)" in said[0] and "step_4" in said[0]
+    assert len(said) == 1 and re.search(r"resuming from .*step_4 \(roll-back 1\)", said[0])
 
 
 def test_rolling_back_in_vain_ends(
     copied: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What diverges at the same place each time would otherwise burn a machine for ever."""
-    run = make(with_log(copied, on_divergence="roll_back"), "auto")
+    """A run that always diverges at the same step would otherwise never end."""
+    training = make(with_log(copied, on_divergence="roll_back"), "auto")
     add = Meter.add
 
     def poisoned(meter: Meter, *output: Any) -> None:
         add(meter, *output)
-        poison(run)
+        poison(training)
 
     monkeypatch.setattr(Meter, "add", poisoned)
-    with pytest.raises(Diverged, match=r"last good .*step_8; rolled back 3 times in vain"):
-        run.train()
+    with pytest.raises(Diverged, match=r"rolled back 3 times in vain; last good .*step_8"):
+        training.train()
     assert capsys.readouterr().err.count("warning") == 3 and newest(copied).name == "step_8"
 
 
-def test_overflow_storms_are_told_from_the_search_for_a_scale(copied: RunConfig) -> None:
-    """fp16's first steps overflow until the loss scale fits; a run that never steps again must not
-    go on for days."""
-    run = make(copied, "auto")
+def test_failed_loss_scaling_is_not_the_search_for_a_scale(copied: RunConfig) -> None:
+    """fp16's first steps overflow until the loss scale fits. A run that only skips steps must not
+    continue for days."""
+    training = make(copied, "auto")
     for steps, skipped in ((5, 5), (1, 1), (10, 9), (10, 10), (9, 9)):
-        run._check_overflows(steps, skipped)
+        training.run.check_overflows(steps, skipped)
     with pytest.raises(Diverged, match="all of the last 20 steps overflow"):
-        run._check_overflows(1, 1)
-    reading = Meter(run.accelerator, (), 3, torch.tensor(7)).read(2)
-    assert (reading.skipped, reading.end) == (7, 2)
+        training.run.check_overflows(1, 1)
+    meter = Meter(training.accelerator, (), 3, torch.tensor(7))
+    reading = meter.read(2)
+    assert (reading.skipped, reading.reason) == (7, 2)
+    meter.clear()
+    assert meter.read().skipped == 0
 
 
 # ---- checkpoints ----
 
 
-def test_checkpoints_are_written_while_training_goes_on(
+def test_checkpoints_are_written_while_training_continues(
     whole: RunConfig, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk must not hold up the steps, and later steps must not leak into what is written."""
-    flush, go_on = checkpoint._flush, threading.Event()
+    """The disk must not delay the steps, and later steps must not leak into the checkpoint."""
+    flush, released = checkpoint._flush, threading.Event()
 
     def slow(path: Path) -> None:
-        go_on.wait(60)
+        released.wait(60)
         flush(path)
 
     monkeypatch.setattr(checkpoint, "_flush", slow)
     with monkeypatch.context() as patch:  # two steps after the checkpoint of step 4 was begun
-        patch.setattr(Meter, "add", at_micro_batch(6, go_on.set))
+        patch.setattr(Meter, "add", at_micro_batch(6, released.set))
         make(with_log(with_steps(config, 7), keep=9)).train()
     steps = [run_dir(each) / "checkpoints" / "step_4" for each in (config, whole)]
     assert_same_tensors(*steps)
@@ -288,7 +294,7 @@ def flip(file: Path) -> None:
 
 
 def swap(file: Path) -> None:
-    """The same file of another checkpoint, in itself quite right."""
+    """The same file of another checkpoint, undamaged in itself."""
     file.unlink()
     os.link(file.parent.with_name("step_4") / file.name, file)
 
@@ -336,19 +342,19 @@ def empty_momenta(file: Path) -> None:
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     copied: RunConfig, capsys: pytest.CaptureFixture[str], name: str, damage: Any
 ) -> None:
-    """A power cut must not end a run that has an older checkpoint; nor may it go on unsaid, or the
-    damaged one count among those that are kept."""
+    """A power cut must not end a run that has an older checkpoint. The run must say so, and must
+    not count the damaged one among the checkpoints that it keeps."""
     damage(run_dir(copied) / "checkpoints" / "step_8" / name)
-    run = make(copied, "auto")
+    training = make(copied, "auto")
     said = capsys.readouterr().err
-    assert run.step == 4 and said.count("warning") == 1 and len(said.splitlines()) == 1
-    assert "step_8" in said and name in said and "going on from " in said and "step_4" in said
+    assert training.run.step == 4 and said.count("warning") == 1 and len(said.splitlines()) == 1
+    assert "step_8" in said and name in said and "resuming from " in said and "step_4" in said
     assert newest(copied).name == "step_4"
     assert (run_dir(copied) / "checkpoints" / "latest").resolve().name == "step_4"
 
 
 def test_nothing_is_changed_where_every_checkpoint_is_damaged(copied: RunConfig) -> None:
-    """Then somebody has to look."""
+    """A person has to decide then."""
     for step in ("step_8", "step_4"):
         shrink(run_dir(copied) / "checkpoints" / step / "model.safetensors")
     with pytest.raises(UserError, match=r"step_8/model\.safetensors: damaged"):
@@ -358,7 +364,7 @@ def test_nothing_is_changed_where_every_checkpoint_is_damaged(copied: RunConfig)
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder with room for one checkpoint and a half; where nothing can be mounted, files of
+    """A folder with room for one and a half checkpoints. If we may not mount one, files have a
     limited size."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -377,24 +383,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_one_line(whole: RunConfig, small_disk: Path) -> None:
-    """The write that fails is on another thread: it must surface, leave what was there, and make
-    room again."""
+    """The write fails on another thread. The error must reach the main thread, older checkpoints
+    must remain, and the partial one must go."""
     config = with_log(whole, dir=str(small_disk), every=1, checkpoint_every=2)
     with pytest.raises(UserError, match=r"step_\d+.partial: cannot be written \(") as full:
         make(config).train()
     assert "\n" not in str(full.value) and "last good checkpoint: " in str(full.value)
     assert not list(run_dir(config).glob("checkpoints/*.partial"))
     if found := checkpoint.latest(run_dir(config)):
-        assert found.name == "step_2" and checkpoint.load_model(found)
+        assert found.name == "step_2" and load_model(found)
 
 
 def test_a_disk_that_hangs_is_one_line(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network file system that does not answer must not keep the machines for ever."""
-    for_ever = threading.Event()
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: for_ever.wait(60))
+    """A network file system that does not answer must not block the machines for ever."""
+    released = threading.Event()
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: released.wait(60))
     with pytest.raises(UserError, match=r"checkpoints: writing: no answer for \d+ s"):
         impatient(with_steps(config, 1), 1).train()
-    for_ever.set()
+    released.set()
 
 
 # ---- trackers ----
@@ -433,7 +439,7 @@ class FaultyTracker(GeneralTracker):
 def test_a_lost_tracker_is_one_line(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, method: str, seconds: float
 ) -> None:
-    """A server that is gone, or never answers, must not hang the run, nor cost more than itself."""
+    """A server that is gone, or never answers, must not hang the run, and no step may be lost."""
     monkeypatch.setattr(FaultyTracker, "fault", (method, seconds))
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", FaultyTracker)
     config = with_log(with_steps(config, 1), trackers=("tensorboard",), every=1)
@@ -449,8 +455,8 @@ def test_a_lost_tracker_is_one_line(
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
 def test_a_dead_process_ends_the_other(config: RunConfig, name: str) -> None:
-    """One of two processes dies, or stands still, and no launcher looks after them."""
-    minutes = 0.5 if name == "SIGKILL" else 0.1  # where the other one is gone, nobody waits
+    """One of two processes dies or freezes, without a launcher that ends the other."""
+    minutes = 0.5 if name == "SIGKILL" else 0.1  # without the process there is no wait
     two = Pair(with_log(config, timeout_minutes=minutes), f"{name}:2")
     try:
         code, said = two.end(0)
@@ -462,7 +468,7 @@ def test_a_dead_process_ends_the_other(config: RunConfig, name: str) -> None:
 
 
 def test_the_watchdog_ends_what_nothing_else_ends() -> None:
-    """A GPU's collective waits for a dead process inside the driver, where no exception comes."""
+    """A GPU's collective waits for a dead process inside the driver and raises no exception."""
     code = (
         "import time\n"
         "from train.run.watchdog import Watchdog\n"

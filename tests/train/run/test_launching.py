@@ -1,5 +1,5 @@
-"""How runs are started: Accelerate's configurations, and the SLURM script with stand-ins for srun
-and scontrol."""
+"""The start of runs: Accelerate's configurations, and the SLURM script with stand-ins for srun and
+scontrol."""
 
 import os
 import signal
@@ -35,15 +35,15 @@ if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> "$SCONTROL_LOG"; fi
 """
 
 
-def job(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """The script as a job with two tasks."""
+def job(folder: Path, tasks: int, *arguments: str) -> "subprocess.Popen[str]":
+    """The script as a job with so many tasks."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     with socket.socket() as probe:  # the script derives the port from the job's number
         probe.bind(("127.0.0.1", 0))
         number = 20000 + (probe.getsockname()[1] - 20000) % 20000
-    slurm = {"SLURM_JOB_ID": str(number), "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
+    slurm = {"SLURM_JOB_ID": str(number), "SLURM_NTASKS": str(tasks), "SLURM_CPUS_PER_TASK": "1"}
     others = {"SCONTROL_LOG": str(folder / "scontrol.log"), "PYTHON": sys.executable}
     path = {"PATH": f"{folder}:{os.environ['PATH']}"}
     return subprocess.Popen(
@@ -57,8 +57,8 @@ def job(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     ("name", "machines", "processes"), [("1gpu", 1, 1), ("8gpu", 1, 8), ("2x8gpu", 2, 16)]
 )
 def test_accelerate_configs_are_what_they_say(name: str, machines: int, processes: int) -> None:
-    """A key that Accelerate refuses, or a wrong count, would show on the user's cluster only; a
-    precision or a compiler set there would stand against the run's configuration."""
+    """A key that Accelerate refuses, or a wrong count, would only show on the user's cluster. A
+    precision or a compiler set there would contradict the run's configuration."""
     config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
     assert (config.num_machines, config.num_processes) == (machines, processes)
     assert config.distributed_type == ("MULTI_GPU" if processes > 1 else "NO")
@@ -66,20 +66,20 @@ def test_accelerate_configs_are_what_they_say(name: str, machines: int, processe
 
 
 def test_job_that_runs_out_of_time_queues_again_and_finishes(tmp_path: Path) -> None:
-    """A script that loses the exit code would end a run of days at its first time limit, and one
-    that requeues whatever happens would repeat a mistake for ever.
+    """A script that loses the exit code would end a run of days at its first time limit. A script
+    that always requeues would repeat a mistake for ever.
     """
     config = small_run(small_beton(tmp_path), tmp_path, epochs=400)
     config = replace(config, log=replace(config.log, every=1, trackers=("tensorboard",)))
     (tmp_path / "run.yaml").write_text(to_yaml(config))
-    first = job(tmp_path, "--config", str(tmp_path / "run.yaml"))
+    first = job(tmp_path, 2, "--config", str(tmp_path / "run.yaml"))
     metrics = run_dir(config) / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size) and first.poll() is None:
         time.sleep(0.1)
     children = subprocess.run(
         ["pgrep", "-P", str(first.pid)], capture_output=True, text=True, check=False
     )
-    for child in children.stdout.split():  # srun: what the time limit's signal goes to
+    for child in children.stdout.split():  # srun receives the signal of the time limit
         os.kill(int(child), signal.SIGUSR1)
     _, errors = first.communicate(timeout=200)
     log = tmp_path / "scontrol.log"
@@ -89,7 +89,7 @@ def test_job_that_runs_out_of_time_queues_again_and_finishes(tmp_path: Path) -> 
     step = checkpoint.step_of(saved)
     log.unlink()
     again = job(
-        tmp_path, "--config", str(tmp_path / "run.yaml"), "--train.max_steps", str(step + 1)
+        tmp_path, 1, "--config", str(tmp_path / "run.yaml"), "--train.max_steps", str(step + 1)
     )
     output, errors = again.communicate(timeout=200)
     assert again.returncode == 0 and f"step {step + 1}/{step + 1}" in output, errors
@@ -97,8 +97,8 @@ def test_job_that_runs_out_of_time_queues_again_and_finishes(tmp_path: Path) -> 
 
 
 def test_mistake_ends_the_job(tmp_path: Path) -> None:
-    """It would queue, start and fail until somebody looks."""
-    ended = job(tmp_path, "--config", "nothing.yaml")
+    """Otherwise the job would queue, start and fail again and again."""
+    ended = job(tmp_path, 1, "--config", "nothing.yaml")
     _, errors = ended.communicate(timeout=100)
     assert ended.returncode == 2 and "nothing.yaml" in errors
     assert not (tmp_path / "scontrol.log").exists()
@@ -107,7 +107,7 @@ def test_mistake_ends_the_job(tmp_path: Path) -> None:
 def test_a_process_lost_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The line names the run: many of them may write to one log."""
+    """The line names the run: many runs may write to one log."""
 
     def lost(*_: object) -> None:
         raise RuntimeError("[gloo] Connection closed by peer")
