@@ -4,7 +4,6 @@ line, stored with every checkpoint, and refused before anything is loaded if it 
 Sections: `data`, `views`, `model` and `train` define the science; `efficiency` and `log` do not.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,15 +12,26 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from model import ModelConfig
 from pipeline.augment import BACKENDS
+from pipeline.bounds import (
+    BELOW_1,
+    POSITIVE,
+    ZERO_OR_POSITIVE,
+    Bound,
+    Bounded,
+    at_least,
+    one_of,
+    optional,
+    within,
+)
 from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
 from train.run.command import EXIT_CODES
 from train.run.settings import (
     RESUME,
+    RUN_NAME,
+    SEED,
     Settings,
-    check_run_name,
-    check_seed_and_end,
     flatten,
     to_dict,
     to_yaml,
@@ -54,122 +64,98 @@ A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the tra
 """
 
 
+def _grows(stages: tuple[tuple[float, int], ...]) -> bool:
+    shares, sides = [share for share, _ in stages], [side for _, side in stages]
+    good = shares == sorted(set(shares)) and shares[:1] in ([], [0]) and shares[-1:] < [1]
+    return good and sides == sorted(sides) and all(s > 0 and s % 32 == 0 for s in sides)
+
+
+_GROWING: Bound = {
+    "pairs of a growing share, from 0 on, and a growing side, a multiple of 32": _grows
+}
+_TRACKERS: Bound = {
+    f"some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}": lambda names: (
+        set(names) <= set(LOGGER_TYPE_TO_CLASS)
+    )
+}
+
+
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Bounded):
     """Which images, and what brings them to the device."""
 
-    path: str
+    path: str = field(metadata={"the name of a beton": bool})
     """The beton, written by tools.build_dataset."""
-    backend: str = "auto"
+    backend: str = field(default="auto", metadata=one_of(("auto", *BACKENDS)))
     """What colours the views, and crops them where `crops` is "device": "reference", "kornia" or
     "triton", which differ by rounding; "auto" is triton on a GPU and kornia elsewhere."""
-    crops: Crops = "device"
+    crops: Crops = field(default="device", metadata=one_of(CROPS))
     """Where both crops are made: on the "device", from the whole image; on the "host", by the
     threads that decode, which spares a GPU that is short of time or memory; by "dali", which also
     decodes, with a GPU on it."""
-    order: Order = "random"
+    order: Order = field(default="random", metadata=one_of(ORDERS))
     """Which images follow each other: "random"; "quasi-random", shuffled within windows of the
     file, for a set larger than memory; "sequential", as they lie in the file."""
-    window_gb: float = 4.0
+    window_gb: float = field(default=4.0, metadata=POSITIVE)
     """Size of a quasi-random window in 1e9 bytes of the file. Two of them should fit in memory. The
     larger it is, the less an image's neighbours in the file are its neighbours in a step."""
-    threads: int = 0
+    threads: int = field(default=0, metadata=at_least(0))
     """Decoding threads of each process; 0 = an equal share of the cores of its machine."""
     on_corrupt: OnCorrupt = "stop"
     """An image that cannot be decoded: "stop" names it and ends the run; "replace" names it once
     and takes the next image of the beton in its place."""
 
-    def __post_init__(self) -> None:
-        require(bool(self.path), "path", self.path, "the name of a beton")
-        names = ("auto", *BACKENDS)
-        require(self.backend in names, "backend", self.backend, f"one of {', '.join(names)}")
-        require(self.crops in CROPS, "crops", self.crops, f"one of {', '.join(CROPS)}")
-        require(self.order in ORDERS, "order", self.order, f"one of {', '.join(ORDERS)}")
-        require(0 < self.window_gb < math.inf, "window_gb", self.window_gb, "a positive number")
-        require(
-            self.threads >= 0, "threads", self.threads, "0 (an equal share of the cores) or more"
-        )
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Bounded):
     """The optimisation; defaults are the authors' for COCO (arXiv 2205.15288, section 4.1)."""
 
-    epochs: int = 800
+    epochs: int = field(default=800, metadata=at_least(1))
     """Passes over the images; learning rate and teacher momentum are spread over all of them."""
-    batch_size: int = 512
+    batch_size: int = field(default=512, metadata=at_least(1))
     """Images of one optimiser step, over all processes and micro-batches."""
-    base_lr: float = 1.0
+    base_lr: float = field(default=1.0, metadata=POSITIVE)
     """Peak learning rate for 256 images a step; it grows in proportion to the batch."""
     warmup_epochs: float = 5
     """Epochs of linear warm-up before the cosine."""
-    warmup_multiplier: float = 100
+    warmup_multiplier: float = field(default=100, metadata=at_least(1))
     """The warm-up starts at the peak learning rate divided by this."""
-    momentum: float = 0.9
+    momentum: float = field(default=0.9, metadata=BELOW_1)
     """LARS: what a step keeps of the last one's direction."""
-    weight_decay: float = 1e-5
+    weight_decay: float = field(default=1e-5, metadata=ZERO_OR_POSITIVE)
     """LARS: decay of all weights but 1-D ones (biases, norms)."""
-    eta: float = 0.001
+    eta: float = field(default=0.001, metadata=POSITIVE)
     """LARS: trust coefficient, the size of a layer's step relative to its weights."""
-    teacher_momentum: float = 0.99
+    teacher_momentum: float = field(default=0.99, metadata=within(0, 1))
     """What one step keeps of the teacher at the start; a cosine takes it to 1 at the end."""
-    view_sizes: tuple[tuple[float, int], ...] = ()
+    view_sizes: tuple[tuple[float, int], ...] = field(default=(), metadata=_GROWING)
     """Progressive size of the views: pairs of a share of the epochs (0..1) and the views' side from
     there on, a multiple of 32. [[0, 160], [0.5, 224]] trains the first half on views of 160 pixels.
     The last must be views.size. Empty: views.size from the start."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED)
     """Of the weights, the order of the images and their views."""
-    max_steps: int | None = None
+    max_steps: int | None = field(default=None, metadata=optional(at_least(1)))
     """Stop after this many steps; the schedules still aim at `epochs`. null = run to the end."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("base_lr", "eta"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "a positive number")
+        super().__post_init__()
         require(
             0 <= self.warmup_epochs < self.epochs,
             "warmup_epochs",
             self.warmup_epochs,
             f"at least 0 and less than epochs ({self.epochs})",
         )
-        require(
-            1 <= self.warmup_multiplier < math.inf,
-            "warmup_multiplier",
-            self.warmup_multiplier,
-            "at least 1",
-        )
-        require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and less than 1")
-        require(
-            0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or positive"
-        )
-        require(
-            0 <= self.teacher_momentum <= 1, "teacher_momentum", self.teacher_momentum, "in 0..1"
-        )
-        stages = tuple((share, side) for share, side in self.view_sizes)
-        object.__setattr__(self, "view_sizes", stages)
-        shares, sides = [share for share, _ in stages], [side for _, side in stages]
-        good = shares == sorted(set(shares)) and shares[:1] in ([], [0]) and shares[-1:] < [1]
-        good = good and sides == sorted(sides) and all(s > 0 and s % 32 == 0 for s in sides)
-        require(
-            good,
-            "view_sizes",
-            stages,
-            "pairs of a growing share, from 0 on, and a growing side, a multiple of 32",
-        )
-        check_seed_and_end(self.seed, self.max_steps)
 
 
 @dataclass(frozen=True)
-class EfficiencyConfig:
+class EfficiencyConfig(Bounded):
     """Settings of speed and memory. They may change from one resume to the next, which then goes
     on with the same images and views but no longer bit for bit."""
 
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision: "no" (float32), "bf16", or "fp16" with loss scaling, which needs CUDA and a
     run that began with it."""
-    accumulation: int = 1
+    accumulation: int = field(default=1, metadata=at_least(1))
     """Micro-batches of one step. Batch statistics and the slots that are contrasted are those of a
     micro-batch, so a run with more of them is not quite the same run."""
     channels_last: bool = True
@@ -186,7 +172,7 @@ class EfficiencyConfig:
     their inside again: less memory, about a third more work, the same numbers."""
 
     def __post_init__(self) -> None:
-        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        super().__post_init__()
         both = self.compile and self.checkpointing
         require(not both, "checkpointing", self.checkpointing, "false with compile")
 
@@ -197,21 +183,21 @@ class EfficiencyConfig:
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(Bounded):
     """What a run writes down, when and where."""
 
-    every: int = 10
+    every: int = field(default=10, metadata=at_least(1))
     """Steps between two log lines; their values are averages over these steps."""
-    trackers: tuple[str, ...] = ("tensorboard",)
+    trackers: tuple[str, ...] = field(default=("tensorboard",), metadata=_TRACKERS)
     """Accelerate's trackers by name; empty for none. metrics.jsonl is always written."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = field(default=1000, metadata=at_least(0))
     """Steps between two checkpoints; 0 = only the last step, which always gets one."""
-    keep: int = 3
+    keep: int = field(default=3, metadata=at_least(1))
     """How many of the newest checkpoints to keep."""
-    history: int = 4
+    history: int = field(default=4, metadata=at_least(0))
     """Of older checkpoints, the last of each of so many equal parts of the run is kept as well, to
     look back at (evaluation.pictures attention); 0: none."""
-    dir: str = "runs"
+    dir: str = field(default="runs", metadata={"the name of a folder": bool})
     """Folder of all runs; this one writes to DIR/NAME."""
     on_divergence: Literal["stop", "roll_back"] = "stop"
     """A loss or weight that is not finite, or fp16 steps that all overflow: "stop" ends the run;
@@ -220,33 +206,16 @@ class LogConfig:
     """After the warm-up, two log lines in a row with fewer than two active slots an image or with a
     usage of the prototypes whose entropy is under a quarter of its maximum, or ten with a grouping
     loss at chance: "warn" says so once; "stop" ends the run."""
-    timeout_minutes: float = 10
+    timeout_minutes: float = field(default=10, metadata=POSITIVE)
     """How long a process waits for the others, for the disk and for a tracker before it ends with
     an error."""
 
-    def __post_init__(self) -> None:
-        require(self.every >= 1, "every", self.every, "at least 1")
-        object.__setattr__(self, "trackers", tuple(self.trackers))
-        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-        for tracker in self.trackers:
-            require(tracker in LOGGER_TYPE_TO_CLASS, "trackers", tracker, f"some of {known}")
-        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
-        require(self.keep >= 1, "keep", self.keep, "at least 1")
-        require(self.history >= 0, "history", self.history, "0 or more")
-        require(bool(self.dir), "dir", self.dir, "the name of a folder")
-        require(
-            0 < self.timeout_minutes < math.inf,
-            "timeout_minutes",
-            self.timeout_minutes,
-            "a positive number",
-        )
-
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Bounded):
     """A run."""
 
-    name: str
+    name: str = field(metadata=RUN_NAME)
     """Names the run and its folder: letters, digits, '.', '_', '-'."""
     data: DataConfig
     """Data"""
@@ -262,7 +231,7 @@ class RunConfig:
     """Log"""
 
     def __post_init__(self) -> None:
-        check_run_name(self.name)
+        super().__post_init__()
         sides = [side for _, side in self.train.view_sizes] or [self.views.size]
         require(
             sides[-1] == self.views.size,

@@ -19,7 +19,8 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from pipeline.errors import UserError, require
+from pipeline.bounds import Bound
+from pipeline.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -31,6 +32,13 @@ RESUME = (
     "run.",
 )
 """The option that every training command has."""
+
+RUN_NAME: Bound = {
+    "made of letters, digits, '.', '_' and '-'": lambda name: bool(
+        re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name)
+    )
+}
+SEED: Bound = {"in 0..2^32-1": lambda seed: 0 <= seed < 2**32}
 
 
 class Settings(Generic[Config]):
@@ -137,19 +145,6 @@ class Settings(Generic[Config]):
         known = [action.dest for action in self._parser._actions]
         near = difflib.get_close_matches(key, known, n=1)
         return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
-
-
-def check_run_name(name: str) -> None:
-    """Refuse, with a ValueError, a name that no folder of a run should have."""
-    plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name)
-    require(bool(plain), "name", name, "made of letters, digits, '.', '_' and '-'")
-
-
-def check_seed_and_end(seed: int, max_steps: int | None) -> None:
-    """Refuse, with a ValueError, what no run can be seeded with or stop after."""
-    require(0 <= seed < 2**32, "seed", seed, "in 0..2^32-1")
-    good = max_steps is None or max_steps >= 1
-    require(good, "max_steps", max_steps, "null or at least 1")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

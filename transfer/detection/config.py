@@ -3,96 +3,79 @@
 import math
 from dataclasses import dataclass, field
 
-from pipeline.errors import require
+from pipeline.bounds import BELOW_1, Bound, Bounded, at_least, within
 from transfer.config import TransferConfig
 
+_SIDES: Bound = {"sides of at least 32": lambda sides: bool(sides) and min(sides) >= 32}
+_POSITIVE_NUMBERS: Bound = {
+    "positive numbers": lambda values: bool(values) and all(0 < v < math.inf for v in values)
+}
+
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Bounded):
     """Images with COCO instance annotations, and what is done to them. Sides are in pixels."""
 
-    root: str
+    root: str = field(metadata={"a name": bool})
     """The folder that holds annotations/, train2017/ and val2017/."""
-    train: str = "train2017"
+    train: str = field(default="train2017", metadata={"a name": bool})
     """The split to learn from."""
-    val: str = "val2017"
+    val: str = field(default="val2017", metadata={"a name": bool})
     """The split to be scored on; it needs the categories of the other."""
-    annotations: str = "annotations/instances_{split}.json"
+    annotations: str = field(
+        default="annotations/instances_{split}.json", metadata={"a name": bool}
+    )
     """A split's annotation file: a place under root, or an absolute one."""
-    images: str = "{split}"
+    images: str = field(default="{split}", metadata={"a name": bool})
     """A split's folder of images, likewise."""
-    train_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    train_sides: tuple[int, ...] = field(default=(640, 672, 704, 736, 768, 800), metadata=_SIDES)
     """Shorter sides for training; each image is resized to one of them, drawn anew each time."""
-    val_side: int = 800
+    val_side: int = field(default=800, metadata=at_least(32))
     """The shorter side in evaluation."""
-    longest_side: int = 1333
+    longest_side: int = field(default=1333, metadata=at_least(32))
     """Images whose longer side would exceed this are resized to it instead."""
-    flip: float = 0.5
+    flip: float = field(default=0.5, metadata=within(0, 1))
     """How often a training image is mirrored."""
-
-    def __post_init__(self) -> None:
-        for name in ("root", "train", "val", "annotations", "images"):
-            require(bool(getattr(self, name)), name, getattr(self, name), "a name")
-        sides = tuple(self.train_sides)
-        object.__setattr__(self, "train_sides", sides)
-        require(bool(sides) and min(sides) >= 32, "train_sides", sides, "sides of at least 32")
-        for name in ("val_side", "longest_side"):
-            require(getattr(self, name) >= 32, name, getattr(self, name), "at least 32")
-        require(0 <= self.flip <= 1, "flip", self.flip, "in 0..1")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Bounded):
     """Mask R-CNN with a feature pyramid; defaults are the authors' setting."""
 
-    channels: int = 256
+    channels: int = field(default=256, metadata=at_least(1))
     """Width of the pyramid and of the heads' convolutions."""
-    anchor_sizes: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
+    anchor_sizes: tuple[int, int, int, int, int] = field(
+        default=(32, 64, 128, 256, 512), metadata=_POSITIVE_NUMBERS
+    )
     """Side in pixels of the anchors of each of the pyramid's levels, of which the cells are 4, 8,
     16, 32 and 64 pixels wide."""
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    aspect_ratios: tuple[float, ...] = field(default=(0.5, 1.0, 2.0), metadata=_POSITIVE_NUMBERS)
     """Height by width of the anchors at each place."""
-    rpn_samples: int = 256
+    rpn_samples: int = field(default=256, metadata=at_least(1))
     """Anchors of an image whose proposals enter the loss."""
-    candidates_train: int = 2000
+    candidates_train: int = field(default=2000, metadata=at_least(1))
     """Best proposals of each level that non-maximum suppression chooses from, in training; …"""
-    candidates_test: int = 1000
+    candidates_test: int = field(default=1000, metadata=at_least(1))
     """… in evaluation."""
-    proposals_train: int = 1000
+    proposals_train: int = field(default=1000, metadata=at_least(1))
     """Proposals of an image, of all levels, that it leaves, in training; …"""
-    proposals_test: int = 1000
+    proposals_test: int = field(default=1000, metadata=at_least(1))
     """… in evaluation."""
-    roi_samples: int = 512
+    roi_samples: int = field(default=512, metadata=at_least(1))
     """Proposals of an image that the heads learn from, at most a quarter of them objects."""
-    roi_points: int = 0
+    roi_points: int = field(default=0, metadata=at_least(0))
     """Points at which each bin of a region is read, in each direction; 0: as many as its size in
     cells asks for."""
-    box_convs: int = 4
+    box_convs: int = field(default=4, metadata=at_least(0))
     """Convolutions of the box head, each with a norm, …"""
-    box_features: int = 1024
+    box_features: int = field(default=1024, metadata=at_least(1))
     """… and the width of the one fully connected layer after them."""
-    mask_convs: int = 4
+    mask_convs: int = field(default=4, metadata=at_least(1))
     """Convolutions of the mask head, each with a norm, before it upsamples."""
-    score_threshold: float = 0.05
+    score_threshold: float = field(default=0.05, metadata=BELOW_1)
     """Detections of a lower score are left out."""
-    detections: int = 100
+    detections: int = field(default=100, metadata=at_least(1))
     """Detections of an image at most, of all classes."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "channels", "rpn_samples", "candidates_train", "candidates_test", "proposals_train",
-            "proposals_test", "roi_samples", "box_features", "mask_convs", "detections",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("box_convs", "roi_points"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("anchor_sizes", "aspect_ratios"):
-            values = tuple(getattr(self, name))
-            object.__setattr__(self, name, values)
-            good = bool(values) and all(0 < value < math.inf for value in values)
-            require(good, name, values, "positive numbers")
-        threshold = self.score_threshold
-        require(0 <= threshold < 1, "score_threshold", threshold, "at least 0 and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
