@@ -20,9 +20,8 @@ Bound = Mapping[str, Callable[[Any], bool]]
 """The words that follow "must be", and the test of a value."""
 
 POSITIVE: Bound = {"a positive number": lambda value: 0 < value < math.inf}
-ZERO_OR_POSITIVE: Bound = {"0 or positive": lambda value: 0 <= value < math.inf}
 BELOW_1: Bound = {"at least 0 and less than 1": lambda value: 0 <= value < 1}
-ABOVE_0_TO_1: Bound = {"above 0 and at most 1": lambda value: 0 < value <= 1}
+UP_TO_1: Bound = {"above 0 and at most 1": lambda value: 0 < value <= 1}
 
 RANGE: Bound = {
     "two growing positive numbers": lambda pair: (
@@ -41,6 +40,10 @@ def within(low: float, high: float) -> Bound:
 
 def one_of(names: Iterable[str]) -> Bound:
     return {f"one of {', '.join(names)}": lambda value: value in names}
+
+
+def some_of(names: Iterable[str]) -> Bound:
+    return {f"some of {', '.join(names)}": lambda values: set(values) <= set(names)}
 
 
 def optional(bound: Bound) -> Bound:

@@ -30,7 +30,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.bounds import ABOVE_0_TO_1, POSITIVE, RANGE, Bound, Bounded, within
+from pipeline.bounds import POSITIVE, RANGE, UP_TO_1, Bound, Bounded, within
 from pipeline.errors import require
 from pipeline.philox import philox4x32
 
@@ -55,7 +55,7 @@ class ViewConfig(Bounded):
         default=224, metadata={"a whole number >= 1": lambda size: size >= 1 and size % 1 == 0}
     )
     """Side of a view in pixels."""
-    min_scale: float = field(default=0.08, metadata=ABOVE_0_TO_1)
+    min_scale: float = field(default=0.08, metadata=UP_TO_1)
     """Smallest crop, as a share of the image's area."""
     max_scale: float = 1.0
     """Largest crop, as a share of the image's area."""

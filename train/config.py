@@ -12,17 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from model import ModelConfig
 from pipeline.augment import BACKENDS
-from pipeline.bounds import (
-    BELOW_1,
-    POSITIVE,
-    ZERO_OR_POSITIVE,
-    Bound,
-    Bounded,
-    at_least,
-    one_of,
-    optional,
-    within,
-)
+from pipeline.bounds import BELOW_1, POSITIVE, Bounded, at_least, one_of, optional, some_of, within
 from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
@@ -70,14 +60,7 @@ def _grows(stages: tuple[tuple[float, int], ...]) -> bool:
     return good and sides == sorted(sides) and all(s > 0 and s % 32 == 0 for s in sides)
 
 
-_GROWING: Bound = {
-    "pairs of a growing share, from 0 on, and a growing side, a multiple of 32": _grows
-}
-_TRACKERS: Bound = {
-    f"some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}": lambda names: (
-        set(names) <= set(LOGGER_TYPE_TO_CLASS)
-    )
-}
+_GROWING = {"pairs of a growing share, from 0 on, and a growing side, a multiple of 32": _grows}
 
 
 @dataclass(frozen=True)
@@ -122,7 +105,7 @@ class TrainConfig(Bounded):
     """The warm-up starts at the peak learning rate divided by this."""
     momentum: float = field(default=0.9, metadata=BELOW_1)
     """LARS: what a step keeps of the last one's direction."""
-    weight_decay: float = field(default=1e-5, metadata=ZERO_OR_POSITIVE)
+    weight_decay: float = field(default=1e-5, metadata=at_least(0))
     """LARS: decay of all weights but 1-D ones (biases, norms)."""
     eta: float = field(default=0.001, metadata=POSITIVE)
     """LARS: trust coefficient, the size of a layer's step relative to its weights."""
@@ -188,7 +171,9 @@ class LogConfig(Bounded):
 
     every: int = field(default=10, metadata=at_least(1))
     """Steps between two log lines; their values are averages over these steps."""
-    trackers: tuple[str, ...] = field(default=("tensorboard",), metadata=_TRACKERS)
+    trackers: tuple[str, ...] = field(
+        default=("tensorboard",), metadata=some_of(sorted(LOGGER_TYPE_TO_CLASS))
+    )
     """Accelerate's trackers by name; empty for none. metrics.jsonl is always written."""
     checkpoint_every: int = field(default=1000, metadata=at_least(0))
     """Steps between two checkpoints; 0 = only the last step, which always gets one."""

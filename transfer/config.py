@@ -6,16 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from model.config import ARCHITECTURES
-from pipeline.bounds import (
-    BELOW_1,
-    POSITIVE,
-    ZERO_OR_POSITIVE,
-    Bounded,
-    at_least,
-    one_of,
-    optional,
-    within,
-)
+from pipeline.bounds import BELOW_1, POSITIVE, Bounded, at_least, one_of, optional, within
 from pipeline.errors import require
 from train.run.settings import RUN_NAME, SEED
 
@@ -51,9 +42,9 @@ class OptimConfig(Bounded):
     """Learning rate after the warm-up, for this batch size: it is not scaled."""
     momentum: float = field(default=0.9, metadata=BELOW_1)
     """What a step keeps of the last one's direction."""
-    weight_decay: float = field(default=1e-4, metadata=ZERO_OR_POSITIVE)
+    weight_decay: float = field(default=1e-4, metadata=at_least(0))
     """Decay of all weights, those of norms included unless norm_weight_decay says otherwise."""
-    norm_weight_decay: float | None = field(default=None, metadata=optional(ZERO_OR_POSITIVE))
+    norm_weight_decay: float | None = field(default=None, metadata=optional(at_least(0)))
     """Decay of the weights and biases of norms; null = weight_decay."""
     schedule: Literal["step", "poly"] = "poly"
     """"step": times gamma at each of the milestones; "poly": (1 - step / steps) ** power, from lr

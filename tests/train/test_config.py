@@ -120,9 +120,9 @@ def test_every_config_loads() -> None:
     ("argument", "value", "says"),
     [
         ("--train.epoch", "3", "unknown key train.epoch (did you mean train.epochs?)"),
-        ("--train.epochs", "many", "train.epochs must be int, not many"),
+        ("--train.epochs", "many", "train.epochs must be a whole number, not many"),
         ("--train.epochs", "0", "train.epochs must be at least 1, not 0"),
-        ("--train.batch_size", "1.5", "train.batch_size must be int, not 1.5"),
+        ("--train.batch_size", "1.5", "train.batch_size must be a whole number, not 1.5"),
         ("--train.base_lr", ".nan", "train.base_lr must be a positive number, not nan"),
         ("--train.base_lr", "-1", "train.base_lr must be"),
         ("--train.warmup_epochs", "800", "train.warmup_epochs must be at least 0 and less than"),
@@ -131,10 +131,10 @@ def test_every_config_loads() -> None:
         ("--train.seed", "-1", "train.seed must be"),
         ("--model.arch", "vit", "model.arch must be"),
         ("--model.num_prototypes", "0", "model.num_prototypes must be"),
-        ("--model.slot_loss", "byol", "model.slot_loss must be one of ['contrastive', 'regress"),
-        ("--model.align", "features", "model.align must be one of ['assignments', 'projections"),
+        ("--model.slot_loss", "byol", "model.slot_loss must be one of contrastive, regression, not byol"),
+        ("--model.align", "features", "model.align must be one of assignments, projections, not features"),
         ("--model.image_loss_weight", "-1", "model.image_loss_weight must be 0 or a positive"),
-        ("--views.geometry", "maybe", "views.geometry must be bool, not maybe"),
+        ("--views.geometry", "maybe", "views.geometry must be true or false, not maybe"),
         ("--views.min_scale", "2", "views.min_scale must be"),
         ("--views.blur", "[1, 2, 3]", "views.blur must be"),
         ("--data.backend", "magic", "data.backend must be one of"),
@@ -186,7 +186,7 @@ def test_compiled_blocks_are_not_recomputed() -> None:
 
 def test_missing_values_and_files_are_named() -> None:
     """The data has no default; a missing --config must not start a run of defaults."""
-    assert refusal(["--name", "a"]).startswith("data.path is missing")
+    assert refusal(["--name", "a"]).startswith("missing: data.path; set each in")
     assert "does not exist" in refusal(["--config", "no/such.yaml"])
 
 

@@ -33,7 +33,7 @@ def test_round_trip(tmp_path: Path) -> None:
         ("--optim.step", "3", "unknown key optim.step (did you mean optim.steps?)"),
         ("--optim.steps", "0", "optim.steps must be at least 1, not 0"),
         ("--optim.lr", ".inf", "optim.lr must be a positive number, not inf"),
-        ("--optim.norm_weight_decay", "-1", "optim.norm_weight_decay must be 0 or positive"),
+        ("--optim.norm_weight_decay", "-1", "optim.norm_weight_decay must be 0 or more, or null, not -1.0"),
         ("--optim.schedule", "cosine", "optim.schedule must be one of"),
         ("--optim.milestones", "[3]", 'optim.milestones must be empty, or schedule "step"'),
         ("--optim.milestones", "[3, 3]", "optim.milestones must be growing steps within 1..89"),

@@ -1,21 +1,26 @@
-"""Typed configurations, whatever they are of: a frozen dataclass whose fields are plain values or
-sections, dataclasses themselves, is read from YAML, overridden on the command line, and refused in
-one line that names the key. Docstrings under the fields are the texts of --help.
+"""Reads typed configurations from YAML files and the command line.
+
+A configuration is a frozen dataclass. Its fields are plain values or sections; a section is a
+dataclass of plain values. Docstrings under the fields are the texts of --help. Every refusal is one
+line that names the key.
 """
 
 import argparse
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from jsonargparse import (
     ArgumentError,
     ArgumentParser,
     DefaultHelpFormatter,
+    get_loader,
     set_parsing_settings,
 )
 
@@ -28,8 +33,8 @@ Config = TypeVar("Config")
 
 RESUME = (
     "auto|PATH",
-    "auto: go on from this run's newest checkpoint, if there is one; PATH: from this checkpoint or "
-    "run.",
+    "auto: resume from this run's newest checkpoint, if there is one; PATH: resume from this "
+    "checkpoint or run.",
 )
 """The option that every training command has."""
 
@@ -40,17 +45,21 @@ RUN_NAME: Bound = {
 }
 SEED: Bound = {"in 0..2^32-1": lambda seed: 0 <= seed < 2**32}
 
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_WORDS |= {type(None): "null", dict: "keys and values"}
+_load_yaml = get_loader("yaml")
+
 
 class Settings(Generic[Config]):
-    """How configurations of a class are read.
+    """How the configurations of one class are read.
 
     Args:
         kind: the class.
-        prog, description, epilog: of --help.
-        options: the command's own, texts that are None where they are not given: by name, what
-            stands for the value in --help, and the explanation.
-        fixed, free: what the keys begin with that a resumed run may not change, for it would be
-            another run, and those of them that it may.
+        prog, description, epilog: texts of --help.
+        options: further options of the command, by name: the placeholder of the value in --help,
+            and the explanation. Their values are text, or None if they are not given.
+        fixed: beginnings of the keys that a resumed run may not change: it would be another run.
+        free: exceptions from `fixed`.
     """
 
     def __init__(
@@ -67,27 +76,41 @@ class Settings(Generic[Config]):
         self.kind, self.options = kind, options
         self._fixed, self._free = fixed, free
         self._prog, self._description, self._epilog = prog, description, epilog
+        self._parts: dict[str, Any] = {
+            part.name: part.type
+            for part in fields(kind)  # type: ignore[arg-type]
+        }
+        self._sections: dict[str, Any] = {
+            name: part for name, part in self._parts.items() if is_dataclass(part)
+        }
+        self._leaves = dict(_leaves(kind))
+        self._types: dict[str, Any] = {
+            **dict.fromkeys(options, str | None),
+            **dict.fromkeys(self._sections, dict),
+            **{key: leaf.type for key, leaf in self._leaves.items()},
+        }
 
     def load(self, argv: list[str] | None = None) -> tuple[Config, dict[str, str | None]]:
-        """The configuration that a command line describes, and the command's own options by name.
+        """The configuration that a command line describes, and the values of `options` by name.
 
-        Raises UserError, naming the key, for anything that is unknown, missing or impossible.
+        Raises UserError, which names the key, if a key is unknown or missing or a value impossible.
         """
+        argv = sys.argv[1:] if argv is None else argv
         try:
             values = self._parser.parse_args(argv).as_dict()
         except ArgumentError as error:
-            raise UserError(self._explain(str(error))) from None
+            raise self._explained(error, list(self._given(argv))) from None
         return self._build(values), {name: values[name] for name in self.options}
 
     def from_dict(self, values: Mapping[str, Any]) -> Config:
-        """A configuration from nested plain values. Raises UserError, naming the key."""
+        """A configuration from nested plain values. Raises UserError, which names the key."""
         try:
             return self._build(self._parser.parse_object(dict(values)).as_dict())
         except ArgumentError as error:
-            raise UserError(self._explain(str(error))) from None
+            raise self._explained(error, list(flatten(values).items())) from None
 
     def changed(self, before: Config, now: Config) -> list[tuple[str, Any, Any]]:
-        """Key and both values of what a resumed run may not change and has."""
+        """The keys that a resumed run may not change but that differ, with both values."""
         old, new = flatten(to_dict(before)), flatten(to_dict(now))
         fixed = [key for key in new if key.startswith(self._fixed) and key not in self._free]
         return [(key, old[key], new[key]) for key in fixed if old[key] != new[key]]
@@ -112,39 +135,47 @@ class Settings(Generic[Config]):
         return parser
 
     def _build(self, values: Mapping[str, Any]) -> Config:
-        """A configuration from parsed values; names the section that refuses one."""
-        parts: dict[str, Any] = {}
-        for section in fields(self.kind):  # type: ignore[arg-type]
-            parts[section.name] = values[section.name]
-            if is_dataclass(section.type) and isinstance(section.type, type):
-                try:
-                    parts[section.name] = section.type(**values[section.name])
-                except ValueError as error:
-                    raise UserError(f"{section.name}.{error}") from None
-        try:
-            return self.kind(**parts)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        """A configuration from parsed values. Raises UserError, which names the key."""
+        parts = {name: values[name] for name in self._parts}
+        flat = flatten(parts).items()
+        # The parser accepts null for any key and any value for a section.
+        self._check((k, v) for k, v in flat if v is None or k in self._sections)
+        for name, section in self._sections.items():
+            parts[name] = _built(section, parts[name], f"{name}.")
+        return _built(self.kind, parts)
 
-    def _explain(self, message: str) -> str:
-        """jsonargparse's account of what is wrong, in one line that names the key."""
-        message = " ".join(message.split())
-        if found := re.match(r'Parser key "([^"]+)": (.*)', message):
-            return _explain_value(*found.groups())
-        if found := re.match(r"(?:Group '(.+)' does not accept option|Option) '([^']+)'", message):
-            return self._unknown(".".join(filter(None, found.groups())))
-        if found := re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
-            return self._unknown(found[1])
-        if found := re.match(r"the following arguments are required: (.+)", message):
-            return f"{found[1]} is missing: give it in the --config file or as --{found[1]} VALUE"
-        if message.startswith("Unexpected config"):
-            return "--config: the file holds no keys and values"
-        return message.replace("Problems parsing config:", "--config:")
+    def _check(self, values: Iterable[tuple[str, Any]]) -> None:
+        """Refuse unknown keys and values of the wrong type. Raises UserError."""
+        for key, value in values:
+            if key not in self._types:
+                near = difflib.get_close_matches(key, self._types, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise UserError(f"unknown key {key}{hint}")
+            kind = self._types[key]
+            if not (type(None) in get_args(kind) if value is None else _fits(value, kind)):
+                shown = "null" if value is None else value or repr(value)
+                raise UserError(f"{key} must be {_words(kind)}, not {shown}")
 
-    def _unknown(self, key: str) -> str:
-        known = [action.dest for action in self._parser._actions]
-        near = difflib.get_close_matches(key, known, n=1)
-        return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
+    def _explained(self, error: ArgumentError, given: list[tuple[str, Any]]) -> UserError:
+        """The reason why jsonargparse refuses these keys and values; else its own message."""
+        self._check(given)
+        required = (key for key, leaf in self._leaves.items() if leaf.default is MISSING)
+        if missing := ", ".join(key for key in required if key not in dict(given)):
+            return UserError(f"missing: {missing}; set each in the --config file or as --KEY VALUE")
+        return UserError(" ".join(str(error).split()))
+
+    def _given(self, argv: list[str]) -> Iterator[tuple[str, Any]]:
+        """Keys and values of a command line and of its files. Raises UserError."""
+        for word, following in zip(argv, [*argv[1:], ""], strict=True):
+            key, equals, text = word.removeprefix("--").partition("=")
+            value = text if equals else following
+            if not word.startswith("--") or key in ("help", "print_config"):
+                continue
+            if key == "config" or key in self._sections:
+                prefix = "" if key == "config" else f"{key}."
+                yield from flatten(_read(key, value), prefix).items()
+            else:
+                yield key, value
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -176,16 +207,55 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
 
 
-def _explain_value(key: str, problem: str) -> str:
-    value = re.search(r"(?:Got|Given) value: (.*)$", problem)
-    kinds = re.findall(r"Expected an? (.+?)(?= - |\. Got| Given value|$)", problem)
-    if value and kinds:
-        return f"{key} must be {_kinds(kinds)}, not {value[1]}"
-    return f"{'--config' if key == 'config' else key}: {problem}"
+def _built(kind: Callable[..., Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from None
 
 
-def _kinds(kinds: list[str]) -> str:
-    """["<class 'int'>", "<class 'NoneType'>"] as "int or null"."""
-    text = " or ".join(kinds).replace("typing.Literal", "one of ").replace("NoneType", "null")
-    hint = ' (in YAML, "no" needs its quotes)' if "'no'" in text else ""
-    return re.sub(r"<class '(\w+)'>", r"\1", text) + hint
+def _leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """The fields that hold plain values, by key."""
+    for field in fields(kind):
+        if is_dataclass(field.type):
+            yield from _leaves(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def _read(option: str, source: str) -> Mapping[str, Any]:
+    """The content of a YAML file, or of a text in YAML. Raises UserError."""
+    try:
+        text = Path(source).read_text()
+    except OSError:
+        text = source
+    try:
+        values = _load_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{option}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        missing, empty = f"{source} does not exist", "the file holds no keys and values"
+        problem = missing if text is source else empty
+        raise UserError(f"--{option}: {problem}")
+    return values
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether jsonargparse accepts a value, or the text of one, for this type."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        return bool(parser.parse_object({"value": value}))
+    except ArgumentError:
+        return False
+
+
+def _words(kind: Any) -> str:
+    """A type in words: `int | None` as "a whole number or null"."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        hint = ' (in YAML, "no" needs its quotes)' if "no" in args else ""
+        return f"one of {', '.join(map(str, args))}{hint}"
+    if get_origin(kind) is tuple:
+        return f"a list [{', '.join('…' if arg is ... else _words(arg) for arg in args)}]"
+    return " or ".join(map(_words, args)) if args else _WORDS[kind]

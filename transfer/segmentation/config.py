@@ -4,23 +4,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from evaluation.datasets.layouts import KINDS, VOID
-from pipeline.bounds import (
-    ABOVE_0_TO_1,
-    BELOW_1,
-    RANGE,
-    ZERO_OR_POSITIVE,
-    Bound,
-    Bounded,
-    at_least,
-    one_of,
-    optional,
-    within,
-)
+from pipeline.bounds import BELOW_1, RANGE, UP_TO_1, Bounded, at_least, one_of, optional, within
 from pipeline.errors import require
 from transfer.config import TransferConfig
 
-_IDS: Bound = {f"ids in 0..{VOID}": lambda ids: all(0 <= each <= VOID for each in ids)}
-_LONG_AND_SHORT: Bound = {"longer and shorter side": lambda size: size[0] >= size[1] >= 1}
+_IDS = {f"ids in 0..{VOID}": lambda ids: all(0 <= each <= VOID for each in ids)}
+_SIDES = {"longer and shorter side": lambda size: size[0] >= size[1] >= 1}
 
 
 @dataclass(frozen=True)
@@ -61,12 +50,12 @@ class AugmentConfig(Bounded):
 
     crop: int = field(default=513, metadata=at_least(1))
     """Side of a training example; where the image is smaller, the rest is void."""
-    size: tuple[int, int] = field(default=(2049, 513), metadata=_LONG_AND_SHORT)
+    size: tuple[int, int] = field(default=(2049, 513), metadata=_SIDES)
     """Longer and shorter side that an image is resized to fit into, its proportions kept: at
     evaluation as it is, in training times a factor from scale."""
     scale: tuple[float, float] = field(default=(0.5, 2.0), metadata=RANGE)
     """Range of that factor."""
-    max_class_share: float = field(default=1.0, metadata=ABOVE_0_TO_1)
+    max_class_share: float = field(default=1.0, metadata=UP_TO_1)
     """Draw a crop again, up to ten times, of whose labelled pixels one class has this share or
     more; 1: never."""
     flip: float = field(default=0.5, metadata=within(0, 1))
@@ -96,7 +85,7 @@ class ModelConfig(Bounded):
     """"fcn" only: one more convolution, which sees the encoder's map beside the last one's."""
     dropout: float = field(default=0.0, metadata=BELOW_1)
     """Probability with which a channel is left out before the 1×1 convolution."""
-    auxiliary_weight: float = field(default=0.0, metadata=ZERO_OR_POSITIVE)
+    auxiliary_weight: float = field(default=0.0, metadata=at_least(0))
     """Weight of the loss of a second head, on layer3, in training; 0: no such head."""
     align_corners: bool = True
     """Scores are upsampled such that the corners' centres stay in place, not their edges."""
