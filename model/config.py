@@ -23,7 +23,7 @@ def _one_of(names: tuple[str, ...]) -> _Bound:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes the network and its loss; `ValueError` names an impossible field."""
+    """Settings of the network and its loss. An impossible value raises ValueError with its name."""
 
     arch: str = field(default="resnet50", metadata=_one_of(ARCHITECTURES))
     """Encoder, one of `ARCHITECTURES`."""
@@ -35,24 +35,24 @@ class ModelConfig:
     """K, the number of prototypes and so of slots in an image."""
     teacher_temp: float = field(default=0.07, metadata=_POSITIVE)
     """Temperature of the teacher's distribution in the grouping loss, and of the assignment of
-    cells to slots in student and teacher alike."""
+    cells to slots in both student and teacher."""
     student_temp: float = field(default=0.1, metadata=_POSITIVE)
     """Temperature of the student's distribution in the grouping loss."""
     center_momentum: float = field(default=0.9, metadata=_SHARE)
-    """What one step keeps of the running centre of the teacher's scores."""
+    """Share of the running centre of the teacher's scores that one step keeps."""
     contrast_temp: float = field(default=0.2, metadata=_POSITIVE)
     """Temperature τ of the contrast between slots; its term is multiplied by 2τ."""
     group_loss_weight: float = field(default=0.5, metadata=_SHARE)
     """λ of λ·grouping + (1 − λ)·slots."""
     slot_loss: SlotLoss = field(default="contrastive", metadata=_one_of(get_args(SlotLoss)))
-    """What ties the slots of two views: "contrastive", InfoNCE against all active slots of the
-    batch; "regression", 2 − 2·cosine with the positive alone, as in BYOL (paper, table 8b)."""
+    """Loss between the slots of two views: "contrastive", InfoNCE against all active slots of the
+    batch; "regression", 2 − 2·cosine with only the positive, as in BYOL (paper, table 8b)."""
     align: Align = field(default="assignments", metadata=_one_of(get_args(Align)))
-    """What the inverse augmentation brings to the shared pixels: "assignments", the scores of the
-    cells, or "projections", the features, which are then scored (paper, table 8c)."""
+    """What the inverse augmentation aligns: "assignments", the scores of the cells; "projections",
+    the features, which are scored afterwards (paper, table 8c)."""
     image_loss_weight: float = field(default=0.0, metadata=_WEIGHT)
-    """Weight of a further contrast between whole images, as in MoCo v3, with a predictor of its
-    own (paper, table 8d); it is added to the weighted sum of the others. 0 = none."""
+    """Weight of an additional contrast between whole images, as in MoCo v3, with a separate
+    predictor (paper, table 8d). It is added to the weighted sum of the other losses. 0 = none."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):

@@ -47,6 +47,7 @@ SEED: Bound = {"in 0..2^32-1": lambda seed: 0 <= seed < 2**32}
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _WORDS |= {type(None): "null", dict: "keys and values"}
+_TEXT = str | None
 _load_yaml = get_loader("yaml")
 
 
@@ -76,19 +77,10 @@ class Settings(Generic[Config]):
         self.kind, self.options = kind, options
         self._fixed, self._free = fixed, free
         self._prog, self._description, self._epilog = prog, description, epilog
-        self._parts: dict[str, Any] = {
-            part.name: part.type
-            for part in fields(kind)  # type: ignore[arg-type]
-        }
-        self._sections: dict[str, Any] = {
-            name: part for name, part in self._parts.items() if is_dataclass(part)
-        }
-        self._leaves = dict(_leaves(kind))
-        self._types: dict[str, Any] = {
-            **dict.fromkeys(options, str | None),
-            **dict.fromkeys(self._sections, dict),
-            **{key: leaf.type for key, leaf in self._leaves.items()},
-        }
+        self._fields = dict(_fields_by_key(kind))
+        types: dict[str, Any] = {key: field.type for key, field in self._fields.items()}
+        self._sections: dict[str, Any] = {k: t for k, t in types.items() if is_dataclass(t)}
+        self._types = types | dict.fromkeys(self._sections, dict) | dict.fromkeys(options, _TEXT)
 
     def load(self, argv: list[str] | None = None) -> tuple[Config, dict[str, str | None]]:
         """The configuration that a command line describes, and the values of `options` by name.
@@ -130,13 +122,13 @@ class Settings(Generic[Config]):
         text = "YAML file with any of the values below."
         parser.add_argument("--config", action="config", help=text)
         for name, (metavar, text) in self.options.items():
-            parser.add_argument(f"--{name}", type=str | None, metavar=metavar, help=text)
+            parser.add_argument(f"--{name}", type=_TEXT, metavar=metavar, help=text)
         parser.add_class_arguments(self.kind, None)
         return parser
 
     def _build(self, values: Mapping[str, Any]) -> Config:
         """A configuration from parsed values. Raises UserError, which names the key."""
-        parts = {name: values[name] for name in self._parts}
+        parts = {name: values[name] for name in self._fields if "." not in name}
         flat = flatten(parts).items()
         # The parser accepts null for any key and any value for a section.
         self._check((k, v) for k, v in flat if v is None or k in self._sections)
@@ -159,9 +151,11 @@ class Settings(Generic[Config]):
     def _explained(self, error: ArgumentError, given: list[tuple[str, Any]]) -> UserError:
         """The reason why jsonargparse refuses these keys and values; else its own message."""
         self._check(given)
-        required = (key for key, leaf in self._leaves.items() if leaf.default is MISSING)
-        if missing := ", ".join(key for key in required if key not in dict(given)):
-            return UserError(f"missing: {missing}; set each in the --config file or as --KEY VALUE")
+        known = self._sections.keys() | dict(given)
+        missing = [k for k, f in self._fields.items() if f.default is MISSING and k not in known]
+        if missing:
+            keys = ", ".join(missing)
+            return UserError(f"missing: {keys}; set each in the --config file or as --KEY VALUE")
         return UserError(" ".join(str(error).split()))
 
     def _given(self, argv: list[str]) -> Iterator[tuple[str, Any]]:
@@ -214,13 +208,12 @@ def _built(kind: Callable[..., Config], values: Mapping[str, Any], prefix: str =
         raise UserError(f"{prefix}{error}") from None
 
 
-def _leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
-    """The fields that hold plain values, by key."""
+def _fields_by_key(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """The sections and settings of a configuration."""
     for field in fields(kind):
+        yield f"{prefix}{field.name}", field
         if is_dataclass(field.type):
-            yield from _leaves(field.type, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field
+            yield from _fields_by_key(field.type, f"{prefix}{field.name}.")
 
 
 def _read(option: str, source: str) -> Mapping[str, Any]:

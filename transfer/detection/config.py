@@ -1,4 +1,4 @@
-"""A detection run: what every transfer has, and the data and the detector."""
+"""The configuration of a detection run: `transfer.config`, the data and the detector."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,28 +14,28 @@ _POSITIVE_NUMBERS: Bound = {
 
 @dataclass(frozen=True)
 class DataConfig(Bounded):
-    """Images with COCO instance annotations, and what is done to them. Sides are in pixels."""
+    """Images with COCO instance annotations, and their augmentation. Sides are in pixels."""
 
     root: str = field(metadata={"a name": bool})
-    """The folder that holds annotations/, train2017/ and val2017/."""
+    """The folder with annotations/, train2017/ and val2017/."""
     train: str = field(default="train2017", metadata={"a name": bool})
-    """The split to learn from."""
+    """The split to train on."""
     val: str = field(default="val2017", metadata={"a name": bool})
-    """The split to be scored on; it needs the categories of the other."""
+    """The split to score; it must have the categories of the training split."""
     annotations: str = field(
         default="annotations/instances_{split}.json", metadata={"a name": bool}
     )
-    """A split's annotation file: a place under root, or an absolute one."""
+    """Annotation file of a split: a path relative to root, or an absolute path."""
     images: str = field(default="{split}", metadata={"a name": bool})
-    """A split's folder of images, likewise."""
+    """Image folder of a split: a path relative to root, or an absolute path."""
     train_sides: tuple[int, ...] = field(default=(640, 672, 704, 736, 768, 800), metadata=_SIDES)
-    """Shorter sides for training; each image is resized to one of them, drawn anew each time."""
+    """Shorter sides for training; each time, an image is resized to a random one of them."""
     val_side: int = field(default=800, metadata=at_least(32))
     """The shorter side in evaluation."""
     longest_side: int = field(default=1333, metadata=at_least(32))
-    """Images whose longer side would exceed this are resized to it instead."""
+    """Upper bound of the longer side; an image that would exceed it is resized to it instead."""
     flip: float = field(default=0.5, metadata=within(0, 1))
-    """How often a training image is mirrored."""
+    """Probability of a mirror image in training."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,35 @@ class ModelConfig(Bounded):
     anchor_sizes: tuple[int, int, int, int, int] = field(
         default=(32, 64, 128, 256, 512), metadata=_POSITIVE_NUMBERS
     )
-    """Side in pixels of the anchors of each of the pyramid's levels, of which the cells are 4, 8,
+    """Side of the anchors in pixels, for each level of the pyramid. Cells of these levels are 4, 8,
     16, 32 and 64 pixels wide."""
     aspect_ratios: tuple[float, ...] = field(default=(0.5, 1.0, 2.0), metadata=_POSITIVE_NUMBERS)
-    """Height by width of the anchors at each place."""
+    """Height / width of the anchors of each cell."""
     rpn_samples: int = field(default=256, metadata=at_least(1))
-    """Anchors of an image whose proposals enter the loss."""
+    """Anchors of an image that enter the loss of the proposals."""
     candidates_train: int = field(default=2000, metadata=at_least(1))
-    """Best proposals of each level that non-maximum suppression chooses from, in training; …"""
+    """Best proposals of each level that enter non-maximum suppression, in training."""
     candidates_test: int = field(default=1000, metadata=at_least(1))
-    """… in evaluation."""
+    """The same in evaluation."""
     proposals_train: int = field(default=1000, metadata=at_least(1))
-    """Proposals of an image, of all levels, that it leaves, in training; …"""
+    """Proposals of an image, over all levels, that remain after the suppression, in training."""
     proposals_test: int = field(default=1000, metadata=at_least(1))
-    """… in evaluation."""
+    """The same in evaluation."""
     roi_samples: int = field(default=512, metadata=at_least(1))
-    """Proposals of an image that the heads learn from, at most a quarter of them objects."""
+    """Proposals of an image that train the heads; at most a quarter of them are objects."""
     roi_points: int = field(default=0, metadata=at_least(0))
-    """Points at which each bin of a region is read, in each direction; 0: as many as its size in
-    cells asks for."""
+    """Sampling points of each bin of a region, in each direction; 0: adapted to the bin's size in
+    cells."""
     box_convs: int = field(default=4, metadata=at_least(0))
-    """Convolutions of the box head, each with a norm, …"""
+    """Convolutions of the box head, each with a norm."""
     box_features: int = field(default=1024, metadata=at_least(1))
-    """… and the width of the one fully connected layer after them."""
+    """Width of the fully connected layer after these convolutions."""
     mask_convs: int = field(default=4, metadata=at_least(1))
-    """Convolutions of the mask head, each with a norm, before it upsamples."""
+    """Convolutions of the mask head before its upsampling, each with a norm."""
     score_threshold: float = field(default=0.05, metadata=BELOW_1)
-    """Detections of a lower score are left out."""
+    """Detections with a lower score are dropped."""
     detections: int = field(default=100, metadata=at_least(1))
-    """Detections of an image at most, of all classes."""
+    """Maximum number of detections in an image, over all classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
