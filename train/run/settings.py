@@ -10,7 +10,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
@@ -51,36 +51,28 @@ _TEXT = str | None
 _load_yaml = get_loader("yaml")
 
 
+@dataclass(eq=False)
 class Settings(Generic[Config]):
-    """How the configurations of one class are read.
+    """How the configurations of one class are read, and the texts of the command's --help."""
 
-    Args:
-        kind: the class.
-        prog, description, epilog: texts of --help.
-        options: further options of the command, by name: the placeholder of the value in --help,
-            and the explanation. Their values are text, or None if they are not given.
-        fixed: beginnings of the keys that a resumed run may not change: it would be another run.
-        free: exceptions from `fixed`.
-    """
+    kind: type[Config]
+    prog: str
+    description: str
+    epilog: str
+    options: Mapping[str, tuple[str, str]]
+    """Further options of the command, by name: the placeholder of the value in --help, and the
+    explanation. Their values are text, or None if they are not given."""
+    fixed: tuple[str, ...]
+    """Beginnings of the keys that a resumed run may not change: it would be another run."""
+    free: tuple[str, ...]
+    """Exceptions from `fixed`."""
 
-    def __init__(
-        self,
-        kind: type[Config],
-        *,
-        prog: str,
-        description: str,
-        epilog: str,
-        options: Mapping[str, tuple[str, str]],
-        fixed: tuple[str, ...],
-        free: tuple[str, ...],
-    ) -> None:
-        self.kind, self.options = kind, options
-        self._fixed, self._free = fixed, free
-        self._prog, self._description, self._epilog = prog, description, epilog
-        self._fields = dict(_fields_by_key(kind))
+    def __post_init__(self) -> None:
+        self._fields = dict(_fields_by_key(self.kind))
         types: dict[str, Any] = {key: field.type for key, field in self._fields.items()}
         self._sections: dict[str, Any] = {k: t for k, t in types.items() if is_dataclass(t)}
-        self._types = types | dict.fromkeys(self._sections, dict) | dict.fromkeys(options, _TEXT)
+        options = dict.fromkeys(self.options, _TEXT)
+        self._types = types | dict.fromkeys(self._sections, dict) | options
 
     def load(self, argv: list[str] | None = None) -> tuple[Config, dict[str, str | None]]:
         """The configuration that a command line describes, and the values of `options` by name.
@@ -104,18 +96,18 @@ class Settings(Generic[Config]):
     def changed(self, before: Config, now: Config) -> list[tuple[str, Any, Any]]:
         """The keys that a resumed run may not change but that differ, with both values."""
         old, new = flatten(to_dict(before)), flatten(to_dict(now))
-        fixed = [key for key in new if key.startswith(self._fixed) and key not in self._free]
+        fixed = [key for key in new if key.startswith(self.fixed) and key not in self.free]
         return [(key, old[key], new[key]) for key in fixed if old[key] != new[key]]
 
     @cached_property
     def _parser(self) -> ArgumentParser:
         usage = "".join(f"[--{name} {value}] " for name, (value, _) in self.options.items())
         parser = ArgumentParser(
-            prog=self._prog,
+            prog=self.prog,
             usage=f"%(prog)s --config FILE {usage}[--section.field VALUE ...]",
             formatter_class=_Help,
-            description=self._description,
-            epilog=self._epilog,
+            description=self.description,
+            epilog=self.epilog,
             exit_on_error=False,
             allow_abbrev=False,
         )
@@ -226,11 +218,11 @@ def _read(option: str, source: str) -> Mapping[str, Any]:
         values = _load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--{option}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, Mapping):
-        missing, empty = f"{source} does not exist", "the file holds no keys and values"
-        problem = missing if text is source else empty
-        raise UserError(f"--{option}: {problem}")
-    return values
+    if isinstance(values, Mapping):
+        return values
+    if text is source:
+        raise UserError(f"--{option}: {source} does not exist")
+    raise UserError(f"--{option}: {source} holds no keys and values")
 
 
 def _fits(value: Any, kind: Any) -> bool:
