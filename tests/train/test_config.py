@@ -183,7 +183,7 @@ def test_wrong_files_are_refused(tmp_path: Path, content: object, says: str) -> 
 
 
 def test_compiled_blocks_are_not_recomputed() -> None:
-    """The compiler chooses which activations to keep: checkpointing would silently save no memory."""
+    """The compiler chooses the activations to keep, so checkpointing would save no memory."""
     both = ["--efficiency.compile", "true", "--efficiency.checkpointing", "true"]
     assert "checkpointing must be false with compile" in refusal([*BASE, *both])
 
