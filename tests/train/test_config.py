@@ -190,6 +190,7 @@ def test_compiled_blocks_are_not_recomputed() -> None:
 
 def test_missing_values_and_files_are_named() -> None:
     """The data path has no default, and a missing --config must not start a run with defaults."""
+    assert refusal([]).startswith("missing: name, data.path; set each in the --config file or as")
     assert refusal(["--name", "a"]).startswith("missing: data.path; set each in")
     assert "does not exist" in refusal(["--config", "no/such.yaml"])
 

@@ -152,7 +152,7 @@ class Settings(Generic[Config]):
 
     def _given(self, argv: list[str]) -> Iterator[tuple[str, Any]]:
         """Keys and values of a command line and of its files. Raises UserError."""
-        for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        for word, following in zip(argv, [*argv, ""][1:], strict=True):
             key, equals, text = word.removeprefix("--").partition("=")
             value = text if equals else following
             if not word.startswith("--") or key in ("help", "print_config"):
