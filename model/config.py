@@ -1,68 +1,62 @@
 """The settings that define a SlotCon model; defaults are the authors' for COCO."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 SlotLoss = Literal["contrastive", "regression"]
 Align = Literal["assignments", "projections"]
 
+# The metadata of a field are its bounds: what the value must be, and a test of it.
+_Bound = dict[str, Callable[[Any], bool]]
+_COUNT: _Bound = {"a whole number of at least 1": lambda value: type(value) is int and value >= 1}
+_POSITIVE: _Bound = {"a positive number": lambda value: 0 < value < math.inf}
+_WEIGHT: _Bound = {"0 or a positive number": lambda value: 0 <= value < math.inf}
+_SHARE: _Bound = {"in 0..1": lambda value: 0 <= value <= 1}
+
+
+def _one_of(names: tuple[str, ...]) -> _Bound:
+    return {f"one of {', '.join(names)}": lambda value: value in names}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes the network and its loss; `ValueError` names an impossible field."""
+    """Settings of the network and its loss. An impossible value raises ValueError with its name."""
 
-    arch: str = "resnet50"
+    arch: str = field(default="resnet50", metadata=_one_of(ARCHITECTURES))
     """Encoder, one of `ARCHITECTURES`."""
-    dim_hidden: int = 4096
+    dim_hidden: int = field(default=4096, metadata=_COUNT)
     """Width of the hidden layers of projector and predictor."""
-    dim_out: int = 256
+    dim_out: int = field(default=256, metadata=_COUNT)
     """D, the size of a projected feature, a prototype and a slot."""
-    num_prototypes: int = 256
+    num_prototypes: int = field(default=256, metadata=_COUNT)
     """K, the number of prototypes and so of slots in an image."""
-    teacher_temp: float = 0.07
+    teacher_temp: float = field(default=0.07, metadata=_POSITIVE)
     """Temperature of the teacher's distribution in the grouping loss, and of the assignment of
-    cells to slots in student and teacher alike."""
-    student_temp: float = 0.1
+    cells to slots in both student and teacher."""
+    student_temp: float = field(default=0.1, metadata=_POSITIVE)
     """Temperature of the student's distribution in the grouping loss."""
-    center_momentum: float = 0.9
-    """What one step keeps of the running centre of the teacher's scores."""
-    contrast_temp: float = 0.2
+    center_momentum: float = field(default=0.9, metadata=_SHARE)
+    """Share of the running centre of the teacher's scores that one step keeps."""
+    contrast_temp: float = field(default=0.2, metadata=_POSITIVE)
     """Temperature τ of the contrast between slots; its term is multiplied by 2τ."""
-    group_loss_weight: float = 0.5
+    group_loss_weight: float = field(default=0.5, metadata=_SHARE)
     """λ of λ·grouping + (1 − λ)·slots."""
-    slot_loss: SlotLoss = "contrastive"
-    """What ties the slots of two views: "contrastive", InfoNCE against all active slots of the
-    batch; "regression", 2 − 2·cosine with the positive alone, as in BYOL (paper, table 8b)."""
-    align: Align = "assignments"
-    """What the inverse augmentation brings to the shared pixels: "assignments", the scores of the
-    cells, or "projections", the features, which are then scored (paper, table 8c)."""
-    image_loss_weight: float = 0.0
-    """Weight of a further contrast between whole images, as in MoCo v3, with a predictor of its
-    own (paper, table 8d); it is added to the weighted sum of the others. 0 = none."""
+    slot_loss: SlotLoss = field(default="contrastive", metadata=_one_of(get_args(SlotLoss)))
+    """Loss between the slots of two views: "contrastive", InfoNCE against all active slots of the
+    batch; "regression", 2 − 2·cosine with only the positive, as in BYOL (paper, table 8b)."""
+    align: Align = field(default="assignments", metadata=_one_of(get_args(Align)))
+    """What the inverse augmentation aligns: "assignments", the scores of the cells; "projections",
+    the features, which are scored afterwards (paper, table 8c)."""
+    image_loss_weight: float = field(default=0.0, metadata=_WEIGHT)
+    """Weight of an additional contrast between whole images, as in MoCo v3, with a separate
+    predictor (paper, table 8d). It is added to the weighted sum of the other losses. 0 = none."""
 
     def __post_init__(self) -> None:
-        if self.arch not in ARCHITECTURES:
-            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, not {self.arch!r}")
-        for name in ("dim_hidden", "dim_out", "num_prototypes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        for name in ("teacher_temp", "student_temp", "contrast_temp"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
-        for name in ("center_momentum", "group_loss_weight"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {value!r}")
-        for name, kind in (("slot_loss", SlotLoss), ("align", Align)):
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                known = " or ".join(map(repr, get_args(kind)))
-                raise ValueError(f"{name} must be {known}, not {value!r}")
-        if not 0 <= self.image_loss_weight < math.inf:
-            raise ValueError(
-                f"image_loss_weight must be 0 or a positive number, not {self.image_loss_weight!r}"
-            )
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            for meaning, holds in setting.metadata.items():
+                if not holds(value):
+                    raise ValueError(f"{setting.name} must be {meaning}, not {value!r}")

@@ -23,13 +23,14 @@ So a value depends on no other draw, and each can be computed alone, anywhere, i
 import itertools
 import math
 from collections import namedtuple
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from pipeline.bounds import POSITIVE, RANGE, UP_TO_1, Bound, Bounded, within
 from pipeline.errors import require
 from pipeline.philox import philox4x32
 
@@ -38,45 +39,51 @@ CROP_1, CROP_2, CROP_2_FREE, PHOTOMETRIC = 0, 16, 32, 64  # first blocks, see th
 
 _compiled = njit(nogil=True, cache=True)
 
+_TWO_SHARES: Bound = {
+    "two numbers in 0..1": lambda pair: len(pair) == 2 and all(0 <= p <= 1 for p in pair)
+}
+
 
 @dataclass(frozen=True)
-class ViewConfig:
+class ViewConfig(Bounded):
     """How a pair of views is drawn; the defaults are SlotCon's.
 
     Impossible values raise a ValueError that names the field.
     """
 
-    size: int = 224
+    size: int = field(
+        default=224, metadata={"a whole number >= 1": lambda size: size >= 1 and size % 1 == 0}
+    )
     """Side of a view in pixels."""
-    min_scale: float = 0.08
+    min_scale: float = field(default=0.08, metadata=UP_TO_1)
     """Smallest crop, as a share of the image's area."""
     max_scale: float = 1.0
     """Largest crop, as a share of the image's area."""
-    min_aspect: float = 3 / 4
+    min_aspect: float = field(default=3 / 4, metadata=POSITIVE)
     """Smallest width / height of a crop; the aspect is log-uniform."""
     max_aspect: float = 4 / 3
     """Largest width / height of a crop."""
-    min_overlap: float = 0.01
+    min_overlap: float = field(default=0.01, metadata=within(0, 1))
     """Share of crop 2's drawn area that crop 1 must cover; given up after ten tries."""
-    flip: float = 0.5
+    flip: float = field(default=0.5, metadata=within(0, 1))
     """Probability of a horizontal flip, per view."""
-    jitter: float = 0.8
+    jitter: float = field(default=0.8, metadata=within(0, 1))
     """Probability of the colour jitter, per view."""
-    brightness: float = 0.4
+    brightness: float = field(default=0.4, metadata=within(0, 1))
     """The factor is uniform in 1 ± this."""
-    contrast: float = 0.4
+    contrast: float = field(default=0.4, metadata=within(0, 1))
     """The factor is uniform in 1 ± this."""
-    saturation: float = 0.2
+    saturation: float = field(default=0.2, metadata=within(0, 1))
     """The factor is uniform in 1 ± this."""
-    hue: float = 0.1
+    hue: float = field(default=0.1, metadata=within(0, 0.5))
     """The shift is uniform in ± this, in turns of the colour wheel."""
-    grey: float = 0.2
+    grey: float = field(default=0.2, metadata=within(0, 1))
     """Probability of greyscale, per view."""
-    blur: tuple[float, float] = (1.0, 0.1)
+    blur: tuple[float, float] = field(default=(1.0, 0.1), metadata=_TWO_SHARES)
     """Probability of the Gaussian blur, on view 1 and on view 2."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = field(default=(0.1, 2.0), metadata=RANGE)
     """Range of the blur's standard deviation, in pixels of the view."""
-    solarize: tuple[float, float] = (0.0, 0.2)
+    solarize: tuple[float, float] = field(default=(0.0, 0.2), metadata=_TWO_SHARES)
     """Probability of solarisation, on view 1 and on view 2."""
     geometry: bool = True
     """Whether the views differ in crop and flip; if not, view 2 has those of view 1 and min_overlap
@@ -84,36 +91,16 @@ class ViewConfig:
     augmentation is off; here the common crop and flip are still drawn anew in each epoch."""
 
     def __post_init__(self) -> None:
-        for field in ("blur", "blur_sigma", "solarize"):
-            pair = tuple(getattr(self, field))  # a list read from YAML must equal the tuple
-            require(len(pair) == 2, field, pair, "two numbers")
-            object.__setattr__(self, field, pair)
-        require(self.size >= 1 and self.size % 1 == 0, "size", self.size, "a whole number >= 1")
-        require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "above 0 and at most 1")
+        super().__post_init__()
+        require(isinstance(self.geometry, bool), "geometry", self.geometry, "true or false")
         require(
             self.min_scale <= self.max_scale <= 1, "max_scale", self.max_scale, "in min_scale..1"
         )
-        require(0 < self.min_aspect < math.inf, "min_aspect", self.min_aspect, "above 0")
         require(
             self.min_aspect <= self.max_aspect < math.inf,
             "max_aspect",
             self.max_aspect,
             "at least min_aspect",
-        )
-        require(isinstance(self.geometry, bool), "geometry", self.geometry, "true or false")
-        amounts = ("brightness", "contrast", "saturation")
-        for field in ("min_overlap", "flip", "jitter", "grey", *amounts):
-            require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "in 0..1")
-        require(0 <= self.hue <= 0.5, "hue", self.hue, "in 0..0.5")
-        for field in ("blur", "solarize"):
-            pair = getattr(self, field)
-            require(all(0 <= p <= 1 for p in pair), field, pair, "two numbers in 0..1")
-        low, high = self.blur_sigma
-        require(
-            0 < low <= high < math.inf,
-            "blur_sigma",
-            self.blur_sigma,
-            "(low, high), 0 < low <= high",
         )
 
 

@@ -1,10 +1,10 @@
-"""One typed configuration describes a run completely: read from YAML, overridden on the command
-line, stored with every checkpoint, and refused before anything is loaded if it cannot work.
+"""The configuration of a pre-training run: one typed description of the whole run.
 
-Sections: `data`, `views`, `model` and `train` define the science; `efficiency` and `log` do not.
+It is read from YAML files and the command line, and each checkpoint stores it. An impossible
+configuration is refused before anything is loaded. The sections `data`, `views`, `model` and
+`train` define the science; `efficiency` and `log` do not.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,15 +13,16 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from model import ModelConfig
 from pipeline.augment import BACKENDS
+from pipeline.bounds import BELOW_1, POSITIVE, Bounded, at_least, one_of, optional, some_of, within
 from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
 from train.run.command import EXIT_CODES
 from train.run.settings import (
     RESUME,
+    RUN_NAME,
+    SEED,
     Settings,
-    check_run_name,
-    check_seed_and_end,
     flatten,
     to_dict,
     to_yaml,
@@ -54,199 +55,154 @@ A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the tra
 """
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images, and what brings them to the device."""
+def _grows(stages: tuple[tuple[float, int], ...]) -> bool:
+    shares, sides = [share for share, _ in stages], [side for _, side in stages]
+    good = shares == sorted(set(shares)) and shares[:1] in ([], [0]) and shares[-1:] < [1]
+    return good and sides == sorted(sides) and all(s > 0 and s % 32 == 0 for s in sides)
 
-    path: str
+
+_GROWING = {"pairs of a growing share, from 0 on, and a growing side, a multiple of 32": _grows}
+
+
+@dataclass(frozen=True)
+class DataConfig(Bounded):
+    """Which images a run uses, and how they reach the device."""
+
+    path: str = field(metadata={"the name of a beton": bool})
     """The beton, written by tools.build_dataset."""
-    backend: str = "auto"
-    """What colours the views, and crops them where `crops` is "device": "reference", "kornia" or
+    backend: str = field(default="auto", metadata=one_of(("auto", *BACKENDS)))
+    """Code that colours the views, and crops them if `crops` is "device": "reference", "kornia" or
     "triton", which differ by rounding; "auto" is triton on a GPU and kornia elsewhere."""
-    crops: Crops = "device"
-    """Where both crops are made: on the "device", from the whole image; on the "host", by the
-    threads that decode, which spares a GPU that is short of time or memory; by "dali", which also
-    decodes, with a GPU on it."""
-    order: Order = "random"
-    """Which images follow each other: "random"; "quasi-random", shuffled within windows of the
-    file, for a set larger than memory; "sequential", as they lie in the file."""
-    window_gb: float = 4.0
-    """Size of a quasi-random window in 1e9 bytes of the file. Two of them should fit in memory. The
-    larger it is, the less an image's neighbours in the file are its neighbours in a step."""
-    threads: int = 0
+    crops: Crops = field(default="device", metadata=one_of(CROPS))
+    """Where both crops are made. "device": on the device, from the whole image. "host": by the
+    decoding threads, which saves time and memory of the GPU. "dali": by DALI, which also decodes,
+    on the GPU if there is one."""
+    order: Order = field(default="random", metadata=one_of(ORDERS))
+    """Order of the images: "random"; "quasi-random", shuffled within windows of the file, for a set
+    larger than memory; "sequential", the order of the file."""
+    window_gb: float = field(default=4.0, metadata=POSITIVE)
+    """Size of a quasi-random window in 1e9 bytes of the file. Two windows should fit in memory. A
+    larger window puts fewer neighbours in the file into the same step."""
+    threads: int = field(default=0, metadata=at_least(0))
     """Decoding threads of each process; 0 = an equal share of the cores of its machine."""
     on_corrupt: OnCorrupt = "stop"
-    """An image that cannot be decoded: "stop" names it and ends the run; "replace" names it once
-    and takes the next image of the beton in its place."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.path), "path", self.path, "the name of a beton")
-        names = ("auto", *BACKENDS)
-        require(self.backend in names, "backend", self.backend, f"one of {', '.join(names)}")
-        require(self.crops in CROPS, "crops", self.crops, f"one of {', '.join(CROPS)}")
-        require(self.order in ORDERS, "order", self.order, f"one of {', '.join(ORDERS)}")
-        require(0 < self.window_gb < math.inf, "window_gb", self.window_gb, "a positive number")
-        require(
-            self.threads >= 0, "threads", self.threads, "0 (an equal share of the cores) or more"
-        )
+    """If an image cannot be decoded: "stop" names it and ends the run; "replace" names it once and
+    uses the next image of the beton instead."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Bounded):
     """The optimisation; defaults are the authors' for COCO (arXiv 2205.15288, section 4.1)."""
 
-    epochs: int = 800
+    epochs: int = field(default=800, metadata=at_least(1))
     """Passes over the images; learning rate and teacher momentum are spread over all of them."""
-    batch_size: int = 512
+    batch_size: int = field(default=512, metadata=at_least(1))
     """Images of one optimiser step, over all processes and micro-batches."""
-    base_lr: float = 1.0
-    """Peak learning rate for 256 images a step; it grows in proportion to the batch."""
+    base_lr: float = field(default=1.0, metadata=POSITIVE)
+    """Peak learning rate for 256 images a step; it scales with the batch size."""
     warmup_epochs: float = 5
     """Epochs of linear warm-up before the cosine."""
-    warmup_multiplier: float = 100
+    warmup_multiplier: float = field(default=100, metadata=at_least(1))
     """The warm-up starts at the peak learning rate divided by this."""
-    momentum: float = 0.9
-    """LARS: what a step keeps of the last one's direction."""
-    weight_decay: float = 1e-5
-    """LARS: decay of all weights but 1-D ones (biases, norms)."""
-    eta: float = 0.001
+    momentum: float = field(default=0.9, metadata=BELOW_1)
+    """LARS: share of the last step's direction that a step keeps."""
+    weight_decay: float = field(default=1e-5, metadata=at_least(0))
+    """LARS: decay of all weights except 1-D ones (biases, norms)."""
+    eta: float = field(default=0.001, metadata=POSITIVE)
     """LARS: trust coefficient, the size of a layer's step relative to its weights."""
-    teacher_momentum: float = 0.99
-    """What one step keeps of the teacher at the start; a cosine takes it to 1 at the end."""
-    view_sizes: tuple[tuple[float, int], ...] = ()
-    """Progressive size of the views: pairs of a share of the epochs (0..1) and the views' side from
-    there on, a multiple of 32. [[0, 160], [0.5, 224]] trains the first half on views of 160 pixels.
-    The last must be views.size. Empty: views.size from the start."""
-    seed: int = 0
-    """Of the weights, the order of the images and their views."""
-    max_steps: int | None = None
+    teacher_momentum: float = field(default=0.99, metadata=within(0, 1))
+    """Share of the teacher that one step keeps at first; a cosine raises it to 1 at the end."""
+    view_sizes: tuple[tuple[float, int], ...] = field(default=(), metadata=_GROWING)
+    """Progressive size of the views: pairs of a share of the epochs (0..1) and the views' side
+    from then on, a multiple of 32. [[0, 160], [0.5, 224]] trains the first half on views of 160
+    pixels. The last side must be views.size. Empty: views.size from the start."""
+    seed: int = field(default=0, metadata=SEED)
+    """Seed of the weights, the order of the images and their views."""
+    max_steps: int | None = field(default=None, metadata=optional(at_least(1)))
     """Stop after this many steps; the schedules still aim at `epochs`. null = run to the end."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("base_lr", "eta"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "a positive number")
+        super().__post_init__()
         require(
             0 <= self.warmup_epochs < self.epochs,
             "warmup_epochs",
             self.warmup_epochs,
             f"at least 0 and less than epochs ({self.epochs})",
         )
-        require(
-            1 <= self.warmup_multiplier < math.inf,
-            "warmup_multiplier",
-            self.warmup_multiplier,
-            "at least 1",
-        )
-        require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and less than 1")
-        require(
-            0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or positive"
-        )
-        require(
-            0 <= self.teacher_momentum <= 1, "teacher_momentum", self.teacher_momentum, "in 0..1"
-        )
-        stages = tuple((share, side) for share, side in self.view_sizes)
-        object.__setattr__(self, "view_sizes", stages)
-        shares, sides = [share for share, _ in stages], [side for _, side in stages]
-        good = shares == sorted(set(shares)) and shares[:1] in ([], [0]) and shares[-1:] < [1]
-        good = good and sides == sorted(sides) and all(s > 0 and s % 32 == 0 for s in sides)
-        require(
-            good,
-            "view_sizes",
-            stages,
-            "pairs of a growing share, from 0 on, and a growing side, a multiple of 32",
-        )
-        check_seed_and_end(self.seed, self.max_steps)
 
 
 @dataclass(frozen=True)
-class EfficiencyConfig:
-    """Settings of speed and memory. They may change from one resume to the next, which then goes
-    on with the same images and views but no longer bit for bit."""
+class EfficiencyConfig(Bounded):
+    """Settings of speed and memory. A resume may change them. The run then continues with the same
+    images and views, but bit-exactness is lost."""
 
     precision: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision: "no" (float32), "bf16", or "fp16" with loss scaling, which needs CUDA and a
-    run that began with it."""
-    accumulation: int = 1
-    """Micro-batches of one step. Batch statistics and the slots that are contrasted are those of a
-    micro-batch, so a run with more of them is not quite the same run."""
+    """Mixed precision: "no" (float32), "bf16", or "fp16" with loss scaling, which needs CUDA and
+    must be set from the start of the run."""
+    accumulation: int = field(default=1, metadata=at_least(1))
+    """Micro-batches of one step. Batch statistics and the contrast of slots use one micro-batch, so
+    more of them make a slightly different run."""
     channels_last: bool = True
     """Keep weights and activations in channels-last layout."""
     slot_selection: Literal["auto", "exact", "static"] = "auto"
-    """How the active slots are picked out: "exact", by their number, for which the host waits in
-    each forward; "static", into buffers of fixed size, for which it does not (the size follows at
-    log lines, and pairs without room are counted as dropped_pairs); "auto", static on a GPU."""
+    """How the active slots are selected. "exact": by their number; the host waits for it in each
+    forward pass. "static": into buffers of fixed size, without waiting; the size is adapted at log
+    lines, and pairs that do not fit are counted as dropped_pairs. "auto": static on a GPU."""
     compile: bool = False
-    """Compile encoders and projectors with torch.compile, which takes minutes at the start and for
-    each new size of view. Where that fails, the run goes on without. Not with checkpointing."""
+    """Compile encoders and projectors with torch.compile. This takes minutes at the start and for
+    each new size of view. If it fails, the run continues without. Not with checkpointing."""
     checkpointing: bool = False
-    """Keep only the borders of the encoder's residual blocks for the backward pass and compute
-    their inside again: less memory, about a third more work, the same numbers."""
+    """Keep only the inputs of the encoder's residual blocks for the backward pass and recompute
+    the rest: less memory, about a third more work, the same numbers."""
 
     def __post_init__(self) -> None:
-        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        super().__post_init__()
         both = self.compile and self.checkpointing
         require(not both, "checkpointing", self.checkpointing, "false with compile")
 
     def selects_statically(self, device: str) -> bool:
-        """Whether the trainer calls SlotCon.adapt_capacity on this type of device."""
+        """Whether slots fill buffers of fixed size on this device, see SlotCon.adapt_capacity."""
         automatic = "static" if device == "cuda" else "exact"
         return (automatic if self.slot_selection == "auto" else self.slot_selection) == "static"
 
 
 @dataclass(frozen=True)
-class LogConfig:
-    """What a run writes down, when and where."""
+class LogConfig(Bounded):
+    """What a run records, when and where."""
 
-    every: int = 10
+    every: int = field(default=10, metadata=at_least(1))
     """Steps between two log lines; their values are averages over these steps."""
-    trackers: tuple[str, ...] = ("tensorboard",)
+    trackers: tuple[str, ...] = field(
+        default=("tensorboard",), metadata=some_of(sorted(LOGGER_TYPE_TO_CLASS))
+    )
     """Accelerate's trackers by name; empty for none. metrics.jsonl is always written."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = field(default=1000, metadata=at_least(0))
     """Steps between two checkpoints; 0 = only the last step, which always gets one."""
-    keep: int = 3
+    keep: int = field(default=3, metadata=at_least(1))
     """How many of the newest checkpoints to keep."""
-    history: int = 4
-    """Of older checkpoints, the last of each of so many equal parts of the run is kept as well, to
-    look back at (evaluation.pictures attention); 0: none."""
-    dir: str = "runs"
+    history: int = field(default=4, metadata=at_least(0))
+    """Also keep this many checkpoints spread over the run, for evaluation.pictures attention: the
+    last one of each of as many equal parts of the run. 0: none."""
+    dir: str = field(default="runs", metadata={"the name of a folder": bool})
     """Folder of all runs; this one writes to DIR/NAME."""
     on_divergence: Literal["stop", "roll_back"] = "stop"
-    """A loss or weight that is not finite, or fp16 steps that all overflow: "stop" ends the run;
-    "roll_back" goes on from the last good checkpoint, at most three times at the same place."""
+    """If a loss or weight is not finite, or all fp16 steps overflow: "stop" ends the run;
+    "roll_back" continues from the last good checkpoint, at most three times at the same step."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """After the warm-up, two log lines in a row with fewer than two active slots an image or with a
-    usage of the prototypes whose entropy is under a quarter of its maximum, or ten with a grouping
-    loss at chance: "warn" says so once; "stop" ends the run."""
-    timeout_minutes: float = 10
-    """How long a process waits for the others, for the disk and for a tracker before it ends with
+    """If training collapses: "warn" reports it once; "stop" ends the run. Signs of collapse, after
+    the warm-up: two log lines in a row with fewer than two active slots an image, or with an
+    entropy of prototype usage below a quarter of its maximum; ten with a grouping loss at
+    chance."""
+    timeout_minutes: float = field(default=10, metadata=POSITIVE)
+    """Timeout of a process that waits for other processes, the disk or a tracker. It then ends with
     an error."""
-
-    def __post_init__(self) -> None:
-        require(self.every >= 1, "every", self.every, "at least 1")
-        object.__setattr__(self, "trackers", tuple(self.trackers))
-        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-        for tracker in self.trackers:
-            require(tracker in LOGGER_TYPE_TO_CLASS, "trackers", tracker, f"some of {known}")
-        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
-        require(self.keep >= 1, "keep", self.keep, "at least 1")
-        require(self.history >= 0, "history", self.history, "0 or more")
-        require(bool(self.dir), "dir", self.dir, "the name of a folder")
-        require(
-            0 < self.timeout_minutes < math.inf,
-            "timeout_minutes",
-            self.timeout_minutes,
-            "a positive number",
-        )
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Bounded):
     """A run."""
 
-    name: str
+    name: str = field(metadata=RUN_NAME)
     """Names the run and its folder: letters, digits, '.', '_', '-'."""
     data: DataConfig
     """Data"""
@@ -262,7 +218,7 @@ class RunConfig:
     """Log"""
 
     def __post_init__(self) -> None:
-        check_run_name(self.name)
+        super().__post_init__()
         sides = [side for _, side in self.train.view_sizes] or [self.views.size]
         require(
             sides[-1] == self.views.size,
@@ -292,12 +248,12 @@ SETTINGS = Settings(
 def load_config(argv: list[str] | None = None) -> tuple[RunConfig, str | None]:
     """The run that a command line describes, and its --resume ("auto", a path, or None).
 
-    Raises UserError, naming the key, for anything that is unknown, missing or impossible.
+    Raises UserError, which names the key, if a key is unknown or missing or a value impossible.
     """
     config, options = SETTINGS.load(argv)
     return config, options["resume"]
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """A configuration from nested plain values. Raises UserError, naming the key."""
+    """A configuration from nested plain values. Raises UserError, which names the key."""
     return SETTINGS.from_dict(values)

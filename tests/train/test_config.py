@@ -1,4 +1,4 @@
-"""The configuration: what is read, what is refused, and how the refusal reads."""
+"""The configuration: which values are read, which are refused, and the messages."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,7 @@ def refusal(argv: list[str]) -> str:
 
 
 def test_command_line_wins_over_file_over_defaults(tmp_path: Path) -> None:
-    """Each layer must override the one below, or a run would silently use other values than asked
-    for."""
+    """Each layer must override the one below. Otherwise a run silently uses wrong values."""
     file = tmp_path / "run.yaml"
     file.write_text("name: a\ndata: {path: x}\ntrain: {epochs: 7, weight_decay: 1e-4, seed: 3}\n")
     config, resume = load_config(["--config", str(file), "--train.seed", "5", "--resume", "auto"])
@@ -32,7 +31,7 @@ def test_command_line_wins_over_file_over_defaults(tmp_path: Path) -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    """What a checkpoint and config.yaml hold must rebuild the very same configuration."""
+    """A checkpoint and config.yaml must give the same configuration again."""
     config, _ = load_config(
         [*BASE, "--views.blur_sigma", "[0.5, 1]", "--log.trackers", "[]", "--train.max_steps", "3"]
     )
@@ -52,7 +51,7 @@ def test_round_trip(tmp_path: Path) -> None:
     ],
 )
 def test_recipes_are_the_authors(name: str, epochs: int, prototypes: int) -> None:
-    """A slip in one of these values would cost somebody 800 epochs."""
+    """One wrong value here would waste 800 epochs."""
     config, _ = load_config(["--config", str(CONFIGS / f"{name}.yaml")])
     train, model = config.train, config.model
     assert (config.name, train.epochs, model.num_prototypes) == (name, epochs, prototypes)
@@ -88,18 +87,18 @@ ABLATIONS = {
     "no_geometry": {"views.geometry": False},
     "progressive_160_224": {"train.view_sizes": [[0, 160], [0.5, 224]]},
 }
-"""For each row of the paper's tables 6 and 8 but the defaults, and for what is ours: what differs
-from the recipe."""
+"""Differences from the recipe: one entry for each row of the paper's tables 6 and 8 except the
+defaults, and one for each ablation that is not in the paper."""
 
 
 def test_every_ablation_is_listed() -> None:
-    """An ablation that is tested by nobody, or promised and not there."""
+    """Each ablation must be tested here, and each one that is named must exist."""
     assert {file.stem for file in (CONFIGS / "ablations").iterdir()} == set(ABLATIONS)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_change_one_thing(name: str) -> None:
-    """What else differed from the recipe would be ascribed to the ablated part."""
+    """A second difference from the recipe would be attributed to the ablated part."""
     recipe = ["--config", str(CONFIGS / "coco_r50_800ep.yaml")]
     file = CONFIGS / "ablations" / f"{name}.yaml"
     before, _ = load_config(recipe)
@@ -111,7 +110,7 @@ def test_ablations_change_one_thing(name: str) -> None:
 
 
 def test_every_config_loads() -> None:
-    """A config in the repository that does not parse is a broken promise of the README."""
+    """The README promises that each config in the repository works."""
     for file in CONFIGS.glob("*.yaml"):
         load_config(["--config", str(file)])
 
@@ -120,9 +119,9 @@ def test_every_config_loads() -> None:
     ("argument", "value", "says"),
     [
         ("--train.epoch", "3", "unknown key train.epoch (did you mean train.epochs?)"),
-        ("--train.epochs", "many", "train.epochs must be int, not many"),
+        ("--train.epochs", "many", "train.epochs must be a whole number, not many"),
         ("--train.epochs", "0", "train.epochs must be at least 1, not 0"),
-        ("--train.batch_size", "1.5", "train.batch_size must be int, not 1.5"),
+        ("--train.batch_size", "1.5", "train.batch_size must be a whole number, not 1.5"),
         ("--train.base_lr", ".nan", "train.base_lr must be a positive number, not nan"),
         ("--train.base_lr", "-1", "train.base_lr must be"),
         ("--train.warmup_epochs", "800", "train.warmup_epochs must be at least 0 and less than"),
@@ -131,10 +130,10 @@ def test_every_config_loads() -> None:
         ("--train.seed", "-1", "train.seed must be"),
         ("--model.arch", "vit", "model.arch must be"),
         ("--model.num_prototypes", "0", "model.num_prototypes must be"),
-        ("--model.slot_loss", "byol", "model.slot_loss must be one of ['contrastive', 'regress"),
-        ("--model.align", "features", "model.align must be one of ['assignments', 'projections"),
+        ("--model.slot_loss", "byol", "model.slot_loss must be one of contrastive, regression, n"),
+        ("--model.align", "features", "model.align must be one of assignments, projections"),
         ("--model.image_loss_weight", "-1", "model.image_loss_weight must be 0 or a positive"),
-        ("--views.geometry", "maybe", "views.geometry must be bool, not maybe"),
+        ("--views.geometry", "maybe", "views.geometry must be true or false, not maybe"),
         ("--views.min_scale", "2", "views.min_scale must be"),
         ("--views.blur", "[1, 2, 3]", "views.blur must be"),
         ("--data.backend", "magic", "data.backend must be one of"),
@@ -152,8 +151,8 @@ def test_every_config_loads() -> None:
     ],
 )
 def test_impossible_values_are_named(argument: str, value: str, says: str) -> None:
-    """Without the key and the value in one line, a user of fifty settings does not know what to
-    change."""
+    """Without the key and the value in one line, a user of fifty settings does not know which one
+    to change."""
     message = refusal([*BASE, argument, value])
     assert message.startswith(says) and "\n" not in message
 
@@ -164,12 +163,17 @@ def test_impossible_values_are_named(argument: str, value: str, says: str) -> No
         ({"trian": {"epochs": 3}}, "unknown key trian.epochs (did you mean train.epochs?)"),
         ({"train": {"epoch": 3}}, "unknown key train.epoch (did you mean train.epochs?)"),
         ({"efficiency": {"precision": False}}, 'in YAML, "no" needs its quotes'),
-        ([1, 2], "--config: the file holds no keys and values"),
+        ([1, 2], "run.yaml holds no keys and values"),
         ("train: [", "--config: "),
+        ({"log": 3}, "log must be keys and values, not 3"),
+        ({"log": None}, "log must be keys and values, not null"),
+        ({"train": {"base_lr": None}}, "train.base_lr must be a number, not null"),
+        ({"train": {"max_steps": "x"}}, "train.max_steps must be a whole number or null, not x"),
+        ({"views": {"blur": [1]}}, "views.blur must be a list [a number, a number], not [1]"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, content: object, says: str) -> None:
-    """A typing error in a file must not leave a default in force unnoticed."""
+    """A typing error in a file must not silently leave a default in place."""
     file = tmp_path / "run.yaml"
     if isinstance(content, dict):
         content = {"name": "a", "data": {"path": "x"}} | content
@@ -179,21 +183,22 @@ def test_wrong_files_are_refused(tmp_path: Path, content: object, says: str) -> 
 
 
 def test_compiled_blocks_are_not_recomputed() -> None:
-    """A compiler that keeps what it likes would leave the memory as it was, without a word."""
+    """The compiler chooses the activations to keep, so checkpointing would save no memory."""
     both = ["--efficiency.compile", "true", "--efficiency.checkpointing", "true"]
     assert "checkpointing must be false with compile" in refusal([*BASE, *both])
 
 
 def test_missing_values_and_files_are_named() -> None:
-    """The data has no default; a missing --config must not start a run of defaults."""
-    assert refusal(["--name", "a"]).startswith("data.path is missing")
+    """The data path has no default, and a missing --config must not start a run with defaults."""
+    assert refusal([]).startswith("missing: name, data.path; set each in the --config file or as")
+    assert refusal(["--name", "a"]).startswith("missing: data.path; set each in")
     assert "does not exist" in refusal(["--config", "no/such.yaml"])
 
 
 def test_command_prints_one_line_and_exits_with_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What scripts rely on: no traceback, no usage dump, exit code 2."""
+    """Scripts rely on this: no traceback, no usage text, exit code 2."""
     monkeypatch.setattr("sys.argv", ["pretrain", *BASE, "--model.arch", "vit"])
     with pytest.raises(SystemExit) as ended:
         main()

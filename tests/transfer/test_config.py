@@ -1,4 +1,4 @@
-"""The configuration that both tasks share: what is read, and what is refused in which words."""
+"""The configuration that both tasks share: which values are read and refused, and the messages."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ BASE = ["--name", "a", "--optim.steps", "90", "--optim.batch_size", "4", "--opti
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    """What a checkpoint and config.yaml hold must rebuild the very same configuration."""
+    """A checkpoint and config.yaml must give the same configuration again."""
     schedule = ["--optim.schedule", "step", "--optim.milestones", "[60, 80]"]
     config, options = SETTINGS.load([*BASE, *schedule, "--resume", "auto"])
     assert config.optim.milestones == (60, 80) and config.optim.norm_weight_decay is None
@@ -33,7 +33,7 @@ def test_round_trip(tmp_path: Path) -> None:
         ("--optim.step", "3", "unknown key optim.step (did you mean optim.steps?)"),
         ("--optim.steps", "0", "optim.steps must be at least 1, not 0"),
         ("--optim.lr", ".inf", "optim.lr must be a positive number, not inf"),
-        ("--optim.norm_weight_decay", "-1", "optim.norm_weight_decay must be 0 or positive"),
+        ("--optim.norm_weight_decay", "-1", "optim.norm_weight_decay must be 0 or more, or null"),
         ("--optim.schedule", "cosine", "optim.schedule must be one of"),
         ("--optim.milestones", "[3]", 'optim.milestones must be empty, or schedule "step"'),
         ("--optim.milestones", "[3, 3]", "optim.milestones must be growing steps within 1..89"),
@@ -50,14 +50,14 @@ def test_round_trip(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_values_are_named(argument: str, value: str, says: str) -> None:
-    """Without the key and the value in one line, a user does not know what to change."""
+    """Without the key and the value in one line, a user does not know which setting to change."""
     with pytest.raises(UserError) as refused:
         SETTINGS.load([*BASE, argument, value])
     assert str(refused.value).startswith(says) and "\n" not in str(refused.value)
 
 
 def test_a_resumed_run_keeps_its_science() -> None:
-    """Another learning rate in mid-run makes a result of two recipes; another disk does not."""
+    """A new learning rate in mid-run would mix two recipes; a new disk would not."""
     before, _ = SETTINGS.load(BASE)
     free = ["--data.root", "b", "--optim.max_steps", "3", "--efficiency.workers", "1"]
     assert SETTINGS.changed(before, SETTINGS.load([*BASE, *free])[0]) == []

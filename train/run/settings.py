@@ -1,25 +1,31 @@
-"""Typed configurations, whatever they are of: a frozen dataclass whose fields are plain values or
-sections, dataclasses themselves, is read from YAML, overridden on the command line, and refused in
-one line that names the key. Docstrings under the fields are the texts of --help.
+"""Reads typed configurations from YAML files and the command line.
+
+A configuration is a frozen dataclass. Its fields are plain values or sections; a section is a
+dataclass of plain values. Docstrings under the fields are the texts of --help. Every refusal is one
+line that names the key.
 """
 
 import argparse
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from jsonargparse import (
     ArgumentError,
     ArgumentParser,
     DefaultHelpFormatter,
+    get_loader,
     set_parsing_settings,
 )
 
-from pipeline.errors import UserError, require
+from pipeline.bounds import Bound
+from pipeline.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -27,129 +33,135 @@ Config = TypeVar("Config")
 
 RESUME = (
     "auto|PATH",
-    "auto: go on from this run's newest checkpoint, if there is one; PATH: from this checkpoint or "
-    "run.",
+    "auto: resume from this run's newest checkpoint, if there is one; PATH: resume from this "
+    "checkpoint or run.",
 )
 """The option that every training command has."""
 
+RUN_NAME: Bound = {
+    "made of letters, digits, '.', '_' and '-'": lambda name: bool(
+        re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name)
+    )
+}
+SEED: Bound = {"in 0..2^32-1": lambda seed: 0 <= seed < 2**32}
 
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_WORDS |= {type(None): "null", dict: "keys and values"}
+_TEXT = str | None
+_load_yaml = get_loader("yaml")
+
+
+@dataclass(eq=False)
 class Settings(Generic[Config]):
-    """How configurations of a class are read.
+    """How the configurations of one class are read, and the texts of the command's --help."""
 
-    Args:
-        kind: the class.
-        prog, description, epilog: of --help.
-        options: the command's own, texts that are None where they are not given: by name, what
-            stands for the value in --help, and the explanation.
-        fixed, free: what the keys begin with that a resumed run may not change, for it would be
-            another run, and those of them that it may.
-    """
+    kind: type[Config]
+    prog: str
+    description: str
+    epilog: str
+    options: Mapping[str, tuple[str, str]]
+    """Further options of the command, by name: the placeholder of the value in --help, and the
+    explanation. Their values are text, or None if they are not given."""
+    fixed: tuple[str, ...]
+    """Beginnings of the keys that a resumed run may not change: it would be another run."""
+    free: tuple[str, ...]
+    """Exceptions from `fixed`."""
 
-    def __init__(
-        self,
-        kind: type[Config],
-        *,
-        prog: str,
-        description: str,
-        epilog: str,
-        options: Mapping[str, tuple[str, str]],
-        fixed: tuple[str, ...],
-        free: tuple[str, ...],
-    ) -> None:
-        self.kind, self.options = kind, options
-        self._fixed, self._free = fixed, free
-        self._prog, self._description, self._epilog = prog, description, epilog
+    def __post_init__(self) -> None:
+        self._fields = dict(_fields_by_key(self.kind))
+        types: dict[str, Any] = {key: field.type for key, field in self._fields.items()}
+        self._sections: dict[str, Any] = {k: t for k, t in types.items() if is_dataclass(t)}
+        options = dict.fromkeys(self.options, _TEXT)
+        self._types = types | dict.fromkeys(self._sections, dict) | options
 
     def load(self, argv: list[str] | None = None) -> tuple[Config, dict[str, str | None]]:
-        """The configuration that a command line describes, and the command's own options by name.
+        """The configuration that a command line describes, and the values of `options` by name.
 
-        Raises UserError, naming the key, for anything that is unknown, missing or impossible.
+        Raises UserError, which names the key, if a key is unknown or missing or a value impossible.
         """
+        argv = sys.argv[1:] if argv is None else argv
         try:
             values = self._parser.parse_args(argv).as_dict()
         except ArgumentError as error:
-            raise UserError(self._explain(str(error))) from None
+            raise self._explained(error, list(self._given(argv))) from None
         return self._build(values), {name: values[name] for name in self.options}
 
     def from_dict(self, values: Mapping[str, Any]) -> Config:
-        """A configuration from nested plain values. Raises UserError, naming the key."""
+        """A configuration from nested plain values. Raises UserError, which names the key."""
         try:
             return self._build(self._parser.parse_object(dict(values)).as_dict())
         except ArgumentError as error:
-            raise UserError(self._explain(str(error))) from None
+            raise self._explained(error, list(flatten(values).items())) from None
 
     def changed(self, before: Config, now: Config) -> list[tuple[str, Any, Any]]:
-        """Key and both values of what a resumed run may not change and has."""
+        """The keys that a resumed run may not change but that differ, with both values."""
         old, new = flatten(to_dict(before)), flatten(to_dict(now))
-        fixed = [key for key in new if key.startswith(self._fixed) and key not in self._free]
+        fixed = [key for key in new if key.startswith(self.fixed) and key not in self.free]
         return [(key, old[key], new[key]) for key in fixed if old[key] != new[key]]
 
     @cached_property
     def _parser(self) -> ArgumentParser:
         usage = "".join(f"[--{name} {value}] " for name, (value, _) in self.options.items())
         parser = ArgumentParser(
-            prog=self._prog,
+            prog=self.prog,
             usage=f"%(prog)s --config FILE {usage}[--section.field VALUE ...]",
             formatter_class=_Help,
-            description=self._description,
-            epilog=self._epilog,
+            description=self.description,
+            epilog=self.epilog,
             exit_on_error=False,
             allow_abbrev=False,
         )
         text = "YAML file with any of the values below."
         parser.add_argument("--config", action="config", help=text)
         for name, (metavar, text) in self.options.items():
-            parser.add_argument(f"--{name}", type=str | None, metavar=metavar, help=text)
+            parser.add_argument(f"--{name}", type=_TEXT, metavar=metavar, help=text)
         parser.add_class_arguments(self.kind, None)
         return parser
 
     def _build(self, values: Mapping[str, Any]) -> Config:
-        """A configuration from parsed values; names the section that refuses one."""
-        parts: dict[str, Any] = {}
-        for section in fields(self.kind):  # type: ignore[arg-type]
-            parts[section.name] = values[section.name]
-            if is_dataclass(section.type) and isinstance(section.type, type):
-                try:
-                    parts[section.name] = section.type(**values[section.name])
-                except ValueError as error:
-                    raise UserError(f"{section.name}.{error}") from None
-        try:
-            return self.kind(**parts)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        """A configuration from parsed values. Raises UserError, which names the key."""
+        parts = {name: values[name] for name in self._fields if "." not in name}
+        flat = flatten(parts).items()
+        # The parser accepts null for any key and any value for a section.
+        self._check((k, v) for k, v in flat if v is None or k in self._sections)
+        for name, section in self._sections.items():
+            parts[name] = _built(section, parts[name], f"{name}.")
+        return _built(self.kind, parts)
 
-    def _explain(self, message: str) -> str:
-        """jsonargparse's account of what is wrong, in one line that names the key."""
-        message = " ".join(message.split())
-        if found := re.match(r'Parser key "([^"]+)": (.*)', message):
-            return _explain_value(*found.groups())
-        if found := re.match(r"(?:Group '(.+)' does not accept option|Option) '([^']+)'", message):
-            return self._unknown(".".join(filter(None, found.groups())))
-        if found := re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
-            return self._unknown(found[1])
-        if found := re.match(r"the following arguments are required: (.+)", message):
-            return f"{found[1]} is missing: give it in the --config file or as --{found[1]} VALUE"
-        if message.startswith("Unexpected config"):
-            return "--config: the file holds no keys and values"
-        return message.replace("Problems parsing config:", "--config:")
+    def _check(self, values: Iterable[tuple[str, Any]]) -> None:
+        """Refuse unknown keys and values of the wrong type. Raises UserError."""
+        for key, value in values:
+            if key not in self._types:
+                near = difflib.get_close_matches(key, self._types, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise UserError(f"unknown key {key}{hint}")
+            kind = self._types[key]
+            if not (type(None) in get_args(kind) if value is None else _fits(value, kind)):
+                shown = "null" if value is None else value or repr(value)
+                raise UserError(f"{key} must be {_words(kind)}, not {shown}")
 
-    def _unknown(self, key: str) -> str:
-        known = [action.dest for action in self._parser._actions]
-        near = difflib.get_close_matches(key, known, n=1)
-        return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
+    def _explained(self, error: ArgumentError, given: list[tuple[str, Any]]) -> UserError:
+        """The reason why jsonargparse refuses these keys and values; else its own message."""
+        self._check(given)
+        known = self._sections.keys() | dict(given)
+        missing = [k for k, f in self._fields.items() if f.default is MISSING and k not in known]
+        if missing:
+            keys = ", ".join(missing)
+            return UserError(f"missing: {keys}; set each in the --config file or as --KEY VALUE")
+        return UserError(" ".join(str(error).split()))
 
-
-def check_run_name(name: str) -> None:
-    """Refuse, with a ValueError, a name that no folder of a run should have."""
-    plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name)
-    require(bool(plain), "name", name, "made of letters, digits, '.', '_' and '-'")
-
-
-def check_seed_and_end(seed: int, max_steps: int | None) -> None:
-    """Refuse, with a ValueError, what no run can be seeded with or stop after."""
-    require(0 <= seed < 2**32, "seed", seed, "in 0..2^32-1")
-    good = max_steps is None or max_steps >= 1
-    require(good, "max_steps", max_steps, "null or at least 1")
+    def _given(self, argv: list[str]) -> Iterator[tuple[str, Any]]:
+        """Keys and values of a command line and of its files. Raises UserError."""
+        for word, following in zip(argv, [*argv, ""][1:], strict=True):
+            key, equals, text = word.removeprefix("--").partition("=")
+            value = text if equals else following
+            if not word.startswith("--") or key in ("help", "print_config"):
+                continue
+            if key == "config" or key in self._sections:
+                prefix = "" if key == "config" else f"{key}."
+                yield from flatten(_read(key, value), prefix).items()
+            else:
+                yield key, value
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -181,16 +193,54 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
 
 
-def _explain_value(key: str, problem: str) -> str:
-    value = re.search(r"(?:Got|Given) value: (.*)$", problem)
-    kinds = re.findall(r"Expected an? (.+?)(?= - |\. Got| Given value|$)", problem)
-    if value and kinds:
-        return f"{key} must be {_kinds(kinds)}, not {value[1]}"
-    return f"{'--config' if key == 'config' else key}: {problem}"
+def _built(kind: Callable[..., Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from None
 
 
-def _kinds(kinds: list[str]) -> str:
-    """["<class 'int'>", "<class 'NoneType'>"] as "int or null"."""
-    text = " or ".join(kinds).replace("typing.Literal", "one of ").replace("NoneType", "null")
-    hint = ' (in YAML, "no" needs its quotes)' if "'no'" in text else ""
-    return re.sub(r"<class '(\w+)'>", r"\1", text) + hint
+def _fields_by_key(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """The sections and settings of a configuration."""
+    for field in fields(kind):
+        yield f"{prefix}{field.name}", field
+        if is_dataclass(field.type):
+            yield from _fields_by_key(field.type, f"{prefix}{field.name}.")
+
+
+def _read(option: str, source: str) -> Mapping[str, Any]:
+    """The content of a YAML file, or of a text in YAML. Raises UserError."""
+    try:
+        text = Path(source).read_text()
+    except OSError:
+        text = source
+    try:
+        values = _load_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{option}: {' '.join(str(error).split())}") from None
+    if isinstance(values, Mapping):
+        return values
+    if text is source:
+        raise UserError(f"--{option}: {source} does not exist")
+    raise UserError(f"--{option}: {source} holds no keys and values")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether jsonargparse accepts a value, or the text of one, for this type."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        return bool(parser.parse_object({"value": value}))
+    except ArgumentError:
+        return False
+
+
+def _words(kind: Any) -> str:
+    """A type in words: `int | None` as "a whole number or null"."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        hint = ' (in YAML, "no" needs its quotes)' if "no" in args else ""
+        return f"one of {', '.join(map(str, args))}{hint}"
+    if get_origin(kind) is tuple:
+        return f"a list [{', '.join('…' if arg is ... else _words(arg) for arg in args)}]"
+    return " or ".join(map(_words, args)) if args else _WORDS[kind]

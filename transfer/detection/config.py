@@ -1,98 +1,81 @@
-"""A detection run: what every transfer has, and the data and the detector."""
+"""The configuration of a detection run: `transfer.config`, the data and the detector."""
 
 import math
 from dataclasses import dataclass, field
 
-from pipeline.errors import require
+from pipeline.bounds import BELOW_1, Bound, Bounded, at_least, within
 from transfer.config import TransferConfig
 
+_SIDES: Bound = {"sides of at least 32": lambda sides: bool(sides) and min(sides) >= 32}
+_POSITIVE_NUMBERS: Bound = {
+    "positive numbers": lambda values: bool(values) and all(0 < v < math.inf for v in values)
+}
+
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Images with COCO instance annotations, and what is done to them. Sides are in pixels."""
+class DataConfig(Bounded):
+    """Images with COCO instance annotations, and their augmentation. Sides are in pixels."""
 
-    root: str
-    """The folder that holds annotations/, train2017/ and val2017/."""
-    train: str = "train2017"
-    """The split to learn from."""
-    val: str = "val2017"
-    """The split to be scored on; it needs the categories of the other."""
-    annotations: str = "annotations/instances_{split}.json"
-    """A split's annotation file: a place under root, or an absolute one."""
-    images: str = "{split}"
-    """A split's folder of images, likewise."""
-    train_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
-    """Shorter sides for training; each image is resized to one of them, drawn anew each time."""
-    val_side: int = 800
+    root: str = field(metadata={"a name": bool})
+    """The folder with annotations/, train2017/ and val2017/."""
+    train: str = field(default="train2017", metadata={"a name": bool})
+    """The split to train on."""
+    val: str = field(default="val2017", metadata={"a name": bool})
+    """The split to score; it must have the categories of the training split."""
+    annotations: str = field(
+        default="annotations/instances_{split}.json", metadata={"a name": bool}
+    )
+    """Annotation file of a split: a path relative to root, or an absolute path."""
+    images: str = field(default="{split}", metadata={"a name": bool})
+    """Image folder of a split: a path relative to root, or an absolute path."""
+    train_sides: tuple[int, ...] = field(default=(640, 672, 704, 736, 768, 800), metadata=_SIDES)
+    """Shorter sides for training; each time, an image is resized to a random one of them."""
+    val_side: int = field(default=800, metadata=at_least(32))
     """The shorter side in evaluation."""
-    longest_side: int = 1333
-    """Images whose longer side would exceed this are resized to it instead."""
-    flip: float = 0.5
-    """How often a training image is mirrored."""
-
-    def __post_init__(self) -> None:
-        for name in ("root", "train", "val", "annotations", "images"):
-            require(bool(getattr(self, name)), name, getattr(self, name), "a name")
-        sides = tuple(self.train_sides)
-        object.__setattr__(self, "train_sides", sides)
-        require(bool(sides) and min(sides) >= 32, "train_sides", sides, "sides of at least 32")
-        for name in ("val_side", "longest_side"):
-            require(getattr(self, name) >= 32, name, getattr(self, name), "at least 32")
-        require(0 <= self.flip <= 1, "flip", self.flip, "in 0..1")
+    longest_side: int = field(default=1333, metadata=at_least(32))
+    """Upper bound of the longer side; an image that would exceed it is resized to it instead."""
+    flip: float = field(default=0.5, metadata=within(0, 1))
+    """Probability of a mirror image in training."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Bounded):
     """Mask R-CNN with a feature pyramid; defaults are the authors' setting."""
 
-    channels: int = 256
+    channels: int = field(default=256, metadata=at_least(1))
     """Width of the pyramid and of the heads' convolutions."""
-    anchor_sizes: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
-    """Side in pixels of the anchors of each of the pyramid's levels, of which the cells are 4, 8,
+    anchor_sizes: tuple[int, int, int, int, int] = field(
+        default=(32, 64, 128, 256, 512), metadata=_POSITIVE_NUMBERS
+    )
+    """Side of the anchors in pixels, for each level of the pyramid. Cells of these levels are 4, 8,
     16, 32 and 64 pixels wide."""
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Height by width of the anchors at each place."""
-    rpn_samples: int = 256
-    """Anchors of an image whose proposals enter the loss."""
-    candidates_train: int = 2000
-    """Best proposals of each level that non-maximum suppression chooses from, in training; …"""
-    candidates_test: int = 1000
-    """… in evaluation."""
-    proposals_train: int = 1000
-    """Proposals of an image, of all levels, that it leaves, in training; …"""
-    proposals_test: int = 1000
-    """… in evaluation."""
-    roi_samples: int = 512
-    """Proposals of an image that the heads learn from, at most a quarter of them objects."""
-    roi_points: int = 0
-    """Points at which each bin of a region is read, in each direction; 0: as many as its size in
-    cells asks for."""
-    box_convs: int = 4
-    """Convolutions of the box head, each with a norm, …"""
-    box_features: int = 1024
-    """… and the width of the one fully connected layer after them."""
-    mask_convs: int = 4
-    """Convolutions of the mask head, each with a norm, before it upsamples."""
-    score_threshold: float = 0.05
-    """Detections of a lower score are left out."""
-    detections: int = 100
-    """Detections of an image at most, of all classes."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "channels", "rpn_samples", "candidates_train", "candidates_test", "proposals_train",
-            "proposals_test", "roi_samples", "box_features", "mask_convs", "detections",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("box_convs", "roi_points"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("anchor_sizes", "aspect_ratios"):
-            values = tuple(getattr(self, name))
-            object.__setattr__(self, name, values)
-            good = bool(values) and all(0 < value < math.inf for value in values)
-            require(good, name, values, "positive numbers")
-        threshold = self.score_threshold
-        require(0 <= threshold < 1, "score_threshold", threshold, "at least 0 and less than 1")
+    aspect_ratios: tuple[float, ...] = field(default=(0.5, 1.0, 2.0), metadata=_POSITIVE_NUMBERS)
+    """Height / width of the anchors of each cell."""
+    rpn_samples: int = field(default=256, metadata=at_least(1))
+    """Anchors of an image that enter the loss of the proposals."""
+    candidates_train: int = field(default=2000, metadata=at_least(1))
+    """Best proposals of each level that enter non-maximum suppression, in training."""
+    candidates_test: int = field(default=1000, metadata=at_least(1))
+    """The same in evaluation."""
+    proposals_train: int = field(default=1000, metadata=at_least(1))
+    """Proposals of an image, over all levels, that remain after the suppression, in training."""
+    proposals_test: int = field(default=1000, metadata=at_least(1))
+    """The same in evaluation."""
+    roi_samples: int = field(default=512, metadata=at_least(1))
+    """Proposals of an image that train the heads; at most a quarter of them are objects."""
+    roi_points: int = field(default=0, metadata=at_least(0))
+    """Sampling points of each bin of a region, in each direction; 0: adapted to the bin's size in
+    cells."""
+    box_convs: int = field(default=4, metadata=at_least(0))
+    """Convolutions of the box head, each with a norm."""
+    box_features: int = field(default=1024, metadata=at_least(1))
+    """Width of the fully connected layer after these convolutions."""
+    mask_convs: int = field(default=4, metadata=at_least(1))
+    """Convolutions of the mask head before its upsampling, each with a norm."""
+    score_threshold: float = field(default=0.05, metadata=BELOW_1)
+    """Detections with a lower score are dropped."""
+    detections: int = field(default=100, metadata=at_least(1))
+    """Maximum number of detections in an image, over all classes."""
 
 
 @dataclass(frozen=True, kw_only=True)

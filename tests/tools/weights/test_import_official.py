@@ -342,9 +342,9 @@ def test_bad_weights(changes: dict[str, Any], message: str, model: SlotCon) -> N
     ("args", "key"),
     [
         ({"epochs": 0}, "epochs"),
-        ({"dataset": 3}, "data.path must be str"),
-        ({"seed": 1.5}, "train.seed must be int"),
-        ({"batch_size": 3.5}, "train.batch_size must be int"),
+        ({"dataset": 3}, "data.path must be text"),
+        ({"seed": 1.5}, "train.seed must be a whole number"),
+        ({"batch_size": 3.5}, "train.batch_size must be a whole number"),
         ({"epochs": "800"}, "'str'"),
     ],
 )

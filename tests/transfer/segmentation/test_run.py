@@ -177,7 +177,7 @@ def test_configs_are_the_published_settings(name: str) -> None:
         (AugmentConfig, {"flip": 1.5}, r"flip must be in 0\.\.1"),
         (ModelConfig, {"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
         (ModelConfig, {"convs": 0}, "convs must be at least 1"),
-        (ModelConfig, {"auxiliary_weight": -1.0}, "auxiliary_weight must be 0 or positive"),
+        (ModelConfig, {"auxiliary_weight": -1.0}, "auxiliary_weight must be 0 or more"),
         (InferenceConfig, {"window": 769}, r"stride must be in 1\.\.window \(769\)"),
         (InferenceConfig, {"stride": 513}, r"stride must be in 1\.\.window \(0\), 0 without one"),
     ],

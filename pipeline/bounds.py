@@ -1,0 +1,73 @@
+"""Bounds of settings, written beside the fields of a configuration.
+
+The metadata of a dataclass field are its bounds: what the value must be, and a test of it.
+
+    @dataclass(frozen=True)
+    class Config(Bounded):
+        epochs: int = field(default=800, metadata=at_least(1))
+
+`Config(epochs=0)` raises ValueError("epochs must be at least 1, not 0").
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pipeline.errors import require
+
+Bound = Mapping[str, Callable[[Any], bool]]
+"""The words that follow "must be", and the test of a value."""
+
+POSITIVE: Bound = {"a positive number": lambda value: 0 < value < math.inf}
+BELOW_1: Bound = {"at least 0 and less than 1": lambda value: 0 <= value < 1}
+UP_TO_1: Bound = {"above 0 and at most 1": lambda value: 0 < value <= 1}
+
+RANGE: Bound = {
+    "two growing positive numbers": lambda pair: (
+        len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf
+    )
+}
+
+
+def at_least(low: float) -> Bound:
+    return {"0 or more" if low == 0 else f"at least {low}": lambda value: low <= value < math.inf}
+
+
+def within(low: float, high: float) -> Bound:
+    return {f"in {low}..{high}": lambda value: low <= value <= high}
+
+
+def one_of(names: Iterable[str]) -> Bound:
+    return {f"one of {', '.join(names)}": lambda value: value in names}
+
+
+def some_of(names: Iterable[str]) -> Bound:
+    return {f"some of {', '.join(names)}": lambda values: set(values) <= set(names)}
+
+
+def optional(bound: Bound) -> Bound:
+    """The same bound, for a setting that may also be null."""
+    ((meaning, holds),) = bound.items()
+    return {f"{meaning}, or null": lambda value: value is None or holds(value)}
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A configuration that checks the bounds of its fields when it is created.
+
+    A list becomes a tuple: YAML and JSON have no tuples, and a configuration that is read back must
+    equal the one that was written. Raises ValueError, which names the field, the bound and the
+    value. A subclass checks rules between fields in its `__post_init__`, after this one.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = _as_tuple(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            for meaning, holds in field.metadata.items():
+                require(holds(value), field.name, value, meaning)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
