@@ -96,8 +96,8 @@ class CocoInstances:
     def _records(self, content: Annotations) -> list[Record]:
         labels = {category: n for n, category in enumerate(self.categories, start=1)}
         objects = defaultdict(list)
-        for one in content.objects:
-            if not one.crowd:
+        for one in content.annotations:
+            if not one.iscrowd:
                 objects[one.image_id].append(one)
         return [self._record(image, objects[image.id], labels) for image in content.images]
 

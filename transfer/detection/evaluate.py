@@ -3,7 +3,6 @@
 Letters: D detections of an image, H W its stored height and width, M the side of a predicted mask.
 """
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
+from msgspec.structs import asdict
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,18 +120,18 @@ def score(source: CocoInstances, found: list[CocoResult]) -> list[Row]:
 
 
 def ground_truth(source: CocoInstances) -> COCO:
-    """What the annotation file says, crowds included. Objects are numbered anew from 1: the
-    evaluator takes a 0 for none. Raises UserError.
+    """The annotation file for the evaluator, crowds included. Annotations are numbered from 1,
+    because the evaluator reads a 0 as "no object". Raises UserError.
     """
     content = read_annotations(source.annotations)
-    objects = [
-        {"id": number, "iscrowd": int(one.crowd), **asdict(one)}
-        for number, one in enumerate(content.objects, start=1)
+    annotations = [
+        {**asdict(one), "id": number, "iscrowd": int(one.iscrowd)}
+        for number, one in enumerate(content.annotations, start=1)
     ]
     return COCO(
         {
             "images": [asdict(image) for image in content.images],
             "categories": [asdict(category) for category in content.categories],
-            "annotations": objects,
+            "annotations": annotations,
         }
     )
