@@ -157,7 +157,9 @@ def test_folders_need_a_class_table(folder: DataConfig, tmp_path: Path) -> None:
 def test_what_is_learnt_is_not_scored(folder: DataConfig, tmp_path: Path) -> None:
     """Scores on training images are no scores."""
     both = replace(folder, val_images=folder.train_images, val_labels=folder.train_labels)
-    with pytest.raises(UserError, match=r"train00\.png: to be learnt from and to be scored"):
+    with pytest.raises(
+        UserError, match=r"train00\.png: is in the training set and in the validation set"
+    ):
         open_sets(both)
     (tmp_path / "val/classes.json").write_text(json.dumps(["a", "b"]))
     with pytest.raises(UserError, match="other classes than those of"):
