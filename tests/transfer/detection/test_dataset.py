@@ -1,4 +1,4 @@
-"""COCO's annotations as training examples, and what is said of those that are wrong."""
+"""COCO's annotations become training examples; wrong annotations are refused."""
 
 import json
 import re
@@ -35,8 +35,9 @@ def examples(source: CocoInstances, *sides: int, flip: float = 0.0) -> TrainingE
 
 
 def test_all_ways_to_write_a_mask_are_the_same_mask(tmp_path: Path) -> None:
-    """Polygons and both kinds of run lengths are in COCO's files; a transposed or shifted one
-    would train and score another object."""
+    """COCO's files hold polygons and both kinds of run lengths. A transposed or shifted mask would
+    train and score another object.
+    """
     mask = box_mask(BOX, 50, 60)
     shapes = [polygon(BOX), run_lengths(mask), compressed(mask)]
     write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, s) for s in shapes])
@@ -47,8 +48,9 @@ def test_all_ways_to_write_a_mask_are_the_same_mask(tmp_path: Path) -> None:
 
 
 def test_labels_follow_the_order_of_the_ids(tmp_path: Path) -> None:
-    """COCO's 80 categories have ids up to 90; a label that is not the id's place trains one class
-    as another."""
+    """COCO's 80 categories have ids up to 90. If a label is not its id's position, one class is
+    trained as another.
+    """
     objects = [annotation(1, c, BOX, polygon(BOX)) for c in (90, 2, 7)]
     write_coco(tmp_path, "train2017", [(50, 60)], objects)
     source = opened(tmp_path)
@@ -57,8 +59,9 @@ def test_labels_follow_the_order_of_the_ids(tmp_path: Path) -> None:
 
 
 def test_crowds_and_empty_images_do_not_train(tmp_path: Path) -> None:
-    """A crowd's box is no object's, and torchvision's heads have nothing to learn from an image
-    without objects; the evaluation sees all images."""
+    """A crowd's box is not the box of one object, and torchvision's heads cannot train on an image
+    without objects. The evaluation sees all images.
+    """
     crowd = annotation(2, 7, BOX, run_lengths(box_mask(BOX, 50, 60)), iscrowd=1)
     one = annotation(1, 7, BOX, polygon(BOX))
     write_coco(tmp_path, "train2017", [(50, 60)] * 3, [one, crowd])
@@ -69,7 +72,7 @@ def test_crowds_and_empty_images_do_not_train(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_image_boxes_and_masks_are_resized_and_mirrored_alike(tmp_path: Path, flip: float) -> None:
-    """Boxes that do not follow their pixels train a detector that is off by the difference."""
+    """If boxes do not follow their pixels, the detector learns wrong positions."""
     write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, polygon(BOX))])
     one = examples(opened(tmp_path), 100, flip=flip).load(0, np.random.default_rng(0))
     assert one["image"].shape == (3, 100, 120)
@@ -83,14 +86,14 @@ def test_image_boxes_and_masks_are_resized_and_mirrored_alike(tmp_path: Path, fl
 
 
 def test_the_longer_side_has_a_limit() -> None:
-    """A panorama at 800 pixels of height would not fit the GPU."""
+    """Without it, a panorama of 800 pixels height would not fit into the GPU's memory."""
     assert resized(480, 640, 800, 1333) == (800, 1067)
     assert resized(200, 1000, 800, 1333) == (267, 1333)
     assert resized(1000, 200, 800, 1333) == (1333, 267)
 
 
 def test_examples_follow_from_their_generator(tmp_path: Path) -> None:
-    """Sizes and mirrorings that came from elsewhere would differ between workers and resumes."""
+    """Draws from elsewhere would differ between numbers of workers and after a resume."""
     varied_set(tmp_path)
     data = examples(opened(tmp_path), 40, 48, 56, 64, flip=0.5)
 
@@ -102,8 +105,8 @@ def test_examples_follow_from_their_generator(tmp_path: Path) -> None:
     assert len({tuple(seen(epoch)) for epoch in range(4)}) == 4
 
 
-def test_boxes_without_area_in_the_image_are_left_out_and_counted(tmp_path: Path) -> None:
-    """One such box ends a training of days with a loss that is not finite."""
+def test_boxes_without_area_in_the_image_are_skipped_and_counted(tmp_path: Path) -> None:
+    """One such box would end a training of days with a loss that is not finite."""
     boxes = [(10, 5, 20, 30), (10, 5, 0, 30), (10, 5, 20, -3), (60, 0, 9, 9), (-5, -5, 20, 20)]
     objects = [annotation(1, 7, box, polygon(BOX)) for box in boxes]
     write_coco(tmp_path, "train2017", [(50, 60)], objects)
@@ -113,8 +116,8 @@ def test_boxes_without_area_in_the_image_are_left_out_and_counted(tmp_path: Path
     assert len(source.masks(source.records[0])) == 2
 
 
-def test_masks_without_area_are_left_out_and_counted(tmp_path: Path) -> None:
-    """COCO's tools leave polygons of two points out; one must not refuse the whole set."""
+def test_masks_without_area_are_skipped_and_counted(tmp_path: Path) -> None:
+    """COCO's tools skip polygons of two points: one of them must not refuse the whole set."""
     empty = compressed(np.zeros((50, 60), np.uint8))
     shapes = [polygon(BOX), [*polygon(BOX), [1, 2, 3, 4]], [[1, 2, 3, 4]], empty]
     write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, s) for s in shapes])
@@ -126,8 +129,8 @@ def test_masks_without_area_are_left_out_and_counted(tmp_path: Path) -> None:
     assert len(ground_truth(source).anns) == 4
 
 
-def test_another_layout_is_told(tmp_path: Path) -> None:
-    """Whoever points at the wrong folder has to see what is expected and what is there."""
+def test_another_layout_is_described(tmp_path: Path) -> None:
+    """For a wrong folder, the message says what is expected and what is there."""
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match=r"expected COCO's layout, ROOT/annotations/.*found images"):
         opened(tmp_path)
@@ -138,8 +141,8 @@ def test_another_layout_is_told(tmp_path: Path) -> None:
         opened(tmp_path / "elsewhere")
 
 
-def test_braces_in_places_are_just_braces(tmp_path: Path) -> None:
-    """Only {split} stands for something; other text is a name."""
+def test_other_braces_in_paths_are_kept(tmp_path: Path) -> None:
+    """Only {split} is replaced; other braces are part of the name."""
     file = varied_set(tmp_path)
     file.rename(tmp_path / "{0}-{train2017.json")
     assert len(open_instances(tmp_path, "{0}-{{split}.json", "{split}", "train2017").records) == 6
@@ -148,7 +151,7 @@ def test_braces_in_places_are_just_braces(tmp_path: Path) -> None:
 
 
 def test_missing_images_are_counted(tmp_path: Path) -> None:
-    """Found at the start, not after an hour."""
+    """They are reported at the start, not after an hour."""
     varied_set(tmp_path)
     for name in ("000000000002.png", "000000000004.png"):
         (tmp_path / "train2017" / name).unlink()
@@ -157,7 +160,7 @@ def test_missing_images_are_counted(tmp_path: Path) -> None:
 
 
 def test_an_image_of_another_size_is_refused(tmp_path: Path) -> None:
-    """Its boxes would be somewhere else."""
+    """Its boxes would be at wrong positions."""
     write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, polygon(BOX))])
     file = tmp_path / "annotations" / "instances_train2017.json"
     file.write_text(file.read_text().replace('"height": 50', '"height": 51'))
@@ -215,7 +218,7 @@ NAN, INF = float("nan"), float("inf")
 def test_wrong_values_are_named(
     entries: str, field: str, value: Any, message: str, tmp_path: Path
 ) -> None:
-    """Each would otherwise be a traceback, or train on nonsense."""
+    """Without the check, each would be a traceback, or train on nonsense."""
     found = spoilt(tmp_path, lambda content: content[entries][0].update({field: value}))
     assert message in found
     assert f"`$.{entries}[0].{field}" in found
@@ -225,7 +228,7 @@ def test_wrong_values_are_named(
     ("entries", "field"), [("annotations", "segmentation"), ("images", "file_name")]
 )
 def test_missing_fields_are_named(entries: str, field: str, tmp_path: Path) -> None:
-    """Each would otherwise be a traceback."""
+    """Without the check, each would be a traceback."""
     found = spoilt(tmp_path, lambda content: content[entries][0].pop(field))
     assert f"missing required field `{field}` - at `$.{entries}[0]`" in found
 
@@ -235,8 +238,8 @@ def first(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def crowd(content: dict[str, Any]) -> dict[str, Any]:
-    """Its run lengths: training does not use them, so without a check the error would come after
-    the last step.
+    """The run lengths of the crowd. Training does not use them: without a check, the error would
+    come after the last step.
     """
     return content["annotations"][-1]["segmentation"]  # type: ignore[no-any-return]
 
@@ -272,12 +275,12 @@ def crowd(content: dict[str, Any]) -> dict[str, Any]:
 def test_annotations_that_do_not_fit_are_refused(
     change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
 ) -> None:
-    """Each would otherwise be a traceback, or train on nonsense."""
+    """Without the check, each would be a traceback, or train on nonsense."""
     assert re.search(message, spoilt(tmp_path, change))
 
 
 def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
-    """A set of which all annotations are crowds, say."""
+    """For example, a set whose annotations are all crowds."""
     write_coco(tmp_path, "train2017", [(50, 60)], [])
     with pytest.raises(UserError, match="no image with an object"):
         examples(opened(tmp_path), 50)
