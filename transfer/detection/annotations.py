@@ -23,8 +23,8 @@ _Side = Annotated[int, Meta(ge=1, le=FARTHEST)]
 _Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 _Corner = Annotated[float, Meta(ge=-FARTHEST, le=FARTHEST)]
 Segmentation = Annotated[list[list[_Corner]], Meta(min_length=1)] | dict[str, Any]
-"""Polygons, x y x y …; or run lengths, {"size": [H, W], "counts": …}, which `read_annotations`
-makes COCO's compressed text.
+"""Polygons, x y x y …; or run lengths, {"size": [H, W], "counts": …}. `read_annotations` returns
+run lengths as COCO's compressed text.
 """
 
 
