@@ -1,1 +1,1 @@
-"""What a pre-trained backbone is worth: detection, instance and semantic segmentation."""
+"""Measure a pre-trained backbone by detection, instance and semantic segmentation."""

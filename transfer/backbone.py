@@ -1,4 +1,4 @@
-"""The encoder that a task builds on: its weights, and the stages that do not learn."""
+"""The encoder of a task: its initial weights and its frozen stages."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ _LAST_OF_STAGE = ("bn1", "layer1", "layer2", "layer3", "layer4")
 
 
 def build_backbone(init: InitConfig) -> tuple[nn.Sequential, dict[str, Any]]:
-    """The encoder [B, 3, S, S] → [B, C, ⌈S/32⌉, ⌈S/32⌉] with the weights that `init` names, its
-    frozen stages frozen, and what a result says about it: {"weights" (a file's whole path, so
-    that it is one backbone wherever runs were started), "kind": "random" | "supervised" | "file",
-    "arch", "branch", "frozen", "metadata"}.
+    """The encoder [B, 3, S, S] → [B, C, ⌈S/32⌉, ⌈S/32⌉] that `init` describes, and its description
+    for result.json: {"weights", "kind": "random" | "supervised" | "file", "arch", "branch",
+    "frozen", "metadata"}. "weights" is a file's absolute path, so that the same file has the same
+    name in all runs, wherever they were started.
 
-    Its children are torchvision's: conv1, bn1, relu, maxpool, layer1 … layer4. New weights are
-    drawn from torch's generator. Raises UserError.
+    The children are torchvision's: conv1, bn1, relu, maxpool, layer1 … layer4. Random weights are
+    drawn from torch's global generator. Raises UserError.
     """
     encoder, _ = build_encoder(init.arch)
     named = init.weights in ("random", "supervised")
@@ -45,10 +45,10 @@ def build_backbone(init: InitConfig) -> tuple[nn.Sequential, dict[str, Any]]:
 
 
 def freeze(encoder: nn.Sequential, stages: int) -> None:
-    """Keep the first `stages` of an encoder, as InitConfig.frozen counts them, as they are: no
-    gradients, and norms that use their statistics and do not change them, in training mode too.
+    """Freeze the first `stages` of an encoder, counted as in InitConfig.frozen: no gradients, and
+    norms that use their running statistics without updating them, also in training mode.
 
-    The norms become torchvision's FrozenBatchNorm2d, which SyncBatchNorm's conversion leaves alone.
+    The norms become torchvision's FrozenBatchNorm2d, which the conversion to SyncBatchNorm skips.
     """
     if not stages:
         return

@@ -59,8 +59,8 @@ def annotation(image: int, category: int, box: Box, segmentation: Any, **more: A
 def write_coco(
     root: Path, split: str, sizes: list[tuple[int, int]], annotations: list[dict]
 ) -> Path:
-    """Images 1, 2, … of the given (height, width), black with a bright rectangle for each object,
-    and their annotation file, which is returned.
+    """Write images 1, 2, … of the given (height, width), black with a bright rectangle for each
+    object, and their annotation file. Returns the annotation file.
     """
     images = []
     for number, (height, width) in enumerate(sizes, start=1):
@@ -81,7 +81,7 @@ def write_coco(
 
 
 def boxes_of(seed: int, height: int, width: int, count: int) -> list[Box]:
-    """Rectangles of a fifth of the image's sides or more, inside it."""
+    """Rectangles inside the image; their sides are at least a fifth of the image's."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -93,8 +93,8 @@ def boxes_of(seed: int, height: int, width: int, count: int) -> list[Box]:
 
 
 def varied_set(root: Path, split: str = "train2017", images: int = 6) -> Path:
-    """Images of different sizes; objects as polygons and run lengths, crowds, one empty image, the
-    last.
+    """Images of different sizes; objects as polygons and as both kinds of run lengths; a crowd; no
+    object in the last image.
     """
     sizes = [(48 + 8 * (n % 3), 72 - 8 * (n % 2)) for n in range(images)]
     ids = [c["id"] for c in CATEGORIES]

@@ -1,4 +1,4 @@
-"""The encoder that a task builds on."""
+"""The encoder of a task: weights and frozen stages."""
 
 import os
 from pathlib import Path
@@ -22,8 +22,9 @@ STAGES = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
 
 @pytest.mark.parametrize("frozen", [0, 2, 5])
 def test_frozen_stages_do_not_move(frozen: int) -> None:
-    """A stage that drifts through its norms, its decay or its momentum is no frozen stage; nor is
-    one whose norms another conversion takes for its own."""
+    """A frozen stage must not change through its norms, weight decay or momentum, and the
+    conversion to SyncBatchNorm must skip its norms.
+    """
     torch.manual_seed(0)
     encoder, about = build_backbone(InitConfig(arch="resnet18", frozen=frozen))
     assert (about["kind"], about["arch"], about["frozen"]) == ("random", "resnet18", frozen)
@@ -43,8 +44,8 @@ def test_frozen_stages_do_not_move(frozen: int) -> None:
     assert not [name for name in synced if f"{name}.".startswith(stays or "none")]
 
 
-def test_frozen_stages_compute_what_they_did() -> None:
-    """Freezing must not change what the encoder says."""
+def test_frozen_stages_keep_their_output() -> None:
+    """Freezing must not change the encoder's output."""
     torch.manual_seed(0)
     encoder, _ = build_encoder("resnet18")
     with torch.no_grad():
@@ -58,7 +59,7 @@ def test_frozen_stages_compute_what_they_did() -> None:
 
 
 def test_weights_come_from_a_file(tmp_path: Path) -> None:
-    """A backbone that silently keeps its random weights makes a table of nothing."""
+    """If a backbone silently kept its random weights, all results would be wrong."""
     torch.manual_seed(1)
     weights = build_encoder("resnet18")[0].state_dict()
     file = tmp_path / "encoder.safetensors"
@@ -76,11 +77,11 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("branch", ["teacher", "student"])
-def test_the_encoder_that_was_asked_for(
+def test_the_configured_branch_is_loaded(
     branch: Literal["teacher", "student"], tmp_path: Path
 ) -> None:
-    """The other of the two costs points; and the result must say which, and what the weights say of
-    themselves, or no table has a place for it.
+    """The other branch would cost points. The result must name the branch and carry the metadata of
+    the weights, or the table cannot place it.
     """
     model = trained_model()
     checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
@@ -94,7 +95,7 @@ def test_the_encoder_that_was_asked_for(
 
 
 def test_supervised_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of that name with random weights would make every method look good."""
+    """A supervised row with random weights would make every method look good."""
     published = dict(trained_model().teacher.encoder.state_dict())
     monkeypatch.setattr("transfer.backbone.published_weights", lambda _: published)
     encoder, about = build_backbone(InitConfig(weights="supervised", arch="resnet18"))

@@ -1,4 +1,4 @@
-"""The user's transfer results beside the published ones, and never where they do not belong."""
+"""The table puts the user's results beside the published ones, and only comparable ones."""
 
 import json
 from functools import cache
@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
+from tests import ROOT
 from tests.helpers.exported import call
 from train.run.settings import to_dict
 from transfer import command
 from transfer.detection.config import DetectionConfig
-from transfer.published import COLUMNS, TABLES
+from transfer.published import PUBLISHED, read
 from transfer.segmentation.config import SegmentationConfig
 from transfer.table import CONFIGS, main
 
@@ -21,8 +22,9 @@ COCO = {"method": "SlotCon (arXiv 2205.15288)", "run": "coco_r50", "epochs": "80
         "batch_size": "512", "branch": "teacher", "config": '{"train": {"seed": 0}}'}  # fmt: skip
 IMAGES = {"coco": (117_266, 5_000), "cityscapes": (2_975, 500), "voc-aug": (10_582, 1_449),
           "ade20k": (20_210, 2_000), "camvid": (367, 101)}  # fmt: skip
-"""Of each data set, to learn from and to score."""
-settings_of = cache(command.settings_of)  # a parser takes long to make
+"""Numbers of training images and of scored images."""
+FILE = ROOT / "transfer" / "published.yaml"
+settings_of = cache(command.settings_of)  # building a parser is slow
 
 
 def result(
@@ -34,7 +36,7 @@ def result(
     kind: str = "file",
     **changes: Any,
 ) -> Path:
-    """The folder of a run of configs/transfer/RECIPE with a result.json as trainers write it."""
+    """The folder of a run of configs/transfer/RECIPE with a result.json like the trainer's."""
     detection = recipe.startswith("coco")
     settings: Any = settings_of(DetectionConfig if detection else SegmentationConfig)
     file = str(CONFIGS / f"{recipe}.yaml")
@@ -42,13 +44,13 @@ def result(
     dataset = "coco" if detection else config.data.dataset
     metrics = ("box_ap", "box_ap50", "mask_ap") if detection else ("miou", "pixel_accuracy")
     rows = [{"metric": metric, "value": value} for metric in metrics]
-    learnt, scored = IMAGES[dataset]
+    trained, scored = IMAGES[dataset]
     content = {
         "hardware": {},
         "name": config.name,
         "task": "detection" if detection else "segmentation",
         "dataset": dataset,
-        "images": learnt,
+        "images": trained,
         "scored": {"dataset": dataset, "images": scored, "fingerprint": "3c"},
         "schedule": {"steps": config.optim.steps, "batch_size": config.optim.batch_size},
         "init": {
@@ -65,13 +67,13 @@ def result(
 
 
 def made(tmp_path: Path, *runs: Path) -> dict[str, Any]:
-    """The JSON file of these runs."""
+    """The table of these runs as JSON."""
     call(main, *runs, "--json", tmp_path / "table.json")
     return dict(json.loads((tmp_path / "table.json").read_text()))
 
 
-def own(content: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
-    """The user's rows by table."""
+def users_rows(content: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    """The user's rows, by table number."""
     tables = {t["number"]: [row for row in t["rows"] if row["own"]] for t in content["tables"]}
     return {number: rows for number, rows in tables.items() if rows}
 
@@ -115,13 +117,13 @@ PAPER = {
         - 73.9
     """,
 }
-"""Epochs and figures of each row, out of the paper's text by a program."""
+"""Epochs and figures of each row, extracted from the paper's text by a program."""
 
 
 def test_published_figures_are_the_papers() -> None:
     """A wrong digit would be quoted."""
-    assert [table.number for table in TABLES] == [*PAPER]
-    for table in TABLES:
+    assert [table.number for table in PUBLISHED.tables] == [*PAPER]
+    for table in PUBLISHED.tables:
         rows = [
             " ".join("-" if value is None else str(value) for value in (row.epochs, *row.figures))
             for row in table.rows
@@ -130,8 +132,22 @@ def test_published_figures_are_the_papers() -> None:
         assert all(row.data in table.data for row in table.rows)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("32.8, 50.9", "32.8"), ("Self-EMD,      COCO", "Self-EMD, COCO+"), ("1000", "many"),
+     ("data: [COCO,", "data: [COCO2,"), ("[City.]", "[Town]"), ("scored: 5000", "photos: 5000")],
+)  # fmt: skip
+def test_a_slip_in_the_published_rows_is_refused(old: str, new: str, tmp_path: Path) -> None:
+    """Without it, figures would move to another column."""
+    text = FILE.read_text()
+    assert old in text
+    (tmp_path / "published.yaml").write_text(text.replace(old, new))
+    with pytest.raises(ValueError):
+        read(tmp_path / "published.yaml")
+
+
 def test_runs_of_one_backbone_make_a_row(tmp_path: Path) -> None:
-    """Each result in its column; seeds are averaged."""
+    """Each result is in its column; seeds are averaged."""
     runs = [
         result(tmp_path / "a", "coco_1x", value=0.411, metadata=COCO),
         result(tmp_path / "b", "cityscapes", value=0.75, metadata=COCO),
@@ -139,12 +155,12 @@ def test_runs_of_one_backbone_make_a_row(tmp_path: Path) -> None:
         result(tmp_path / "d", "voc", "--log.dir", "elsewhere", value=0.72, metadata=COCO),
         result(tmp_path / "e", "ade20k", value=0.38, metadata=COCO),
     ]
-    rows = own(made(tmp_path, *runs))
+    rows = users_rows(made(tmp_path, *runs))
     assert rows.keys() == {2, 3, 7}
     assert len(rows[2]) == 1
     row = rows[2][0]
     assert (row["method"], row["data"], row["epochs"]) == ("* SlotCon: coco_r50", "COCO", "800")
-    figures = dict(zip((column.title for column in COLUMNS), row["figures"], strict=True))
+    figures = dict(zip(PUBLISHED.columns, row["figures"], strict=True))
     assert figures == {
         "AP^b": "41.1", "AP^b_50": "41.1", "AP^b_75": "", "AP^m": "41.1", "AP^m_50": "",
         "AP^m_75": "", "City.": "76.0 ± 1.4", "VOC": "72.0", "ADE": "38.0",
@@ -178,33 +194,33 @@ def test_runs_of_one_backbone_make_a_row(tmp_path: Path) -> None:
 def test_different_backbones_are_not_averaged(
     one: dict[str, str], other: dict[str, str], says: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    """They may share a name, and a row must say which it is, and how far its training came."""
+    """They may share a name: the row must say which one it is and how far its training came."""
     runs = [
         result(tmp_path / "a", value=0.5, metadata=COCO | one),
         result(tmp_path / "b", "cityscapes", "--optim.seed", "1", metadata=COCO | other),
     ]
-    rows = own(made(tmp_path, *runs))[7]
+    rows = users_rows(made(tmp_path, *runs))[7]
     assert [(row["method"], row["epochs"]) for row in rows] == [
         (f"* SlotCon: coco_r50{name}", epochs) for name, epochs in says
     ]
     assert [row["figures"] for row in rows] == [["50.0"], ["70.0"]]
 
 
-def test_the_branch_of_a_file_that_does_not_say(tmp_path: Path) -> None:
-    """A file of two encoders, as transfer found it."""
+def test_the_branch_comes_from_init_if_the_file_does_not_name_it(tmp_path: Path) -> None:
+    """A file may hold two encoders and no metadata about them."""
     metadata = {key: value for key, value in COCO.items() if key != "branch"}
     init = {"weights": "full.pth", "kind": "file", "branch": "student", "metadata": metadata}
     runs = [
         result(tmp_path / "a", value=0.5, init=init),
         result(tmp_path / "b", value=0.7, init=init | {"branch": "teacher"}),
     ]
-    rows = own(made(tmp_path, *runs))[7]
+    rows = users_rows(made(tmp_path, *runs))[7]
     assert [row["method"].endswith("student") for row in rows] == [True, False]
 
 
-def test_files_that_say_little_are_told_apart_by_their_place(tmp_path: Path) -> None:
-    """Two of others' may have the same name, and were imported with the same words. Of long paths
-    the first characters do not tell which row is whose.
+def test_files_with_little_metadata_are_distinguished_by_their_path(tmp_path: Path) -> None:
+    """Two files may have the same name and metadata. The whole path is shown: the beginnings of
+    long paths may be the same.
     """
     said = {"data": "COCO", "epochs": "800", "imported": "w.pth"}
     init = {"kind": "file", "branch": "teacher", "metadata": said}
@@ -212,7 +228,7 @@ def test_files_that_say_little_are_told_apart_by_their_place(tmp_path: Path) -> 
     runs = [
         result(tmp_path / str(n), init=init | {"weights": file}) for n, file in enumerate(files)
     ]
-    rows = own(made(tmp_path, *runs))[2]
+    rows = users_rows(made(tmp_path, *runs))[2]
     assert [(row["method"], row["data"], row["epochs"]) for row in rows] == [
         (f"* weights: w.safetensors, weights {file}", "COCO", "800") for file in files
     ]
@@ -221,34 +237,34 @@ def test_files_that_say_little_are_told_apart_by_their_place(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "said", [{"config": "model = dict(type='MoCo')"}, {"config": "[1]"}, {"data_images": 118_287}]
 )
-def test_files_that_say_it_otherwise(said: dict[str, Any], tmp_path: Path) -> None:
-    """A file of mmcv's kind keeps Python text under "config": one such run would end the table of
-    all others.
+def test_unusual_metadata(said: dict[str, Any], tmp_path: Path) -> None:
+    """Files of mmcv hold Python text under "config". Without it, one such run would stop the table
+    of all others.
     """
     metadata = {"data": "COCO", "epochs": 200} | said
     run = result(tmp_path / "run", metadata=metadata)
-    rows = own(made(tmp_path, run))
+    rows = users_rows(made(tmp_path, run))
     assert [(row["data"], row["epochs"]) for row in rows[2]] == [("COCO", "200")]
 
 
 def test_the_same_weights_in_several_files_are_one_backbone(tmp_path: Path) -> None:
-    """A run, and what was exported of it."""
+    """A run and its export."""
     exported = COCO | {"format": "pt", "data_license": "CC", "slotstream": "9"}
     runs = [
         result(tmp_path / "a", value=0.75, metadata=COCO),
         result(tmp_path / "b", "cityscapes", "--optim.seed", "1", value=0.77, metadata=exported),
     ]
-    assert own(made(tmp_path, *runs))[7][0]["figures"] == ["76.0 ± 1.4"]
+    assert users_rows(made(tmp_path, *runs))[7][0]["figures"] == ["76.0 ± 1.4"]
 
 
 def test_a_deviation_is_over_seeds(tmp_path: Path) -> None:
-    """One run given twice counts once, and two of one seed are no two samples."""
+    """A run that is given twice counts once. Two runs of one seed are refused."""
     run = result(tmp_path / "a", metadata=COCO)
     (tmp_path / "link").symlink_to(run)
-    rows = own(made(tmp_path, run, run / "result.json", tmp_path / "link"))
+    rows = users_rows(made(tmp_path, run, run / "result.json", tmp_path / "link"))
     assert rows[7][0]["figures"] == ["70.0"]
     again = result(tmp_path / "b", metadata=COCO)
-    with pytest.raises(UserError, match=r"b/result.json: .*optim.seed of .*a/result.json"):
+    with pytest.raises(UserError, match=r"b/result.json: .*optim.seed as .*a/result.json"):
         call(main, run, again)
     others = {"dataset": "cityscapes", "images": 500, "fingerprint": "4d"}
     elsewhere = result(
@@ -257,38 +273,38 @@ def test_a_deviation_is_over_seeds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"e/result.json: scored on other images than .*a/result"):
         call(main, run, elsewhere)
     aside = [result(tmp_path / name, "camvid", metadata=COCO) for name in "cd"]
-    call(main, *aside)  # each has a line of its own
+    call(main, *aside)  # each has a separate row
 
 
 @pytest.mark.parametrize("other", [("cityscapes_linear", 10_000), ("cityscapes", 500)])
-def test_runs_aside_take_no_seed(other: tuple[str, int], tmp_path: Path) -> None:
-    """The linear head of a backbone, or a run that was stopped early, has a line of its own and so
-    is no second sample, wherever a glob puts it.
+def test_runs_outside_the_tables_are_not_averaged(other: tuple[str, int], tmp_path: Path) -> None:
+    """A linear head, or a run that stopped early, is in the separate table. So it is no second
+    sample, in any order of the arguments.
     """
     recipe, step = other
     aside = result(tmp_path / "aside", recipe, value=0.5, step=step, metadata=COCO)
     run = result(tmp_path / "run", value=0.76, metadata=COCO)
     for runs in ((aside, run), (run, aside)):
-        assert own(made(tmp_path, *runs))[7][0]["figures"] == ["76.0"]
+        assert users_rows(made(tmp_path, *runs))[7][0]["figures"] == ["76.0"]
 
 
 def test_a_run_without_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that is still going would end the table of all others in a glob."""
-    going = tmp_path / "going"
-    going.mkdir()
-    (going / "config.yaml").write_text("name: going\n")
+    """Without it, a run that still trains would stop the table of all others."""
+    training = tmp_path / "training"
+    training.mkdir()
+    (training / "config.yaml").write_text("name: training\n")
     run = result(tmp_path / "run", metadata=COCO)
-    content = made(tmp_path, going, run)
-    assert own(content)[7][0]["figures"] == ["70.0"]
+    content = made(tmp_path, training, run)
+    assert users_rows(content)[7][0]["figures"] == ["70.0"]
     assert content["runs"][0]["in_tables"] is False
-    line = next(n for n in capsys.readouterr().out.splitlines() if n.startswith("going"))
+    line = next(n for n in capsys.readouterr().out.splitlines() if n.startswith("training"))
     assert line.endswith("  has no result.json")
 
 
 @pytest.mark.parametrize("option", ["--json", "--markdown"])
 def test_a_result_is_not_overwritten(option: str, tmp_path: Path) -> None:
-    """By the table that is made of it: it holds weeks of work. Nor is one made up for a run that is
-    still going.
+    """A result holds weeks of work, and the table must not replace it. Nor may the table take the
+    place of a result that a run has not written yet.
     """
     run = result(tmp_path / "run", metadata=COCO)
     before = (run / "result.json").read_bytes()
@@ -303,10 +319,10 @@ def test_a_result_is_not_overwritten(option: str, tmp_path: Path) -> None:
 
 
 def test_random_and_supervised_have_their_tables(tmp_path: Path) -> None:
-    """The baselines, too, are the user's own."""
+    """The user's baselines appear beside the published ones."""
     random = result(tmp_path / "r", "ade20k", kind="random")
     supervised = result(tmp_path / "s", "ade20k", kind="supervised")
-    rows = own(made(tmp_path, random, supervised))
+    rows = users_rows(made(tmp_path, random, supervised))
     assert [row["method"] for row in rows[2]] == ["* random init."]
     assert [row["method"] for row in rows[4]] == ["* random init.", "* supervised (torchvision)"]
     assert rows.keys() == {2, 4}  # no ADE column in table 7
@@ -345,10 +361,10 @@ def test_other_recipes_stay_apart(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A figure of another schedule in the paper's column would be read as a win or a loss."""
+    """A figure of another schedule in the paper's column would look like a gain or a loss."""
     run = result(tmp_path / "run", recipe, *argv, metadata=COCO, **changes)
     content = made(tmp_path, run)
-    assert not own(content)
+    assert not users_rows(content)
     printed = capsys.readouterr().out
     assert "not comparable with the above" in printed
     assert says in printed
@@ -356,11 +372,11 @@ def test_other_recipes_stay_apart(
 
 
 def test_a_few_files_may_be_missing(tmp_path: Path) -> None:
-    """From the sets as they are downloaded today."""
+    """Some files of the sets are no longer available."""
     run = result(
         tmp_path / "run", metadata=COCO, images=2_930, scored={"images": 495, "fingerprint": "5e"}
     )
-    assert own(made(tmp_path, run))[7][0]["figures"] == ["70.0"]
+    assert users_rows(made(tmp_path, run))[7][0]["figures"] == ["70.0"]
 
 
 @pytest.mark.parametrize(
@@ -378,9 +394,9 @@ def test_a_few_files_may_be_missing(tmp_path: Path) -> None:
 def test_pretraining_has_its_tables(
     data: str, images: str, tables: set[int], tmp_path: Path
 ) -> None:
-    """Whole sets, by the names that people give them; weights of others need not say how many."""
+    """Whole sets are recognised by their usual names; the number of images is optional."""
     run = result(tmp_path / "run", metadata=COCO | {"data": data, "data_images": images})
-    assert own(made(tmp_path, run)).keys() == tables
+    assert users_rows(made(tmp_path, run)).keys() == tables
 
 
 @pytest.mark.parametrize(
@@ -398,12 +414,12 @@ def test_other_pretraining_stays_apart(
     metadata: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A hundred images called coco are not COCO."""
-    assert not own(made(tmp_path, result(tmp_path / "run", metadata=metadata)))
+    assert not users_rows(made(tmp_path, result(tmp_path / "run", metadata=metadata)))
     assert says in capsys.readouterr().out
 
 
 def test_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Text in columns, Markdown in cells."""
+    """Aligned text on the terminal, cells in Markdown."""
     run = result(tmp_path / "run", metadata=COCO | {"run": "a|b"})
     call(main, run / "result.json", "--markdown", tmp_path / "table.md")
     page = (tmp_path / "table.md").read_text()
@@ -417,7 +433,7 @@ def test_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    """One line, and no file."""
+    """An error is one line, and no file is written."""
     for path, message in (
         (tmp_path / "nowhere", "No such file"),
         (tmp_path, "No such file"),
@@ -442,14 +458,14 @@ def test_bad_input(tmp_path: Path) -> None:
     ],
 )
 def test_bad_results(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
-    """In one line, not in a table."""
+    """An error is one line, not a row."""
     run = result(tmp_path / "run", metadata=COCO, **changes)
     with pytest.raises(UserError, match=f"result.json: not the result of a transfer .*{says}"):
         call(main, run)
 
 
 def test_a_name_keeps_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever is in it."""
+    """Also if it holds a line break."""
     names = {"name": "a\nb", "dataset": "own"}
     call(main, result(tmp_path / "run", metadata=COCO | {"run": "c\nd"}, **names))
     assert r"'a\nb'  'SlotCon: c\nd'  own" in capsys.readouterr().out

@@ -13,11 +13,11 @@ EXAMPLES = """examples:
   python -m transfer.detection --config configs/transfer/coco_overfit_cpu.yaml --data.root COCO
   python -m transfer.detection --evaluate runs/coco_1x_slotcon --json scores.json
 
-COCO is the folder of annotations/instances_{train,val}2017.json, train2017/ and val2017/."""
+COCO is the folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/."""
 
 
 def build(config: DetectionConfig) -> Task:
-    """Takes seconds to import, which --help need not wait for."""
+    """Imports the task here, because the import takes seconds and --help does not need it."""
     from transfer.detection.task import Detection
 
     return Detection(config)

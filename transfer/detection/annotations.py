@@ -1,146 +1,142 @@
-"""COCO's instance annotations as typed records: all that is read of a file, checked at once.
+"""COCO's instance annotations as typed records, checked when they are read.
 
 Letters: H W an image's stored height and width in pixels.
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
 
+import msgspec
 from faster_coco_eval import mask_api_new_cpp as runs
 from faster_coco_eval.core import mask as rle
+from msgspec import Meta, Struct
 
 from pipeline.errors import UserError
 from train.run.provenance import read_json
 
-FARTHEST = 1e5
-"""Pixels; an image's side, or a polygon's corner, beyond it would take gigabytes to draw."""
-Segmentation = list[list[float]] | dict[str, Any]
-"""Polygons, or run lengths as COCO's compressed text: {"size": [H, W], "counts": bytes}."""
-Entry = TypeVar("Entry", "ImageEntry", "Category", "Annotation")
+FARTHEST = 100_000
+"""Pixels. Drawing a larger image, or a polygon with a corner farther out, would take gigabytes."""
+_Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_Text = Annotated[str, Meta(min_length=1)]
+_Side = Annotated[int, Meta(ge=1, le=FARTHEST)]
+_Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+_Corner = Annotated[float, Meta(ge=-FARTHEST, le=FARTHEST)]
+Segmentation = Annotated[list[list[_Corner]], Meta(min_length=1)] | dict[str, Any]
+"""Polygons, x y x y …; or run lengths, {"size": [H, W], "counts": …}. `read_annotations` returns
+run lengths as COCO's compressed text.
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageEntry:
+class ImageEntry(Struct):
     """An image."""
 
-    id: int
-    file_name: str
-    height: int
-    width: int
+    id: _Id
+    file_name: _Text
+    height: _Side
+    width: _Side
 
 
-@dataclass(frozen=True, slots=True)
-class Category:
+class Category(Struct):
     """A class of objects."""
 
-    id: int
-    name: str
+    id: _Id
+    name: _Text
 
 
-@dataclass(frozen=True, slots=True)
-class Annotation:
-    """An object, or a crowd of them."""
+class Annotation(Struct):
+    """An object, or a crowd of objects."""
 
-    image_id: int
-    category_id: int
-    bbox: list[float]
+    image_id: _Id
+    category_id: _Id
+    bbox: Annotated[list[_Finite], Meta(min_length=4, max_length=4)]
     """x, y, width, height."""
-    area: float
-    crowd: bool
+    area: _Finite
     segmentation: Segmentation
+    iscrowd: Literal[0, 1] | bool = 0
 
 
-@dataclass(frozen=True)
-class Annotations:
-    """A file's content. Ids are unique, and those that objects name are there."""
+class Annotations(Struct):
+    """A file's content. Ids are unique. Each annotation is of an image and a category that the
+    file lists.
+    """
 
     images: list[ImageEntry]
     categories: list[Category]
     """In the order of their ids."""
-    objects: list[Annotation]
+    annotations: list[Annotation]
 
 
-class _Fields:
-    """The fields of one entry, by name and type. Raises UserError, naming `where` and the field."""
-
-    def __init__(self, content: Any, where: str) -> None:
-        self.content, self.where = content, where
-
-    def whole(self, name: str) -> int:
-        return self._of(name, lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0")
-
-    def text(self, name: str) -> str:
-        return self._of(name, lambda v: isinstance(v, str) and v != "", "a text")
-
-    def number(self, name: str) -> float:
-        return float(self._of(name, _finite, "a number"))
-
-    def box(self, name: str) -> list[float]:
-        return self._of(
-            name,
-            lambda v: isinstance(v, list) and len(v) == 4 and all(map(_finite, v)),
-            "[x, y, width, height]",
+def read_annotations(path: Path) -> Annotations:
+    """The file's content. Raises UserError if it is not of the format."""
+    content = _decoded(path)
+    images = {image.id: image for image in content.images}
+    categories = {category.id for category in content.categories}
+    _check_unique(path, "images", len(images), len(content.images))
+    _check_unique(path, "categories", len(categories), len(content.categories))
+    for number, one in enumerate(content.annotations):
+        where = f"{path}: annotations[{number}]"
+        if one.image_id not in images:
+            raise UserError(f"{where} is of image {one.image_id}, which the file does not list")
+        image = images[one.image_id]
+        one.segmentation = _checked(one.segmentation, image.height, image.width, where)
+    unknown = [a.category_id for a in content.annotations if a.category_id not in categories]
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} of {len(content.annotations)} annotations have a category_id "
+            f"that is not among the {len(categories)} categories (the first: {unknown[0]})"
         )
+    content.categories.sort(key=lambda category: category.id)
+    return content
 
-    def flag(self, name: str) -> bool:
-        """0 or 1; 0 where it is not there."""
-        return name in self.content and bool(self._of(name, lambda v: v in (0, 1), "0 or 1"))
 
-    def segmentation(self, name: str, height: int, width: int) -> Segmentation:
-        """Polygons of fewer than three points enclose nothing and are left out."""
-        value = self._of(name, lambda v: isinstance(v, dict) or _polygons(v), "RLE or polygons")
-        if isinstance(value, dict):
-            return self._run_lengths(value, height, width)
-        polygons = [polygon for polygon in value if len(polygon) >= 6]
-        return polygons or to_rle(
-            {"size": [height, width], "counts": [height * width]}, height, width
+def _decoded(path: Path) -> Annotations:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Annotations)
+    except (OSError, msgspec.DecodeError):
+        content = read_json(path)  # slower, but names the entry that is NaN, which is no JSON
+    try:
+        return msgspec.convert(content, Annotations)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: not COCO instance annotations: {error}") from None
+
+
+def _check_unique(path: Path, entries: str, ids: int, count: int) -> None:
+    if not count:
+        raise UserError(f"{path}: lists no {entries}")
+    if ids < count:
+        raise UserError(f"{path}: {count - ids} of {count} {entries} repeat an id")
+
+
+def _checked(segmentation: Segmentation, height: int, width: int, where: str) -> Segmentation:
+    """Polygons of at least three points, or run lengths of the whole image. Raises UserError."""
+    if isinstance(segmentation, dict):
+        return _compressed(segmentation, height, width, where)
+    if any(len(polygon) % 2 for polygon in segmentation):
+        raise UserError(f"{where}: segmentation: a polygon with an odd number of coordinates")
+    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+    empty = {"size": [height, width], "counts": [height * width]}
+    return polygons or to_rle(empty, height, width)
+
+
+def _compressed(run_lengths: dict[str, Any], height: int, width: int, where: str) -> dict[str, Any]:
+    """The run lengths as COCO's compressed text. Raises UserError."""
+    size = run_lengths.get("size")
+    if size != [height, width]:
+        raise UserError(
+            f"{where}: a mask of size {size} for an image of {[height, width]} (height, width)"
         )
-
-    def _run_lengths(self, value: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-        """As COCO's compressed text."""
-        if value.get("size") != [height, width]:
-            raise UserError(
-                f"{self.where}: a mask of size {value.get('size')} for an image of"
-                f" {[height, width]} (height, width)"
-            )
-        try:
-            packed = to_rle(value, height, width)
-            filled = sum(runs.toUncompressedRLE([packed])[0]["counts"])
-        except (ValueError, TypeError, KeyError, RuntimeError):
-            raise UserError(f"{self.where}: segmentation: not run lengths") from None
-        if filled != height * width:
-            raise UserError(
-                f"{self.where}: segmentation: run lengths of {filled} pixels for an image of"
-                f" {height * width}"
-            )
-        return packed
-
-    def _of(self, name: str, good: Callable[[Any], bool], what: str) -> Any:
-        if not isinstance(self.content, dict):
-            raise UserError(f"{self.where} must be an object with fields, not {self.content!r:.60}")
-        if name not in self.content:
-            raise UserError(f"{self.where} has no {name}")
-        value = self.content[name]
-        if not good(value):
-            raise UserError(f"{self.where}: {name} must be {what}, not {value!r:.60}")
-        return value
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _polygons(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_polygon, value))
-
-
-def _polygon(value: Any) -> bool:
-    """x y x y …"""
-    points = isinstance(value, list) and len(value) % 2 == 0
-    return points and all(_finite(v) and abs(v) <= FARTHEST for v in value)
+    try:
+        packed = to_rle(run_lengths, height, width)
+        filled = sum(runs.toUncompressedRLE([packed])[0]["counts"])
+    except (ValueError, TypeError, KeyError, RuntimeError):
+        raise UserError(f"{where}: segmentation: not run lengths") from None
+    if filled != height * width:
+        raise UserError(
+            f"{where}: segmentation: run lengths of {filled} pixels for an image of"
+            f" {height * width}"
+        )
+    return packed
 
 
 def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
@@ -149,62 +145,5 @@ def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any
 
 
 def encloses(segmentation: Segmentation) -> bool:
-    """Whether run lengths have any pixel; polygons are taken to."""
+    """Whether run lengths hold any pixel. Polygons are assumed to."""
     return not isinstance(segmentation, dict) or bool(rle.area(segmentation) > 0)
-
-
-def read_annotations(path: Path) -> Annotations:
-    """The file's content. Raises UserError where it is not of the format."""
-    content = read_json(path)
-    images = _entries(content, "images", path, _image)
-    categories = _entries(content, "categories", path, _category)
-    sizes = {image.id: (image.height, image.width) for image in images}
-    names = {category.id for category in categories}
-    for what, ids, count in (
-        ("images", sizes, len(images)),
-        ("categories", names, len(categories)),
-    ):
-        if not count:
-            raise UserError(f"{path}: names no {what}")
-        if len(ids) < count:
-            raise UserError(f"{path}: {count - len(ids)} of {count} {what} have another's id")
-    objects = _entries(content, "annotations", path, lambda fields: _object(fields, sizes))
-    unknown = [o.category_id for o in objects if o.category_id not in names]
-    if unknown:
-        raise UserError(
-            f"{path}: {len(unknown)} of {len(objects)} annotations have a category_id that is"
-            f" none of its {len(names)} categories (the first: {unknown[0]})"
-        )
-    return Annotations(images, sorted(categories, key=lambda category: category.id), objects)
-
-
-def _entries(content: Any, name: str, path: Path, read: Callable[[_Fields], Entry]) -> list[Entry]:
-    entries = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: not COCO instance annotations: has no list of {name}")
-    return [read(_Fields(e, f"{path}: {name}[{n}]")) for n, e in enumerate(entries)]
-
-
-def _image(fields: _Fields) -> ImageEntry:
-    height, width = fields.whole("height"), fields.whole("width")
-    if min(height, width) < 1 or max(height, width) > FARTHEST:
-        raise UserError(f"{fields.where}: {width}×{height} pixels")
-    return ImageEntry(fields.whole("id"), fields.text("file_name"), height, width)
-
-
-def _category(fields: _Fields) -> Category:
-    return Category(fields.whole("id"), fields.text("name"))
-
-
-def _object(fields: _Fields, sizes: dict[int, tuple[int, int]]) -> Annotation:
-    image = fields.whole("image_id")
-    if image not in sizes:
-        raise UserError(f"{fields.where} is of image {image}, which the file does not name")
-    return Annotation(
-        image_id=image,
-        category_id=fields.whole("category_id"),
-        bbox=fields.box("bbox"),
-        area=fields.number("area"),
-        crowd=fields.flag("iscrowd"),
-        segmentation=fields.segmentation("segmentation", *sizes[image]),
-    )

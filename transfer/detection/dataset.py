@@ -1,7 +1,7 @@
 """COCO's instance annotations: images with boxes and masks, for training and for evaluation.
 
-Letters: N objects of an image, A annotations of a file, H W the stored image's height and width,
-h w those it is resized to, in pixels. Boxes are x1 y1 x2 y2 in pixels, masks uint8 0 or 1.
+Letters: N objects of an image, H W the stored image's height and width, h w the resized image's, in
+pixels. Boxes are x1 y1 x2 y2 in pixels, masks uint8 0 or 1.
 """
 
 import os
@@ -32,36 +32,36 @@ from transfer.detection.annotations import (
 
 @dataclass(frozen=True)
 class Record:
-    """One image and what is annotated in it."""
+    """One image and its objects."""
 
     id: int
     name: str
-    """Of the file, under the folder of images."""
+    """The file's path under the folder of images."""
     height: int
     width: int
     boxes: NDArray[np.float32]
-    """[N, 4]; in the image, of positive size."""
+    """[N, 4]; inside the image, of positive size."""
     labels: NDArray[np.int64]
     """[N], 1 … C."""
     segmentations: bytes
-    """The list of the N segmentations, pickled: as Python's objects COCO's would take gigabytes, in
-    each of the processes that load images."""
+    """The list of the N segmentations, pickled: as Python objects, COCO's would take gigabytes in
+    each process that loads images."""
 
 
 class CocoInstances:
-    """The images that an annotation file names, with their objects. Crowds are no objects here:
-    training leaves them out, and the evaluator reads them itself.
+    """The images of an annotation file, with their objects. Crowds are skipped: training does not
+    use them, and the evaluator reads them from the file.
 
-    Raises UserError where the file or an image is missing, or where what it says is not of the
-    format. An object whose box has no area within the image, or whose mask has none, is left out
-    and counted in `dropped`.
+    An object is skipped, and counted in `dropped`, if its box has no area inside the image or its
+    mask has none. Raises UserError if the file or an image is missing, or if the file's content is
+    not of the format.
     """
 
     def __init__(self, annotations: Path, images: Path) -> None:
         self.annotations, self.images = annotations, images
         content = read_annotations(annotations)
         self.categories: dict[int, str] = {c.id: c.name for c in content.categories}
-        """Names by id, in the order of the ids: the n-th is label n, from 1 on."""
+        """Names by id, in the order of the ids: label n is the n-th, counted from 1."""
         self.dropped = 0
         self.records = self._records(content)
         self._check_images()
@@ -72,15 +72,15 @@ class CocoInstances:
             return file_digest(file, "sha256").hexdigest()
 
     def load(self, record: Record) -> Image.Image:
-        """The RGB image. Raises UserError unless it has the size that the annotations name."""
+        """The RGB image. Raises UserError if its size is not the size in the annotations."""
         path = self.images / record.name
         image = open_image(path)
         self._check_size(path, image, record)
         return image.convert("RGB")
 
     def check_headers(self) -> None:
-        """Raise UserError for the first file that is no image, or one of another size than the
-        annotations name, by its header: what would else be found when its turn comes.
+        """Raise UserError for the first file that is not an image of the size in the annotations.
+        Only headers are read. Without this check, a run would fail when it first loads the file.
         """
         for record in self.records:
             path = self.images / record.name
@@ -90,14 +90,14 @@ class CocoInstances:
     def masks(self, record: Record) -> NDArray[np.uint8]:
         """The objects' masks [N, H, W]."""
         size = record.height, record.width
-        runs = [to_rle(some, *size) for some in pickle.loads(record.segmentations)]
+        runs = [to_rle(one, *size) for one in pickle.loads(record.segmentations)]
         return np.moveaxis(rle.decode(runs), -1, 0)
 
     def _records(self, content: Annotations) -> list[Record]:
         labels = {category: n for n, category in enumerate(self.categories, start=1)}
         objects = defaultdict(list)
-        for one in content.objects:
-            if not one.crowd:
+        for one in content.annotations:
+            if not one.iscrowd:
                 objects[one.image_id].append(one)
         return [self._record(image, objects[image.id], labels) for image in content.images]
 
@@ -132,7 +132,7 @@ class CocoInstances:
     def _check_images(self) -> None:
         if not self.images.is_dir():
             raise UserError(f"{self.images}: no such folder of images")
-        listed = {path.name for path in self.images.iterdir()}  # one look-up instead of thousands
+        listed = {path.name for path in self.images.iterdir()}  # one call instead of thousands
         names = [record.name for record in self.records]
         missing = [
             name
@@ -147,26 +147,24 @@ class CocoInstances:
 
 
 def open_instances(root: Path, annotations: str, images: str, split: str) -> CocoInstances:
-    """A split of a data set in COCO's layout; `annotations` and `images` are places under `root`
-    (or absolute) in which {split} stands for the split. Raises UserError.
+    """A split of a data set in COCO's layout. `annotations` and `images` are paths, absolute or
+    under `root`, in which {split} stands for the split. Raises UserError.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    file, folder = (root / place.replace("{split}", split) for place in (annotations, images))
+    file, folder = (root / path.replace("{split}", split) for path in (annotations, images))
     if not file.is_file():
-        found = sorted(
-            path.name for path in (file.parent if file.parent.is_dir() else root).iterdir()
-        )
+        parent = file.parent if file.parent.is_dir() else root
+        names = sorted(path.name for path in parent.iterdir())
         raise UserError(
             f"{file}: no such file: expected COCO's layout, ROOT/{annotations} beside"
-            f" ROOT/{images}/; found {', '.join(found[:8]) or 'nothing'}"
-            f" in {file.parent if file.parent.is_dir() else root}"
+            f" ROOT/{images}/; found {', '.join(names[:8]) or 'nothing'} in {parent}"
         )
     return CocoInstances(file, folder)
 
 
 def resized(height: int, width: int, side: int, longest: int) -> tuple[int, int]:
-    """Height and width with the shorter one `side` pixels, or less where the longer one would
+    """Height and width with a shorter side of `side` pixels, or less if the longer side would
     exceed `longest`.
     """
     scale = min(side / min(height, width), longest / max(height, width))
@@ -179,7 +177,9 @@ class TrainingExamples:
     def __init__(
         self, source: CocoInstances, sides: Sequence[int], longest: int, flip: float
     ) -> None:
-        """Shorter sides to draw from, the limit of the longer one, and how often to mirror."""
+        """`sides`: shorter sides to draw from; `longest`: limit of the longer side; `flip`:
+        probability of mirroring. Raises UserError if no image has an object.
+        """
         self.source, self.sides, self.longest, self.flip = source, sides, longest, flip
         self.records = [record for record in source.records if len(record.boxes)]
         if not self.records:

@@ -1,9 +1,8 @@
-"""COCO's average precision of boxes and masks, by faster-coco-eval.
+"""COCO's average precision (AP) of boxes and masks, computed by faster-coco-eval.
 
 Letters: D detections of an image, H W its stored height and width, M the side of a predicted mask.
 """
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
+from msgspec.structs import asdict
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,21 +27,20 @@ from transfer.task import Row
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """In the evaluator's order."""
 CocoResult = dict[str, Any]
-"""A line of COCO's results: image_id, category_id, bbox [x, y, width, height] in pixels of the
-stored image, score, segmentation (RLE)."""
+"""One detection in COCO's format: image_id, category_id, bbox [x, y, width, height] in pixels of
+the stored image, score, segmentation (run lengths)."""
 
 
 def evaluate(
     model: nn.Module, source: CocoInstances, side: int, longest: int, accelerator: Accelerator
 ) -> list[Row]:
-    """Score a detector, in evaluation mode and without gradients, on all images of `source`,
-    resized to a shorter `side` unless the longer one would exceed `longest`. Each process does its
-    share, all return all rows.
+    """Score a detector on all images of `source`, resized by `resized`. The caller sets evaluation
+    mode and disables gradients. Each process scores its share; all return all rows.
 
     Raises UserError.
     """
     share = source.records[accelerator.process_index :: accelerator.num_processes]
-    found: list[CocoResult] = []
+    results: list[CocoResult] = []
 
     def load(record: Record) -> Tensor:
         size = resized(record.height, record.width, side, longest)
@@ -54,22 +53,23 @@ def evaluate(
         zip(share, images, strict=True), "evaluate", len(share), unit="image", disable=hidden
     ):
         (detections,) = model({"images": [image.to(accelerator.device)]})
-        found += to_results(detections, record, image.shape[1:], categories)
-    found = gather_object(found)
-    rows = [score(source, found) if accelerator.is_main_process else []]
+        results += to_results(detections, record, image.shape[1:], categories)
+    results = gather_object(results)
+    rows = [score(source, results) if accelerator.is_main_process else []]
     return broadcast_object_list(rows)[0]
 
 
 def to_results(
     detections: dict[str, Tensor], record: Record, size: tuple[int, int], categories: list[int]
 ) -> list[CocoResult]:
-    """What the network says of an image that it saw at `size` (height, width), in terms of the
-    stored one. Masks are encoded one at a time, so memory holds one at full size.
+    """The detections of one image in COCO's format: boxes and masks move from `size`, the (height,
+    width) of the network's input, to the stored size. Masks are encoded one at a time, so that
+    memory holds only one at full size.
     """
-    sides = torch.tensor([record.width / size[1], record.height / size[0]] * 2)
+    scale = torch.tensor([record.width / size[1], record.height / size[0]] * 2)
     boxes = detections["boxes"].float().cpu()
-    places = ((boxes + HALF_PIXEL) * sides).numpy()
-    corners = (boxes * sides).numpy().astype(np.float64)
+    mask_boxes = ((boxes + HALF_PIXEL) * scale).numpy()
+    corners = (boxes * scale).numpy().astype(np.float64)
     masks = detections["masks"].float().cpu()
     labels, scores = detections["labels"].tolist(), detections["scores"].tolist()
     return [
@@ -78,17 +78,17 @@ def to_results(
             "category_id": categories[label - 1],
             "bbox": [*corner[:2], *(corner[2:] - corner[:2])],
             "score": confidence,
-            "segmentation": rle.encode(paste(mask[0], place, record.height, record.width)),
+            "segmentation": rle.encode(paste(mask[0], mask_box, record.height, record.width)),
         }
-        for corner, place, mask, label, confidence in zip(
-            corners, places, masks, labels, scores, strict=True
+        for corner, mask_box, mask, label, confidence in zip(
+            corners, mask_boxes, masks, labels, scores, strict=True
         )
     ]
 
 
 def paste(mask: Tensor, box: NDArray[np.float32], height: int, width: int) -> NDArray[np.uint8]:
-    """Where a mask [M, M] of values in 0..1 that fills `box` is at least 0.5: uint8 [H, W]."""
-    image = np.zeros((height, width), np.uint8, order="F")  # as the encoder reads it
+    """Stretch a mask [M, M] of values in 0..1 over `box`: uint8 [H, W], 1 where it is ≥ 0.5."""
+    image = np.zeros((height, width), np.uint8, order="F")  # the order that the encoder reads
     x1, y1 = np.floor(box[:2]).astype(int).clip(0)
     x2, y2 = np.ceil(box[2:]).astype(int).clip(0, (width, height))
     if x2 <= x1 or y2 <= y1:
@@ -101,17 +101,18 @@ def paste(mask: Tensor, box: NDArray[np.float32], height: int, width: int) -> ND
     return image
 
 
-def score(source: CocoInstances, found: list[CocoResult]) -> list[Row]:
-    """Rows box_ap … mask_ap_large, values in 0..1, without those of sizes of which there is no
-    object. Raises UserError.
+def score(source: CocoInstances, results: list[CocoResult]) -> list[Row]:
+    """Rows box_ap … mask_ap_large with values in 0..1. Sizes without any object have no row.
+
+    Raises UserError.
     """
     truth = ground_truth(source)
     rows = []
     for name, kind, field in (("box", "bbox", "bbox"), ("mask", "segm", "segmentation")):
-        # With a box beside it, the evaluator would take the box's area for the mask's.
+        # Given a box and a mask, the evaluator would use the area of the box for the mask.
         keys = ("image_id", "category_id", "score", field)
-        results = truth.loadRes([{key: one[key] for key in keys} for one in found])
-        evaluator = COCOeval_faster(truth, results, kind)
+        loaded = truth.loadRes([{key: one[key] for key in keys} for one in results])
+        evaluator = COCOeval_faster(truth, loaded, kind)
         evaluator.run()
         for metric, value in zip(METRICS, evaluator.stats, strict=False):
             if value >= 0:
@@ -120,18 +121,18 @@ def score(source: CocoInstances, found: list[CocoResult]) -> list[Row]:
 
 
 def ground_truth(source: CocoInstances) -> COCO:
-    """What the annotation file says, crowds included. Objects are numbered anew from 1: the
-    evaluator takes a 0 for none. Raises UserError.
+    """The annotation file for the evaluator, crowds included. Annotations are numbered from 1,
+    because the evaluator reads a 0 as "no object". Raises UserError.
     """
     content = read_annotations(source.annotations)
-    objects = [
-        {"id": number, "iscrowd": int(one.crowd), **asdict(one)}
-        for number, one in enumerate(content.objects, start=1)
+    annotations = [
+        {**asdict(one), "id": number, "iscrowd": int(one.iscrowd)}
+        for number, one in enumerate(content.annotations, start=1)
     ]
     return COCO(
         {
             "images": [asdict(image) for image in content.images],
             "categories": [asdict(category) for category in content.categories],
-            "annotations": objects,
+            "annotations": annotations,
         }
     )

@@ -1,16 +1,18 @@
-"""Mask R-CNN with a feature pyramid (He et al. 2017, Lin et al. 2017), of torchvision's parts, in
-the shape of the authors' setting: norms in the pyramid and in both heads, four convolutions and one
-fully connected layer in the box head, nothing frozen.
+"""Mask R-CNN with a feature pyramid (He et al. 2017, Lin et al. 2017), built from torchvision's
+parts. The shape is the authors' setting: norms in the pyramid and in both heads; four convolutions
+and one fully connected layer in the box head; nothing frozen.
 
-What can be set is set as in detectron2, which the published figures come from: numbers of anchors
-and proposals, thresholds, weights of the box deltas, adaptive sampling of regions, initial weights.
-What torchvision's parts do otherwise: the box losses are smooth L1 with β = 1/9 (there L1);
-anchors are rounded to whole pixels; regions are read without the half-pixel shift of aligned
-RoIAlign, from the maps and from the masks, which `HALF_PIXEL` makes good for the masks; the targets
-of the mask loss lie between 0 and 1 (there they are 0 or 1).
+The published figures come from detectron2. Its values are used for the numbers of anchors and
+proposals, thresholds, weights of the box deltas, adaptive sampling of regions and initial weights.
+torchvision's parts differ from detectron2 as follows:
+- The box losses are smooth L1 with β = 1/9 (there L1).
+- Anchors are rounded to whole pixels.
+- RoIAlign reads maps and masks without the half-pixel shift of its aligned form. `HALF_PIXEL`
+  corrects this for the masks.
+- The targets of the mask loss lie between 0 and 1 (there they are 0 or 1).
 
-Letters: B images, h w an image's height and width as the network sees it, N objects of an image,
-D detections of it, C classes, M = 28 the side of a predicted mask.
+Letters: B images, h w height and width of the network's input, N objects of an image, D detections
+of an image, C classes, M = 28 the side of a predicted mask.
 """
 
 from collections.abc import Iterator
@@ -33,17 +35,18 @@ from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from transfer.detection.config import ModelConfig
 
 STRIDE = 64
-"""Pixels of a cell of the coarsest map. Sides are padded to whole ones: torchvision takes a level's
-anchors to be as far apart as the side divided by its cells."""
+"""Pixels per cell of the coarsest map. Images are padded to multiples of it, because torchvision
+computes the distance of a level's anchors as side / cells.
+"""
 BOX_SIDE, MASK_SIDE = 7, 14
-"""Bins of a region in each direction, as the heads see it."""
+"""Bins of a region in each direction, for the box head and the mask head."""
 LEVELS = ["layer1", "layer2", "layer3", "layer4"]
 HALF_PIXEL = 0.5
-"""How far right and down of its box, in pixels of the network's input, a predicted mask lies."""
+"""Pixels of the network's input by which a predicted mask lies right of and below its box."""
 
 
 class Detector(nn.Module):
-    """A detector of C classes on an encoder, all of whose stages feed the pyramid."""
+    """A detector of C classes on an encoder. All stages of the encoder feed the pyramid."""
 
     def __init__(self, encoder: nn.Sequential, num_classes: int, config: ModelConfig) -> None:
         super().__init__()
@@ -62,9 +65,9 @@ class Detector(nn.Module):
                 masks uint8 [N, h, w], N ≥ 1.
 
         Returns:
-            Scalars, of which the loss is the sum; or B dicts of boxes [D, 4], labels [D], scores
-            [D], the best first, and masks [D, 1, M, M], how likely each cell of the box is the
-            object's.
+            Scalars, whose sum is the loss; or B dicts of boxes [D, 4], labels [D], scores [D],
+            the best first, and masks [D, 1, M, M], the probability that a cell of the box belongs
+            to the object.
         """
         images = _normalised(batch["images"])
         features = self.backbone(images.tensors)
@@ -75,7 +78,9 @@ class Detector(nn.Module):
 
 
 def _normalised(images: list[Tensor]) -> ImageList:
-    """With ImageNet's mean and deviation, then padded with zeros to one size of whole strides."""
+    """Normalise by ImageNet's mean and deviation, then pad with zeros to one size, a multiple of
+    STRIDE.
+    """
     device = images[0].device
     mean, std = (
         torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
@@ -83,13 +88,13 @@ def _normalised(images: list[Tensor]) -> ImageList:
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     height, width = (-(-max(side) // STRIDE) * STRIDE for side in zip(*sizes, strict=True))
     canvas = torch.zeros(len(images), 3, height, width, device=device)
-    for place, image, (h, w) in zip(canvas, images, sizes, strict=True):
-        place[:, :h, :w] = (image / 255 - mean) / std
+    for padded, image, (h, w) in zip(canvas, images, sizes, strict=True):
+        padded[:, :h, :w] = (image / 255 - mean) / std
     return ImageList(canvas, sizes)
 
 
 def _pyramid(encoder: nn.Sequential, channels: int) -> BackboneWithFPN:
-    """[B, 3, h, w] → dict of five maps [B, channels, …] of 1/4, 1/8, … 1/64 of the size."""
+    """[B, 3, h, w] → dict of five maps [B, channels, …] at 1/4, 1/8, … 1/64 of the size."""
     expansion = encoder.get_submodule("layer1")[-1].expansion  # type: ignore[index]
     widths = [width * expansion for width in (64, 128, 256, 512)]
     return BackboneWithFPN(
@@ -142,10 +147,10 @@ def _heads(classes: int, config: ModelConfig) -> RoIHeads:
 
 
 def _regions(side: int, points: int) -> MultiScaleRoIAlign:
-    """Regions of the pyramid's maps, of side × side bins.
+    """Reads regions of the pyramid's maps in side × side bins.
 
-    torchvision would guess the maps' scales from the first images that it sees, for good, and
-    double them where padding makes an image more than √2 times as large.
+    The maps' scales are set here. torchvision would guess them once from the first batch, and would
+    double them if padding makes an image more than √2 times as large.
     """
     pool = MultiScaleRoIAlign(LEVELS, side, points)
     pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
@@ -154,7 +159,7 @@ def _regions(side: int, points: int) -> MultiScaleRoIAlign:
 
 
 def _initialise(heads: RoIHeads) -> None:
-    """Where torchvision draws other first weights than detectron2."""
+    """Draw detectron2's initial weights where torchvision's differ."""
     for layer in heads.box_head:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)
@@ -171,8 +176,9 @@ def _initialise(heads: RoIHeads) -> None:
 
 
 def _before_boxes(detector: Detector) -> Iterator[nn.Module]:
-    """The parts whose outputs are computed with as coordinates, scores or losses. bfloat16 knows
-    pixels beyond 256 to two or more only, and torchvision gives anchors the type of the maps.
+    """The parts whose outputs become coordinates, scores or losses. These need float32: bfloat16
+    rounds coordinates above 256 to steps of two pixels or more, and torchvision gives anchors the
+    type of the maps.
     """
     yield detector.backbone
     yield detector.rpn.head

@@ -17,7 +17,7 @@ from transfer.detection.model import Detector
 from transfer.examples import generator
 from transfer.task import Row
 
-_FIRST = os.environ.get("RANK", "0") == "0"  # what all processes find, one says
+_FIRST = os.environ.get("RANK", "0") == "0"  # only this process prints notes
 
 
 class Detection:
@@ -30,10 +30,10 @@ class Detection:
         train, self.val = (_open(config, split) for split in (data.train, data.val))
         if train.categories != self.val.categories:
             raise UserError(
-                f"{self.val.annotations}: its categories are not those of {train.annotations}"
+                f"{self.val.annotations}: its categories differ from those of {train.annotations}"
             )
         if not any(len(record.boxes) for record in self.val.records):
-            raise UserError(f"{self.val.annotations}: no object to be scored on")
+            raise UserError(f"{self.val.annotations}: no object to score")
         self.val.check_headers()
         self.config = config
         self.examples = TrainingExamples(train, data.train_sides, data.longest_side, data.flip)
@@ -43,8 +43,8 @@ class Detection:
         self.scored = _identity(self.val, len(self.val.records))
         if train.dropped and _FIRST:
             print(
-                f"note: {train.annotations}: {train.dropped} objects left out of the training:"
-                " their boxes or masks have no area within the image",
+                f"note: {train.annotations}: training skips {train.dropped} objects: their boxes"
+                " or masks have no area within the image",
                 file=sys.stderr,
             )
 
@@ -56,12 +56,12 @@ class Detection:
         return self.examples.load(index, generator(self.config.optim.seed, epoch, index))
 
     def collate(self, examples: list[dict[str, Tensor]]) -> dict[str, list[Any]]:
-        """What `Detector` takes; images differ in size, so nothing is stacked."""
+        """The input of `Detector`. Images differ in size, so they are not stacked."""
         targets = [{k: v for k, v in one.items() if k != "image"} for one in examples]
         return {"images": [one["image"] for one in examples], "targets": targets}
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> list[Row]:
-        """COCO's average precisions on the validation split. Raises UserError."""
+        """COCO's average precision on the validation split. Raises UserError."""
         data = self.config.data
         return evaluate(model, self.val, data.val_side, data.longest_side, accelerator)
 

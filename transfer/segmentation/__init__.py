@@ -1,1 +1,1 @@
-"""Semantic segmentation with an FCN on a dilated ResNet, as the seeds' tables measure it."""
+"""Semantic segmentation with an FCN on a dilated ResNet, as in the paper's tables."""

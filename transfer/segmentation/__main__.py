@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 
 
 def build(config: SegmentationConfig) -> Task:
-    """Takes seconds to import, which --help need not wait for."""
+    """Imports the task here, because the import takes seconds and --help does not need it."""
     from transfer.segmentation.task import Segmentation
 
     return Segmentation(config)

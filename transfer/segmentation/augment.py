@@ -1,6 +1,6 @@
-"""What images and label maps go through on the host: size, crop, mirror image, colours, void.
+"""Resize, crop, mirror, recolour and pad images and their label maps, on the host.
 
-Letters: H W a stored image's height and width, h w those it is resized to, S the side of a crop.
+Letters: H W a stored image's height and width, h w the resized image's, S the side of a crop.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from pipeline.augment import IMAGENET_MEAN
 from transfer.segmentation.config import AugmentConfig
 
 PADDING = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
-"""The pixel that normalises to about 0."""
+"""The pixel that normalisation maps to about 0."""
 TRIES = 10
-"""How often a crop of nearly one class is drawn again."""
+"""How often a crop is drawn again if nearly all of it is one class."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32, (0.5, 1.5), (0.5, 1.5), 0.1
-"""Levels up or down, factors, factors, turns up or down."""
+"""Largest change in levels, range of factors, range of factors, largest change in turns."""
 
 
 class Box(NamedTuple):
-    """A part of a resized image, in its pixels."""
+    """A part of a resized image, in pixels of the resized image."""
 
     top: int
     left: int
@@ -31,8 +31,8 @@ class Box(NamedTuple):
 
 
 def fit(shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, int]:
-    """(h, w) of an image of shape [H, W, …] that is made as large as fits into `size`, a longer and
-    a shorter side.
+    """The largest (h, w) of an image of shape [H, W, …] that fits into `size`, a longer and a
+    shorter side.
     """
     (height, width), (longer, shorter) = shape[:2], size
     factor = min(longer / max(height, width), shorter / min(height, width))
@@ -42,8 +42,8 @@ def fit(shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, int]:
 def cut(
     pixels: np.ndarray, size: tuple[int, int], box: Box, resample: Image.Resampling
 ) -> np.ndarray:
-    """[H, W] or [H, W, 3] → the part `box` of the image resized to `size` = (h, w), without making
-    the rest of it.
+    """[H, W] or [H, W, 3] → the part `box` of the image resized to `size` = (h, w). The rest is not
+    computed.
 
     BILINEAR is antialiased (the filter widens with the reduction); NEAREST keeps class ids.
     """
@@ -59,15 +59,15 @@ def cut(
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[H, W, 3] → [h, w, 3], `size` = (h, w), as `cut` does it."""
+    """[H, W, 3] → [h, w, 3], `size` = (h, w), bilinear as in `cut`."""
     return cut(pixels, size, Box(0, 0, *size), Image.Resampling.BILINEAR)
 
 
 def augment(
     pixels: np.ndarray, labels: np.ndarray, config: AugmentConfig, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An image uint8 [H, W, 3] and its label map uint8 [H, W] → [S, S, 3] and [S, S], S =
-    `config.crop`: the training example that `generator` draws of them.
+    """A training example: image uint8 [H, W, 3] and label map uint8 [H, W] → [S, S, 3] and [S, S],
+    S = `config.crop`. All randomness is drawn from `generator`.
     """
     factor = generator.uniform(*config.scale)
     size = fit(labels.shape, tuple(int(side * factor) for side in config.size))
@@ -86,36 +86,39 @@ def choose(
     config: AugmentConfig,
     generator: np.random.Generator,
 ) -> tuple[Box, np.ndarray]:
-    """A crop, and the label map in it: of several, the first that is not nearly all of one class,
-    or the last.
+    """Draw a crop: its box and its label map. Up to TRIES times, draw again if one class covers
+    `config.max_class_share` of its labelled pixels or more.
     """
     height, width = (min(side, config.crop) for side in size)
     for _ in range(1 + TRIES):
         top = int(generator.integers(size[0] - height + 1))
         left = int(generator.integers(size[1] - width + 1))
         box = Box(top, left, height, width)
-        found = cut(labels, size, box, Image.Resampling.NEAREST)
-        if config.max_class_share == 1 or largest_share(found) < config.max_class_share:
+        crop = cut(labels, size, box, Image.Resampling.NEAREST)
+        if config.max_class_share == 1 or largest_share(crop) < config.max_class_share:
             break
-    return box, found
+    return box, crop
 
 
 def largest_share(labels: np.ndarray) -> float:
-    """Of the labelled pixels, those of the most frequent class; 1 where none is labelled."""
+    """The most frequent class's share of the labelled pixels; 1 if no pixel is labelled."""
     counts = np.bincount(labels[labels != VOID], minlength=1)
     return float(counts.max() / counts.sum()) if counts.any() else 1.0
 
 
 def pad(pixels: np.ndarray, side: int, value: int | tuple[int, ...]) -> np.ndarray:
-    """[h, w] or [h, w, 3] → [S, S] or [S, S, 3], S = `side`: `value` to the right and below."""
+    """[h, w] or [h, w, 3] → [S, S] or [S, S, 3], S = `side`: pad with `value` right and below."""
     filled = np.full((side, side, *pixels.shape[2:]), value, pixels.dtype)
     filled[: pixels.shape[0], : pixels.shape[1]] = pixels
     return filled
 
 
 def distort(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """[h, w, 3] → the same with other colours: brightness, saturation and hue in this order, and
-    contrast after the first or the last of them, each with probability 1/2.
+    """mmsegmentation's photometric distortion, [h, w, 3] → [h, w, 3]: brightness, saturation and
+    hue in this order, contrast after the first or the last of them, each with probability 1/2.
+
+    torchvision's RandomPhotometricDistort computes other colours: its brightness is a factor, its
+    contrast blends with the mean, and its saturation blends with grey.
     """
     steps: list[Callable[[np.ndarray, np.random.Generator], np.ndarray]]
     steps = [_brightness, _saturation, _hue]
@@ -143,12 +146,14 @@ def _hue(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def scaled(pixels: np.ndarray, factor: float, offset: float) -> np.ndarray:
-    """uint8: each value times `factor` and plus `offset`."""
+    """uint8: each value times `factor`, plus `offset`, clipped to 0..255."""
     return np.clip(pixels * np.float32(factor) + np.float32(offset), 0, 255).astype(np.uint8)
 
 
 def recoloured(pixels: np.ndarray, turn: float, factor: float) -> np.ndarray:
-    """uint8 [h, w, 3]: hue on by `turn`, saturation (HSV's) times `factor`, in steps of 1/256."""
+    """uint8 [h, w, 3]: turn the hue by `turn`, multiply HSV's saturation by `factor`; both in steps
+    of 1/256.
+    """
     hsv = np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("HSV"))
     hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # wraps around, as hue does
     hsv[..., 1] = scaled(hsv[..., 1], factor, 0)

@@ -1,4 +1,4 @@
-"""The two sets of a run, opened as `evaluation.datasets.open` opens any."""
+"""The training set and the validation set of a run."""
 
 import hashlib
 from pathlib import Path
@@ -11,9 +11,11 @@ from transfer.segmentation.config import DataConfig
 
 
 def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
-    """The images to learn from and those to score. Raises UserError: for what is not of the layout,
-    for classes without names, for images that are in both, for label maps of another size or kind,
-    and where what is to be scored has class ids that the table does not hold, or none at all.
+    """The training set and the validation set.
+
+    Raises UserError: if a set does not have its layout, if classes have no names or differ between
+    the sets, if an image is in both, if a label map has another size than its image or is no label
+    map, or if the validation set has class ids that are not in the table or no label at all.
     """
     train, val = open_part(config, "train"), open_part(config, "val")
     if train.names is None:
@@ -25,17 +27,17 @@ def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
         raise UserError(f"{train.source}: other classes than those of {val.source}")
     common = {path.resolve() for path in train.paths} & {path.resolve() for path in val.paths}
     if common:
-        raise UserError(f"{min(common)}: to be learnt from and to be scored: give other sets")
+        raise UserError(f"{min(common)}: is in the training set and in the validation set")
     train.check_headers()
     val.check_labels()
     return train, val
 
 
 def open_part(config: DataConfig, part: Literal["train", "val"]) -> LabelledImages:
-    """One of them. Raises UserError."""
+    """The training set or the validation set. Raises UserError."""
     split: str = getattr(config, f"{part}_split")
     images, labels, listed = (
-        _path(getattr(config, f"{part}_{what}")) for what in ("images", "labels", "list")
+        _path(getattr(config, f"{part}_{name}")) for name in ("images", "labels", "list")
     )
     return open_labelled(
         config.dataset,
@@ -52,8 +54,8 @@ def open_part(config: DataConfig, part: Literal["train", "val"]) -> LabelledImag
 
 
 def fingerprint(data: LabelledImages) -> str:
-    """SHA-256 of the images' names in their order, the class names and the label maps' sizes in
-    bytes: the same wherever the set lies.
+    """SHA-256 of the class names, the images' names in their order and the label maps' sizes in
+    bytes. It does not depend on the folder.
     """
     lines = [*(data.names or []), ""]
     for image, labels in zip(data.paths, data.label_paths, strict=True):

@@ -1,6 +1,6 @@
-"""Score a network on whole images: windows, the labels' own size, one confusion matrix.
+"""Score a network on whole images, at the size of their label maps: one confusion matrix.
 
-Letters: B images, C classes, H W an image's height and width.
+Letters: B images, C classes, H W an image's height and width, h w the resized image's.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,15 +28,15 @@ class Example:
     """An image to score."""
 
     pixels: Tensor
-    """uint8 [H, W, 3], resized."""
+    """uint8 [h, w, 3] of the resized image."""
     labels: np.ndarray
-    """uint8, of the stored size; void as 255."""
+    """uint8 [H, W] of the stored image; 255 is void."""
 
 
 def examples(
     data: LabelledImages, indices: Sequence[int], size: tuple[int, int], threads: int
 ) -> Iterator[Example]:
-    """The images `indices` in their order, each resized to fit into `size`; a few are read ahead.
+    """The images `indices` in this order, each resized to fit into `size`. `threads` read ahead.
 
     Raises UserError.
     """
@@ -51,42 +51,42 @@ def examples(
 
 
 def slide(scores: Scores, pixels: Tensor, window: int, stride: int) -> Tensor:
-    """Pixels uint8 [B, H, W, 3] → logits float32 [B, C, H, W]: the mean over all windows that see a
-    pixel. The last window of a row or column ends with the image.
+    """Pixels uint8 [B, H, W, 3] → logits float32 [B, C, H, W]: for each pixel, the mean over all
+    windows that cover it. The last window of a row or column ends at the image's border.
     """
     height, width = pixels.shape[1:3]
     total: Tensor | None = None
     count = torch.zeros(height, width, device=pixels.device)
     for top in starts(height, window, stride):
         for left in starts(width, window, stride):
-            place = slice(top, top + window), slice(left, left + window)
-            found = scores(pixels[:, *place])
+            part = slice(top, top + window), slice(left, left + window)
+            logits = scores(pixels[:, *part])
             if total is None:
-                total = found.new_zeros(*found.shape[:2], height, width)
-            total[:, :, *place] += found
-            count[place] += 1
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[:, :, *part] += logits
+            count[part] += 1
     assert total is not None
     return total / count
 
 
 def starts(side: int, window: int, stride: int) -> list[int]:
-    """Where the windows begin that cover `side` pixels."""
+    """The first pixels of the windows that cover `side` pixels."""
     last = max(side - window, 0)
     return [min(start, last) for start in range(0, last + stride, stride)]
 
 
 def confusion_of(
     model: FCN,
-    found: Iterable[Example],
+    examples: Iterable[Example],
     num_classes: int,
     inference: InferenceConfig,
     device: torch.device,
 ) -> np.ndarray:
-    """int64 [C, C] (predicted, true), C = `num_classes`: what `model`, in evaluation mode on
-    `device`, makes of the pixels of all examples.
+    """The confusion matrix of all examples: int64 [C, C] (predicted, true), C = `num_classes`.
+    `model` must be in evaluation mode on `device`.
     """
     confusion = np.zeros((num_classes, num_classes), np.int64)
-    for example in found:
+    for example in examples:
         pixels = example.pixels[None].to(device)
         if inference.window:
             logits = slide(model.scores, pixels, inference.window, inference.stride)
@@ -102,8 +102,8 @@ def score_rows(confusion: np.ndarray, names: Sequence[str]) -> list[Row]:
     """Rows of an int64 [C, C] confusion matrix (predicted, true): miou, mean_accuracy,
     pixel_accuracy and the iou of each class.
 
-    A class that neither labels nor predictions show has no IoU, and one without labelled pixels no
-    accuracy; the means leave them out. Raises ValueError if no pixel is labelled.
+    A class in neither labels nor predictions has no IoU, and a class without labelled pixels has no
+    accuracy: the means skip them. Raises ValueError if no pixel is labelled.
     """
     hit, predicted, true = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     if not true.any():

@@ -1,4 +1,4 @@
-"""FCN on a dilated ResNet (arXiv 1411.4038), or a linear classifier of its cells.
+"""FCN on a dilated ResNet (arXiv 1411.4038), or a linear classifier of the ResNet's cells.
 
 Letters: B images, C classes, D channels, H W an image's height and width, h w cells.
 """
@@ -14,11 +14,11 @@ from evaluation.datasets.squares import normalise
 from transfer.segmentation.config import ModelConfig
 
 AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = "layer3", 256, 0.1
-"""mmsegmentation's, one convolution."""
+"""As in mmsegmentation, with one convolution."""
 
 
 class FCN(nn.Module):
-    """An encoder (of model.encoder, with its weights) and a head that scores each pixel."""
+    """An encoder (from `transfer.backbone`) and a head that scores each pixel."""
 
     def __init__(self, encoder: nn.Sequential, num_classes: int, config: ModelConfig) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class FCN(nn.Module):
             )
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{"pixels": uint8 [B, H, W, 3], "labels": uint8 [B, H, W]} → the losses, scalars: "seg",
-        and "auxiliary" if there is such a head, with its weight.
+        """{"pixels": uint8 [B, H, W, 3], "labels": uint8 [B, H, W]} → scalar losses: "seg", and
+        "auxiliary", already times its weight, if there is an auxiliary head.
         """
         images = normalise(batch["pixels"])
         last, middle = self._maps(images)
@@ -51,7 +51,7 @@ class FCN(nn.Module):
         return self._upsampled(self.head(self._maps(images)[0]), images.shape[2:])
 
     def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] → the last map [B, D, h, w], and that of the auxiliary head."""
+        """[B, 3, H, W] → the last map [B, D, h, w], and the map for the auxiliary head."""
         middle = features = images
         for name, stage in self.encoder.named_children():
             features = stage(features)
@@ -65,7 +65,7 @@ class FCN(nn.Module):
         )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy over the pixels; void ones add 0 to the mean, but count in it."""
+        """Mean cross-entropy over all pixels: a void pixel adds 0 to the sum, but counts."""
         upsampled = self._upsampled(logits, labels.shape[1:])
         total = F.cross_entropy(upsampled, labels.long(), ignore_index=VOID, reduction="sum")
         return total / labels.numel()
@@ -92,10 +92,10 @@ class FCNHead(nn.Module):
         self.classify = nn.Sequential(nn.Dropout2d(dropout), classifier(channels, num_classes))
 
     def forward(self, features: Tensor) -> Tensor:
-        found = self.convs(features)
+        hidden = self.convs(features)
         if self.concat is not None:
-            found = self.concat(torch.cat([features, found], dim=1))
-        logits: Tensor = self.classify(found)
+            hidden = self.concat(torch.cat([features, hidden], dim=1))
+        logits: Tensor = self.classify(hidden)
         return logits
 
 
@@ -116,14 +116,18 @@ def build_head(dim: int, num_classes: int, config: ModelConfig) -> nn.Module:
 
 
 def conv_norm_relu(inputs: int, outputs: int, dilation: int = 1) -> nn.Sequential:
-    """A 3×3 convolution that keeps the size, drawn from N(0, √(2/(9·outputs)))."""
+    """A 3×3 convolution that keeps the size, BatchNorm and ReLU. Initial weights are drawn from a
+    normal distribution with standard deviation √(2/(9·outputs)).
+    """
     conv = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 def classifier(dim: int, num_classes: int) -> nn.Conv2d:
-    """A 1×1 convolution, drawn from N(0, 0.01), with its biases at 0."""
+    """A 1×1 convolution. Initial weights are drawn from a normal distribution with standard
+    deviation 0.01; biases are 0.
+    """
     conv = nn.Conv2d(dim, num_classes, 1)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
@@ -131,17 +135,18 @@ def classifier(dim: int, num_classes: int) -> nn.Conv2d:
 
 
 def dilate(encoder: nn.Sequential, output_stride: int) -> nn.Sequential:
-    """Give a ResNet's map cells of `output_stride` (8, 16, 32) pixels, in place: where layer3 and
-    layer4 would halve it, their other 3×3 convolutions reach twice as far instead.
+    """Change a ResNet in place: cells of its map become `output_stride` (8, 16, 32) pixels wide.
+    Where layer3 and layer4 would halve the map, their strides become 1, and the 3×3 convolutions
+    that follow get twice the dilation.
 
-    Each of the new map's cells at a multiple of the stride is then what it was before. torchvision
-    does the same at construction (replace_stride_with_dilation), but not for ResNet-18 and -34.
+    The new map contains the old one: every second (fourth) cell keeps its value. torchvision does
+    the same at construction (replace_stride_with_dilation), but not for ResNet-18 and -34.
     """
     dilation = 1
     for name, stride in (("layer3", 16), ("layer4", 32)):
         convs = [m for m in encoder.get_submodule(name).modules() if isinstance(m, nn.Conv2d)]
         first, *others = [conv for conv in convs if conv.kernel_size == (3, 3)]
-        first.dilation = first.padding = (dilation, dilation)  # it still sees the last stage's map
+        first.dilation = first.padding = (dilation, dilation)  # its input is the last stage's map
         if stride > output_stride:
             dilation *= 2
             for conv in convs:
@@ -152,6 +157,6 @@ def dilate(encoder: nn.Sequential, output_stride: int) -> nn.Sequential:
 
 
 def out_channels(stage: nn.Module) -> int:
-    """Channels of the map that a ResNet, or a stage of it, makes: those of its last convolution."""
+    """Channels of the map of a ResNet or of one stage: those of its last convolution."""
     convs = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
     return convs[-1].out_channels

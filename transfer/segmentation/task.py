@@ -1,4 +1,4 @@
-"""Semantic segmentation, as `transfer.task.Task` has it."""
+"""Semantic segmentation as a task for `transfer.trainer`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ Example = tuple[np.ndarray, np.ndarray]
 
 
 class Segmentation:
-    """A run's data and model. Construction opens and checks them; raises UserError."""
+    """A `transfer.task.Task`. Raises UserError if a data set or the weights cannot be used."""
 
     name = "segmentation"
 
@@ -40,7 +40,7 @@ class Segmentation:
             }
             for part in (self.train, self.val)
         )
-        torch.backends.cudnn.benchmark = True  # all crops have one size
+        torch.backends.cudnn.benchmark = True  # all crops have the same size
 
     def __len__(self) -> int:
         return len(self.train)
@@ -60,23 +60,25 @@ class Segmentation:
         }
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> list[Row]:
-        """Image by image, for they differ in size; the processes' confusion matrices are added."""
+        """Score the validation set, one image at a time, because sizes differ. The confusion
+        matrices of all processes are added.
+        """
         assert isinstance(model, FCN)
-        mine = range(accelerator.process_index, len(self.val), accelerator.num_processes)
+        indices = range(accelerator.process_index, len(self.val), accelerator.num_processes)
         threads = max(1, self.config.efficiency.workers)
-        found = examples(self.val, mine, self.config.augment.size, threads)
-        with _any_size():
-            share = confusion_of(
-                model, found, self.val.num_classes, self.config.inference, accelerator.device
+        share = examples(self.val, indices, self.config.augment.size, threads)
+        with _without_benchmark():
+            confusion = confusion_of(
+                model, share, self.val.num_classes, self.config.inference, accelerator.device
             )
-        on_device = torch.from_numpy(share).to(accelerator.device)
-        confusion = accelerator.reduce(on_device, reduction="sum")
-        return score_rows(confusion.cpu().numpy(), self.val.names or [])
+        on_device = torch.from_numpy(confusion).to(accelerator.device)
+        total: Tensor = accelerator.reduce(on_device, reduction="sum")
+        return score_rows(total.cpu().numpy(), self.val.names or [])
 
 
 @contextmanager
-def _any_size() -> Iterator[None]:
-    """cuDNN does not try all algorithms, which takes long and pays off for images of one size."""
+def _without_benchmark() -> Iterator[None]:
+    """cuDNN does not try all algorithms: that is slow for images of many sizes."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield

@@ -1,4 +1,4 @@
-"""Average precision: equal to pycocotools', of masks at full size, of all processes together."""
+"""Average precision: equal to pycocotools', from masks at full size, over all processes."""
 
 import copy
 import json
@@ -41,8 +41,8 @@ def disc(x: int, y: int, radius: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def shaky_set(root: Path) -> tuple[CocoInstances, list[dict[str, Any]]]:
-    """Discs of all three of COCO's sizes, a crowd, an image without objects, and detections of
-    them that are off by some pixels, of another class, double, or of nothing.
+    """Discs of COCO's three sizes, a crowd and an image without objects. Detections of them: some
+    are shifted by a few pixels, of another class, duplicated, or without an object.
     """
     generator = np.random.default_rng(0)
     sizes = [(240, 320), (300, 220), (260, 260), (100, 120)]
@@ -80,7 +80,7 @@ def shaky_set(root: Path) -> tuple[CocoInstances, list[dict[str, Any]]]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scores_are_those_of_pycocotools(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """All published figures come from it."""
+    """All published figures come from pycocotools."""
     pytest.importorskip("pycocotools")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -100,7 +100,7 @@ def test_scores_are_those_of_pycocotools(tmp_path: Path, capsys: pytest.CaptureF
 
 
 class Oracle(nn.Module):
-    """Finds what the annotations say, in the image as it is given to it."""
+    """Returns the annotated objects, in the coordinates of its input image."""
 
     def __init__(self, source: CocoInstances) -> None:
         super().__init__()
@@ -124,8 +124,9 @@ class Oracle(nn.Module):
 
 
 def test_a_perfect_detector_is_perfect(tmp_path: Path) -> None:
-    """Labels become categories again, boxes those of the stored image, and masks cover them: any
-    slip between network and file would cost precision here."""
+    """Labels become category ids again, boxes return to the stored image, and masks cover them. Any
+    mistake between network and file would cost precision here.
+    """
     varied_set(tmp_path)
     source = opened(tmp_path)
     rows = evaluation.evaluate(Oracle(source), source, 480, 1000, ALONE)  # type: ignore[arg-type]
@@ -135,7 +136,7 @@ def test_a_perfect_detector_is_perfect(tmp_path: Path) -> None:
 
 
 def test_all_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A score of one process's images alone looks like a score."""
+    """A score of one process's images alone would look like a score of all."""
     varied_set(tmp_path)
     source = opened(tmp_path)
     whole = evaluation.evaluate(Oracle(source), source, 96, 1000, ALONE)  # type: ignore[arg-type]
@@ -152,7 +153,7 @@ def test_all_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_finding_nothing_scores_nothing(tmp_path: Path) -> None:
-    """What an untrained detector does; an evaluator that fails there ends the run."""
+    """An untrained detector finds nothing. If the evaluator failed then, it would end the run."""
     varied_set(tmp_path)
     rows = score(opened(tmp_path), [])
     assert {row["metric"] for row in rows} >= {"box_ap", "mask_ap75"}
@@ -160,7 +161,9 @@ def test_finding_nothing_scores_nothing(tmp_path: Path) -> None:
 
 
 def test_objects_numbered_from_0_count(tmp_path: Path) -> None:
-    """The evaluator takes 0 for "no object": a perfect detection would be a mistake."""
+    """The evaluator reads 0 as "no object": without new numbers, a perfect detection would count as
+    wrong.
+    """
     file = varied_set(tmp_path)
     content = json.loads(file.read_text())
     for one in content["annotations"]:
@@ -172,7 +175,7 @@ def test_objects_numbered_from_0_count(tmp_path: Path) -> None:
 
 
 def test_a_mask_is_cut_at_the_borders_of_the_image() -> None:
-    """A box may reach out of the image by half a pixel, or lie outside altogether."""
+    """A box may reach out of the image by half a pixel, or be completely outside."""
     full = torch.ones(28, 28)
     assert paste(full, np.array([-4, 2, 10, 99], np.float32), 20, 30).sum() == 10 * 18
     assert paste(full, np.array([40, 2, 50, 10], np.float32), 20, 30).sum() == 0
@@ -180,7 +183,7 @@ def test_a_mask_is_cut_at_the_borders_of_the_image() -> None:
 
 
 def test_results_are_of_the_stored_image(tmp_path: Path) -> None:
-    """COCO's boxes are x, y, width, height in pixels of the file, its categories are ids."""
+    """Boxes are x, y, width, height in pixels of the stored image; categories are ids."""
     varied_set(tmp_path)
     source = opened(tmp_path)
     record = source.records[0]
@@ -200,7 +203,7 @@ def test_results_are_of_the_stored_image(tmp_path: Path) -> None:
 
 
 def test_masks_are_resized_without_a_shift() -> None:
-    """Twice the size is every pixel twice; half the size of that the same again."""
+    """Twice the size repeats every pixel; half of that is the original mask."""
     mask = np.random.default_rng(0).integers(0, 2, (1, 9, 7), dtype=np.uint8)
     twice = nearest(mask, 18, 14)
     assert (twice == mask.repeat(2, axis=1).repeat(2, axis=2)).all()
@@ -208,7 +211,7 @@ def test_masks_are_resized_without_a_shift() -> None:
 
 
 def test_reading_ahead_keeps_the_order_and_the_errors() -> None:
-    """Results beside the wrong images, or a file that cannot be read and is not told."""
+    """Without it, results could belong to other images, or an unreadable file could be ignored."""
     assert list(ordered_map(lambda x: x * x, range(20), 2)) == [x * x for x in range(20)]
 
     def fails(x: int) -> int:

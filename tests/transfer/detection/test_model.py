@@ -1,4 +1,6 @@
-"""Mask R-CNN on an encoder: its shape, what learns in it, and where its boxes and masks lie."""
+"""Mask R-CNN on an encoder: its shape, its trained weights, and the positions of its boxes and
+masks.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -54,7 +56,7 @@ def batch() -> dict[str, Any]:
 
 
 def test_every_weight_learns() -> None:
-    """DistributedDataParallel waits for ever for one that a step leaves out."""
+    """DistributedDataParallel would wait for ever for a weight that a step does not use."""
     model = detector().train()
     losses = model(batch())
     assert losses.keys() == {
@@ -66,8 +68,9 @@ def test_every_weight_learns() -> None:
 
 
 def test_anchors_lie_at_whole_strides() -> None:
-    """torchvision derives a level's stride from the padded size: in a size that the coarsest map's
-    cells do not divide, its anchors would drift, 36 pixels at a side of 800."""
+    """torchvision derives a level's stride from the padded size. If the coarsest stride does not
+    divide this size, the anchors drift: by 36 pixels at a side of 800.
+    """
     model = detector().eval()
     found: list[Tensor] = []
     model.rpn.anchor_generator.register_forward_hook(lambda m, i, o: found.extend(o))
@@ -83,9 +86,10 @@ def test_anchors_lie_at_whole_strides() -> None:
         assert all(x % stride == 0 and y % stride == 0 for x, y in there)
 
 
-def test_regions_are_read_where_they_are_whatever_came_before() -> None:
-    """torchvision takes the maps' scales from the first batch, before padding: after an image of
-    85 pixels, which 128 are made of, all boxes of all images would lie at twice their place."""
+def test_regions_do_not_depend_on_earlier_batches() -> None:
+    """torchvision takes the maps' scales from the first batch, before padding. After an image of 85
+    pixels, padded to 128, it would read all boxes of all images at twice their coordinates.
+    """
     generator = torch.Generator().manual_seed(0)
     low, square = (
         torch.randint(0, 256, (3, height, 128), dtype=torch.uint8, generator=generator)
@@ -103,7 +107,7 @@ def test_regions_are_read_where_they_are_whatever_came_before() -> None:
 
 
 def test_large_objects_are_read_from_coarse_maps() -> None:
-    """Lin et al. 2017, equation 1: level ⌊4 + log2(√(wh) / 224)⌋, of 2 to 5."""
+    """Lin et al. 2017, equation 1: level ⌊4 + log2(√(wh) / 224)⌋, clipped to 2..5."""
     sides = torch.tensor([20.0, 110, 115, 220, 230, 440, 450, 900])
     boxes = torch.stack([sides * 0, sides * 0, sides, sides], dim=1)
     levels = detector().roi_heads.box_roi_pool.map_levels([boxes])
@@ -111,8 +115,9 @@ def test_large_objects_are_read_from_coarse_maps() -> None:
 
 
 def test_the_network_sees_what_the_encoder_was_trained_on() -> None:
-    """RGB, each channel with its own mean and deviation; blue for red would cost a backbone its
-    first layer. Padding is 0."""
+    """RGB, each channel with its mean and deviation. With red and blue exchanged, the backbone's
+    first layer would be useless. Padding is 0.
+    """
     model = detector().eval()
     seen: list[Tensor] = []
     model.backbone.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
@@ -127,7 +132,7 @@ def test_the_network_sees_what_the_encoder_was_trained_on() -> None:
 
 
 def test_a_frozen_encoder_stays_as_it_is() -> None:
-    """A "frozen" backbone whose batch statistics move is another backbone."""
+    """If the batch statistics of a frozen backbone change, it is another backbone."""
     model = detector(frozen=5).train()
     before = {name: value.clone() for name, value in model.backbone.body.state_dict().items()}
     torch.stack(list(model(batch()).values())).sum().backward()
@@ -140,7 +145,7 @@ def test_a_frozen_encoder_stays_as_it_is() -> None:
 
 
 def test_the_default_is_the_authors_setting() -> None:
-    """The published figures are of norms in pyramid and heads, and of these sizes."""
+    """The published figures come from norms in pyramid and heads, and from these sizes."""
     torch.manual_seed(0)
     with torch.device("meta"):
         encoder, _ = build_backbone(InitConfig())
@@ -177,9 +182,10 @@ def test_the_default_is_the_authors_setting() -> None:
     assert heads.box_roi_pool.sampling_ratio == heads.mask_roi_pool.sampling_ratio == 0
 
 
-def test_first_weights_are_detectron2s() -> None:
-    """Scores begin near those of no object, boxes and masks near none; torchvision's own draws are
-    several times as large."""
+def test_initial_weights_are_detectron2s() -> None:
+    """Initial scores are close to zero for all classes, and initial box deltas and masks close to
+    zero. torchvision's initial weights are several times as large.
+    """
     heads = detector(replace(SMALL, channels=64, box_features=256)).roi_heads
     for layer, deviation in (
         (heads.box_predictor.cls_score, 0.01),
@@ -191,7 +197,7 @@ def test_first_weights_are_detectron2s() -> None:
 
 
 def test_detections_lie_in_their_image() -> None:
-    """The batch is padded to one size; a box in the padding is a box of nothing."""
+    """The batch is padded to one size: a box in the padding would be a box of nothing."""
     model = detector().eval()
     given = batch()
     with torch.no_grad():
@@ -205,8 +211,9 @@ def test_detections_lie_in_their_image() -> None:
 
 
 def test_boxes_are_computed_in_float32_under_mixed_precision() -> None:
-    """bfloat16 knows a coordinate of 1,000 pixels to eight; torchvision would give anchors the type
-    of the maps."""
+    """bfloat16 rounds a coordinate near 1,000 to a multiple of 4 or 8 pixels, and torchvision would
+    give anchors the type of the maps.
+    """
     model = detector().train()
     types: list[torch.dtype] = []
 
@@ -231,8 +238,9 @@ def test_boxes_are_computed_in_float32_under_mixed_precision() -> None:
 def test_masks_are_pasted_where_their_targets_were_read(
     box: tuple[float, float, float, float],
 ) -> None:
-    """torchvision reads the targets of the mask loss half a pixel further right and down than
-    their boxes say; pasting at the boxes would move every mask."""
+    """torchvision reads the targets of the mask loss half a pixel right of and below their boxes.
+    If masks were pasted at the boxes, every mask would be shifted.
+    """
     rows, columns = torch.meshgrid(torch.arange(64), torch.arange(80), indexing="ij")
     disc = ((columns + 0.5 - 40) ** 2 + (rows + 0.5 - 32) ** 2 < 15**2).to(torch.uint8)
     place = torch.tensor([box])

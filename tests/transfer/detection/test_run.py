@@ -1,4 +1,4 @@
-"""The command: a run with all that it writes, its continuation, scoring alone, bad input."""
+"""The command: a run with its files, resuming, scoring alone, bad input."""
 
 import hashlib
 import json
@@ -63,12 +63,12 @@ def result(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in one go."""
+    """A run without an interruption."""
     return trained(small_config(coco, tmp_path_factory.mktemp("whole")))
 
 
-def test_a_run_tells_its_precisions(whole: Path, coco: Path) -> None:
-    """The table of results is made of this file."""
+def test_a_run_writes_its_scores(whole: Path, coco: Path) -> None:
+    """transfer.table reads this file."""
     written = result(whole)
     assert (written["task"], written["dataset"], written["step"]) == ("detection", "coco", 4)
     assert {row["metric"] for row in written["results"]} >= {
@@ -83,8 +83,9 @@ def test_a_run_tells_its_precisions(whole: Path, coco: Path) -> None:
 
 
 def test_a_resumed_run_is_the_same_run(whole: Path, coco: Path, tmp_path: Path) -> None:
-    """Sizes, mirrorings and the sampling of proposals are drawn anew at each step; a resumed run
-    has to draw the same."""
+    """Sizes, mirroring and the sampling of proposals are drawn at each step: a resumed run has to
+    draw the same.
+    """
     config = small_config(coco, tmp_path)
     trained(replace(config, optim=replace(config.optim, max_steps=3)))
     resumed = trained(config, "auto")
@@ -96,14 +97,14 @@ def test_a_resumed_run_is_the_same_run(whole: Path, coco: Path, tmp_path: Path) 
 
 
 def test_a_checkpoint_is_scored_alone(whole: Path, tmp_path: Path) -> None:
-    """It brings its configuration; its scores are those at the end of the training."""
+    """The checkpoint brings its configuration; its scores are those at the end of the training."""
     out = tmp_path / "scores.json"
     in_this_process(lambda: main(["--evaluate", str(whole), "--json", str(out)]))
     assert json.loads(out.read_text())["results"] == result(whole)["results"]
 
 
 class Blind(nn.Module):
-    """A detector that finds nothing and notes the sizes of what it is shown."""
+    """A detector that finds nothing and records the sizes of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class Blind(nn.Module):
 
 
 def test_the_validation_split_is_scored_at_its_size(coco: Path, tmp_path: Path) -> None:
-    """Figures of the training images, or of other sizes, would look like any."""
+    """Figures from training images, or at other sizes, would look plausible."""
     config = small_config(coco, tmp_path)
     task = build(replace(config, data=replace(config.data, val_side=40, longest_side=64)))
     model = Blind()
@@ -126,19 +127,19 @@ def test_the_validation_split_is_scored_at_its_size(coco: Path, tmp_path: Path) 
     assert {row["value"] for row in rows} == {0.0}
 
 
-def test_nothing_to_be_scored_on_is_refused(tmp_path: Path) -> None:
-    """It would train to its end, and then have no figures."""
+def test_nothing_to_score_is_refused(tmp_path: Path) -> None:
+    """Otherwise the run would train to its end and then have no figures."""
     varied_set(tmp_path, "train2017")
     file = varied_set(tmp_path, "val2017")
     content = json.loads(file.read_text())
     content["annotations"] = [one for one in content["annotations"] if one["iscrowd"]]
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"instances_val2017.json: no object to be scored on"):
+    with pytest.raises(UserError, match=r"instances_val2017.json: no object to score"):
         build(small_config(tmp_path, tmp_path))
 
 
-def test_a_damaged_image_to_be_scored_is_refused_at_once(tmp_path: Path) -> None:
-    """Not after the last step."""
+def test_a_damaged_validation_image_is_refused_at_once(tmp_path: Path) -> None:
+    """At the start, not after the last step."""
     varied_set(tmp_path, "train2017")
     varied_set(tmp_path, "val2017")
     file = tmp_path / "val2017/000000000002.png"
@@ -153,23 +154,27 @@ def test_a_damaged_image_to_be_scored_is_refused_at_once(tmp_path: Path) -> None
 
 
 def test_other_categories_are_refused(coco: Path, tmp_path: Path) -> None:
-    """Label 3 of one would be another class of the other."""
+    """Label 3 of one split would be another class in the other split."""
     varied_set(tmp_path, "train2017")
     file = varied_set(tmp_path, "val2017")
     file.write_text(file.read_text().replace('"bar"', '"rod"'))
-    with pytest.raises(UserError, match=r"instances_val2017.json: its categories are not those"):
+    with pytest.raises(
+        UserError, match=r"instances_val2017.json: its categories differ from those"
+    ):
         build(small_config(tmp_path, tmp_path))
 
 
-def test_objects_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A set whose boxes are of another convention would train on few of them, in silence."""
+def test_skipped_objects_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the note, a set whose boxes follow another convention would silently train on few of
+    them.
+    """
     file = varied_set(tmp_path)
     varied_set(tmp_path, "val2017")
     content = json.loads(file.read_text())
     content["annotations"][1]["bbox"][2] = 0
     file.write_text(json.dumps(content))
     build(small_config(tmp_path, tmp_path))
-    assert "1 objects left out of the training" in capsys.readouterr().err
+    assert "training skips 1 objects" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_objects_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture
     ],
 )
 def test_configurations_are_the_published_settings(name: str, expected: tuple[Any, ...]) -> None:
-    """Each makes one row of the table; a schedule that is off makes a row of something else."""
+    """Each file makes one row of the table. A wrong schedule would make it incomparable."""
     options = ["--config", str(CONFIGS / f"{name}.yaml"), "--data.root", "COCO"]
     config, _ = settings_of(DetectionConfig).load(options)
     optim = config.optim

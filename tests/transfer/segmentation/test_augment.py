@@ -1,4 +1,4 @@
-"""What training examples are made of: where each pixel comes from, and that labels stay with it."""
+"""Training examples: where each pixel comes from, and that labels stay with their pixels."""
 
 import colorsys
 from dataclasses import replace
@@ -31,7 +31,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (45, 61, 3), np.uint8)
 
 
 def ramp(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image whose pixels say where they are (x, y, 0), and labels of cells of 8 × 8 pixels."""
+    """An image whose pixels encode their position (x, y, 0); labels of cells of 8 × 8 pixels."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.uint8)
     return pixels, ((y // 8) * 16 + x // 8).astype(np.uint8)
@@ -48,14 +48,14 @@ def ramp(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     ],
 )
 def test_fit(shape: tuple[int, ...], size: tuple[int, int], expected: tuple[int, int]) -> None:
-    """The protocol's sizes: another rounding evaluates other images than the published ones."""
+    """The protocol's sizes. Another rounding would evaluate other images."""
     assert fit(shape, size) == expected
 
 
 @given(st.integers(5, 130), st.integers(5, 130), st.data())
 @settings(max_examples=60)
 def test_cut_is_a_part_of_the_resized_image(height: int, width: int, data: st.DataObject) -> None:
-    """PIL sees no border where we cut: the whole image resized, then cropped, is the same."""
+    """Our cut is no border for PIL: resizing the whole image and then cropping gives the same."""
     top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     box = Box(
         top,
@@ -81,7 +81,9 @@ def test_cut_is_a_part_of_the_resized_image(height: int, width: int, data: st.Da
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.37, 2.0])
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_labels_stay_with_their_pixels(scale: float, flip: float) -> None:
-    """On a ramp each pixel says where it came from; a crop, flip or scale of one alone shows."""
+    """On a ramp, each pixel says where it came from. A crop, flip or scale of only the image or
+    only the labels would show.
+    """
     pixels, labels = ramp(60, 80)
     config = replace(CONFIG, scale=(scale, scale), flip=flip)
     seen = set()
@@ -104,7 +106,7 @@ def test_labels_stay_with_their_pixels(scale: float, flip: float) -> None:
 
 
 def test_labels_are_never_between_two_classes() -> None:
-    """Interpolated, the border of classes 0 and 20 would be class 10."""
+    """If labels were interpolated, the border of classes 0 and 20 would become class 10."""
     labels = np.zeros((45, 61), np.uint8)
     labels[:, 30:] = 20
     for index in range(20):
@@ -113,7 +115,7 @@ def test_labels_are_never_between_two_classes() -> None:
 
 
 def test_void_right_and_below_of_a_small_image() -> None:
-    """Padding that counts as a class would be learnt; its pixels normalise to about 0."""
+    """Padding that counts as a class would be learned. Its pixels normalise to about 0."""
     config = AugmentConfig(crop=32, size=(20, 16), scale=(1, 1), flip=1)
     found, classes = augment(NOISE, np.zeros((45, 61), np.uint8), config, generator(0, 0, 0))
     height, width = fit(NOISE.shape, (20, 16))
@@ -125,7 +127,7 @@ def test_void_right_and_below_of_a_small_image() -> None:
 
 
 def test_an_example_follows_from_its_generator_alone() -> None:
-    """Otherwise a resumed run, or one with other workers, sees other examples."""
+    """Otherwise a resumed run, or other workers, would see other examples."""
     pixels, labels = NOISE, NOISE[..., 0] % 3
     config = replace(CONFIG, distort=True, max_class_share=0.75)
     state = np.random.get_state()[1].copy()  # noqa: NPY002
@@ -161,7 +163,7 @@ def test_crops_of_one_class_are_drawn_again() -> None:
 
 
 def test_brightness_and_contrast() -> None:
-    """Contrast here is a factor without a mean: torchvision calls that brightness."""
+    """Contrast here is a factor without a mean: torchvision calls this brightness."""
     expected = TF.adjust_brightness(Image.fromarray(NOISE), 1.3)
     np.testing.assert_allclose(scaled(NOISE, 1.3, 0), np.asarray(expected), atol=1)
     brighter = np.clip(NOISE.astype(int) + 20, 0, 255)
@@ -171,7 +173,7 @@ def test_brightness_and_contrast() -> None:
 
 @pytest.mark.parametrize(("turn", "factor"), [(0.1, 1.0), (-0.07, 1.0), (0.0, 0.5), (0.0, 1.4)])
 def test_hue_and_saturation(turn: float, factor: float) -> None:
-    """Against Python's own HSV, pixel by pixel, to what 256 steps of hue and saturation allow."""
+    """Equal to Python's HSV, pixel by pixel, within the precision of 256 steps."""
     pixels = NOISE[:8, :8]
     found = recoloured(pixels, turn, factor)
     for pixel, changed in zip(pixels.reshape(-1, 3), found.reshape(-1, 3), strict=True):
@@ -184,7 +186,7 @@ def test_hue_and_saturation(turn: float, factor: float) -> None:
 
 
 def test_each_distortion_comes_half_the_time() -> None:
-    """All four, or none: with one left out the recipe is another."""
+    """All four are applied independently. Without one of them, the recipe would differ."""
     draws = [distort(NOISE, generator(0, 0, i)) for i in range(200)]
     same = np.mean([np.array_equal(found, NOISE) for found in draws])
     assert 0.01 < same < 0.15  # 1/16

@@ -1,4 +1,4 @@
-"""The sets of a segmentation run, in their makers' layouts, and what is refused."""
+"""The data sets of a segmentation run in their official layouts, and refused input."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ SHAPE = (4, 6)
 
 
 def grid(*values: int) -> np.ndarray:
-    """[4, 6] of these values in turn."""
+    """[4, 6] filled with these values in turn."""
     return np.resize(np.array(values), SHAPE)
 
 
@@ -52,7 +52,9 @@ def ade20k(root: Path) -> None:
 
 
 def test_ade20k_ids_begin_at_one(tmp_path: Path) -> None:
-    """Unshifted, each class would be its neighbour, and "other" would be learnt as a class."""
+    """Without the shift, each class would become its neighbour, and "other" would be learned as a
+    class.
+    """
     ade20k(tmp_path)
     train, val = open_sets(DataConfig("ade20k", str(tmp_path)))
     assert (train.paths[0].stem, val.paths[0].stem) == ("ADE_train_00000001", "ADE_val_00000001")
@@ -67,7 +69,7 @@ def test_ade20k_ids_begin_at_one(tmp_path: Path) -> None:
 
 
 def test_ade20k_takes_names_from_its_table(tmp_path: Path) -> None:
-    """Without it results are of classes 1 to 150, which nobody knows by number."""
+    """Without it, results are of classes 1 to 150, and their numbers mean nothing to a reader."""
     ade20k(tmp_path)
     table = tmp_path / "objectInfo150.txt"
     rows = [f"{n}\t0.1\t5\t1\t0\t" + ("wall" if n == 1 else f"n{n}, x") for n in range(1, 151)]
@@ -84,7 +86,7 @@ def test_ade20k_takes_names_from_its_table(tmp_path: Path) -> None:
 
 
 def voc(root: Path) -> Path:
-    """Images a to e; VOC labels a (train) and b (val), the other folder c and d, and a too."""
+    """Images a to e. VOC labels a (train) and b (val); the other folder labels a, c and d."""
     for name in "abcde":
         photograph(root / f"JPEGImages/{name}.jpg")
     for name in "ab":
@@ -104,7 +106,7 @@ def names_of(data: LabelledImages) -> list[str]:
 
 
 def test_voc_aug_learns_from_both_folders_and_scores_vocs_own(tmp_path: Path) -> None:
-    """Of an image that both have labelled, VOC's own label map is taken, as the authors do."""
+    """If both folders label an image, VOC's label map is taken, as the authors do."""
     lists = voc(tmp_path / "VOCdevkit/VOC2012")
     config = DataConfig("voc-aug", str(tmp_path))
     train, val = open_sets(config)
@@ -129,7 +131,7 @@ def test_voc_aug_learns_from_both_folders_and_scores_vocs_own(tmp_path: Path) ->
 
 
 def test_voc_aug_names_label_maps_that_are_missing(tmp_path: Path) -> None:
-    """Images without labels would be left out without a word, and the figures be of other data."""
+    """Otherwise they would be skipped silently, and the figures would be of other data."""
     lists = voc(tmp_path)
     (lists / "aug.txt").write_text("c\ne\n")
     with pytest.raises(UserError, match=r"no label map for 1 of 3 images \(the first: e\.png\)"):
@@ -140,7 +142,7 @@ def test_voc_aug_names_label_maps_that_are_missing(tmp_path: Path) -> None:
 
 
 def test_folders_need_a_class_table(folder: DataConfig, tmp_path: Path) -> None:
-    """A head needs to know how many classes there are."""
+    """A head needs the number of classes."""
     train, val = open_sets(folder)
     assert train.names == val.names == ["red", "green", "blue"]
     assert train.num_classes == 3
@@ -156,10 +158,12 @@ def test_folders_need_a_class_table(folder: DataConfig, tmp_path: Path) -> None:
         open_sets(replace(given, dataset="voc"))
 
 
-def test_what_is_learnt_is_not_scored(folder: DataConfig, tmp_path: Path) -> None:
-    """Scores on training images are no scores."""
+def test_training_images_are_not_scored(folder: DataConfig, tmp_path: Path) -> None:
+    """Scores on training images are not comparable."""
     both = replace(folder, val_images=folder.train_images, val_labels=folder.train_labels)
-    with pytest.raises(UserError, match=r"train00\.png: to be learnt from and to be scored"):
+    with pytest.raises(
+        UserError, match=r"train00\.png: is in the training set and in the validation set"
+    ):
         open_sets(both)
     (tmp_path / "val/classes.json").write_text(json.dumps(["a", "b"]))
     with pytest.raises(UserError, match="other classes than those of"):
@@ -187,14 +191,16 @@ def test_bad_label_maps_are_named(folder: DataConfig, pixels: np.ndarray, messag
 
 
 def test_palettes_hold_ids(folder: DataConfig) -> None:
-    """Converted to grey or RGB, the ids of a palette PNG are lost."""
+    """A conversion to grey or RGB would lose the ids of a palette PNG."""
     assert folder.train_labels is not None
     save_png(Path(folder.train_labels) / "train00.png", grid(2, 1, 255), palette=True)
     np.testing.assert_array_equal(open_sets(folder)[0].labels(0, *SHAPE), grid(2, 1, 255))
 
 
-def test_fingerprint_tells_sets_apart_wherever_they_lie(folder: DataConfig, tmp_path: Path) -> None:
-    """A resumed run on other images would go on without a word."""
+def test_fingerprint_depends_on_the_set_not_on_its_folder(
+    folder: DataConfig, tmp_path: Path
+) -> None:
+    """Without it, a resumed run could silently continue on other images."""
     first = fingerprint(open_sets(folder)[0])
     write_folder_set(tmp_path / "copy", 2, 1, SHAPE)
     copy = folder_config(tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""Scores of whole images: windows, sizes, one confusion matrix, its figures."""
+"""Scores of whole images: windows, sizes, the confusion matrix and its figures."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ KERNEL = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0)) / 2
 
 
 def blurred(pixels: Tensor) -> Tensor:
-    """Scores that depend on the window's border, as a network's do: [B, H, W, 3] → [B, 2, H, W]."""
+    """Scores that depend on the window's border, like a network's: [B, H, W, 3] → [B, 2, H, W]."""
     return F.conv2d(pixels.permute(0, 3, 1, 2).float(), KERNEL, padding=2)
 
 
@@ -32,7 +32,7 @@ def noise(height: int, width: int) -> Tensor:
 def test_windows_against_a_loop_over_pixels(
     height: int, width: int, window: int, data: st.DataObject
 ) -> None:
-    """Each pixel's mean over the windows that see it; a wrong last window or count shows."""
+    """Each pixel's mean over the windows that cover it. A wrong last window or count would show."""
     stride = data.draw(st.integers(1, window))
     pixels = noise(height, width)
     total, count = np.zeros((2, height, width)), np.zeros((height, width))
@@ -60,7 +60,7 @@ def test_windows_of_cityscapes() -> None:
 
 
 def test_one_window_that_covers_the_image_is_the_whole() -> None:
-    """So both modes are the same protocol on small images."""
+    """On small images, both modes are the same protocol."""
     pixels = noise(20, 31)
     assert torch.equal(slide(blurred, pixels, 31, 13), blurred(pixels))
 
@@ -85,7 +85,7 @@ def naive_rows(predicted: np.ndarray, labels: np.ndarray, classes: int) -> dict[
 @given(st.integers(0, 10_000))
 @settings(max_examples=40)
 def test_figures_against_their_definitions(seed: int) -> None:
-    """Classes that only the predictions, only the labels, or neither show are all among them."""
+    """Some classes are only in the predictions, only in the labels, or in neither."""
     from evaluation.grouping import confusion_matrix
 
     generator = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def test_figures_against_their_definitions(seed: int) -> None:
 
 
 def test_nothing_to_score() -> None:
-    """A mean of nothing is NaN, which JSON does not know."""
+    """A mean of nothing is NaN, which JSON cannot hold."""
     with pytest.raises(ValueError, match="no labelled pixel"):
         score_rows(np.zeros((3, 3), np.int64), NAMES)
 
@@ -115,7 +115,7 @@ class Colours(nn.Module):
 
 @pytest.mark.parametrize("inference", [InferenceConfig(), InferenceConfig(window=24, stride=16)])
 def test_images_are_scored_at_their_labels_size(tmp_path: Path, inference: InferenceConfig) -> None:
-    """Half as large for the network, and of different sizes; a shift of half a pixel would show."""
+    """The network sees half the size, and sizes differ. A shift of half a pixel would show."""
     write_folder_set(tmp_path, 0, 3)
     labels = blocks(7, (40, 72))
     save_png(tmp_path / "val/labels/val01.png", labels)

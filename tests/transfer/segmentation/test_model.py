@@ -19,7 +19,7 @@ SMALL = ModelConfig(channels=8, convs=2, dilation=2)
 
 
 def batch(seed: int = 0, side: int = 65) -> dict[str, torch.Tensor]:
-    """Two images, three classes, a part of it void."""
+    """Two images, three classes, a part of the pixels void."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (2, side, side, 3), generator=generator, dtype=torch.uint8)
     labels = torch.randint(3, (2, side, side), generator=generator, dtype=torch.uint8)
@@ -28,7 +28,7 @@ def batch(seed: int = 0, side: int = 65) -> dict[str, torch.Tensor]:
 
 
 def random_norms(module: nn.Module) -> None:
-    """Blocks that start as the identity would hide their convolutions."""
+    """Residual blocks that start as the identity would hide their convolutions."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -43,7 +43,7 @@ def model(head: ModelConfig = SMALL, **init: object) -> FCN:
 
 @pytest.mark.parametrize(("stride", "replaced"), [(16, (0, 0, 1)), (8, (0, 1, 1))])
 def test_dilation_is_torchvisions(stride: int, replaced: tuple[int, ...]) -> None:
-    """On the same weights; another dilation of a stage's first block would differ."""
+    """On the same weights. Another dilation of a stage's first block would differ."""
     torch.manual_seed(0)
     encoder, _ = build_encoder("resnet50")
     random_norms(encoder)
@@ -64,8 +64,8 @@ def test_dilation_is_torchvisions(stride: int, replaced: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("stride", [16, 8])
 def test_dilation_keeps_what_the_encoder_has_learnt(arch: str, stride: int) -> None:
-    """Every second (fourth) cell of the finer map is the coarse map's cell: blocks of two 3×3
-    convolutions too, which torchvision refuses to dilate.
+    """Every second (fourth) cell of the finer map equals the coarse map's cell. This holds also for
+    blocks of two 3×3 convolutions, which torchvision refuses to dilate.
     """
     torch.manual_seed(0)
     encoder, _ = build_encoder(arch)
@@ -80,7 +80,7 @@ def test_dilation_keeps_what_the_encoder_has_learnt(arch: str, stride: int) -> N
 
 
 def test_stride_32_changes_nothing() -> None:
-    """The encoder as it was pre-trained."""
+    """The encoder stays as it was pre-trained."""
     encoder, dim = build_encoder("resnet18")
     before = str(encoder)
     assert str(dilate(encoder, 32)) == before
@@ -110,8 +110,8 @@ def test_head_of_the_published_runs() -> None:
 
 
 def test_loss_is_a_mean_over_all_pixels() -> None:
-    """As mmsegmentation's: void pixels add nothing but count. A mean over the others would be
-    another learning rate, and NaN where all are void.
+    """As in mmsegmentation, void pixels add nothing, but count. A mean over labelled pixels would
+    amount to another learning rate, and be NaN if all pixels are void.
     """
     network, data = model().train(), batch()
     found = network(data)["seg"]
@@ -133,7 +133,7 @@ def test_loss_is_a_mean_over_all_pixels() -> None:
 
 
 def test_auxiliary_head_learns_from_layer3() -> None:
-    """It is there in training only; its gradients do not reach layer4."""
+    """The head exists in training only; its gradients do not reach layer4."""
     network = model(replace(SMALL, auxiliary_weight=0.4, dropout=0.1, concat=True))
     losses = network.train()(batch())
     assert set(losses) == {"seg", "auxiliary"}
@@ -151,7 +151,7 @@ def test_auxiliary_head_learns_from_layer3() -> None:
 
 
 def test_linear_head_on_a_frozen_encoder() -> None:
-    """Nothing but the 1×1 convolution learns, and the encoder's statistics stay what they were."""
+    """Only the 1×1 convolution learns, and the encoder's running statistics do not change."""
     network = model(ModelConfig(head="linear"), frozen=5).train()
     before = {name: tensor.clone() for name, tensor in network.encoder.state_dict().items()}
     sum(network(batch()).values()).backward()  # type: ignore[union-attr]
@@ -163,7 +163,7 @@ def test_linear_head_on_a_frozen_encoder() -> None:
 
 
 def test_scores_have_the_images_size() -> None:
-    """Whatever the size, also one that is no multiple of a cell; corners of cells stay corners."""
+    """For any size, also if it is no multiple of a cell. The corners of cells stay corners."""
     network = model().eval()
     with torch.inference_mode():
         scores = network.scores(batch(side=51)["pixels"])

@@ -1,4 +1,4 @@
-"""A segmentation run from end to end: it learns, goes on where it stopped, says what is wrong."""
+"""A segmentation run from end to end: it learns, it resumes, it reports errors."""
 
 import json
 import math
@@ -65,9 +65,9 @@ def trainer(config: SegmentationConfig, resume: str | None = None) -> Any:
     return in_this_process(lambda: Trainer(config, Segmentation, settings, resume))
 
 
-def test_a_run_learns_and_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> None:
-    """A run stopped in mid-epoch and resumed ends with the very same scores as one that never
-    stopped; its loss falls, for colours tell the classes apart.
+def test_a_run_learns_and_resumes_bit_for_bit(root: Path, tmp_path: Path) -> None:
+    """A run that is stopped in mid-epoch and resumed ends with the same scores as an uninterrupted
+    one. Its loss falls, because colours distinguish the classes.
     """
     whole = small_config(root, tmp_path / "whole")
     trainer(whole).train()
@@ -93,7 +93,7 @@ def test_a_run_learns_and_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> Non
 
 
 def test_configs_are_complete_and_fit(tmp_path: Path) -> None:
-    """A key that no section knows, or a window without a stride, is found here, not by users."""
+    """An unknown key, or a window without a stride, shows here and not at the user's."""
     from transfer.command import settings_of
 
     settings = settings_of(SegmentationConfig)
@@ -156,7 +156,9 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_configs_are_the_published_settings(name: str) -> None:
-    """Each makes a column of the table; a setting that is off makes a column of something else."""
+    """Each file makes a column of the table. With a wrong setting the column would not be
+    comparable.
+    """
     from transfer.command import settings_of
 
     options = ["--config", str(CONFIGS / f"{name}.yaml")]
@@ -189,14 +191,16 @@ def test_impossible_settings_are_named(kind: Any, values: dict[str, Any], messag
 
 
 def test_a_crop_of_one_cell_is_refused(root: Path, tmp_path: Path) -> None:
-    """The norms of a batch of one such crop would have one value a channel: a traceback."""
+    """For a batch of one such crop, a norm would have one value per channel: a traceback."""
     config = small_config(root, tmp_path)
     with pytest.raises(ValueError, match=r"augment\.crop must be more than model\.output_stride"):
         replace(config, augment=replace(config.augment, crop=16))
 
 
 def test_labels_that_are_all_void_are_the_users_mistake(root: Path, tmp_path: Path) -> None:
-    """A wrong class table gives nothing to score, which is no news for after the last step."""
+    """With a wrong class table there is nothing to score. The user learns this before the first
+    step.
+    """
     config = small_config(root, tmp_path)
     void = replace(config, data=replace(config.data, void=[0, 1, 2, VOID]))
     with pytest.raises(UserError, match=r"no labelled pixel to score: the label maps are all void"):
@@ -204,7 +208,7 @@ def test_labels_that_are_all_void_are_the_users_mistake(root: Path, tmp_path: Pa
 
 
 def test_a_bad_label_map_ends_the_run_with_its_name(root: Path, tmp_path: Path) -> None:
-    """Deep in an epoch, and in a process of its own: one line, no traceback."""
+    """Also deep in an epoch and in a worker process: one line, no traceback."""
     write_folder_set(tmp_path / "set", 4, 1)
     save_png(tmp_path / "set/train/labels/train02.png", torch.full((48, 64), 9).numpy())
     config = small_config(tmp_path / "set", tmp_path)
@@ -213,8 +217,8 @@ def test_a_bad_label_map_ends_the_run_with_its_name(root: Path, tmp_path: Path) 
         trainer(two).train()
 
 
-def test_a_bad_label_map_to_be_scored_is_refused_at_once(tmp_path: Path) -> None:
-    """Not after the last step: its header says nothing of the ids in it."""
+def test_a_bad_validation_label_map_is_refused_at_once(tmp_path: Path) -> None:
+    """At the start, not after the last step. The file's header says nothing about its ids."""
     write_folder_set(tmp_path / "set", 4, 2)
     save_png(tmp_path / "set/val/labels/val01.png", torch.full((48, 64), 9).numpy())
     with pytest.raises(UserError, match=r"val01\.png: class id 9 is not in the table of 3"):
@@ -222,8 +226,9 @@ def test_a_bad_label_map_to_be_scored_is_refused_at_once(tmp_path: Path) -> None
 
 
 def test_the_validation_part_is_scored_at_its_size(tmp_path: Path) -> None:
-    """Figures of the training images, or of other sizes, would look like any. Of maps of one class
-    its accuracy is both means."""
+    """Figures from training images, or at other sizes, would look plausible. For maps of one class,
+    its accuracy equals both means.
+    """
     write_folder_set(tmp_path / "set", 4, 2)
     for file in (tmp_path / "set/val/labels").iterdir():
         save_png(file, torch.ones(48, 64).numpy().astype("uint8"))
@@ -242,7 +247,7 @@ def test_the_validation_part_is_scored_at_its_size(tmp_path: Path) -> None:
 
 
 class Process:
-    """What the task needs of an Accelerator, for one of several processes in turn."""
+    """The parts of an Accelerator that the task needs, for one of several processes in turn."""
 
     device = torch.device("cpu")
 
@@ -256,7 +261,9 @@ class Process:
 
 
 def test_processes_share_the_images(root: Path, tmp_path: Path) -> None:
-    """One confusion matrix: an image counted twice or not at all, or a mean of means, differs."""
+    """One confusion matrix: an image that counts twice or not at all, or a mean of means, would
+    differ.
+    """
     torch.manual_seed(0)
     task = Segmentation(replace(small_config(root, tmp_path), inference=InferenceConfig()))
     rows = {}
