@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from evaluation.datasets.images import ImageSource, evaluation_size
 from evaluation.networks import load_network, run_config, untrained_network
 from model import SlotCon
-from model.encoder import build_encoder
+from model.encoder import Encoder
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from train.config import RunConfig
@@ -147,7 +147,6 @@ def run_features(
     device: torch.device,
 ) -> Features:
     """Features "teacher", "student", "projector" or "untrained" of a run that is loaded."""
-    dim = encoder_dim(config.model.arch)
     if spec == "untrained":
         if images is None:
             raise ValueError("untrained features need images, for BatchNorm's statistics")
@@ -158,13 +157,7 @@ def run_features(
         encode = nn.Sequential(teacher.encoder, teacher.projector).eval()
         return NetworkFeatures(spec, config.model.dim_out, encode)
     branch = network.student if spec == "student" else network.teacher
-    return NetworkFeatures(spec, dim, branch.encoder.eval())
-
-
-def encoder_dim(arch: str) -> int:
-    """Channels of a ResNet's last map."""
-    with torch.device("meta"):
-        return build_encoder(arch)[1]
+    return NetworkFeatures(spec, branch.encoder.dim, branch.encoder.eval())
 
 
 def architecture(checkpoint: Path | None) -> str:
@@ -181,13 +174,13 @@ def supervised_features(
     `weights` are given), up to its last map.
     """
     try:
-        encoder, dim = build_encoder(arch)
+        encoder = Encoder(arch)
     except (ValueError, TypeError, AttributeError):  # unknown to torchvision, or not a ResNet
         raise UserError(f"--features supervised:{arch}: not a ResNet of torchvision's") from None
     encoder.load_state_dict(
         read_backbone(weights, arch).weights if weights else published_weights(arch)
     )
-    return NetworkFeatures(name, dim, encoder.to(device).eval())
+    return NetworkFeatures(name, encoder.dim, encoder.to(device).eval())
 
 
 def timm_features(name: str, weights: Path | None, device: torch.device) -> Features:

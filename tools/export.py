@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from evaluation.features import encoder_dim
+from model.encoder import encoder_dim
 from model.names import to_detectron2
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError

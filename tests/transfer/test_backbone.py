@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import SGD
 
-from model.encoder import build_encoder
+from model.encoder import Encoder
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported import CONFIG, trained_model
@@ -46,7 +46,7 @@ def test_frozen_stages_do_not_move(frozen: int) -> None:
 def test_frozen_stages_compute_what_they_did() -> None:
     """Freezing must not change what the encoder says."""
     torch.manual_seed(0)
-    encoder, _ = build_encoder("resnet18")
+    encoder = Encoder("resnet18")
     with torch.no_grad():
         encoder.train()(torch.rand(4, 3, 64, 64))  # statistics of something
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def test_frozen_stages_compute_what_they_did() -> None:
 def test_weights_come_from_a_file(tmp_path: Path) -> None:
     """A backbone that silently keeps its random weights makes a table of nothing."""
     torch.manual_seed(1)
-    weights = build_encoder("resnet18")[0].state_dict()
+    weights = Encoder("resnet18").state_dict()
     file = tmp_path / "encoder.safetensors"
     save_file(weights, file)
     encoder, about = build_backbone(InitConfig(weights=str(file), arch="resnet18"))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from evaluation.datasets.layouts import VOID
 from evaluation.segment import normalise
+from model.encoder import Encoder
 from transfer.segmentation.config import ModelConfig
 
 AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = "layer3", 256, 0.1
@@ -20,15 +21,15 @@ AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = "layer3", 256, 0.1
 class FCN(nn.Module):
     """An encoder (of model.encoder, with its weights) and a head that scores each pixel."""
 
-    def __init__(self, encoder: nn.Sequential, num_classes: int, config: ModelConfig) -> None:
+    def __init__(self, encoder: Encoder, num_classes: int, config: ModelConfig) -> None:
         super().__init__()
         self.encoder = dilate(encoder, config.output_stride)
         self.align_corners = config.align_corners
-        self.head = build_head(out_channels(encoder), num_classes, config)
+        self.head = build_head(encoder.dim, num_classes, config)
         self.auxiliary_weight = config.auxiliary_weight
         self.auxiliary: nn.Module | None = None
         if config.auxiliary_weight:
-            dim = out_channels(encoder.get_submodule(AUXILIARY_STAGE))
+            dim = encoder.stage_dims[AUXILIARY_STAGE]
             self.auxiliary = FCNHead(
                 dim, num_classes, AUXILIARY_CHANNELS, 1, dropout=AUXILIARY_DROPOUT
             )
@@ -130,7 +131,7 @@ def classifier(dim: int, num_classes: int) -> nn.Conv2d:
     return conv
 
 
-def dilate(encoder: nn.Sequential, output_stride: int) -> nn.Sequential:
+def dilate(encoder: Encoder, output_stride: int) -> Encoder:
     """Give a ResNet's map cells of `output_stride` (8, 16, 32) pixels, in place: where layer3 and
     layer4 would halve it, their other 3×3 convolutions reach twice as far instead.
 
@@ -149,9 +150,3 @@ def dilate(encoder: nn.Sequential, output_stride: int) -> nn.Sequential:
         for conv in others:
             conv.dilation = conv.padding = (dilation, dilation)
     return encoder
-
-
-def out_channels(stage: nn.Module) -> int:
-    """Channels of the map that a ResNet, or a stage of it, makes: those of its last convolution."""
-    convs = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
-    return convs[-1].out_channels
