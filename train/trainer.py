@@ -14,7 +14,8 @@ from model import SlotCon, prepare
 from model.encoder import cells_of
 from pipeline.beton import Beton
 from pipeline.errors import UserError
-from pipeline.loader import Batch, make_loader
+from pipeline.loader import make_loader
+from pipeline.source import Batch
 from train.config import SETTINGS, RunConfig, flatten, to_dict, to_yaml
 from train.health import CollapseAlarm, Collapsed, near_duplicates, usage_entropy
 from train.lars import LARS

@@ -18,7 +18,8 @@ from pipeline.augment import IMAGENET_STD
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.dali import DaliLoader
 from pipeline.errors import UserError
-from pipeline.loader import Batch, ViewLoader
+from pipeline.loader import ViewLoader
+from pipeline.source import Batch
 from pipeline.views import ViewConfig
 from tests.helpers.betons import photograph, varied, write_beton
 from tests.helpers.manifests import damage, write_manifest

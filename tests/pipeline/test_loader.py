@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.loader
+import pipeline.decode
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.choices import Crops
+from pipeline.decode import CanvasLoader, CropLoader
 from pipeline.errors import UserError
-from pipeline.loader import CanvasLoader, CropLoader, ViewLoader
+from pipeline.loader import ViewLoader
 from pipeline.views import ViewConfig
 from tests.helpers.betons import photograph, varied, write_beton
 from tests.helpers.manifests import damage, write_manifest
@@ -137,15 +138,15 @@ def test_large_photographs_are_decoded_smaller(
     beton = Beton(write_beton(tmp_path / "large.beton", images))
     views = ViewConfig(size=16, min_scale=0.3)
     loader = CropLoader(beton, 1, False, views=views, seed=0, size_of=lambda epoch: 16)
-    scale, met = pipeline.loader._scale, []
+    scale, met = pipeline.decode._scale, []
 
     def spy(boxes: np.ndarray, side: int) -> int:
         met.append(scale(boxes, side))
         return met[-1]
 
-    monkeypatch.setattr(pipeline.loader, "_scale", spy)
+    monkeypatch.setattr(pipeline.decode, "_scale", spy)
     small = next(pixels.float().clone() for _, pixels in loader.decode([np.arange(4)]))
-    monkeypatch.setattr(pipeline.loader, "_scale", lambda *_: 1)
+    monkeypatch.setattr(pipeline.decode, "_scale", lambda *_: 1)
     whole = next(pixels.float().clone() for _, pixels in loader.decode([np.arange(4)]))
     assert set(met) <= {2, 4} and not torch.equal(small, whole)
     error = (small - whole).square().mean(dim=(2, 3, 4))
@@ -260,7 +261,7 @@ def test_corrupt_image_gives_its_place_to_the_next(
             for i, pixels in zip(which, canvas.numpy(), strict=True):
                 image = spoilt.decode(i)
                 assert np.array_equal(pixels[: image.shape[0], : image.shape[1]], image)
-    assert loader.replaced == {4: 7, 5: 7, 6: 7, 25: 0}
+    assert loader.replacements.found == {4: 7, 5: 7, 6: 7, 25: 0}
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 4  # each once, though met often
     assert "photos/4.jpg: not a JPEG" in lines[0]
@@ -343,7 +344,7 @@ def test_200_epochs_leave_nothing_behind(beton: Beton, options: dict) -> None:
     ("options", "message"),
     [
         ({"batch_size": 27}, "26 images are fewer than one batch of 27"),
-        ({"batch_size": 0}, "needs one at least"),
+        ({"batch_size": 0}, "needs at least one"),
         ({"batch_size": 9, "world": 2}, "cannot be shared equally by 2 processes"),
         ({"batch_size": 8, "accumulation": 3}, "x 3 micro-batches"),
         ({"backend": "opencv"}, "opencv"),

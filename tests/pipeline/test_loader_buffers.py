@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.loader
+import pipeline.decode
 import pipeline.order
 from pipeline.beton import Beton
 from pipeline.choices import Crops
-from pipeline.loader import Batch, ViewLoader
+from pipeline.loader import ViewLoader
+from pipeline.source import Batch
 from pipeline.views import ViewConfig
 from tests.helpers.betons import varied, write_beton
 
@@ -41,7 +42,7 @@ class Copied:
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """ "decode" (threads may write to a buffer), "copy" (begun) and "waited", as they come."""
     log: list[str] = []
-    copy, submit = ViewLoader._copy, pipeline.loader.RecordLoader._submit
+    copy, submit = ViewLoader._copy, pipeline.decode.RecordLoader._submit
 
     def copying(loader: ViewLoader, *arguments: Any) -> Any:
         log.append("copy")
@@ -52,7 +53,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return submit(*arguments)
 
     monkeypatch.setattr(ViewLoader, "_copy", copying)
-    monkeypatch.setattr(pipeline.loader.RecordLoader, "_submit", submitting)
+    monkeypatch.setattr(pipeline.decode.RecordLoader, "_submit", submitting)
     return log
 
 

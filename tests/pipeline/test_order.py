@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pipeline.beton import BLOCK
 from pipeline.choices import ORDERS
 from pipeline.errors import UserError
-from pipeline.loader import ReadAhead
 from pipeline.order import block_order, epoch_shares
+from pipeline.source import ReadAhead
 
 
 class Table:

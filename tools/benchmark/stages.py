@@ -24,14 +24,14 @@ from pipeline.choices import CROPS, Crops
 from pipeline.errors import UserError
 from pipeline.ffcv_format import JPEG
 from pipeline.views import ViewConfig, ViewParams, sample_views
-from pipeline.views_array import sample_views_numpy, sample_views_torch
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
 from train.metrics import Stopwatch
 
 if TYPE_CHECKING:
     from pipeline.beton import Beton
-    from pipeline.loader import Batch, RecordLoader
+    from pipeline.decode import RecordLoader
+    from pipeline.source import Batch
 
 PER_IMAGE = 32
 """Batch of the reference backend, which goes image by image: more would only take longer."""
@@ -85,7 +85,7 @@ def decode(bench: Bench) -> None:
     same images into canvases; the same with both crops cut on its threads; DALI's decoder. Bytes:
     those of the images' pixels.
     """
-    from pipeline.loader import CanvasLoader, CropLoader
+    from pipeline.decode import CanvasLoader, CropLoader
 
     beton = _beton(bench)
     images = np.arange(min(bench.images, len(beton)))
@@ -181,21 +181,11 @@ def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callab
 
 
 def params(bench: Bench) -> None:
-    """All random numbers of a batch's pairs of views: on one core by Numba, as in training, and by
-    NumPy; by PyTorch on the device.
-    """
-    samplers: dict[str, Callable[..., ViewParams]] = {
-        "numba": sample_views,
-        "numpy": sample_views_numpy,
-        "torch": partial(sample_views_torch, device=bench.device),
-    }
+    """All random numbers of a batch's pairs of views, on one core by Numba, as in training."""
     images, views = _sizes(bench), bench.config.views
-    count = len(images[0])
-    works = []
-    for name, sample in samplers.items():
-        call = partial(sample, 0, 0, *images, views)
-        works.append(Work("params", name, call, count, bench.batch, _threads(bench, name)))
-    bench.measure(works, ratio_to="numba")
+    call = partial(sample_views, 0, 0, *images, views)
+    count, threads = len(images[0]), _threads(bench, "numba")
+    bench.measure([Work("params", "numba", call, count, bench.batch, threads)], ratio_to="numba")
 
 
 def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

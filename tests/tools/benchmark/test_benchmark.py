@@ -77,7 +77,7 @@ def test_every_stage_is_measured_and_written_down(
         ("decode", "libjpeg-turbo", None, None),
         ("decode", "loader", None, None),
         ("decode", "loader", "host", None),
-        *(("params", name, None, None) for name in ("numba", "numpy", "torch")),
+        ("params", "numba", None, None),
         ("transfer", "memory copy", None, None),
         ("step", "plain", None, None),
         ("step", "fast", None, None),
