@@ -26,7 +26,6 @@ from zlib_ng.zlib_ng import crc32
 
 from pipeline.augment import get_backend
 from pipeline.beton import Beton, CorruptRecord
-from pipeline.choices import OnCorrupt
 from pipeline.errors import UserError
 from pipeline.ffcv_format import RAW
 from pipeline.manifest import Manifest
@@ -66,26 +65,21 @@ class DaliLoader(BatchSource):
         views: ViewConfig,
         batch_size: int,
         *,
-        seed: int,
         backend: str,
-        device: torch.device,
-        threads: int = 1,
-        on_corrupt: OnCorrupt = "stop",
         **options: Any,
     ) -> None:
-        super().__init__(beton, views, batch_size, seed=seed, device=device, **options)
-        self.threads, self.on_corrupt = threads, on_corrupt
+        super().__init__(beton, views, batch_size, **options)
         self._colour = get_backend(backend).colour
         self._replacements = Replacements(beton)
         self._checksums = _checksums(beton)
         self._checked = np.zeros(len(beton), np.bool_)
-        self._pool = ThreadPoolExecutor(threads, "read")
+        self._pool = ThreadPoolExecutor(self.threads, "read")
         self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
         self._build(self.size_of(0))
 
     @property
     def replaced(self) -> dict[int, int]:
-        return self._replacements.found
+        return self._replacements.known
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """As in BatchSource. Beginning an epoch ends the previous one."""

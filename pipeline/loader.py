@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.augment import get_backend
 from pipeline.beton import Beton
-from pipeline.choices import Crops, OnCorrupt
+from pipeline.choices import Crops
 from pipeline.dali import DaliLoader
 from pipeline.decode import CanvasLoader, CropLoader, RecordLoader
 from pipeline.errors import UserError
@@ -47,9 +47,8 @@ def make_loader(
 
 
 class ViewLoader(BatchSource):
-    """Batches that `threads` threads decode. With `crops` "host" these threads also cut both crops;
-    with "device" the backend does. `options` are those of BatchSource. For `on_corrupt` see
-    RecordLoader; the index and views of a batch are those of the replacement.
+    """Batches that libjpeg-turbo decodes. With `crops` "host" the decoding threads also cut both
+    crops; with "device" the backend does. `options` are those of BatchSource.
 
     Raises UserError as BatchSource does, or if the pixels of the batches would not fit in memory.
     """
@@ -60,31 +59,26 @@ class ViewLoader(BatchSource):
         views: ViewConfig,
         batch_size: int,
         *,
-        seed: int,
         backend: str,
-        device: torch.device,
         crops: Literal["device", "host"] = "device",
-        threads: int = 1,
-        on_corrupt: OnCorrupt = "stop",
         **options: Any,
     ) -> None:
-        super().__init__(beton, views, batch_size, seed=seed, device=device, **options)
+        super().__init__(beton, views, batch_size, **options)
         self._backend = get_backend(backend)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        pin = device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        arguments = (beton, self.threads, on_gpu, self.on_corrupt)
         self._records: RecordLoader = (
-            CropLoader(
-                beton, threads, pin, on_corrupt, views=views, seed=seed, size_of=self.size_of
-            )
+            CropLoader(*arguments, views=views, seed=self.seed, size_of=self.size_of)
             if crops == "host"
-            else CanvasLoader(beton, threads, pin, on_corrupt)
+            else CanvasLoader(*arguments)
         )
         self._copied: torch.cuda.Event | None = None  # the last batch has left host memory
         self._check_memory()
 
     @property
     def replaced(self) -> dict[int, int]:
-        return self._records.replacements.found
+        return self._records.replacements.known
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """As in BatchSource. Beginning an epoch ends the previous one."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.beton import Beton, CorruptRecord
-from pipeline.choices import Order
+from pipeline.choices import OnCorrupt, Order
 from pipeline.errors import printable, require
 from pipeline.order import block_order, epoch_shares, steps_per_epoch
 from pipeline.turbojpeg import Decoder
@@ -50,7 +50,8 @@ class BatchSource(ABC):
     yielded batch holds batch_size / (world · accumulation) of them, and `accumulation` batches make
     a step. The last, partial step of an epoch is dropped, so that all ranks yield equally many
     batches. For `order` and `window_bytes` see `pipeline.order`. `size_of` gives the side of the
-    views in an epoch; the default is `views.size`.
+    views in an epoch; the default is `views.size`. `threads` threads decode. For `on_corrupt` see
+    `pipeline.choices`; the index and views of a batch are those of the replacement.
 
     Raises UserError if the batch cannot be divided equally, or if the set is smaller than a batch.
     """
@@ -70,6 +71,8 @@ class BatchSource(ABC):
         rank: int = 0,
         world: int = 1,
         accumulation: int = 1,
+        threads: int = 1,
+        on_corrupt: OnCorrupt = "stop",
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(beton, batch_size, world, accumulation)
         self.beton, self.views, self.batch_size, self.seed = beton, views, batch_size, seed
@@ -77,12 +80,13 @@ class BatchSource(ABC):
         self.size_of = size_of or (lambda epoch: views.size)
         self.device, self.dtype = device, dtype
         self.rank, self.world, self.accumulation = rank, world, accumulation
+        self.threads, self.on_corrupt = threads, on_corrupt
         self._ahead = ReadAhead(beton) if order == "quasi-random" else None
 
     @property
     @abstractmethod
     def replaced(self) -> dict[int, int]:
-        """Bad records that this rank has met so far, and the record that replaces each."""
+        """The bad records that this rank has read so far, each with its replacement."""
 
     @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -159,27 +163,27 @@ class Replacements:
     """Replaces records that cannot be decoded by the next record of the file that can be decoded.
     The replacement depends on nothing else, so it is the same on every rank and in every run.
 
-    `found` maps the bad records met so far to their replacements; each is reported once, on stderr.
+    `known` maps each bad record so far to its replacement; each is reported once, on stderr.
     """
 
     def __init__(self, beton: Beton) -> None:
         self.beton = beton
-        self.found: dict[int, int] = {}
+        self.known: dict[int, int] = {}
 
     def apply(self, which: np.ndarray) -> np.ndarray:
         """`which`, with its known bad records replaced."""
-        return np.array([self.found.get(i, i) for i in which.tolist()]) if self.found else which
+        return np.array([self.known.get(i, i) for i in which.tolist()]) if self.known else which
 
     def find(self, i: int, reason: str) -> int:
         """The replacement of record `i`, which is bad for this reason; after the last record comes
         the first. Raises CorruptRecord if no record can be decoded.
         """
-        if i in self.found:  # an earlier batch found it while this one was being decoded
-            return self.found[i]
+        if i in self.known:  # an earlier batch found it while this one was being decoded
+            return self.known[i]
         bad = {i: reason}
         decoder = Decoder(int(self.beton.records[:, 1].max()))
         for j in itertools.chain(range(i + 1, len(self.beton)), range(i)):
-            stand_in = self.found.get(j, j)
+            stand_in = self.known.get(j, j)
             shape = (1, self.beton.height[stand_in], self.beton.width[stand_in], 3)
             pixels = np.empty(shape, np.uint8)
             _, reason = self.beton.try_decode(np.array([stand_in]), pixels, decoder)
@@ -190,7 +194,7 @@ class Replacements:
             raise CorruptRecord(f"{self.beton.path}: no record can be decoded")
         name = printable(self.beton.name(stand_in))
         for k, why in bad.items():
-            self.found[k] = stand_in
+            self.known[k] = stand_in
             error = self.beton.corrupt(k, why)
-            print(f"warning: {error}; {name} takes its place", file=sys.stderr, flush=True)
+            print(f"warning: {error}; {name} replaces it", file=sys.stderr, flush=True)
         return stand_in

@@ -258,8 +258,10 @@ class Recorder:
             change = {name: self.parameters[name].double() - before[name] for name in names}
             noted[f"{kind}_delta_norm"] = _norms(change, names)
         for letter in "qk":
-            for what in ("running_mean", "running_var"):
-                noted[f"bn1_{letter}_{what}"] = state[f"encoder_{letter}.bn1.{what}"].numpy()
+            for statistic in ("running_mean", "running_var"):
+                noted[f"bn1_{letter}_{statistic}"] = state[
+                    f"encoder_{letter}.bn1.{statistic}"
+                ].numpy()
         return {name: np.array(value) for name, value in noted.items()}
 
     def _gradient(self, name: str) -> Tensor:
@@ -298,15 +300,15 @@ def _first8(tensors: Mapping[str, Tensor], names: list[str]) -> NDArray[Any]:
 
 
 PER_PARAMETER = tuple(
-    f"{kind}_{what}"
-    for kind, whats in (
+    f"{kind}_{statistic}"
+    for kind, statistics in (
         ("grad", ("norm", "first8")),
         ("student", ("norm", "first8", "delta_norm", "mu_norm")),
         ("teacher", ("norm", "first8", "delta_norm")),
     )
-    for what in whats
+    for statistic in statistics
 )
-WHOLE = ("center", *(f"bn1_{b}_running_{what}" for b in "qk" for what in ("mean", "var")))
+WHOLE = ("center", *(f"bn1_{b}_running_{statistic}" for b in "qk" for statistic in ("mean", "var")))
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b / a.norm() / b.norm()
 
 
-def naive_regression(model: SlotCon, views: Tensor, own: int, other: int) -> Tensor:
-    student, teacher = model.student(views[own]), model.teacher(views[other])
+def naive_regression(model: SlotCon, views: Tensor, student_view: int, teacher_view: int) -> Tensor:
+    student, teacher = model.student(views[student_view]), model.teacher(views[teacher_view])
     active = winning_slots(student.scores) & winning_slots(teacher.scores)
     pairs = [(b, k) for b in range(IMAGES) for k in range(active.shape[1]) if active[b, k]]
     assert len(pairs) > 1
@@ -77,10 +77,12 @@ def naive_projection(branch: Branch, view: Tensor, box: Tensor, flip: Tensor) ->
     return results
 
 
-def naive_projected_grouping(model: SlotCon, batch: Batch, own: int, other: int) -> Tensor:
+def naive_projected_grouping(
+    model: SlotCon, batch: Batch, student_view: int, teacher_view: int
+) -> Tensor:
     views, overlap, flipped = batch
     total, cells = torch.zeros(()), 0
-    sides = ((model.student, own), (model.teacher, other))
+    sides = ((model.student, student_view), (model.teacher, teacher_view))
     aligned = [naive_projection(branch, views[v], overlap[v], flipped[v]) for branch, v in sides]
     for student, teacher in zip(*aligned, strict=True):
         for h in range(student.shape[1]):
@@ -104,10 +106,15 @@ def naive_image_loss(queries: Tensor, keys: Tensor, first: int = 0) -> Tensor:
     return total / len(queries) * 2 * 0.2
 
 
-def pooled(model: SlotCon, views: Tensor, own: int, other: int) -> tuple[Tensor, Tensor]:
+def pooled(
+    model: SlotCon, views: Tensor, student_view: int, teacher_view: int
+) -> tuple[Tensor, Tensor]:
     """Queries of the image-level loss, and the keys of this process."""
     assert model.image_predictor is not None
-    student, teacher = model.student(views[own]).features, model.teacher(views[other]).features
+    student, teacher = (
+        model.student(views[student_view]).features,
+        model.teacher(views[teacher_view]).features,
+    )
     mean = student.flatten(2).sum(2) / student[0, 0].numel()
     return model.image_predictor(mean), teacher.flatten(2).sum(2) / teacher[0, 0].numel()
 
@@ -131,8 +138,8 @@ def test_regression_replaces_the_slot_terms_only() -> None:
     model, plain, batch = tiny_model(slot_loss="regression"), tiny_model(), crops()
     with torch.no_grad():
         terms, before = model(*batch).terms, plain(*batch).terms
-        for name, own, other in (("12", 0, 1), ("21", 1, 0)):
-            expected = naive_regression(model, batch[0], own, other)
+        for name, *way in (("12", 0, 1), ("21", 1, 0)):
+            expected = naive_regression(model, batch[0], *way)
             torch.testing.assert_close(terms[f"slot_{name}"], expected)
             assert torch.equal(terms[f"grouping_{name}"], before[f"grouping_{name}"])
             assert terms[f"slot_{name}"] != before[f"slot_{name}"]
@@ -161,8 +168,8 @@ def test_projections_are_aligned_before_they_are_scored() -> None:
         each.center.copy_(center)
     with torch.no_grad():
         terms, before = model(*batch).terms, plain(*batch).terms
-        for name, own, other in (("12", 0, 1), ("21", 1, 0)):
-            expected = naive_projected_grouping(model, batch, own, other)
+        for name, *way in (("12", 0, 1), ("21", 1, 0)):
+            expected = naive_projected_grouping(model, batch, *way)
             torch.testing.assert_close(terms[f"grouping_{name}"], expected)
             assert terms[f"grouping_{name}"] != before[f"grouping_{name}"]
             assert torch.equal(terms[f"slot_{name}"], before[f"slot_{name}"])
@@ -292,11 +299,11 @@ def test_loading_official_weights_keeps_the_image_predictor() -> None:
     source, target = tiny_model(), tiny_model(image_loss_weight=1.0)
     for parameter in [*source.parameters(), *target.parameters()]:
         torch.nn.init.normal_(parameter)
-    own = {name: value.clone() for name, value in target.state_dict().items()}
+    before = {name: value.clone() for name, value in target.state_dict().items()}
     target.load_official_state_dict(source.official_state_dict())
     theirs = source.state_dict()
     for name, value in target.state_dict().items():
-        assert torch.equal(value, own[name] if "image_predictor" in name else theirs[name]), name
+        assert torch.equal(value, before[name] if "image_predictor" in name else theirs[name]), name
 
 
 # ---- Two processes ----
