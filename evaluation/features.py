@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from evaluation.datasets.squares import SquareImages
 from evaluation.networks import load_network, run_config, untrained_network
 from model import SlotCon
-from model.encoder import build_encoder
+from model.encoder import Encoder
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from train.config import RunConfig
@@ -128,12 +128,6 @@ def run_features(
     return Features(spec, branch.encoder.eval())
 
 
-def encoder_dim(arch: str) -> int:
-    """Channels of a ResNet's last map."""
-    with torch.device("meta"):
-        return build_encoder(arch)[1]
-
-
 def architecture(checkpoint: Path | None) -> str:
     """The architecture of a run's encoder; ResNet-50 without a run."""
     if checkpoint is None:
@@ -148,7 +142,7 @@ def supervised_features(
     recipe, unless `weights` are given).
     """
     try:
-        encoder, _ = build_encoder(arch)
+        encoder = Encoder(arch)
     except (ValueError, TypeError, AttributeError):  # unknown to torchvision, or not a ResNet
         raise UserError(f"--features supervised:{arch}: not a ResNet of torchvision's") from None
     encoder.load_state_dict(

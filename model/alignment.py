@@ -1,8 +1,8 @@
-"""Inverse augmentation: bring the maps of two views back to the pixels they share.
+"""Inverse augmentation: align the maps of two views on the pixels they share.
 
-Each view's overlap box is cut out and resampled to the map's own H×W grid, then un-flipped; cell
-(i, j) of both aligned maps then lies on the same place of the image (paper, section 3.1). What is
-aligned are the scores or, in a variant, the features that are scored afterwards (table 8c).
+Each view's overlap box is cut out of its map, resampled to H×W cells and un-flipped. Cell (i, j) of
+both aligned maps then covers the same pixels of the image (paper, section 3.1). The aligned maps
+are scores or, in a variant, features that are scored afterwards (table 8c).
 """
 
 import torch
@@ -13,7 +13,7 @@ from model.precision import full_precision
 
 
 def has_area(overlap: Tensor) -> Tensor:
-    """Whether boxes (x1, y1, x2, y2) [..., 4] have a positive width and height: bool [...]."""
+    """Whether each box (x1, y1, x2, y2) [..., 4] has a positive width and height: bool [...]."""
     x1, y1, x2, y2 = overlap.unbind(dim=-1)
     return (x2 > x1) & (y2 > y1)
 
@@ -23,8 +23,8 @@ def align_to_overlap(maps: Tensor, overlap: Tensor, flipped: Tensor) -> Tensor:
     """Cut each map's overlap box out, resample it to H×W and undo the view's flip.
 
     maps [B, C, H, W]; overlap [B, 4] as x1, y1, x2, y2 in (0..1) of the flipped view;
-    flipped bool [B]. Returns [B, C, H, W]; a box without area gives zeros, as in the authors'
-    code, but on every device (CPU RoIAlign raises on an inverted box).
+    flipped bool [B]. Returns [B, C, H, W]. A box without area gives zeros on every device. In the
+    authors' code it does so too, but on the CPU RoIAlign raises for an inverted box.
     """
     index = torch.arange(len(maps), device=maps.device, dtype=maps.dtype)
     height, width = maps.shape[2:]

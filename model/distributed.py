@@ -1,4 +1,4 @@
-"""Collectives that are the identity when there is one process. None of them carries gradients."""
+"""Collectives without gradients. With one process each of them is the identity."""
 
 import torch
 import torch.distributed as dist
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """This process's rank, 0 without a process group."""
+    """The rank of this process; 0 without a process group."""
     return dist.get_rank() if _initialised() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 without a process group."""
+    """The number of processes; 1 without a process group."""
     return dist.get_world_size() if _initialised() else 1
 
 
@@ -28,7 +28,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, of a copy."""
+    """A new tensor: the sum over ranks."""
     total = tensor.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -37,7 +37,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_reduce_max(tensor: Tensor) -> Tensor:
-    """Largest of each element over ranks, of a copy."""
+    """A new tensor: the maximum of each element over ranks."""
     largest = tensor.detach().clone()
     if world_size() > 1:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -45,7 +45,7 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean over ranks, of a copy."""
+    """A new tensor: the mean over ranks."""
     return all_reduce_sum(tensor) / world_size()
 
 

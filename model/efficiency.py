@@ -1,5 +1,4 @@
-"""What makes a step of the same model cheaper: a layout, recomputed activations, compiled
-convolutions.
+"""Ways to make a training step cheaper: channels-last layout, recomputed activations, compilation.
 
 None of them changes parameters, buffers or their names.
 """
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from model.encoder import Encoder
 from model.slotcon import SlotCon
 
 Forward = Callable[[Tensor], Tensor]
 
 _GRAPHS = 64
-"""Of one function, over student and teacher, encoder and projector and sizes of view."""
+"""Graphs that torch.compile may keep for one function: for student and teacher, encoder and
+projector, and each view size."""
 
 
 def prepare(
@@ -29,17 +30,21 @@ def prepare(
     compile: bool = False,
     warn: Callable[[str], None] = print,
 ) -> None:
-    """Change how `model` computes, in place, on the device that it will have.
+    """Change how `model` computes, in place. Call it when the model is on its device.
 
-    channels_last: weights, and so activations, lie in that layout; results differ by rounding.
-    checkpointing: the student's residual blocks keep nothing for the backward but their input and
-    compute the rest again; bit-equal on a CPU. compile: encoders and projectors go through
-    torch.compile, at their first call; if that fails, `warn` is told in one line and they run as
-    they are; results differ by rounding. A copy of a compiled model would run the original. Not
-    the last two together: what is compiled chooses by itself what to keep, whatever a block asks
-    for.
+    channels_last: weights, and so activations, have this layout. Results differ by rounding.
 
-    On a GPU cuDNN is told to try its algorithms out: shapes stay the same from step to step.
+    checkpointing: the student's residual blocks keep only their input for the backward pass and
+    compute the rest again. Results are bit-equal on a CPU.
+
+    compile: encoders and projectors go through torch.compile at their first call. If that fails,
+    `warn` gets one line and they run uncompiled. Results differ by rounding. A copy of a compiled
+    model would run the original.
+
+    Don't combine checkpointing and compile: compiled code decides itself which activations it
+    keeps, and ignores the blocks' checkpointing.
+
+    On a GPU, cuDNN benchmarks its algorithms: shapes are the same in every step.
     """
     torch.backends.cudnn.benchmark = True
     if channels_last:
@@ -55,7 +60,7 @@ def prepare(
 
 
 class Fallback:
-    """Functions that are compiled as long as every one of them can be."""
+    """Compiles functions until the compilation of one fails; from then on none is compiled."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self.warn, self.works = warn, True
@@ -66,20 +71,20 @@ class Fallback:
         def compiled_or_not(inputs: Tensor) -> Tensor:
             if self.works:
                 try:
-                    # The backward too, now, or it would fail where nobody can step in.
+                    # Compile the backward pass now too: later, its failure could not be caught.
                     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
                         return compiled(inputs)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self.works = False
                     cause = getattr(error, "inner_exception", error)
                     reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
-                    self.warn(f"warning: torch.compile failed, going on without it: {reason}")
+                    self.warn(f"warning: torch.compile failed, continuing without it: {reason}")
             return forward(inputs)
 
         return compiled_or_not
 
 
-def _checkpoint_blocks(encoder: nn.Sequential) -> None:
+def _checkpoint_blocks(encoder: Encoder) -> None:
     for stage in encoder.children():
         if isinstance(stage, nn.Sequential):
             for block in stage:
@@ -87,7 +92,7 @@ def _checkpoint_blocks(encoder: nn.Sequential) -> None:
 
 
 def _recomputed(block: nn.Module, forward: Forward, inputs: Tensor) -> Tensor:
-    """forward(inputs), of which the backward knows nothing but `inputs`."""
+    """forward(inputs), which keeps only `inputs` for the backward pass."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _statistics_kept(block)
@@ -100,7 +105,7 @@ def _recomputed(block: nn.Module, forward: Forward, inputs: Tensor) -> Tensor:
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """The second forward of the same batch must not enter the running statistics again."""
+    """Keep the running statistics: the second forward pass must not count the batch again."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -3,25 +3,46 @@
 import math
 from collections import OrderedDict
 
+import torch
 import torchvision
 from torch import nn
 
+STRIDE = 32
+"""Pixels of a view along one side of a cell."""
 
-def build_encoder(arch: str) -> tuple[nn.Sequential, int]:
-    """Return a ResNet [B, 3, S, S] -> [B, C, ⌈S/32⌉, ⌈S/32⌉] and its number of channels C.
+
+class Encoder(nn.Sequential):
+    """A ResNet without its classifier: [B, 3, S, S] -> [B, dim, ⌈S/32⌉, ⌈S/32⌉].
 
     torchvision's own initialisation is the authors': convolutions N(0, √(2/(k²·out))), and with
     `zero_init_residual` the last BatchNorm weight of each block starts at 0, so that a block
-    starts as the identity. Parameter names stay torchvision's, less the classifier.
+    starts as the identity. Parameter names are torchvision's.
     """
-    resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
-    channels = resnet.fc.in_features
-    stages = [
-        (name, stage) for name, stage in resnet.named_children() if name not in ("avgpool", "fc")
-    ]
-    return nn.Sequential(OrderedDict(stages)), channels
+
+    dim: int
+    """Channels of the last feature map."""
+    stage_dims: dict[str, int]
+    """Channels of each stage's feature map: "layer1" … "layer4"."""
+
+    def __init__(self, arch: str) -> None:
+        resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
+        stages = [
+            (name, stage)
+            for name, stage in resnet.named_children()
+            if name not in ("avgpool", "fc")
+        ]
+        super().__init__(OrderedDict(stages))
+        self.dim = resnet.fc.in_features
+        # Each stage has twice the channels of the one before it.
+        self.stage_dims = {f"layer{stage}": self.dim >> (4 - stage) for stage in (1, 2, 3, 4)}
+
+
+def encoder_dim(arch: str) -> int:
+    """`Encoder.dim` of an architecture, without its memory."""
+    with torch.device("meta"):
+        return Encoder(arch).dim
 
 
 def cells_of(side: int) -> int:
-    """How many cells the encoder makes of a view of `side` pixels."""
-    return math.ceil(side / 32) ** 2
+    """Number of cells that the encoder makes of a view of `side` × `side` pixels."""
+    return math.ceil(side / STRIDE) ** 2

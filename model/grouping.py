@@ -1,4 +1,4 @@
-"""Semantic grouping: cells gather round prototypes and become slots (paper, section 3.1).
+"""Semantic grouping: cells are assigned to prototypes and pooled into slots (paper, section 3.1).
 
 B images, K prototypes, D features, H W cells.
 """
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from model.precision import full_precision
 
 ASSIGNMENT_FLOOR = 1e-6
-"""Added to every assignment, so that a slot that no cell prefers is still a mean of cells."""
+"""Added to every assignment. So a slot is a mean of cells even if no cell prefers it."""
 
 
 class SemanticGrouping(nn.Module):
-    """K learned prototypes shared by all images; N(0, 1) at the start."""
+    """K learned prototypes, shared by all images and initialised from N(0, 1)."""
 
     def __init__(self, num_prototypes: int, dim: int, temperature: float) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ def pool_slots(features: Tensor, scores: Tensor, temperature: float) -> Tensor:
 
 
 def won_cells(scores: Tensor) -> Tensor:
-    """How many cells each slot is the arg-max of: [B, K, H, W] -> int64 [B, K]."""
+    """Number of cells whose arg-max is each slot: [B, K, H, W] -> int64 [B, K]."""
     winner = scores.argmax(dim=1).flatten(1)
     won = torch.zeros(scores.shape[:2], dtype=torch.long, device=scores.device)
     return won.scatter_add_(1, winner, torch.ones_like(winner))
 
 
 def winning_slots(scores: Tensor) -> Tensor:
-    """Which slots are the arg-max of at least one cell: [B, K, H, W] -> bool [B, K]."""
+    """Whether each slot is the arg-max of at least one cell: [B, K, H, W] -> bool [B, K]."""
     return won_cells(scores) > 0

@@ -1,4 +1,4 @@
-"""Projector and predictor: one three-layer MLP, over cells or over slots."""
+"""Projector and predictor: the same three-layer MLP, applied to cells or to slots."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,9 +1,11 @@
-"""The image-level objective of an ablation (paper, table 8d): whole images are contrasted too.
+"""The image-level objective of an ablation (paper, table 8d): a contrast between whole images.
 
-The paper calls it MoCo v3-like and leaves the rest open. Chosen here, as near as possible to the
-contrast of slots: an image is the mean of its projected cells, so no head is added but a predictor;
-that has the slot predictor's shape and its own weights; temperature and factor are those of the
-slots. The keys are the teacher's other views of all images of all processes.
+The paper calls it MoCo v3-like and gives no details. Our choices keep it as close as possible to
+the contrast between slots:
+- an image is the mean of its projected cells, so a predictor is the only additional head;
+- this predictor has the shape of the slot predictor, and separate weights;
+- temperature and factor are those of the slots;
+- the keys are the teacher's other views of all images of all ranks.
 
 B images, D features, H W cells.
 """
@@ -21,14 +23,14 @@ def image_loss(
 ) -> Tensor:
     """One direction: InfoNCE between whole images, a scalar.
 
-    student, teacher [B, D, H, W]: the projector's output for one view and for the other; all
-    processes bring the same B, at least 2 that are normalised together by `predictor`.
+    student, teacher [B, D, H, W]: the projector's output for one view and for the other. B is equal
+    on all ranks; `predictor` must normalise at least 2 images together.
 
         query[b] = predictor(mean over cells of student[b])
         logit[b, m] = cosine(query[b], mean over cells of teacher[m]) / temperature
         loss += -log softmax over m of logit[b, m], at m = b
 
-    divided by B, times 2·temperature; m counts the images of all processes.
+    divided by B, times 2·temperature; m counts the images of all ranks.
     """
     queries = predictor(student.mean(dim=(2, 3)))
     return _info_nce(queries, all_gather(teacher.mean(dim=(2, 3))), temperature)
@@ -36,7 +38,7 @@ def image_loss(
 
 @full_precision
 def _info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """queries [B, D]; keys [W·B, D] of W processes, in which this one's come at rank · B."""
+    """queries [B, D]; keys [W·B, D] of W ranks, those of this rank from row rank · B on."""
     logits = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / temperature
-    own = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
-    return F.cross_entropy(logits, own) * (2 * temperature)
+    positive = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+    return F.cross_entropy(logits, positive) * (2 * temperature)

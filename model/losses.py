@@ -21,14 +21,14 @@ def grouping_loss(
 ) -> Tensor:
     """Cross-entropy from the teacher's grouping of a cell to the student's, a scalar.
 
-    student, teacher [B, K, H, W] aligned scores; center [1, K]; overlapping bool [B] says which
-    pairs share pixels. The others are left out; if none is left the loss is zero, still joined to
-    the graph. For each overlapping image b and cell i:
+    student, teacher [B, K, H, W] aligned scores; center [1, K]; overlapping bool [B]: whether the
+    two views share pixels. The other pairs are excluded. If no pair remains, the loss is a zero
+    that is still part of the graph. For each overlapping image b and cell i:
 
         p = softmax((teacher[b, :, i] - center) / teacher_temp)
         q = softmax(student[b, :, i] / student_temp)
         loss += -Σ_k p[k]·log q[k]
-    divided by the number of cells that entered.
+    divided by the number of these cells.
     """
     target = ((teacher - center[:, :, None, None]) / teacher_temp).softmax(dim=1)
     log_prediction = (student / student_temp).log_softmax(dim=1)
@@ -42,40 +42,43 @@ def slot_loss(
     queries: Tensor,
     keys: Tensor,
     positive: Tensor,
-    asked: Tensor,
-    offered: Tensor,
+    valid_queries: Tensor,
+    valid_keys: Tensor,
     temperature: float,
 ) -> Tensor:
     """InfoNCE between predicted student slots and the teacher slots of all images, a scalar.
 
     queries [N, D], keys [M, D], neither normalised; positive int64 [N] is the key of the same
-    prototype in the same image; asked bool [N] and offered bool [M] say which of them are there.
-    For each query n that is there, with keys m that are there:
+    prototype in the same image; valid_queries bool [N] and valid_keys bool [M] are their masks.
+    For each valid query n, with all valid keys m:
 
         logit[m] = cosine(queries[n], keys[m]) / temperature
         loss += -log(exp(logit[positive[n]]) / Σ_m exp(logit[m]))
-    divided by the number of queries, times 2·temperature. Without queries: zero, still joined to
-    the graph. Needs one key at least.
+    divided by the number of valid queries, times 2·temperature. Without valid queries it is a zero
+    that is still part of the graph. At least one key must be valid.
     """
-    barred = torch.zeros_like(offered, dtype=queries.dtype).masked_fill_(~offered, -torch.inf)
+    excluded = torch.zeros_like(valid_keys, dtype=queries.dtype)
+    excluded.masked_fill_(~valid_keys, -torch.inf)
     scaled = F.normalize(queries, dim=1) / temperature
-    logits = torch.addmm(barred, scaled, F.normalize(keys, dim=1).T)
-    each = F.cross_entropy(logits, positive, reduction="none")
-    total = torch.where(asked, each, 0.0).sum()
-    return total / asked.sum().clamp(min=1) * (2 * temperature)
+    logits = torch.addmm(excluded, scaled, F.normalize(keys, dim=1).T)
+    per_query = F.cross_entropy(logits, positive, reduction="none")
+    total = torch.where(valid_queries, per_query, 0.0).sum()
+    return total / valid_queries.sum().clamp(min=1) * (2 * temperature)
 
 
 @full_precision
-def slot_regression(queries: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
+def slot_regression(queries: Tensor, targets: Tensor, valid_queries: Tensor) -> Tensor:
     """BYOL's loss between predicted student slots and their positives, a scalar (table 8b).
 
     queries, targets [N, D], neither normalised; targets[n] is the teacher's slot of the same
-    prototype in the same image; asked bool [N] says which of them are there. The paper names the
-    loss and no more. Chosen here: queries, predictor and positives are those of the contrast, and
-    the scale is BYOL's, so that the loss lies in 0..4. For each query n that is there:
+    prototype in the same image; valid_queries bool [N] is the mask. The paper only names the loss.
+    Our choices: queries, predictor and positives are those of the contrast, and the scale is
+    BYOL's, so that the loss lies in 0..4. For each valid query n:
 
         loss += 2 - 2·cosine(queries[n], targets[n])
-    divided by the number of queries. Without queries: zero, still joined to the graph.
+    divided by the number of valid queries. Without any it is a zero that is still part of the
+    graph.
     """
     cosine = (F.normalize(queries, dim=1) * F.normalize(targets, dim=1)).sum(dim=1)
-    return torch.where(asked, 2 - 2 * cosine, 0.0).sum() / asked.sum().clamp(min=1)
+    total = torch.where(valid_queries, 2 - 2 * cosine, 0.0).sum()
+    return total / valid_queries.sum().clamp(min=1)

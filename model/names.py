@@ -1,7 +1,7 @@
-"""Names of a ResNet's weights: torchvision's, which are ours, timm's and mmsegmentation's, and
-those that others use.
+"""Translates the names of a ResNet's weights between torchvision and other projects.
 
-Only names differ: layouts and shapes are the same.
+slotstream, timm and mmsegmentation use torchvision's names. Only names differ: layouts and shapes
+are the same everywhere.
 """
 
 import re
@@ -14,8 +14,8 @@ from torch import Tensor
 from model.official import PREFIXES
 
 Branch = Literal["teacher", "student"]
-"""The network that averages, or the one that learns; the first is what others call momentum or
-key encoder."""
+"""Which of the two networks. The teacher averages the student's weights; others call it momentum
+encoder or key encoder."""
 
 ENCODERS: dict[Branch, tuple[str, ...]] = {
     "teacher": (
@@ -32,14 +32,13 @@ ENCODERS: dict[Branch, tuple[str, ...]] = {
         "encoder.",
     ),
 }
-"""What an encoder's names start with in files that hold two: ours, the authors' (and MoCo's),
-DenseCL's, those of MoCo v3, PixPro's student."""
+"""Prefixes of an encoder's names in files with two encoders: ours, the authors' (and MoCo's),
+DenseCL's, MoCo v3's, and PixPro's for the student."""
 WRAPPERS = ("", "backbone.")
-"""What they start with in files that hold one. DenseCL's have the student a second time, as
+"""Prefixes in files with one encoder. DenseCL's files contain the student a second time, as
 `backbone.`"""
 COUNT = "num_batches_tracked"
-"""BatchNorm's number of batches. It matters only to a norm whose momentum is None, and many files
-leave it out."""
+"""BatchNorm's number of batches. Only a norm with momentum None uses it, and many files lack it."""
 BLOCKS: dict[tuple[tuple[int, ...], int], str] = {
     ((2, 2, 2, 2), 2): "resnet18",
     ((3, 4, 6, 3), 2): "resnet34",
@@ -47,7 +46,7 @@ BLOCKS: dict[tuple[tuple[int, ...], int], str] = {
     ((3, 4, 23, 3), 3): "resnet101",
     ((3, 8, 36, 3), 3): "resnet152",
 }
-"""What tells ResNets apart: (blocks of each stage, convolutions of a block)."""
+"""(Blocks of each stage, convolutions of a block): the name of the ResNet."""
 
 _Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
@@ -68,8 +67,8 @@ _TORCHVISION: tuple[_Rule, ...] = (
 
 
 def to_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's names as those of detectron2's ResNet (modeling/backbone/resnet.py): BasicStem,
-    stages res2 to res5, norms within their convolutions; BatchNorm's counts have no place there.
+    """Weights under the names of detectron2's ResNet (modeling/backbone/resnet.py): BasicStem,
+    stages res2 to res5, norms within their convolutions. detectron2 has no counts of BatchNorm.
     """
     return {
         _renamed(name, _DETECTRON2): value
@@ -84,10 +83,10 @@ def from_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def backbone_of(state: Mapping[str, Tensor], branch: Branch) -> dict[str, Tensor]:
-    """The ResNet in a state dict under torchvision's names, without its classifier; empty if there
-    is none.
+    """The ResNet of a state dict under torchvision's names, without its classifier; empty if the
+    state dict holds none.
 
-    Of two encoders `branch` says which; an only one is taken whatever it is called.
+    `branch` chooses between two encoders. A single encoder is returned whatever its prefix.
     """
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if "stem.conv1.norm.weight" in state or "backbone.bottom_up.stem.conv1.norm.weight" in state:
@@ -95,35 +94,35 @@ def backbone_of(state: Mapping[str, Tensor], branch: Branch) -> dict[str, Tensor
     other: Branch = "student" if branch == "teacher" else "teacher"
     for prefix in (*ENCODERS[branch], *ENCODERS[other], *WRAPPERS):
         if prefix + "conv1.weight" in state:
-            found = _below(state, prefix)
-            return {name: value for name, value in found.items() if not name.startswith("fc.")}
+            encoder = _below(state, prefix)
+            return {name: value for name, value in encoder.items() if not name.startswith("fc.")}
     return {}
 
 
 def branches_of(names: Iterable[str]) -> list[Branch]:
-    """Which of two encoders there are in a state dict of such names, as far as they tell."""
-    found = {name.removeprefix("module.") for name in names}
+    """The encoders that a state dict with these names holds, as far as the prefixes show."""
+    bare = {name.removeprefix("module.") for name in names}
     return [
         branch
         for branch, prefixes in ENCODERS.items()
-        if any(f"{prefix}conv1.weight" in found for prefix in prefixes)
+        if any(f"{prefix}conv1.weight" in bare for prefix in prefixes)
     ]
 
 
 def with_counts(weights: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
-    """`weights` with 0 for each of BatchNorm's counts that is expected and missing."""
+    """`weights`, with 0 for each count of BatchNorm that is expected and missing."""
     missing = (name for name in expected if name.endswith(COUNT) and name not in weights)
     return {**weights, **{name: torch.tensor(0) for name in missing}}
 
 
 def arch_of(names: Iterable[str]) -> str | None:
-    """Which ResNet has weights of such torchvision names, as far as its blocks tell."""
-    found = [re.match(r"layer([1-4])\.(\d+)\.conv(\d)\.", name) for name in names]
-    places = [tuple(map(int, match.groups())) for match in found if match]
-    if not places:
+    """The ResNet whose weights have these torchvision names; None if its blocks are unknown."""
+    matches = [re.match(r"layer([1-4])\.(\d+)\.conv(\d)\.", name) for name in names]
+    convs = [tuple(map(int, match.groups())) for match in matches if match]
+    if not convs:
         return None
-    blocks = tuple(len({block for at, block, _ in places if at == stage}) for stage in range(1, 5))
-    return BLOCKS.get((blocks, max(convolution for *_, convolution in places)))
+    blocks = tuple(len({block for at, block, _ in convs if at == stage}) for stage in range(1, 5))
+    return BLOCKS.get((blocks, max(number for *_, number in convs)))
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Translate between our parameter names and those of the authors' code (CVMI-Lab/SlotCon).
 
-Only names differ: layouts and shapes are the same, so a state dict travels both ways unchanged.
+Only names differ: layouts and shapes are the same.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,9 +17,9 @@ PREFIXES = (
     ("predictor.", "predictor_slot.mlp."),
     ("center", "center"),
 )
-"""(ours, theirs): a name that starts with ours, starts with theirs there."""
+"""(our prefix, the authors' prefix) of the same weights."""
 OURS_ALONE = "image_predictor."
-"""The start of names that have no counterpart there: of a variant that was not published."""
+"""Prefix of names that the authors' code lacks: a variant whose code they did not publish."""
 
 
 def official_name(name: str) -> str:
@@ -31,15 +31,16 @@ def official_name(name: str) -> str:
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the authors' names (without `module.`), less what is ours alone."""
+    """Our state dict under the authors' names (without `module.`), without `OURS_ALONE`."""
     return {official_name(name): value for name, value in state.items() if _shared(name)}
 
 
 def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict, with or without `module.`, under our names.
 
-    `ours` is the state dict of the model to be filled; what is ours alone stays as it is there.
-    `ValueError` tells which entries are missing, unknown, or of another shape than in `ours`.
+    `ours` is the state dict of the model to fill; its entries `OURS_ALONE` are kept.
+    Raises ValueError, which names entries that are missing, unknown, or of another shape than in
+    `ours`.
     """
     given = {name.removeprefix("module."): value for name, value in official.items()}
     wanted = {official_name(name): name for name in ours if _shared(name)}
@@ -73,7 +74,7 @@ def _shape(value: object) -> tuple[int, ...] | None:
 
 
 def _listing(kind: str, names: Iterable[str], shown: int = 4) -> str:
-    """`kind: a, b, c, d and 7 more`, or nothing where there are no names."""
-    found = sorted(names)
-    more = f" and {len(found) - shown} more" if len(found) > shown else ""
-    return f"{kind}: {', '.join(found[:shown])}{more}" if found else ""
+    """`kind: a, b, c, d and 7 more`; empty if there are no names."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
+    return f"{kind}: {', '.join(ordered[:shown])}{more}" if ordered else ""

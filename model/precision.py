@@ -1,4 +1,4 @@
-"""Keep what is small but sensitive (softmaxes, norms, losses) out of mixed precision."""
+"""Exclude cheap but sensitive operations (softmaxes, norms, losses) from mixed precision."""
 
 import functools
 from collections.abc import Callable
@@ -11,9 +11,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def full_precision(function: Function) -> Function:
-    """Run `function` without autocast, its positional floating tensors at least float32.
+    """Decorator: run `function` without autocast, with positional tensors of at least float32.
 
-    Half-precision inputs become float32, float64 stays; gradients flow back in the input's type.
+    Half-precision inputs become float32, float64 stays. Gradients have the type of the input.
     """
 
     @functools.wraps(function)

@@ -15,41 +15,41 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from model import official
 from model.alignment import align_to_overlap, has_area
 from model.config import ModelConfig
 from model.distributed import all_reduce_mean
-from model.encoder import build_encoder
+from model.encoder import Encoder
 from model.grouping import SemanticGrouping, cosine_scores, winning_slots, won_cells
 from model.heads import build_predictor, build_projector
 from model.image_level import image_loss
 from model.losses import grouping_loss, slot_loss, slot_regression
+from model.official import from_official, to_official
 from model.slots import Contrast, SlotCapacity, contrast, largest_counts, read_capacity
 
 DIRECTIONS = (("12", 0, 1), ("21", 1, 0))
-"""Name of a loss direction, the student's view and the teacher's view."""
+"""Of each direction of the loss: its name, the student's view, the teacher's view."""
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What one forward gives. Each number is this process's own: nothing is averaged over ranks."""
+    """The result of one forward pass, of this rank alone: nothing is averaged over ranks."""
 
     loss: Tensor
     """Weighted sum of the terms, a scalar to call `backward` on."""
     terms: dict[str, Tensor]
-    """Detached scalars before their weights, named as in `SlotCon.term_names`: grouping_12,
-    grouping_21, slot_12, slot_21 (12: student view 1 against teacher view 2) and, where the
-    configuration weighs it, image (both directions)."""
+    """Detached scalars before weighting, named as in `SlotCon.term_names`: grouping_12,
+    grouping_21, slot_12, slot_21 (12: student view 1 against teacher view 2) and, if its weight is
+    not 0, image (both directions)."""
     stats: dict[str, Tensor]
     """Detached scalars, means per image and view: active_slots (teacher slots that win a cell),
     active_pairs (slots that win in the student's view and in the teacher's other view),
-    dropped_pairs (active pairs that found no room in `SlotCon.capacity`)."""
+    dropped_pairs (active pairs that did not fit into `SlotCon.capacity`)."""
     usage: Tensor
-    """int64 [K], cells that each of the teacher's prototypes wins, in both views together."""
+    """int64 [K], the number of cells that each of the teacher's prototypes wins in both views."""
 
 
 class Grouped(NamedTuple):
-    """One view, grouped."""
+    """The maps and slots of one view."""
 
     features: Tensor
     """[B, D, H, W] output of the projector."""
@@ -60,17 +60,17 @@ class Grouped(NamedTuple):
 
 
 class Branch(nn.Module):
-    """Encoder, projector and prototypes: what student and teacher each have."""
+    """Encoder, projector and prototypes; student and teacher each are one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.encoder, channels = build_encoder(config.arch)
-        self.projector = build_projector(channels, config.dim_hidden, config.dim_out)
-        # The assignment of cells to slots uses the teacher's temperature in both branches.
+        self.encoder = Encoder(config.arch)
+        self.projector = build_projector(self.encoder.dim, config.dim_hidden, config.dim_out)
+        # Both branches assign cells to slots with the teacher's temperature.
         self.grouping = SemanticGrouping(config.num_prototypes, config.dim_out, config.teacher_temp)
 
     def forward(self, images: Tensor) -> Grouped:
-        """Group one view [B, 3, S, S]; the batch is one BatchNorm batch."""
+        """Group one view [B, 3, S, S]; BatchNorm normalises the B images together."""
         features = self.projector(self.encoder(images))
         with record_function("slotcon.grouping"):
             slots, scores = self.grouping(features)
@@ -80,15 +80,17 @@ class Branch(nn.Module):
 class SlotCon(nn.Module):
     """Student, teacher, predictor and centre; `forward` computes the loss of one batch.
 
-    The trainer calls `update_teacher` once before a step's first forward. BatchNorm is plain;
-    `nn.SyncBatchNorm.convert_sync_batchnorm` makes it span processes. `record_function` names the
-    parts of a step for profilers; `tools.benchmark` sums the time of each.
+    The trainer calls `update_teacher` once before the first forward of a step. BatchNorms see one
+    rank's images; `nn.SyncBatchNorm.convert_sync_batchnorm` synchronises them over ranks.
+    `record_function` names the parts of a step for profilers; `tools.benchmark` sums the time of
+    each.
     """
 
     center: Tensor
     """[1, K] running mean of the teacher's scores."""
     largest_counts: Tensor
-    """int64 [2]: most active pairs and keys of one direction since `adapt_capacity` looked."""
+    """int64 [2]: the largest numbers of active pairs and of active keys in one direction since the
+    last `adapt_capacity`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class SlotCon(nn.Module):
         self.register_buffer("largest_counts", torch.zeros(2, dtype=torch.long), persistent=False)
         self.capacity: SlotCapacity | None = None
         self._most_slots = 0
-        self.image_predictor = self._build_image_predictor()  # last: changes no other weight
+        self.image_predictor = self._build_image_predictor()  # last: its draws change no others
 
     def forward(
         self, views: Tensor, overlap: Tensor, flipped: Tensor, micro_batches: int = 1
@@ -108,9 +110,9 @@ class SlotCon(nn.Module):
         """Loss of a batch of pairs.
 
         views [2, B, 3, S, S]; overlap [2, B, 4], x1 y1 x2 y2 of the shared pixels in (0..1) of each
-        view after its flip; flipped bool [2, B]. All ranks bring the same B. With `micro_batches`
-        n, this batch is one of n that make up a step: the centre moves by 1/n of a step.
-        In training (train mode, gradients on) the centre is updated, after its use.
+        view after its flip; flipped bool [2, B]. B is equal on all ranks. With `micro_batches` n,
+        this batch is one of the n of a step: the centre moves by 1/n of a step.
+        In training (train mode, gradients on) the centre is used first and updated afterwards.
         """
         _check_batch(views, overlap, flipped, micro_batches)
         with record_function("slotcon.student"):
@@ -149,7 +151,7 @@ class SlotCon(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """Teacher = momentum·teacher + (1 − momentum)·student, parameters only.
 
-        BatchNorm buffers stay apart: the teacher keeps running statistics of its own.
+        Buffers are excluded: the teacher's BatchNorms keep separate running statistics.
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie between 0 and 1, not {momentum!r}")
@@ -158,11 +160,12 @@ class SlotCon(nn.Module):
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     def adapt_capacity(self) -> None:
-        """Give the slots buffers of fixed size, with room for a quarter more than were active.
+        """Set the size of the slots' buffers: a quarter more than the largest count so far.
 
-        All ranks call it together, after at least one forward: at log lines, say, for it is a host
-        synchronisation. From then on a forward needs none; before, each one had to read how many
-        slots are active. Pairs beyond `capacity` are left out, see `dropped_pairs`.
+        All ranks call it together, after at least one forward. The host waits for the device here,
+        so call it seldom, for example at log lines. Afterwards no forward waits; before, each one
+        has to read the number of active slots. Pairs beyond `capacity` are dropped and counted in
+        `dropped_pairs`.
         """
         counts = read_capacity(self.largest_counts)
         self.largest_counts.zero_()
@@ -174,7 +177,7 @@ class SlotCon(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Group whole images [B, 3, S, S] with the running BatchNorm statistics.
 
-        Returns (scores [B, K, H, W], features [B, D, H, W]); mode and buffers stay as they were.
+        Returns (scores [B, K, H, W], features [B, D, H, W]). Mode and buffers do not change.
         """
         if network not in ("teacher", "student"):
             raise ValueError(f'network must be "teacher" or "student", not {network!r}')
@@ -185,15 +188,15 @@ class SlotCon(nn.Module):
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The state dict under the names of the authors' code, without `module.`."""
-        return official.to_official(self.state_dict())
+        return to_official(self.state_dict())
 
     def load_official_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the authors' state dict, with or without `module.` (their file's "model" entry).
 
-        Raises `ValueError` and leaves the model as it is where entries are missing, unknown or of
+        Raises ValueError, without a change to the model, if entries are missing, unknown or of
         another shape.
         """
-        self.load_state_dict(official.from_official(state, self.state_dict()))
+        self.load_state_dict(from_official(state, self.state_dict()))
 
     def _grouping_terms(
         self, student: list[Grouped], teacher: list[Grouped], overlap: Tensor, flipped: Tensor
@@ -203,7 +206,7 @@ class SlotCon(nn.Module):
                 [self._aligned(branch, views[v], overlap[v], flipped[v]) for v in (0, 1)]
                 for branch, views in ((self.student, student), (self.teacher, teacher))
             )
-        # The authors let a pair that shares no pixels in as all-zero maps; here it is left out.
+        # A pair without common pixels is excluded; the authors' code includes it as zero maps.
         overlapping = has_area(overlap).all(dim=0)
         return {
             f"grouping_{name}": grouping_loss(
@@ -220,8 +223,8 @@ class SlotCon(nn.Module):
     def _aligned(self, branch: Branch, view: Grouped, overlap: Tensor, flipped: Tensor) -> Tensor:
         """Scores [B, K, H, W] of the pixels that the views share, see `ModelConfig.align`.
 
-        The paper does not say what else depends on it; here slots and centre, and what slots are
-        active, are those of the unaligned maps either way.
+        The paper does not say whether `align` changes anything else. Here slots, centre and active
+        slots always come from the unaligned maps.
         """
         if self.config.align == "assignments":
             return align_to_overlap(view.scores, overlap, flipped)
@@ -239,8 +242,8 @@ class SlotCon(nn.Module):
     def _slot_terms(
         self, student: list[Grouped], teacher: list[Grouped], teacher_active: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Slot losses by name, and the counts of slots for `ModelOutput.stats`; which of the
-        teacher's slots are active: bool [2, B, K]."""
+        """Slot losses by name, and the counts for `ModelOutput.stats`; teacher_active bool
+        [2, B, K]: whether each of the teacher's slots is active."""
         student_active = [winning_slots(view.scores) for view in student]
         keys = torch.stack([teacher_active[other] for _, _, other in DIRECTIONS])
         pairs = keys & torch.stack([student_active[own] for _, own, _ in DIRECTIONS])
@@ -249,12 +252,12 @@ class SlotCon(nn.Module):
         torch.maximum(self.largest_counts, counts, out=self.largest_counts)
         batch, prototypes, *cells = teacher[0].scores.shape
         self._most_slots = batch * min(prototypes, math.prod(cells))
-        # A smaller batch than the one that it was made for has fewer rows than places.
+        # The capacity may come from a larger batch, with more slots than this one has.
         capacity = (self.capacity or read_capacity(counts)).within(self._most_slots)
 
         terms, kept = {}, []
         for at, (name, own, other) in enumerate(DIRECTIONS):
-            found = contrast(
+            packed = contrast(
                 self.predictor,
                 student[own].slots,
                 teacher[other].slots,
@@ -262,8 +265,8 @@ class SlotCon(nn.Module):
                 keys[at],
                 capacity,
             )
-            terms[f"slot_{name}"] = torch.where(found.enough, self._slot_loss(found), 0.0)
-            kept.append(found.asked.sum())
+            terms[f"slot_{name}"] = torch.where(packed.enough, self._slot_loss(packed), 0.0)
+            kept.append(packed.valid_queries.sum())
         active = pairs.sum() / (2 * batch)
         return terms, {
             "active_slots": keys.sum() / (2 * batch),
@@ -271,12 +274,12 @@ class SlotCon(nn.Module):
             "dropped_pairs": active - torch.stack(kept).sum() / (2 * batch),
         }
 
-    def _slot_loss(self, found: Contrast) -> Tensor:
-        """One direction, by `ModelConfig.slot_loss`."""
-        queries, keys, positive, asked, offered, _ = found
+    def _slot_loss(self, packed: Contrast) -> Tensor:
+        """The loss of one direction, see `ModelConfig.slot_loss`."""
         if self.config.slot_loss == "regression":
-            return slot_regression(queries, keys[positive], asked)
-        return slot_loss(queries, keys, positive, asked, offered, self.config.contrast_temp)
+            targets = packed.keys[packed.positive]
+            return slot_regression(packed.queries, targets, packed.valid_queries)
+        return slot_loss(*packed[:5], self.config.contrast_temp)
 
     def _build_image_predictor(self) -> nn.Sequential | None:
         config = self.config
@@ -298,7 +301,7 @@ class SlotCon(nn.Module):
 
 @contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; each submodule's own mode comes back after it."""
+    """Eval mode inside the block; afterwards each submodule has its previous mode again."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

@@ -1,9 +1,9 @@
-"""Which slots are contrasted, brought into buffers of fixed size (paper, section 3.3).
+"""Packs the active slots that are contrasted into buffers of fixed size (paper, section 3.3).
 
-A slot is active in a view if it wins at least one cell. How many are active is known only on the
-device. In buffers whose size is known beforehand nothing has to ask for that number, so the host
-never waits for the device; places that stay empty are masked out of everything that follows.
-B images, K prototypes, D features, N = B·K slots of one view, C places of a buffer.
+A slot is active in a view if it wins at least one cell. Only the device knows how many slots are
+active. With buffers of fixed size the host does not need that number, so it never waits for the
+device. Empty positions of a buffer are masked out of everything that follows.
+B images, K prototypes, D features, N = B·K slots of one view, C positions of a buffer.
 """
 
 import math
@@ -21,15 +21,15 @@ ROUNDING = 256
 
 
 class SlotCapacity(NamedTuple):
-    """Places for active slots, per direction of the loss and process; equal on all ranks."""
+    """Positions for active slots, per direction of the loss and process; equal on all ranks."""
 
     queries: int
-    """Slots active in the student's view and in the teacher's other view."""
+    """For slots that are active in the student's view and in the teacher's other view."""
     keys: int
-    """Slots active in the teacher's view."""
+    """For slots that are active in the teacher's view."""
 
     def with_margin(self, limit: int) -> "SlotCapacity":
-        """A quarter more, rounded up to `ROUNDING`; at most `limit`, the most that can occur."""
+        """A quarter more, rounded up to `ROUNDING`; at most `limit`, the largest possible count."""
         steps = (max(1, math.ceil(1.25 * count / ROUNDING)) for count in self)
         return SlotCapacity(*(step * ROUNDING for step in steps)).within(limit)
 
@@ -39,31 +39,31 @@ class SlotCapacity(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The active ones of N rows, in their order, in the first of C places."""
+    """The active ones of N rows, in their order, at the first of C positions."""
 
     row: Tensor
-    """int64 [C]: the row at each place; any row at an empty place."""
-    taken: Tensor
-    """bool [C]: whether the place holds an active row."""
-    place: Tensor
-    """int64 [N]: the place of each row; C for rows that have none."""
+    """int64 [C]: the row at each position; any row at an empty position."""
+    valid: Tensor
+    """bool [C]: whether the position holds an active row."""
+    position: Tensor
+    """int64 [N]: the position of each row; C for rows without one."""
 
 
 class Contrast(NamedTuple):
-    """What a loss between slots needs, for one direction."""
+    """The inputs of a loss between slots, for one direction."""
 
     queries: Tensor
     """[C, D] predicted student slots, not normalised."""
     keys: Tensor
-    """[M, D] teacher slots of all ranks, not normalised; M = world · capacity.keys."""
+    """[M, D] teacher slots of all ranks, not normalised; M = world size · capacity.keys."""
     positive: Tensor
     """int64 [C]: the key of the same prototype in the same image."""
-    asked: Tensor
-    """bool [C]: which queries are there."""
-    offered: Tensor
-    """bool [M]: which keys are there."""
+    valid_queries: Tensor
+    """bool [C]: whether the position holds a query."""
+    valid_keys: Tensor
+    """bool [M]: whether the position holds a key."""
     enough: Tensor
-    """bool scalar: whether two queries at least were normalised together; if not, the predictor's
+    """bool scalar: whether the predictor normalised at least two queries together. Otherwise its
     output means nothing."""
 
 
@@ -73,20 +73,20 @@ def largest_counts(pairs: Tensor, keys: Tensor) -> Tensor:
 
 
 def read_capacity(counts: Tensor) -> SlotCapacity:
-    """The largest `counts` [2] of any rank. This is a host synchronisation."""
+    """The largest `counts` [2] of any rank. The host waits for the device here."""
     queries, keys = all_reduce_max(counts).tolist()
     return SlotCapacity(queries, keys)
 
 
 def pack(active: Tensor, capacity: int) -> Packed:
-    """Give active rows (bool [N]) one of `capacity` (up to N) places each, in order, as long as
-    there is room."""
+    """Give each active row (bool [N]) one of `capacity` (at most N) positions, in order, until the
+    positions are used up."""
     order = active.cumsum(0) - 1
-    place = torch.where(active & (order < capacity), order, capacity)
-    everything = torch.arange(len(active), device=active.device)
-    places = torch.arange(capacity + 1, device=active.device)  # the last for rows that have none
-    row = places.scatter(0, place, everything)[:capacity]
-    return Packed(row, places[:capacity] < active.sum(), place)
+    position = torch.where(active & (order < capacity), order, capacity)
+    rows = torch.arange(len(active), device=active.device)
+    positions = torch.arange(capacity + 1, device=active.device)  # the last: rows without one
+    row = positions.scatter(0, position, rows)[:capacity]
+    return Packed(row, positions[:capacity] < active.sum(), position)
 
 
 def contrast(
@@ -100,31 +100,31 @@ def contrast(
     """One direction: queries of this rank, keys of all ranks.
 
     student_slots, teacher_slots [B, K, D]; pairs bool [B, K]: active in both; keys_active
-    bool [B, K]: active in the teacher's view. Every rank makes the same collectives, whatever is
-    active. A pair is left out if there is no room for it or for its key.
+    bool [B, K]: active in the teacher's view. Every rank runs the same collectives, whichever
+    slots are active. A pair is dropped if it or its key does not fit into the buffers.
     """
     keys = pack(keys_active.flatten(), capacity.keys)
-    queries = pack(pairs.flatten() & (keys.place < capacity.keys), capacity.queries)
-    count = queries.taken.sum()
+    queries = pack(pairs.flatten() & (keys.position < capacity.keys), capacity.queries)
+    count = queries.valid.sum()
     if predictor.training and any(isinstance(layer, nn.SyncBatchNorm) for layer in predictor):
         count = all_reduce_sum(count)
     rows = student_slots.flatten(0, 1).index_select(0, queries.row)
-    positive = keys.place[queries.row] + rank() * capacity.keys
+    positive = keys.position[queries.row] + rank() * capacity.keys
     return Contrast(
-        queries=_predict(predictor, rows, queries.taken, count),
+        queries=_predict(predictor, rows, queries.valid, count),
         keys=all_gather(teacher_slots.flatten(0, 1).index_select(0, keys.row)),
-        positive=torch.where(queries.taken, positive, 0),
-        asked=queries.taken,
-        offered=all_gather(keys.taken),
+        positive=torch.where(queries.valid, positive, 0),
+        valid_queries=queries.valid,
+        valid_keys=all_gather(keys.valid),
         enough=count > 1,
     )
 
 
-def _predict(predictor: nn.Sequential, rows: Tensor, taken: Tensor, count: Tensor) -> Tensor:
-    """`predictor` of the taken rows, whose BatchNorms see no others: [C, D] -> [C, D]."""
+def _predict(predictor: nn.Sequential, rows: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    """`predictor` of `rows`, with BatchNorms that see only the valid ones: [C, D] -> [C, D]."""
     for layer in predictor:
         if isinstance(layer, _BatchNorm):
-            rows = masked_batch_norm(layer, rows, taken, count)
+            rows = masked_batch_norm(layer, rows, valid, count)
         else:
             rows = layer(rows)
     return rows

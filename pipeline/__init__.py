@@ -1,1 +1,1 @@
-"""The data path: beton → uint8 canvases → paired views with recorded geometry."""
+"""The data path: beton → uint8 canvases → pairs of views with recorded geometry."""

@@ -1,4 +1,4 @@
-"""Reading an FFCV beton: open, validate, and know where every record lies."""
+"""Opens and validates an FFCV beton, and locates every record."""
 
 import hashlib
 import os
@@ -31,27 +31,27 @@ from pipeline.turbojpeg import (
     is_harmless,
 )
 
-BLOCK = 1 << 20  # bytes of the file that are worth reading at once
+BLOCK = 1 << 20  # bytes of the file that one read-ahead request covers
 MAX_PIXELS = 178_956_970
-"""Where Pillow, too, takes an image for a decompression bomb: none larger is packed, and a damaged
-size must not ask for gigabytes."""
+"""Pillow's limit for decompression bombs. Larger images are not packed, and a damaged size must not
+cause an allocation of gigabytes."""
 
 
 class CorruptRecord(UserError):
-    """A record whose bytes are not the image that the file's table promises."""
+    """A record whose bytes are not the image that the file's table describes."""
 
 
 class Beton:
-    """An opened beton of N images: sizes and places of all records; pixels only on demand.
+    """An opened beton of N images: sizes and locations of all records; pixels only on demand.
 
     Attributes: `path`; `index` int64 [N], each image's number in its source; `label` int64 [N] or
     None; `height` and `width` int64 [N] in pixels; `records` int64 [N, 5] (pointer, bytes, height,
-    width, mode); `bytes`, the file's; `page_size` in bytes; `data` and `table`, where the records'
-    part of the file begins and ends. The file stays open, so a beton that is renamed or deleted
-    under a running loader stays readable.
+    width, mode); `bytes`, the size of the file; `page_size` in bytes; `data` and `table`, the
+    offsets at which the records begin and end. The file stays open, so a beton that is renamed or
+    deleted while a loader runs stays readable.
 
-    Raises UserError, naming the file, if it is not a beton that slotstream can read whole: nothing
-    that the file says of itself is followed before it has been checked.
+    Raises UserError, naming the file, if it is not a beton that slotstream can read completely.
+    Every pointer, count and size in the file is checked before it is used.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -107,9 +107,7 @@ class Beton:
         return f"record {i}"
 
     def fingerprint(self) -> str:
-        """What tells this beton from another: a SHA-256 of its tables and of the beginnings of up
-        to 64 records.
-        """
+        """A SHA-256 that identifies this beton: of its tables and the first bytes of 64 records."""
         digest = hashlib.sha256(self.records.tobytes() + self.index.tobytes())
         for i in np.linspace(0, len(self) - 1, min(64, len(self))).astype(int):
             pointer, size = self.records[i, :2]
@@ -133,8 +131,8 @@ class Beton:
     def try_decode(
         self, which: np.ndarray, canvas: np.ndarray, decoder: Decoder, scale: int = 1
     ) -> tuple[int, str]:
-        """Decode like `decode_into` up to the first record that fails: its place in `which` and
-        the reason, or (-1, ""). With `scale` 2, 4 or 8, JPEGs at that fraction of their sides,
+        """Decode like `decode_into` until a record fails: its position in `which` and the reason,
+        or (-1, ""). With `scale` 2, 4 or 8, JPEGs are decoded at this fraction of their sides,
         rounded up.
         """
         begin = 0
@@ -149,11 +147,11 @@ class Beton:
             complaint = decoder.error() if code in (BAD_HEADER, BAD_PIXELS) else ""
             if code != BAD_PIXELS or not is_harmless(complaint):
                 return begin, REASONS[code] + (f" ({complaint})" if complaint else "")
-            begin += 1  # a warning only: its pixels are there
+            begin += 1  # only a warning: the pixels are complete
         return -1, ""
 
     def advise(self, blocks: np.ndarray) -> None:
-        """Ask the kernel to read these blocks (by number) into memory, without waiting for it."""
+        """Ask the kernel to read these blocks (by number) into memory, and do not wait for it."""
         for block in blocks.tolist():
             os.posix_fadvise(self.file, block * BLOCK, BLOCK, os.POSIX_FADV_WILLNEED)
 
@@ -173,7 +171,7 @@ class Beton:
         return np.frombuffer(data, dtype, count)
 
     def _read_samples(self, fields: int, samples: int) -> dict[str, np.ndarray]:
-        """The metadata column [N] of each field; refuses fields other than slotstream packs."""
+        """The metadata column [N] of each field; refuses fields that slotstream does not pack."""
         described = self._read(DESCRIPTOR, HEADER.itemsize, fields)
         names = [bytes(name).split(b"\0")[0].decode(errors="replace") for name in described["name"]]
         for name, type_id in zip(names, described["type_id"], strict=True):
@@ -187,9 +185,7 @@ class Beton:
         return {name: metadata[f"f{column}"] for column, name in enumerate(names)}
 
     def _locate(self, image: np.ndarray, table: np.ndarray) -> np.ndarray:
-        """int64 [N, 5] pointer, bytes, height, width, mode of each image; refuses pointers that
-        lead astray.
-        """
+        """int64 [N, 5] pointer, bytes, height, width, mode of each image; refuses bad pointers."""
         table = table[np.argsort(table["ptr"], kind="stable")]
         row = np.searchsorted(table["ptr"], image["data_ptr"]).clip(max=len(table) - 1)
         columns = (image["data_ptr"], table["size"][row], self.height, self.width, image["mode"])
@@ -204,7 +200,7 @@ class Beton:
         wrong |= ~np.isin(mode, (JPEG, RAW)) | ((mode == RAW) & (size != height * width * 3))
         wrong |= pointer // self.page_size != (pointer + size - 1) // self.page_size
         order = np.argsort(pointer, kind="stable")
-        wrong[order[1:]] |= pointer[order[1:]] < (pointer + size)[order[:-1]]  # overlaps the last
+        wrong[order[1:]] |= pointer[order[1:]] < (pointer + size)[order[:-1]]  # an overlap
         if wrong.any():
             first = printable(self.name(int(np.flatnonzero(wrong)[0])))
             raise UserError(f"{self.path}: {first}: its entry in the table is damaged")

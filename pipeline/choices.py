@@ -1,17 +1,18 @@
-"""What a configuration may choose by name; apart, so that reading one loads no native library."""
+"""Names that a configuration chooses from. They have a module of their own, so that reading a
+configuration loads no native library.
+"""
 
 from typing import Literal, get_args
 
 Order = Literal["random", "quasi-random", "sequential"]
-"""random: every image can come at any place. quasi-random: images are shuffled within windows of
-the file, see `pipeline.order.block_order`; for a set larger than memory. sequential: as they lie in
-the file."""
+"""random: any order is possible. quasi-random: images are shuffled within windows of the file, for
+a set larger than memory, see `pipeline.order.block_order`. sequential: in the order of the file."""
 ORDERS: tuple[str, ...] = get_args(Order)
 
 Crops = Literal["device", "host", "dali"]
-"""Where both crops are made: on the device, from whole images; on the threads that decode; by DALI,
-which then decodes as well."""
+"""Where both crops are cut: on the device, from whole images; on the decoding threads (host); by
+DALI, which then also decodes."""
 CROPS: tuple[Crops, ...] = get_args(Crops)
 
 OnCorrupt = Literal["stop", "replace"]
-"""What becomes of a record that cannot be decoded: an error, or another image in its place."""
+"""What happens at a record that cannot be decoded: an error, or another image replaces it."""

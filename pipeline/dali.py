@@ -1,12 +1,12 @@
-"""DALI as the source of batches: it decodes and cuts both crops, a backend colours them.
+"""DALI as a source of batches: it decodes and cuts both crops, then a backend colours them.
 
-DALI gets the records' bytes and the drawn geometry, nothing else, so what a batch holds is what
-`pipeline.loader.ViewLoader` puts into it: the same images, parameters and boxes, and pixels that
-differ by rounding. With a GPU it decodes there (nvJPEG), else with its CPU operators.
+DALI gets only the records' bytes and the drawn geometry. So a batch holds the same images,
+parameters and boxes as a batch of `pipeline.loader.ViewLoader`, and pixels that differ by rounding.
+With a GPU, DALI decodes there (nvJPEG); otherwise it uses its CPU operators.
 
-DALI decodes a damaged JPEG without a complaint as long as its headers and its end are there. So a
-record is checked by other means when it is first read: its checksum is the manifest's, or
-libjpeg-turbo decodes it. Only then are its bytes given to DALI.
+DALI decodes a damaged JPEG without an error as long as its headers and its end are intact. So each
+record is checked when it is first read: its checksum must be the one in the manifest, or
+libjpeg-turbo must decode it. DALI gets its bytes only after this check.
 """
 
 import os
@@ -26,37 +26,37 @@ from zlib_ng.zlib_ng import crc32
 
 from pipeline.augment import get_backend
 from pipeline.beton import Beton, CorruptRecord
-from pipeline.choices import OnCorrupt
 from pipeline.errors import UserError
 from pipeline.ffcv_format import RAW
-from pipeline.loader import EPOCH_HAS_ENDED, Batch, BatchSource, Replacements, draw
 from pipeline.manifest import Manifest
+from pipeline.source import EPOCH_HAS_ENDED, Batch, BatchSource, Replacements, draw
 from pipeline.turbojpeg import REASONS, SHORT_READ, Decoder
 from pipeline.views import ViewConfig, ViewParams
 
-_READ_AHEAD = 2  # batches whose bytes are being read before DALI asks for them
-_DECODE_AHEAD = 2  # batches that DALI works on beyond the one being consumed
+_READ_AHEAD = 2  # batches whose bytes are read before DALI requests them
+_DECODE_AHEAD = 2  # batches that DALI decodes while one is consumed
 
-_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # what its C++ exceptions become
+_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # what DALI's C++ exceptions become
 
-# A forked child that collects a pipeline would wait for, or crash on, threads that only its parent
-# has: there, none may ever be collected.
+# A forked child has none of DALI's threads. If it garbage-collected a pipeline, it would hang or
+# crash, so it keeps every pipeline alive.
 _built: WeakSet[Any] = WeakSet()
 _inherited: list[Any] = []
 os.register_at_fork(after_in_child=lambda: _inherited.extend(_built))
 
-_File = NDArray[np.uint8]  # what DALI decodes: the bytes of an image file
-_Read = list[tuple[_File, str]]  # and why they are not fit for it, or ""
+_File = NDArray[np.uint8]  # the bytes of an image file, which DALI decodes
+_Read = list[tuple[_File, str]]  # files, each with the reason why DALI must not get it, or ""
 
 
 class DaliLoader(BatchSource):
     """Batches of paired views, decoded and cropped by DALI; arguments, order and content are those
     of `pipeline.loader.ViewLoader`.
 
-    `threads` are DALI's, and as many read. A JPEG is decoded with the exact DCT and smooth chroma,
-    as PIL does it. A record of raw pixels gets a PPM header, and so goes the same way.
+    DALI uses `threads` threads, and as many others read. JPEGs are decoded with the exact DCT and
+    smooth chroma, as PIL does it. Records of raw pixels get a PPM header, so that DALI decodes them
+    like any other file.
 
-    Raises UserError as BatchSource does, or where DALI is not installed.
+    Raises UserError as BatchSource does, or if DALI is not installed.
     """
 
     def __init__(
@@ -65,45 +65,40 @@ class DaliLoader(BatchSource):
         views: ViewConfig,
         batch_size: int,
         *,
-        seed: int,
         backend: str,
-        device: torch.device,
-        threads: int = 1,
-        on_corrupt: OnCorrupt = "stop",
         **options: Any,
     ) -> None:
-        super().__init__(beton, views, batch_size, seed=seed, device=device, **options)
-        self.threads, self.on_corrupt = threads, on_corrupt
+        super().__init__(beton, views, batch_size, **options)
         self._colour = get_backend(backend).colour
         self._replacements = Replacements(beton)
         self._checksums = _checksums(beton)
         self._checked = np.zeros(len(beton), np.bool_)
-        self._pool = ThreadPoolExecutor(threads, "read")
+        self._pool = ThreadPoolExecutor(self.threads, "read")
         self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
         self._build(self.size_of(0))
 
     @property
     def replaced(self) -> dict[int, int]:
-        return self._replacements.found
+        return self._replacements.known
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """As in BatchSource. Beginning an epoch ends the one before it."""
+        """As in BatchSource. Beginning an epoch ends the previous one."""
         shares = self.shares(epoch)
-        place = self._first(start)
-        self._begin_reading(epoch, place / len(shares))
-        while place < len(shares):
+        done = self._first(start)
+        self._begin_reading(epoch, done / len(shares))
+        while done < len(shares):
             try:
-                for batch in self._batches(epoch, shares[place:]):
-                    place += 1
-                    self._has_read(place / len(shares))
+                for batch in self._batches(epoch, shares[done:]):
+                    done += 1
+                    self._has_read(done / len(shares))
                     yield batch
             except _DaliError as error:
-                self._replace_faulty(error)  # or raise what names the faulty record
+                self._replace_faulty(error)
 
     # ---- DALI's side ----
 
     def _build(self, side: int) -> None:
-        """A pipeline for views of this side."""
+        """Build DALI's pipeline for views of this side."""
         try:
             from nvidia.dali import Pipeline, fn, types
         except ImportError as error:
@@ -113,7 +108,7 @@ class DaliLoader(BatchSource):
         on_gpu = self.device.type == "cuda"
         self._feed, self._side = _Feed(), side
         self._pipe = Pipeline(
-            batch_size=self.batch_size // (self.world * self.accumulation),
+            batch_size=self.images_per_batch,
             num_threads=self.threads,
             device_id=torch.empty(0, device=self.device).device.index if on_gpu else None,
             prefetch_queue_depth=_DECODE_AHEAD,
@@ -124,7 +119,7 @@ class DaliLoader(BatchSource):
                 num_outputs=5,
                 dtype=[types.UINT8, *[types.INT32] * 4],
                 ndim=[1, 1, 1, 0, 0],
-                no_copy=True,  # the feed keeps them until their batch has been consumed
+                no_copy=True,  # the feed keeps the arrays until their batch has been consumed
             )
             images = fn.decoders.image(
                 files,
@@ -132,11 +127,11 @@ class DaliLoader(BatchSource):
                 adjust_orientation=False,
                 use_fast_idct=False,
                 jpeg_fancy_upsampling=True,
-                affine=False,  # processes that share a machine would pin their threads to one core
+                affine=False,  # else all processes of a machine pin their threads to the same core
             )
             views = []
             for crop, flipped in zip(geometry[:2], geometry[2:], strict=True):
-                # Cut before the resize, whose filter must not see beyond the crop.
+                # Crop first: the filter of the resize must not see pixels outside the crop.
                 view = fn.slice(images, start=crop[:2], end=crop[2:], axes=(1, 0))
                 view = fn.resize(
                     view,
@@ -174,11 +169,11 @@ class DaliLoader(BatchSource):
                 self._rewind()
 
     def _advance(self) -> None:
-        """Have DALI work on another batch, on its first call of an epoch on _DECODE_AHEAD."""
+        """Let DALI start another batch; the first call of an epoch starts _DECODE_AHEAD batches."""
         self._call("schedule_run")
 
     def _take(self) -> Tensor:
-        """The next finished batch, uint8 [2, B, S, S, 3]: copied, for DALI reuses its memory."""
+        """A copy of the next finished batch, uint8 [2, B, S, S, 3]: DALI reuses its memory."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         outputs = self._call("share_outputs", stream)
         pixels = torch.stack([from_dlpack(view.as_tensor()) for view in outputs])
@@ -186,8 +181,8 @@ class DaliLoader(BatchSource):
         return pixels
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Call the pipeline. One that has failed is of no further use; only the text of its error
-        is kept, since the traceback would keep the pipeline.
+        """Call the pipeline, and drop it if it fails. The new exception holds only the error's
+        text: the old traceback would keep the pipeline alive.
         """
         try:
             return getattr(self._pipe, method)(*arguments)
@@ -197,7 +192,7 @@ class DaliLoader(BatchSource):
         raise _DaliError(list(self._feed.pending), message)
 
     def _rewind(self) -> None:
-        """Let DALI finish what it has begun, however the epoch ended, and be ready for another."""
+        """Let DALI finish the batches it has started, and prepare it for another epoch."""
         self._feed.stop()
         if self._pipe is None:
             return
@@ -205,24 +200,24 @@ class DaliLoader(BatchSource):
             while not self._pipe.empty():
                 self._pipe.share_outputs()
                 self._pipe.release_outputs()
-            self._pipe.schedule_run()  # meets the end of the feed, which reset() asks for
+            self._pipe.schedule_run()  # reaches the end of the feed, as reset() requires
             self._pipe.reset()
         except _DALI_ERRORS:
             self._pipe = None
 
     def _replace_faulty(self, failure: "_DaliError") -> None:
-        """Replace the records on which DALI failed, though they were sound when they were checked.
+        """Replace the records on which DALI failed although they passed their check.
 
-        Raises CorruptRecord if that is not wanted, and UserError if there are none.
+        Raises CorruptRecord unless `on_corrupt` is "replace", and UserError if no record is bad.
         """
-        under_way = list(dict.fromkeys(i for job in failure.jobs for i in job.which.tolist()))
-        faults = list(self._pool.map(self._fault, under_way))
+        suspects = list(dict.fromkeys(i for job in failure.jobs for i in job.which.tolist()))
+        faults = list(self._pool.map(self._fault, suspects))
         if not any(faults):
             raise UserError(
                 f"{self.beton.path}: DALI failed on images that libjpeg-turbo can decode"
                 f" (data.crops=device does): {failure}"
             )
-        for i, reason in zip(under_way, faults, strict=True):
+        for i, reason in zip(suspects, faults, strict=True):
             if reason:
                 self._replacement(i, reason)
 
@@ -235,13 +230,13 @@ class DaliLoader(BatchSource):
     # ---- The records' side ----
 
     def _jobs(self, epoch: int, shares: NDArray[np.int64]) -> Iterator["_Job"]:
-        """What DALI is to do for each row of `shares`. Raises CorruptRecord at a row with a bad
-        record, unless that can be replaced.
+        """DALI's job for each row of `shares`. Raises CorruptRecord at a row with a bad record,
+        unless the record is replaced.
         """
         reading: deque[tuple[list[int], list[Future[_Read]]]] = deque()
         for step in range(len(shares) + _READ_AHEAD):
             if step < len(shares):
-                which = [self._standing(i) for i in shares[step].tolist()]
+                which = [self._current(i) for i in shares[step].tolist()]
                 slices = [which[t :: self.threads] for t in range(self.threads)]
                 reading.append((which, [self._pool.submit(self._read_all, s) for s in slices]))
             if step >= _READ_AHEAD:
@@ -251,11 +246,11 @@ class DaliLoader(BatchSource):
         files: list[_File] = [np.empty(0, np.uint8)] * len(which)
         for t, part in enumerate(parts):
             for b, (file, reason) in enumerate(part.result()):
-                place = t + b * self.threads
-                files[place] = file
+                position = t + b * self.threads
+                files[position] = file
                 if reason:
-                    which[place] = self._replacement(which[place], reason)
-                    files[place], _ = self._read(which[place])
+                    which[position] = self._replacement(which[position], reason)
+                    files[position], _ = self._read(which[position])
         rows = np.array(which)
         params = draw(self.beton, self.seed, epoch, rows, self.views)
         return _Job(rows, params, (files, *params.crops, *params.flipped.astype(np.int32)))
@@ -264,7 +259,7 @@ class DaliLoader(BatchSource):
         return [self._read(i) for i in which]
 
     def _read(self, i: int) -> tuple[_File, str]:
-        """Record `i` as a file for DALI, and why it must not get it, or ""."""
+        """Record `i` as a file for DALI, and the reason why DALI must not get it, or ""."""
         pointer, size, height, width, mode = self.beton.records[i].tolist()
         header = b"P6 %d %d 255\n" % (width, height) if mode == RAW else b""
         file = np.empty(len(header) + size, np.uint8)
@@ -282,26 +277,26 @@ class DaliLoader(BatchSource):
         return file, ""
 
     def _fault(self, i: int) -> str:
-        """Why libjpeg-turbo cannot decode record `i`, or ""."""
+        """The reason why libjpeg-turbo cannot decode record `i`, or ""."""
         canvas = np.empty((1, self.beton.height[i], self.beton.width[i], 3), np.uint8)
         decoder = Decoder(int(self.beton.records[i, 1]))
         return self.beton.try_decode(np.array([i]), canvas, decoder)[1]
 
-    def _standing(self, i: int) -> int:
-        """Record `i`, or what has taken its place."""
+    def _current(self, i: int) -> int:
+        """Record `i`, or its replacement."""
         while i in self.replaced:
             i = self.replaced[i]
         return i
 
     def _replacement(self, i: int, reason: str) -> int:
-        """What takes the place of record `i`. Raises CorruptRecord if nothing shall."""
+        """The replacement of record `i`. Raises CorruptRecord if `on_corrupt` is "stop"."""
         if self.on_corrupt == "stop":
             raise self.beton.corrupt(i, reason)
         return self._replacements.find(i, reason)
 
 
 def _checksums(beton: Beton) -> NDArray[np.int64]:
-    """The CRC-32 of each record by the beton's manifest; -1 without one that fits."""
+    """The CRC-32 of each record by the beton's manifest; -1 without a matching manifest."""
     checksums = np.full(len(beton), -1)
     with suppress(UserError, ValueError):
         known = [int(record.crc32, 16) for record in Manifest.beside(beton.path).records()]
@@ -311,27 +306,27 @@ def _checksums(beton: Beton) -> NDArray[np.int64]:
 
 
 class _Job(NamedTuple):
-    """A batch as DALI is told of it."""
+    """DALI's inputs for one batch."""
 
     which: NDArray[np.int64]
     """[B] records"""
     params: ViewParams
     inputs: tuple[Any, ...]
-    """Files; crops int32 [B, 4] of view 1 and 2; whether flipped, int32 [B], of view 1 and 2."""
+    """Files; crops int32 [B, 4] of view 1, of view 2; flips int32 [B] of view 1, of view 2."""
 
 
 class _Feed:
-    """What DALI calls for its next batch. It knows nothing of the loader, which can so be freed
-    although DALI still holds it.
+    """DALI calls it for its next batch, and keeps it alive. So it holds no reference to the loader,
+    which can be freed.
     """
 
     def __init__(self) -> None:
         self.pending: deque[_Job] = deque()
-        """Jobs that DALI was given and that have not been consumed."""
+        """Jobs that DALI has taken and whose batches have not been consumed."""
         self.error: CorruptRecord | None = None
-        """Why the jobs ended early: due when those before have been consumed."""
+        """Why the jobs ended early; raised when all earlier batches have been consumed."""
         self.jobs: Iterator[_Job] = iter(())
-        """Those to come."""
+        """Future jobs."""
 
     def stop(self) -> None:
         self.pending.clear()

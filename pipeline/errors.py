@@ -1,4 +1,4 @@
-"""How a mistake of the user's is reported."""
+"""How mistakes of the user are reported."""
 
 
 class UserError(ValueError):
@@ -12,7 +12,5 @@ def require(holds: bool, name: str, value: object, meaning: str) -> None:
 
 
 def printable(name: str) -> str:
-    """A file's name for a message: as it is, or escaped where it would break the line or its
-    encoding.
-    """
+    """A file's name for a message, escaped if it would break the line or its encoding."""
     return name if name.isprintable() else ascii(name)

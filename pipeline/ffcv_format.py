@@ -1,9 +1,9 @@
-"""FFCV's file format, version 2, as NumPy types, and the native library that ffcv builds.
+"""FFCV's file format, version 2, as NumPy types, and the path of ffcv's native library.
 
     header · a descriptor for each field · metadata[N] · padding │ pages of data │ allocation table
 
-ffcv itself is not imported: that takes seconds and 0.8 GB, and sets PyTorch and Numba to one thread
-for the whole process, which halves the speed of a training step on two cores without a word.
+ffcv itself is not imported. The import takes seconds and 0.8 GB, and silently sets PyTorch and
+Numba to one thread for the whole process. On two cores this halves the speed of a training step.
 """
 
 from importlib.util import find_spec
@@ -40,22 +40,22 @@ MAX_SIDE = 65535
 """Largest height and width of an image in pixels: they are uint16."""
 
 FIELDS = {"image": IMAGE, "index": INTEGER, "label": INTEGER}
-"""What a beton of slotstream's holds of each sample; label only where there is one."""
+"""The fields of each sample in slotstream's betons; label is optional."""
 
 TYPE_ID = {"image": 2, "index": 1, "label": 1}
 """ffcv's numbers for an RGBImageField and an IntField, which need no arguments."""
 
 
 def metadata_type(names: list[str]) -> np.dtype:
-    """What the file holds of one sample with these fields; columns are called f0, f1, …"""
+    """The metadata type of one sample with these fields; columns are named f0, f1, …"""
     return np.dtype([("", FIELDS[name]) for name in names], align=True)
 
 
 def library() -> str:
-    """ffcv's extension; a handle of it also finds the symbols of libturbojpeg, which it links."""
+    """The path of ffcv's extension. It links libturbojpeg, and so gives access to its symbols."""
     spec = find_spec("ffcv")
     folders = (spec and spec.submodule_search_locations) or []
-    found = [path for folder in folders for path in Path(folder).glob("_libffcv*.so")]
-    if not found:
+    paths = [path for folder in folders for path in Path(folder).glob("_libffcv*.so")]
+    if not paths:
         raise ImportError("ffcv's native library is not installed: see docs/install.md")
-    return str(found[0])
+    return str(paths[0])

@@ -1,4 +1,4 @@
-"""Which files are taken for images, by packing and by evaluation alike."""
+"""The file suffixes that packing and evaluation read as images."""
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".ppm"),

@@ -1,6 +1,7 @@
-"""The manifest beside a beton, FILE.beton.json: what was packed, from where, and how.
+"""The manifest beside a beton, FILE.beton.json: the packed images, their sources, the options.
 
-One JSON document, one record a line, so that 1.3 million records are written and read as a stream:
+It is one JSON document with one record per line, so that 1.3 million records are written and read
+as a stream:
 
     {"format": 3, "tool": …, "source": …, "options": …, "classes": …, "count": …, "digest": …,
      "skipped": [[name, reason], …],
@@ -11,7 +12,7 @@ One JSON document, one record a line, so that 1.3 million records are written an
 
 A record: name, bytes stored, CRC-32 of the stored bytes as 8 hexadecimal digits, how it is stored:
 "original", "scaled" or "converted: <reasons>", and, in a set with labels, its label. The digest is
-the SHA-256 of the whole document with 64 zeros in the digest's place.
+the SHA-256 of the whole document with 64 zeros instead of the digest.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ _END = b"]}\n"
 
 
 class Record(NamedTuple):
-    """What the manifest says of one record of the beton."""
+    """One record of the beton in the manifest."""
 
     name: str
     """The image's path below its source's root, with forward slashes; unique in a beton."""
@@ -49,12 +50,12 @@ class Record(NamedTuple):
 
 @dataclass
 class Manifest:
-    """A manifest but for its records, which are on disk: `records()` reads them one by one."""
+    """A manifest without its records. These stay on disk, and `records()` reads them one by one."""
 
     source: str
     """The name of the source: coco, imagenet, folder, …"""
     options: dict[str, Any]
-    """All that decides the content of the beton."""
+    """All options that determine the content of the beton."""
     count: int
     """Records in the beton."""
     bytes: int
@@ -64,21 +65,22 @@ class Manifest:
     stored: dict[str, int] = field(default_factory=dict)
     """Records by storage: original and jpeg are JPEG streams, raw are pixels."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Name and reason of each image left out, in the order of the source."""
+    """Name and reason of each skipped image, in the order of the source."""
     shard: dict[str, Any] | None = None
-    """Of a part of a data set: its number, how many there are, and the digest of what all share."""
+    """For a part of a data set: its number, the number of parts, and the digest of the settings and
+    images that all parts share."""
     digest: str = ""
     tool: str = TOOL
     beton_version: int = VERSION
     path: Path | None = None
-    """The file this was read from."""
+    """The file from which this was read."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Everything before the records.
 
         Raises:
-            UserError: where `path` cannot be read or is no manifest of format 3.
+            UserError: if `path` cannot be read or is not a manifest of format 3.
         """
         try:
             with path.open("rb") as file:
@@ -103,7 +105,7 @@ class Manifest:
         """The records in the beton's order.
 
         Raises:
-            UserError: at a damaged line, or after the last where the digest is not the one noted.
+            UserError: at a damaged line, or after the last record if the digest does not match.
         """
         if self.path is None:
             raise ValueError("this manifest was not read from a file")
@@ -120,7 +122,7 @@ class Manifest:
                         break
                     yield _record(line)
                     count += 1
-                digest.update(file.read(1))  # there is nothing behind the end
+                digest.update(file.read(1))  # bytes after the end change the digest
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
         except (ValueError, TypeError, RecursionError) as error:
@@ -132,7 +134,7 @@ class Manifest:
         """The name of record `i`, without parsing the others: 0.1 s for the last of 1.3 million.
 
         Raises:
-            UserError: where it has no such line.
+            UserError: if there is no such line.
         """
         if self.path is None:
             raise ValueError("this manifest was not read from a file")
@@ -148,7 +150,7 @@ class Manifest:
             raise UserError(f"{self.path}: the line of record {i:,} is damaged") from error
 
     def write(self, path: Path, records: Iterable[Record]) -> None:
-        """Write the manifest to `path`, complete or not at all, and note its digest."""
+        """Write the manifest to `path`, completely or not at all, and set its digest."""
         self.digest = _NO_DIGEST
         digest, partial = hashlib.sha256(), path.with_name(path.name + ".partial")
         with partial.open("wb", buffering=1 << 20) as file:
@@ -164,7 +166,7 @@ class Manifest:
         self.path = path
 
     def _check_types(self) -> None:
-        """Raises ValueError or TypeError where a value is not what its name says."""
+        """Raises ValueError or TypeError if a value has a wrong type."""
         if not all(type(value) is int for value in (self.count, self.bytes)):
             raise ValueError
         if not (isinstance(self.options, dict) and isinstance(self.shard, dict | None)):
@@ -212,7 +214,7 @@ def _until_records(file: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _record(line: bytes) -> Record:
-    """The record of a line. Raises ValueError, TypeError or RecursionError at a damaged one."""
+    """The record in a line. Raises ValueError, TypeError or RecursionError if it is damaged."""
     record = Record(*json.loads(line.rstrip(b",\n")))
     texts = (record.name, record.crc32, record.how)
     label = 0 if record.label is None else record.label
@@ -226,5 +228,5 @@ def _record(line: bytes) -> Record:
 
 
 def _line(record: Record) -> bytes:
-    """A record's line in ASCII: names that are no UTF-8 keep their bytes as lone surrogates."""
+    """A record's line in ASCII. Names that are not UTF-8 keep their bytes as lone surrogates."""
     return json.dumps(record[:-1] if record.label is None else record).encode()

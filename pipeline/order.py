@@ -1,8 +1,8 @@
-"""Which image comes when in an epoch, and which rank takes it.
+"""The order of the images in an epoch, and their partition into steps, micro-batches and ranks.
 
-All of it follows from (seed, epoch) and the beton. The set is put in order and cut into steps
-first, into micro-batches and ranks after, so a step holds the same images however many processes
-share it, and an epoch can be entered at any step.
+All of it follows from (seed, epoch) and the beton. The set is ordered and cut into steps first,
+and each step is cut into micro-batches and ranks afterwards. So a step holds the same images for
+any world size, and an epoch can start at any step.
 """
 
 import numpy as np
@@ -15,10 +15,10 @@ from pipeline.errors import UserError
 
 def steps_per_epoch(beton: Beton, batch_size: int, world: int, accumulation: int) -> int:
     """Whole steps of `batch_size` images. Raises UserError if there is none, or if a step cannot be
-    shared out equally.
+    divided equally.
     """
     if batch_size < 1:
-        raise UserError(f"a batch of {batch_size} images: it needs one at least")
+        raise UserError(f"a batch of {batch_size} images: it needs at least one")
     if batch_size % (world * accumulation):
         raise UserError(
             f"a batch of {batch_size} images cannot be shared equally by {world} processes"
@@ -42,10 +42,10 @@ def epoch_shares(
     world: int = 1,
     accumulation: int = 1,
 ) -> NDArray[np.int64]:
-    """The records that `rank` takes: int64 [steps · accumulation, images of a micro-batch].
+    """The records of `rank`: int64 [steps · accumulation, images of a micro-batch].
 
-    What is left over after the last whole step is left out of the epoch; over the epochs that meets
-    all images alike.
+    The epoch drops the images after the last whole step. Over many epochs each image is dropped
+    equally often.
     """
     steps = steps_per_epoch(beton, batch_size, world, accumulation)
     images = _ordered(beton, seed, epoch, order, window_bytes, steps * batch_size)
@@ -55,19 +55,19 @@ def epoch_shares(
 def block_order(
     beton: Beton, seed: int, epoch: int, window_bytes: int
 ) -> tuple[NDArray[np.int64], int]:
-    """The file's blocks of BLOCK bytes (int64 [P], by number) as a quasi-random epoch goes through
-    them, and how many windows they are cut into.
+    """The file's blocks of BLOCK bytes (int64 [P], by number) in the order of a quasi-random epoch,
+    and the number of windows.
 
-    Consecutive ones make a window, which is at most `window_bytes` long, or one block. Windows are
-    of equal length, so that the last one does not make steps of a few blocks.
+    A window is a run of consecutive blocks, at most `window_bytes` long but at least one block.
+    Windows have equal lengths, so that the last one does not give steps of only a few blocks.
     """
     blocks = np.unique(beton.records[:, 0] // BLOCK)
-    own = np.random.Generator(_philox(seed, epoch).jumped())  # not the numbers of the images
-    return own.permutation(blocks), -(-len(blocks) // max(1, window_bytes // BLOCK))
+    generator = np.random.Generator(_philox(seed, epoch).jumped())  # independent of the images'
+    return generator.permutation(blocks), -(-len(blocks) // max(1, window_bytes // BLOCK))
 
 
 def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The numbers from 0 to `count` - 1 as `epoch` goes through them."""
+    """The numbers from 0 to `count` - 1 in the random order of `epoch`."""
     return np.random.Generator(_philox(seed, epoch)).permutation(count)
 
 
@@ -75,9 +75,9 @@ def _ordered(
     beton: Beton, seed: int, epoch: int, order: Order, window_bytes: int, count: int
 ) -> NDArray[np.int64]:
     """The first `count` images of an epoch."""
-    if order == "sequential":  # goes on where the last epoch ended
-        places = (epoch * count % len(beton) + np.arange(count)) % len(beton)
-        return np.argsort(beton.records[:, 0], kind="stable")[places]
+    if order == "sequential":  # starts where the previous epoch ended
+        positions = (epoch * count % len(beton) + np.arange(count)) % len(beton)
+        return np.argsort(beton.records[:, 0], kind="stable")[positions]
     images = permutation(len(beton), seed, epoch)
     if order == "quasi-random":
         blocks, windows = block_order(beton, seed, epoch, window_bytes)

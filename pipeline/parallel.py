@@ -1,4 +1,4 @@
-"""Work on threads, in order."""
+"""Work on threads, with results in order."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ R = TypeVar("R")
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`map` on threads: results in the order of `items`, with at most 4 a worker in memory."""
+    """`map` on threads: results in the order of `items`, at most 4 per worker in memory."""
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[R]] = deque()
         for item in items:

@@ -1,8 +1,7 @@
-"""Crop and resize one image on the CPU, compiled and without the GIL: antialiased bicubic as PIL
-does it, in the integer arithmetic of PyTorch's uint8 `interpolate(..., antialias=True)`, bit for
-bit.
+"""Crop and resize one image on the CPU, compiled and without the GIL: antialiased bicubic as in
+PIL, bit for bit equal to PyTorch's uint8 `interpolate(..., antialias=True)`, in integers as there.
 
-PyTorch's own needs 1.4 times as long, holds the GIL between its calls, and takes no fractional
+PyTorch's function takes 1.4 times as long, holds the GIL between its calls, and has no fractional
 boxes.
 """
 
@@ -12,7 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-_LANES = 32  # rows that are resized side by side, one in each lane of a vector register
+_LANES = 32  # rows that are resized together, one in each lane of a vector register
 
 _compiled = njit(nogil=True, cache=True)
 
@@ -25,7 +24,7 @@ def resize(
     out: NDArray[np.uint8],
 ) -> None:
     """Write the `box` (x0 y0 x1 y1) of `image` uint8 [H, W, 3] to `out` uint8 [h, w, 3], mirrored
-    if `flipped`. The filter sees nothing beyond the box.
+    if `flipped`. The filter sees no pixels outside the box.
     """
     height, width, _ = out.shape
     first_x, weights_x, bits_x = _weights(box[0], box[2], width)
@@ -35,7 +34,7 @@ def resize(
     left, right = math.floor(box[0]), math.ceil(box[2])
     columns = np.zeros((right - left + weights_x.shape[1]) * 3 * _LANES, np.int16)
     for y in range(top, bottom, _LANES):
-        y = min(y, max(top, bottom - _LANES))  # noqa: PLW2901  the last rows may come twice
+        y = min(y, max(top, bottom - _LANES))  # noqa: PLW2901  the last rows may be done twice
         lanes = min(_LANES, bottom - y)
         _transpose(image, y, lanes, left, right, columns)
         _horizontal(
@@ -48,11 +47,11 @@ def resize(
 def _weights(
     low: float, high: float, size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
-    """For each of `size` pixels that share low..high: the first source pixel and the weights of it
-    and the next ones (int32 [size, an even number]), in units of 2^-bits.
+    """For each of `size` output pixels across low..high: the first source pixel, and the weights of
+    this and the following pixels (int32 [size, an even number]), in units of 2^-bits.
     """
     scale = (high - low) / size
-    stretch = max(scale, 1.0)  # enlarging is not smoothed
+    stretch = max(scale, 1.0)  # no smoothing when enlarging
     begin, end = math.floor(low), math.ceil(high)
     taps = math.ceil(4 * stretch)
     first = np.empty(size, np.int64)
@@ -65,7 +64,7 @@ def _weights(
             exact[i, k] = _cubic(abs(k + first[i] - centre + 0.5) / stretch)
         exact[i] /= exact[i].sum()
     bits, largest = 0, exact.max()
-    while bits < 22 and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:  # 16 bits with the sign
+    while bits < 22 and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:  # fits 16 signed bits
         bits += 1
     whole = np.empty(exact.shape, np.int32)
     for i in range(size):
@@ -91,9 +90,9 @@ def _transpose(
     right: int,
     columns: NDArray[np.int16],
 ) -> None:
-    """Rows y .. y + lanes of `image`, side by side: columns[(x · 3 + colour) · LANES + row].
+    """Transpose rows y .. y + lanes of `image`: columns[(x · 3 + colour) · LANES + row].
 
-    Four rows at a time make one 64-bit word: half the time of writing each value alone.
+    Four rows at a time make one 64-bit word, which takes half the time of writing single values.
     """
     words = columns.view(np.uint64)
     pixels, stride = image.reshape(-1), image.shape[1] * 3
@@ -126,7 +125,7 @@ def _horizontal(
     flipped: bool,
     rows: NDArray[np.uint8],
 ) -> None:
-    """Transposed rows -> `rows` uint8 [up to LANES, w · 3]."""
+    """Filter transposed rows horizontally into `rows` uint8 [up to LANES, w · 3]."""
     size, pixel = len(first), 3 * _LANES
     total = np.empty(pixel, np.int32)
     for i in range(size):
@@ -154,7 +153,7 @@ def _vertical(
     bits: int,
     out: NDArray[np.uint8],
 ) -> None:
-    """`rows` uint8 [H, w · 3] -> `out` uint8 [h, w, 3]."""
+    """Filter `rows` uint8 [H, w · 3] vertically into `out` uint8 [h, w, 3]."""
     length = rows.shape[1]
     total = np.empty(length, np.int32)
     for i in range(len(out)):

@@ -1,8 +1,8 @@
-"""The libturbojpeg that ffcv links, called without the GIL and with its return codes looked at.
+"""Calls the libturbojpeg that ffcv links, without the GIL, and checks its return codes.
 
-ffcv's own `imdecode` wraps the same library, but writes rows without a stride (a padded canvas
-needs one), uses the fast, less exact inverse DCT, and leaves its return code to callers who ignore
-it. Pixels here are those of PIL.
+ffcv's `imdecode` wraps the same library, but it writes rows without a stride (a padded canvas needs
+one), it uses the fast, less exact inverse DCT, and its callers ignore the return code. The pixels
+here are those of PIL.
 """
 
 import ctypes
@@ -45,12 +45,12 @@ REASONS = {
 
 
 MAX_EXTRANEOUS = 16
-"""Bytes that libjpeg may find left over before a marker. Some writers pad by a few, and every block
-is there; a stream that has lost its step leaves hundreds."""
+"""Extra bytes that are accepted before a marker. Some writers pad with a few bytes, and the image
+is complete; a damaged stream leaves hundreds."""
 
 
 def is_harmless(complaint: str) -> bool:
-    """Whether libjpeg's warning is only about a few bytes left over before a marker."""
+    """Whether libjpeg's warning is only about a few extra bytes before a marker."""
     extraneous = re.search(r"(\d+) extraneous bytes", complaint)
     return extraneous is not None and int(extraneous[1]) <= MAX_EXTRANEOUS
 
@@ -71,7 +71,7 @@ class Decoder:
             _destroy(self.handle)
 
     def error(self) -> str:
-        """What libjpeg-turbo says of this handle's last failure."""
+        """libjpeg-turbo's message for the last failure of this handle."""
         return str(_error(self.handle).decode(errors="replace"))
 
 
@@ -80,11 +80,10 @@ def decode_records(
     file: int, records: np.ndarray, handle: int, scratch: np.ndarray, canvas: np.ndarray, scale: int
 ) -> tuple[int, int]:
     """Read and decode records into the top left corners of `canvas` uint8 [B, Hmax, Wmax, 3], JPEGs
-    at 1/`scale` of their sides (1, 2, 4 or 8), rounded up; runs without the GIL.
+    at 1/`scale` of their sides (1, 2, 4 or 8), rounded up. Runs without the GIL.
 
-    `records` int64 [B, 5] holds pointer, bytes, height, width, mode of each. Returns (position,
-    code) of the first record that fails, or (-1, OK); what lies outside an image in its canvas is
-    left as it was.
+    `records` int64 [B, 5]: pointer, bytes, height, width, mode. Returns (position, code) of the
+    first record that fails, or (-1, OK). Canvas pixels outside an image do not change.
     """
     shape = np.empty(4, np.int32)  # width, height, subsampling, colour space
     for b in range(records.shape[0]):

@@ -1,8 +1,8 @@
-"""Everything random about a pair of views, sampled once and without state.
+"""Draws everything random about a pair of views, without state.
 
-`sample_views` is, image by image, a pure function of (seed, epoch, index, height, width). No
-generator is carried along, so worker count, batch size, world size, backend and resume point cannot
-change what an image gets. The distribution is that of SlotCon's crops and photometric draws (arXiv
+For each image, `sample_views` is a pure function of (seed, epoch, index, height, width). There is
+no generator with a state, so worker count, batch size, world size, backend and resume point cannot
+change an image's views. The distribution is that of SlotCon's crops and photometric draws (arXiv
 2205.15288).
 
 Draw layout. Philox's key is the seed, its counter (block, epoch, low and high half of the index). A
@@ -11,13 +11,16 @@ block is four 32-bit words w; u = w / 2^32 is in [0, 1), and floor(w·n / 2^32) 
     block     its four words
     t         crop 1, try t = 0..9: area, aspect, x, y
     16 + t    crop 2, try t under the overlap condition: the same
-    32 + t    crop 2, try t without the condition, once those have failed: the same
+    32 + t    crop 2, try t without the condition, if those have failed: the same
     64 + 8v   view v = 0, 1: u < p for flip, jitter, grey, blur
     65 + 8v   brightness, contrast, saturation, hue
     66 + 8v   order (which of the 24 permutations), blur sigma, u < p for solarize, unused
 
-So a value depends on no other draw, and each can be computed alone, anywhere, in any order. Without
-`geometry`, view 2 takes crop 1 and view 1's flip, and its own stay unused.
+So no value depends on another draw: each can be computed alone, on any device, in any order.
+Without `geometry`, view 2 uses crop 1 and view 1's flip; its draws for crop and flip are unused.
+
+Philox4x32-10 is a counter-based random generator: 128 bits of counter and 64 bits of key give 128
+random bits (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
 """
 
 import itertools
@@ -32,10 +35,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.bounds import POSITIVE, RANGE, UP_TO_1, Bound, Bounded, within
 from pipeline.errors import require
-from pipeline.philox import philox4x32
 
-TRIES = 10  # as in torchvision's RandomResizedCrop and in the authors' sampler
-CROP_1, CROP_2, CROP_2_FREE, PHOTOMETRIC = 0, 16, 32, 64  # first blocks, see the layout above
+_TRIES = 10  # as in torchvision's RandomResizedCrop and in the authors' sampler
+_CROP_1, _CROP_2, _CROP_2_FREE, _PHOTOMETRIC = 0, 16, 32, 64  # first blocks, see the layout above
 
 _compiled = njit(nogil=True, cache=True)
 
@@ -86,9 +88,9 @@ class ViewConfig(Bounded):
     solarize: tuple[float, float] = field(default=(0.0, 0.2), metadata=_TWO_SHARES)
     """Probability of solarisation, on view 1 and on view 2."""
     geometry: bool = True
-    """Whether the views differ in crop and flip; if not, view 2 has those of view 1 and min_overlap
-    has no effect. Changes no other draw. SlotCon's table 8e tells no more than that geometric
-    augmentation is off; here the common crop and flip are still drawn anew in each epoch."""
+    """Whether the views differ in crop and flip. If not, view 2 has view 1's crop and flip, and
+    min_overlap has no effect. No other draw changes. SlotCon's table 8e says only that geometric
+    augmentation is off; here each epoch still draws a new common crop and flip."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,17 +111,17 @@ class ViewParams:
     """The drawn parameters of B pairs of views; the view axis comes first."""
 
     crops: NDArray[np.int32]
-    """[2, B, 4] x0 y0 x1 y1 in pixels of the image; never beyond it, never empty."""
+    """[2, B, 4] x0 y0 x1 y1 in pixels of the image; inside the image and never empty."""
     flipped: NDArray[np.bool_]
     """[2, B]"""
     overlap: NDArray[np.float32]
-    """[2, B, 4] x1 y1 x2 y2: the crops' intersection in each view's own 0..1 frame, after its flip.
+    """[2, B, 4] x1 y1 x2 y2: the crops' intersection in the 0..1 frame of each view after its flip.
     Never clipped: a pair without overlap has x2 <= x1 or y2 <= y1."""
     jitter: NDArray[np.float32]
     """[2, B, 4] factors of brightness, contrast and saturation, hue shift in turns (-0.5..0.5);
     1 1 1 0 where not jittered."""
     order: NDArray[np.uint8]
-    """[2, B, 4] what the jitter applies first, second, third, last: a permutation of
+    """[2, B, 4] the jitter's operations from first to last: a permutation of
     0 brightness, 1 contrast, 2 saturation, 3 hue."""
     jittered: NDArray[np.bool_]
     """[2, B]"""
@@ -142,10 +144,10 @@ def sample_views(
     """Draw a pair of views of each image. Releases the GIL.
 
     seed: 0..2^64-1. epoch: 0..2^32-1. index [B]: the images' numbers, 64 bits. height, width [B]:
-    the images' sides in pixels, at least 1. Anything else raises a ValueError. What an image gets
-    does not depend on the rest of the batch.
+    the images' sides in pixels, at least 1. Anything else raises a ValueError. An image's views do
+    not depend on the rest of the batch.
     """
-    index, height, width = checked_images(seed, epoch, index, height, width)
+    index, height, width = _checked(seed, epoch, index, height, width)
     params = _empty(len(index))
     numbers = _Numbers(*(_as_float(getattr(config, f.name)) for f in fields(config)))
     arrays = _Arrays(*(getattr(params, f.name) for f in fields(params)))
@@ -154,10 +156,10 @@ def sample_views(
     return params
 
 
-def checked_images(
+def _checked(
     seed: int, epoch: int, index: ArrayLike, height: ArrayLike, width: ArrayLike
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """index, height and width as `sample_views` needs them. Raises ValueError."""
+    """index, height and width as the compiled code needs them. Raises ValueError."""
     index = np.ascontiguousarray(index, dtype=np.int64)
     height = np.ascontiguousarray(height, dtype=np.int64)
     width = np.ascontiguousarray(width, dtype=np.int64)
@@ -187,21 +189,21 @@ def _empty(batch: int) -> ViewParams:
 
 
 def _as_float(value: Any) -> Any:
-    """A whole number in a config must not cost another compilation of the kernel."""
+    """Floats only: a whole number in a config would cause another compilation of the kernel."""
     return tuple(map(float, value)) if isinstance(value, tuple) else float(value)
 
 
-# ---- The compiled part; below `_sample_batch` it deals with one image at a time ----
+# ---- The compiled part; functions below `_sample_batch` work on one image ----
 
-# ViewConfig and ViewParams in the only form of record that numba reads.
+# ViewConfig and ViewParams as named tuples, the only kind of record that numba reads.
 _Numbers = namedtuple("_Numbers", [f.name for f in fields(ViewConfig)])  # type: ignore[misc]
 _Arrays = namedtuple("_Arrays", [f.name for f in fields(ViewParams)])  # type: ignore[misc]
 
-PERMUTATIONS = np.array(list(itertools.permutations(range(4))), np.uint8)
+_PERMUTATIONS = np.array(list(itertools.permutations(range(4))), np.uint8)
 
 
 class _Stream(NamedTuple):
-    """Philox's input but for the block number, five uint32: an image in an epoch of a run."""
+    """Philox's input without the block number, five uint32: an image in an epoch of a run."""
 
     epoch: np.uint32
     index_low: np.uint32
@@ -211,7 +213,7 @@ class _Stream(NamedTuple):
 
 
 class _Box(NamedTuple):
-    """A crop in pixels; area is the drawn one, before rounding. Width 0: a try that failed."""
+    """A crop in pixels; `area` was drawn, and is not rounded. Width 0 marks a try that failed."""
 
     x: int
     y: int
@@ -230,12 +232,11 @@ def _sample_batch(
     config: Any,
     out: Any,
 ) -> None:
-    high = np.uint64(32)
-    seed_low, seed_high = np.uint32(seed), np.uint32(seed >> high)
+    seed_low, seed_high = np.uint32(seed), np.uint32(seed >> _HIGH)
     for b in range(len(index)):
-        index_low, index_high = np.uint32(index[b]), np.uint32(index[b] >> high)
+        index_low, index_high = np.uint32(index[b]), np.uint32(index[b] >> _HIGH)
         stream = _Stream(epoch, index_low, index_high, seed_low, seed_high)
-        first = second = _free_crop(stream, CROP_1, height[b], width[b], config)
+        first = second = _free_crop(stream, _CROP_1, height[b], width[b], config)
         for view in range(2):
             _write_photometric(stream, view, b, config, out)
         if config.geometry:
@@ -257,6 +258,30 @@ def _draw(stream: _Stream, block: int) -> Any:
         stream.seed_low,
         stream.seed_high,
     )
+
+
+_MULTIPLIER_0 = np.uint64(0xD2511F53)
+_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
+_WEYL_0 = np.uint32(0x9E3779B9)
+_WEYL_1 = np.uint32(0xBB67AE85)
+_HIGH = np.uint64(32)
+
+
+@_compiled
+def philox4x32(
+    c0: np.uint32, c1: np.uint32, c2: np.uint32, c3: np.uint32, k0: np.uint32, k1: np.uint32
+) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
+    """Four random words from counter (c0, c1, c2, c3) and key (k0, k1); all of them uint32."""
+    for _ in range(10):
+        product_0 = np.uint64(c0) * _MULTIPLIER_0
+        product_1 = np.uint64(c2) * _MULTIPLIER_1
+        c0 = np.uint32(product_1 >> _HIGH) ^ c1 ^ k0
+        c1 = np.uint32(product_1)
+        c2 = np.uint32(product_0 >> _HIGH) ^ c3 ^ k1
+        c3 = np.uint32(product_0)
+        k0 = np.uint32(k0 + _WEYL_0)
+        k1 = np.uint32(k1 + _WEYL_1)
+    return np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3)
 
 
 @_compiled
@@ -292,7 +317,7 @@ def _try_crop(stream: _Stream, block: int, height: int, width: int, config: Any)
 @_compiled
 def _free_crop(stream: _Stream, first_block: int, height: int, width: int, config: Any) -> _Box:
     """Ten tries, then the largest centred crop of an allowed aspect."""
-    for block in range(first_block, first_block + TRIES):
+    for block in range(first_block, first_block + _TRIES):
         box = _try_crop(stream, block, height, width, config)
         if box.width > 0:
             return box
@@ -307,11 +332,11 @@ def _free_crop(stream: _Stream, first_block: int, height: int, width: int, confi
 @_compiled
 def _conditioned_crop(stream: _Stream, first: _Box, height: int, width: int, config: Any) -> _Box:
     """Ten tries at a crop that `first` covers to min_overlap of its drawn area, then a free one."""
-    for block in range(CROP_2, CROP_2 + TRIES):
+    for block in range(_CROP_2, _CROP_2 + _TRIES):
         box = _try_crop(stream, block, height, width, config)
         if box.width > 0 and _common_area(box, first) >= config.min_overlap * box.area:
             return box
-    return _free_crop(stream, CROP_2_FREE, height, width, config)
+    return _free_crop(stream, _CROP_2_FREE, height, width, config)
 
 
 @_compiled
@@ -322,21 +347,21 @@ def _common_area(a: _Box, b: _Box) -> int:
 
 
 @_compiled
-def _write_geometry(own: _Box, other: _Box, view: int, b: int, out: Any) -> None:
-    """Crop and overlap box of one view, whose flip is already written."""
+def _write_geometry(box: _Box, other: _Box, view: int, b: int, out: Any) -> None:
+    """Crop and overlap box of one view, whose flip is already written; `other`: the other crop."""
     crop, overlap = out.crops[view, b], out.overlap[view, b]
-    crop[0], crop[1], crop[2], crop[3] = own.x, own.y, own.x + own.width, own.y + own.height
-    x1 = (max(own.x, other.x) - own.x) / own.width
-    x2 = (min(own.x + own.width, other.x + other.width) - own.x) / own.width
+    crop[0], crop[1], crop[2], crop[3] = box.x, box.y, box.x + box.width, box.y + box.height
+    x1 = (max(box.x, other.x) - box.x) / box.width
+    x2 = (min(box.x + box.width, other.x + other.width) - box.x) / box.width
     overlap[0], overlap[2] = (1 - x2, 1 - x1) if out.flipped[view, b] else (x1, x2)
-    overlap[1] = (max(own.y, other.y) - own.y) / own.height
-    overlap[3] = (min(own.y + own.height, other.y + other.height) - own.y) / own.height
+    overlap[1] = (max(box.y, other.y) - box.y) / box.height
+    overlap[3] = (min(box.y + box.height, other.y + other.height) - box.y) / box.height
 
 
 @_compiled
 def _write_photometric(stream: _Stream, view: int, b: int, config: Any, out: Any) -> None:
-    """All of one view but its crop: flip and colours."""
-    block = PHOTOMETRIC + 8 * view
+    """Flip and colours of one view."""
+    block = _PHOTOMETRIC + 8 * view
     chance, factor, rest = _draw(stream, block), _draw(stream, block + 1), _draw(stream, block + 2)
     out.flipped[view, b] = _unit(chance[0]) < config.flip
     out.jittered[view, b] = _unit(chance[1]) < config.jitter
@@ -345,9 +370,9 @@ def _write_photometric(stream: _Stream, view: int, b: int, config: Any, out: Any
     low, high = config.blur_sigma
     out.sigma[view, b] = _uniform(rest[1], low, high) if blurred else 0.0
     out.solarized[view, b] = _unit(rest[2]) < config.solarize[view]
-    permutation = PERMUTATIONS[_below(rest[0], 24)]
-    for place in range(4):
-        out.order[view, b, place] = permutation[place]
+    permutation = _PERMUTATIONS[_below(rest[0], 24)]
+    for i in range(4):
+        out.order[view, b, i] = permutation[i]
     jitter = out.jitter[view, b]
     jitter[0], jitter[1], jitter[2], jitter[3] = 1.0, 1.0, 1.0, 0.0
     if out.jittered[view, b]:

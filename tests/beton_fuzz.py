@@ -1,7 +1,7 @@
 """Damaged betons by seed: each is refused in one line, or read correctly, or found by --verify.
 
 `python -m tests.beton_fuzz FOLDER FIRST COUNT` tries the damage of COUNT seeds on the beton that
-`write_target` left in FOLDER. What ends the process is the failure of the seed it printed last.
+`write_target` wrote into FOLDER. If the process ends early, the last printed seed has failed.
 """
 
 import io
@@ -88,7 +88,7 @@ def _image(i: int) -> tuple[bytes, int, int, int]:
 
 
 class Target:
-    """The beton, what is true of it, and how it is damaged and mended."""
+    """A beton, its true content, and the code that damages and restores it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.content = path, path.read_bytes()
@@ -97,18 +97,18 @@ class Target:
         self.truth = _read(beton)
 
     def regions(self) -> list[tuple[int, int]]:
-        """Where the bytes of header, descriptors, metadata, records and table begin and end."""
+        """Begin and end of the bytes of header, metadata, descriptors, records and table."""
         pointer, size = self.records[:, 0], self.records[:, 1]
         records = [(int(p), int(p + s)) for p, s in zip(pointer, size, strict=True)]
         tables = [(0, HEADER.itemsize), (METADATA, METADATA + IMAGES * SAMPLE.itemsize)]
         return [*tables, (HEADER.itemsize, METADATA), *records, (self.table, len(self.content))]
 
     def try_damage(self, mutant: bytes) -> str:
-        """What becomes of the beton with this content: "refused", "read" or "found". Raises where
-        it is anything else.
+        """The outcome of the beton with this content: "refused", "read" or "found". Raises for any
+        other outcome.
         """
         self._write(self.content, mutant)
-        other_pages = mutant[:4] + self.content[4:8] + mutant[8:]  # they mean nothing to a reader
+        other_pages = mutant[:4] + self.content[4:8] + mutant[8:]  # readers ignore the page size
         try:
             return self._outcome(other_pages != self.content)
         finally:
@@ -126,7 +126,7 @@ class Target:
         return "read" if same else "found"
 
     def _write(self, old: bytes, new: bytes) -> None:
-        """Write what differs: the file is 2 MiB, the damage a few bytes."""
+        """Write only the differences: the file has 2 MiB, the damage a few bytes."""
         with self.path.open("r+b") as file:
             file.truncate(len(new))
             common = min(len(old), len(new))
@@ -202,12 +202,12 @@ def swap_pointers(target: Target, random: Random) -> bytes:
 
 
 def set_a_pointer(target: Target, random: Random) -> bytes:
-    """Both tables agree on a wrong place: in the header, over a neighbour, past the end."""
+    """Both tables agree on a wrong pointer: in the header, over a neighbour, past the end."""
     metadata, table = target_tables(target)
     i, j = random.choice(IMAGES, 2, replace=False)
     near = int(table["ptr"][j]) + int(random.integers(-40, 41))
-    place = random.choice([0, 8, METADATA, PAGE - 1, target.table, len(target.content), near])
-    metadata["f0"]["data_ptr"][i] = table["ptr"][i] = place
+    offset = random.choice([0, 8, METADATA, PAGE - 1, target.table, len(target.content), near])
+    metadata["f0"]["data_ptr"][i] = table["ptr"][i] = offset
     return with_tables(target, metadata, table)
 
 
@@ -220,7 +220,7 @@ def set_a_size(target: Target, random: Random) -> bytes:
 
 
 def set_a_shape(target: Target, random: Random) -> bytes:
-    """Other sides, other modes; sides that only their product checks."""
+    """Other sides and modes, some of them wrong only in the product of the sides."""
     metadata, table = target_tables(target)
     image = metadata["f0"][i := int(random.integers(IMAGES))]
     values = [0, 1, 2, 65535, int(image["width"]), int(image["height"]), random.integers(65536)]
@@ -262,7 +262,7 @@ def set_a_descriptor(target: Target, random: Random) -> bytes:
 
 
 def break_a_jpeg(target: Target, random: Random) -> bytes:
-    """Its markers, its sizes, its end."""
+    """Damage the markers, sizes or end of a JPEG."""
     content = bytearray(target.content)
     jpegs = np.flatnonzero(target.records[:, 4] == JPEG)
     pointer, size = target.records[random.choice(jpegs), :2].tolist()
@@ -287,7 +287,7 @@ def break_a_jpeg(target: Target, random: Random) -> bytes:
 
 
 def exchange_images(target: Target, random: Random) -> bytes:
-    """One record's bytes over another's, as far as they go."""
+    """Overwrite one record with the bytes of another, up to the shorter of both."""
     content = bytearray(target.content)
     (one, size), (other, room) = target.records[
         random.choice(IMAGES, 2, replace=False), :2
@@ -316,7 +316,7 @@ def with_tables(target: Target, metadata: np.ndarray, table: np.ndarray) -> byte
 
 
 def _somewhere(target: Target, random: Random) -> int:
-    """A byte; each part of the file is as likely as any other, however few bytes it has."""
+    """The offset of a byte; each part of the file is equally likely, whatever its size."""
     regions = target.regions()
     begin, end = regions[random.integers(len(regions))]
     return int(random.integers(begin, end))
@@ -328,7 +328,7 @@ def _block(random: Random, length: int) -> bytes:
 
 
 def main(folder: str, first: str, count: str) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a size that was trusted shows
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # reveals allocations by bad sizes
     target = Target(Path(folder) / "target.beton")
     outcomes: Counter[str] = Counter()
     for seed in range(int(first), int(first) + int(count)):

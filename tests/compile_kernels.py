@@ -1,10 +1,9 @@
-"""Compile the Triton kernels ahead of time, without a GPU, and print what they need:
+"""Compile the Triton kernels ahead of time, without a GPU, and print the resources they need:
 
     python -m tests.compile_kernels
 
-One line per kernel and architecture: registers per thread; bytes of stack and local memory per
-thread, where registers are spilled to; bytes of shared memory per program, what Triton asks for at
-launch and what is static.
+One line per kernel and architecture: registers per thread; spilled registers, in bytes of stack and
+local memory per thread; shared memory in bytes per program, requested at launch and static.
 """
 
 import re
@@ -18,7 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.augment import kernels
+from pipeline.augment.kernels.blur import blur
+from pipeline.augment.kernels.colour import colour
+from pipeline.augment.kernels.resize import crop_and_resize
 from pipeline.augment.triton import BLUR, COLOUR, EXACT, RESIZE
 
 ARCHITECTURES = (80, 90)
@@ -30,12 +31,12 @@ _TYPES = {
     "words": "*i32",
     "sums": "*i64",
     "image_stride": "i64",
-}  # the rest are int32
+}  # the others are int32
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "crop_and_resize": (kernels.crop_and_resize, RESIZE),
-    "colour before contrast": (kernels.colour, COLOUR | {"BEFORE_CONTRAST": True}),
-    "colour": (kernels.colour, COLOUR | {"BEFORE_CONTRAST": False}),
-    "blur": (kernels.blur, BLUR),
+    "crop_and_resize": (crop_and_resize, RESIZE),
+    "colour before contrast": (colour, COLOUR | {"BEFORE_CONTRAST": True}),
+    "colour": (colour, COLOUR | {"BEFORE_CONTRAST": False}),
+    "blur": (blur, BLUR),
 }
 
 
@@ -50,7 +51,7 @@ class Resources(NamedTuple):
 
 
 def compile_kernel(name: str, arch: int, dtype: str = "bf16", size: int = 224) -> Resources:
-    """Raises what Triton or ptxas raise."""
+    """Compile one kernel. Raises the exceptions of Triton and ptxas."""
     kernel, launch = KERNELS[name]
     constants = {k: v for k, v in launch.items() if k not in _OPTIONS} | {"S": size}
     types = _TYPES | {"out": f"*{dtype}"}

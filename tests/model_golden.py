@@ -1,4 +1,4 @@
-"""Rebuild the recorded runs in `tests/golden/` and measure how far ours are from them.
+"""Rebuild the recorded runs in `tests/golden/` and measure the distance of our runs from them.
 
 `python -m tests.model_golden` prints the parity table.
 B images, K prototypes, W processes; names of parameters are the authors' throughout.
@@ -34,12 +34,12 @@ Arrays = dict[str, NDArray[Any]]
 
 LOSS_TOLERANCE = 1e-4
 ROUNDING_FACTOR = 10.0
-"""How many times the recorded float32-to-float64 distance is allowed: builds round differently."""
+"""The allowed multiple of the recorded float32-to-float64 distance: builds round differently."""
 OTHER_KERNELS = 3.0
-"""How many times that, in channels-last layout: its convolutions sum in another order. That they do
-nothing else is shown in float64."""
+"""A further factor for channels-last layout, whose convolutions sum in another order. The float64
+runs prove that nothing else differs."""
 ROUNDING_FLOOR = 1e-6
-"""A few float32 roundings, for quantities whose recorded distance is smaller still."""
+"""A few float32 roundings, for quantities with an even smaller recorded distance."""
 FLOAT64_TOLERANCE = 1e-11
 
 
@@ -67,7 +67,7 @@ class Mode:
 
     @property
     def slack(self) -> float:
-        """What the tolerance of rounding is multiplied by."""
+        """Factor of the rounding tolerance."""
         return OTHER_KERNELS if self.channels_last else 1.0
 
     def build(self) -> SlotCon:
@@ -82,7 +82,7 @@ class Mode:
         return model
 
 
-# A rank's eight images have 9 cells a view: 72 active slots at most, of which the record has fewer.
+# A rank's eight images have 9 cells per view, so at most 72 active slots. The record has fewer.
 ROOM = SlotCapacity(queries=72, keys=72)
 FLOAT32 = Mode("float32")
 FLOAT64 = Mode("float64", torch.float64)
@@ -106,12 +106,13 @@ MODES = (
     *(Mode(name, **settings) for name, settings in FEATURES.items()),
     *(Mode(f"{name}, float64", torch.float64, **settings) for name, settings in FEATURES.items()),
 )
+TWO_PROCESS_MODES = (FLOAT32, STATIC)
 BFLOAT16 = Mode("bfloat16 autocast", capacity=ROOM, autocast=True)
-"""Has no tolerance: its distance is stated."""
+"""Without a tolerance: only its distance is printed."""
 
 
 def build_model(dtype: torch.dtype = torch.float32) -> SlotCon:
-    """The recorded run's model with the recorded run's weights."""
+    """The model of the recorded run, with its weights."""
     config = settings()
     fields = ModelConfig.__dataclass_fields__.keys() & config.keys()
     model = SlotCon(ModelConfig(**{name: config[name] for name in fields}))
@@ -120,9 +121,9 @@ def build_model(dtype: torch.dtype = torch.float32) -> SlotCon:
 
 
 def rebuild_state(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The recorded initial weights, which are not stored but follow from each name."""
+    """The recorded initial weights. They are not stored: each follows from its name."""
     state: dict[str, Tensor] = {}
-    # A teacher's entry is its student's plus noise: q before k.
+    # A teacher's entry is the student's plus noise, so q comes before k.
     for name in sorted(like, key=lambda name: ("_k." in name, name)):
         if like[name].is_floating_point():
             state[name] = torch.from_numpy(_initial_value(name, tuple(like[name].shape), state))
@@ -193,7 +194,7 @@ def batch(
 
 
 class Recorder:
-    """Take the recorded run's steps with our model and note the same quantities."""
+    """Runs the recorded steps with our model and notes the same quantities."""
 
     def __init__(self, model: SlotCon, forward: nn.Module, autocast: bool = False) -> None:
         self.model, self.forward, self.autocast = model, forward, autocast
@@ -216,7 +217,7 @@ class Recorder:
         getattr(self.model, branch).register_forward_hook(hook)
 
     def step(self, inputs: tuple[Tensor, Tensor, Tensor], record: Arrays, step: int) -> Arrays:
-        """One step with the recorded rates; returns what the record holds of it, by its names."""
+        """One step with the recorded rates; returns the recorded quantities, by name."""
         students, teachers = list(record["student_names"]), list(record["teacher_names"])
         self.scores.clear()
         before = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -257,8 +258,10 @@ class Recorder:
             change = {name: self.parameters[name].double() - before[name] for name in names}
             noted[f"{kind}_delta_norm"] = _norms(change, names)
         for letter in "qk":
-            for what in ("running_mean", "running_var"):
-                noted[f"bn1_{letter}_{what}"] = state[f"encoder_{letter}.bn1.{what}"].numpy()
+            for statistic in ("running_mean", "running_var"):
+                noted[f"bn1_{letter}_{statistic}"] = state[
+                    f"encoder_{letter}.bn1.{statistic}"
+                ].numpy()
         return {name: np.array(value) for name, value in noted.items()}
 
     def _gradient(self, name: str) -> Tensor:
@@ -273,10 +276,19 @@ class Recorder:
 
 
 def contrasted(
-    queries: Tensor, keys: Tensor, positive: Tensor, asked: Tensor, offered: Tensor, _: float
+    queries: Tensor,
+    keys: Tensor,
+    positive: Tensor,
+    valid_queries: Tensor,
+    valid_keys: Tensor,
+    _: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and positives of a slot loss without the places that are empty."""
-    return queries[asked], keys[offered], (offered.cumsum(0) - 1)[positive[asked]]
+    """Queries, keys and positives of a slot loss, without empty positions."""
+    return (
+        queries[valid_queries],
+        keys[valid_keys],
+        (valid_keys.cumsum(0) - 1)[positive[valid_queries]],
+    )
 
 
 def _norms(tensors: Mapping[str, Tensor], names: list[str]) -> list[float]:
@@ -288,20 +300,20 @@ def _first8(tensors: Mapping[str, Tensor], names: list[str]) -> NDArray[Any]:
 
 
 PER_PARAMETER = tuple(
-    f"{kind}_{what}"
-    for kind, whats in (
+    f"{kind}_{statistic}"
+    for kind, statistics in (
         ("grad", ("norm", "first8")),
         ("student", ("norm", "first8", "delta_norm", "mu_norm")),
         ("teacher", ("norm", "first8", "delta_norm")),
     )
-    for what in whats
+    for statistic in statistics
 )
-WHOLE = ("center", *(f"bn1_{b}_running_{what}" for b in "qk" for what in ("mean", "var")))
+WHOLE = ("center", *(f"bn1_{b}_running_{statistic}" for b in "qk" for statistic in ("mean", "var")))
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far one quantity is from the record over all steps, and how far it may be."""
+    """The largest distance of one quantity from the record over all steps, and its tolerance."""
 
     quantity: str
     worst: float
@@ -325,10 +337,10 @@ def compare(
     noise: Mapping[str, Any] | None,
     slack: float = 1.0,
 ) -> list[Parity]:
-    """Set our steps against `record(quantity, step)`.
+    """Compare our steps with `record(quantity, step)`.
 
-    `noise` is the recorded distance between float32 and float64, from which the tolerance of all
-    but the losses follows; None for a float64 run, which has no such noise to allow for.
+    `noise` is the recorded distance between float32 and float64. It gives the tolerances, except
+    those of the losses. It is None for a float64 run, which has no such noise.
     """
     distances: dict[str, list[Any]] = defaultdict(list)
     for index, ours in enumerate(steps):
@@ -392,17 +404,20 @@ def one_process(mode: Mode = FLOAT32, count: int = 6) -> list[Arrays]:
     return [recorder.step(each, record, step) for step, each in enumerate(inputs)]
 
 
-def two_processes(folder: Path, mode: Mode = FLOAT32, count: int = 3) -> list[list[Arrays]]:
-    """Our steps for the record of two processes: [rank][step]."""
-    run_workers(_golden_worker, folder, mode, count)
+def two_processes(folder: Path) -> list[dict[str, list[Arrays]]]:
+    """Our steps for the record of two processes, in `TWO_PROCESS_MODES`: [rank][mode's name]."""
+    run_workers(_golden_worker, folder)
     return [torch.load(folder / f"golden{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-def _golden_worker(rank: int, folder: Path, mode: Mode, count: int) -> None:
+def _golden_worker(rank: int, folder: Path) -> None:
     record = load("steps_ws2.npz")
-    model = mode.build()
-    recorder = Recorder(model, nn.parallel.DistributedDataParallel(model))
-    steps = [recorder.step(batch(record, 2, rank, step), record, step) for step in range(count)]
+    inputs = [batch(record, 2, rank, step) for step in range(3)]
+    steps = {}
+    for mode in TWO_PROCESS_MODES:
+        model = mode.build()
+        recorder = Recorder(model, nn.parallel.DistributedDataParallel(model))
+        steps[mode.name] = [recorder.step(each, record, step) for step, each in enumerate(inputs)]
     torch.save(steps, folder / f"golden{rank}.pt")
 
 
@@ -417,7 +432,8 @@ def compare_two_processes(rank: int, steps: list[Arrays]) -> list[Parity]:
 
 
 def _reader(record: Arrays, rank: int | None = None) -> Callable[[str, int], NDArray[Any]]:
-    """Read (quantity, step) of a record; some quantities of two processes are held by rank."""
+    """Read (quantity, step) of a record. In a record of two processes, some quantities have an axis
+    for the rank."""
 
     def read(quantity: str, step: int) -> NDArray[Any]:
         value = record[quantity][step]
@@ -428,7 +444,7 @@ def _reader(record: Arrays, rank: int | None = None) -> Callable[[str, int], NDA
 
 
 def summary(rows: dict[str, list[Parity]]) -> str:
-    """One line for each mode: its worst differences, and how much of the tolerance they take."""
+    """One line per mode: its largest differences, and the largest share of a tolerance."""
     lines = [
         "| mode | losses | weights after the last step | largest share of a tolerance |",
         "|---|---|---|---|",
@@ -445,18 +461,19 @@ def summary(rows: dict[str, list[Parity]]) -> str:
 
 
 def main() -> None:
-    """Print how far every quantity of every recorded run is from its record, in every mode."""
+    """Print the distance of every quantity from its record, for every recorded run and mode."""
     torch.set_num_threads(1)
     rows = {}
     for mode in MODES:
         rows[mode.name] = compare_one_process(mode, one_process(mode))
         print(table(f"One process, 6 steps, {mode.name}", rows[mode.name]))
-    for mode in (FLOAT32, STATIC):
-        with TemporaryDirectory() as folder:
-            for rank, steps in enumerate(two_processes(Path(folder), mode)):
-                name = f"two processes, {mode.name}, rank {rank}"
-                rows[name] = compare_two_processes(rank, steps)
-                print(table(f"{name}, 3 steps", rows[name]))
+    with TemporaryDirectory() as folder:
+        ranks = two_processes(Path(folder))
+    for mode in TWO_PROCESS_MODES:
+        for rank, steps in enumerate(ranks):
+            name = f"two processes, {mode.name}, rank {rank}"
+            rows[name] = compare_two_processes(rank, steps[mode.name])
+            print(table(f"{name}, 3 steps", rows[name]))
     first = compare_one_process(BFLOAT16, one_process(BFLOAT16, count=1))
     print(summary(rows))
     print("Another precision; distances of the first step, no tolerance:\n")

@@ -1,4 +1,4 @@
-"""The road as a whole: what leaves the beton arrives in the model at the right place."""
+"""The whole data path: pixels of the beton reach the model at the right position."""
 
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def coordinate_ramp() -> np.ndarray:
 
 
 @pytest.mark.parametrize("backend", ["reference", "kornia"])
-def test_a_coordinate_ramp_comes_back_to_its_place(tmp_path: Path, backend: str) -> None:
-    """Beton → views → inverse augmentation: each aligned cell of either view must show the same
-    place of the image, within half a cell. Breaks with any wrong crop, box, flip or order of xy.
+def test_a_coordinate_ramp_returns_to_its_position(tmp_path: Path, backend: str) -> None:
+    """Beton → views → inverse augmentation: each aligned cell of both views must show the same
+    position in the image, within half a cell. Breaks with any wrong crop, box, flip or order of xy.
     """
     ramps = [coordinate_ramp()] * IMAGES
     beton = Beton(write_beton(tmp_path / "ramp.beton", ramps, mode="raw"))
@@ -44,7 +44,7 @@ def test_a_coordinate_ramp_comes_back_to_its_place(tmp_path: Path, backend: str)
     steps = (torch.arange(CELLS) + 0.5) / CELLS
     x = (corner[:, :1] + extent[:, :1] * steps)[:, None, :].expand(-1, CELLS, -1)
     y = (corner[:, 1:] + extent[:, 1:] * steps)[:, :, None].expand(-1, -1, CELLS)
-    half_cells = (crops[..., 2:] - crops[..., :2]) / CELLS / 2  # of each view's own map
+    half_cells = (crops[..., 2:] - crops[..., :2]) / CELLS / 2  # of each view's map
 
     assert all((batch.flipped == torch.tensor(f)[:, None]).all(0).any() for f in np.ndindex(2, 2))
     for view, overlap, flipped, half_cell in zip(

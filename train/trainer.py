@@ -16,7 +16,8 @@ from model import SlotCon, prepare
 from model.encoder import cells_of
 from pipeline.beton import Beton
 from pipeline.errors import UserError
-from pipeline.loader import Batch, BatchSource, make_loader
+from pipeline.loader import make_loader
+from pipeline.source import Batch, BatchSource
 from train.config import SETTINGS, RunConfig
 from train.health import CollapseAlarm, near_duplicates, usage_entropy
 from train.lars import LARS

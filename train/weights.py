@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from model.encoder import build_encoder
+from model.encoder import Encoder
 from model.names import ENCODERS, Branch, arch_of, backbone_of, branches_of, with_counts
 from pipeline.errors import UserError, printable
 from train.config import RunConfig, from_dict, to_dict
@@ -100,7 +100,7 @@ def fitting(weights: Mapping[str, Tensor], arch: str, source: object) -> dict[st
     finite.
     """
     with torch.device("meta"):
-        expected = build_encoder(arch)[0].state_dict()
+        expected = Encoder(arch).state_dict()
     plain = {
         name: value.detach().to(
             expected[name].dtype, copy=True, memory_format=torch.contiguous_format

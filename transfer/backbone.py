@@ -6,14 +6,14 @@ from typing import Any
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from model.encoder import build_encoder
+from model.encoder import Encoder
 from train.weights import published_weights, read_backbone
 from transfer.config import InitConfig
 
 _LAST_OF_STAGE = ("bn1", "layer1", "layer2", "layer3", "layer4")
 
 
-def build_backbone(init: InitConfig) -> tuple[nn.Sequential, dict[str, Any]]:
+def build_backbone(init: InitConfig) -> tuple[Encoder, dict[str, Any]]:
     """The encoder [B, 3, S, S] → [B, C, ⌈S/32⌉, ⌈S/32⌉] that `init` describes, and its description
     for result.json: {"weights", "kind": "random" | "supervised" | "file", "arch", "branch",
     "frozen", "metadata"}. "weights" is a file's absolute path, so that the same file has the same
@@ -22,7 +22,7 @@ def build_backbone(init: InitConfig) -> tuple[nn.Sequential, dict[str, Any]]:
     The children are torchvision's: conv1, bn1, relu, maxpool, layer1 … layer4. Random weights are
     drawn from torch's global generator. Raises UserError.
     """
-    encoder, _ = build_encoder(init.arch)
+    encoder = Encoder(init.arch)
     named = init.weights in ("random", "supervised")
     about: dict[str, Any] = {
         "weights": init.weights if named else str(Path(init.weights).resolve()),

@@ -1,6 +1,6 @@
-"""Backends that turn decoded images and given view parameters into the views the model sees.
+"""Backends make the model's views from decoded images and given view parameters.
 
-They draw nothing: two backends given the same parameters differ only by rounding.
+They draw nothing: with the same parameters, two backends differ only by rounding.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ BACKENDS = ("reference", "kornia", "triton")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-JITTER_NEUTRAL = (1, 1, 1, 0)  # the amounts, in ViewParams.jitter, that leave an image as it is
+JITTER_NEUTRAL = (1, 1, 1, 0)  # the amounts in ViewParams.jitter that do not change an image
 SOLARIZE_THRESHOLD = 128  # levels of 0..255; from here on a value is inverted
 
 
@@ -32,9 +32,9 @@ class Apply(Protocol):
     ) -> Tensor:
         """Crop, resize, flip, colour and normalise both views of B images.
 
-        canvas: uint8 [B, Hmax, Wmax, 3], image b at the top left of its canvas, anything beyond it.
+        canvas: uint8 [B, Hmax, Wmax, 3], image b in the top left corner; the rest is undefined.
         sizes: int64 [B, 2], height and width of each image in pixels.
-        params: what to apply, for the same B images.
+        params: the parameters of the same B images.
         size: side S of the views in pixels.
         Returns `dtype` [2, B, 3, S, S] on `device`, ImageNet-normalised, each view channels_last.
         """
@@ -47,22 +47,22 @@ class Colour(Protocol):
     ) -> Tensor:
         """Colour and normalise views that are already cropped, resized and flipped.
 
-        pixels: uint8 [2, B, S, S, 3], view axis first; left as they are.
-        params: what to apply, for the same B images; crops and flips are not looked at.
-        Returns what `Apply` does.
+        pixels: uint8 [2, B, S, S, 3], view axis first; not modified.
+        params: the parameters of the same B images; crops and flips are not used.
+        Returns the same as `Apply`.
         """
         ...
 
 
 class Backend(NamedTuple):
-    """The two ways into a backend; `apply` is crop, resize and flip followed by `colour`."""
+    """The two functions of a backend; `apply` is crop, resize and flip followed by `colour`."""
 
     apply: Apply
     colour: Colour
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name. Imported only now: kornia takes seconds. Raises UserError."""
+    """The backend of that name, imported only here: kornia takes seconds. Raises UserError."""
     if name not in BACKENDS:
         raise UserError(f"unknown augmentation backend {name!r}; choose from {', '.join(BACKENDS)}")
     try:

@@ -1,11 +1,11 @@
-"""The same recipe as whole-batch tensor operations on any device: kornia's, rounded like PIL's.
+"""The recipe as kornia's whole-batch tensor operations, on any device, rounded like PIL's.
 
-PIL keeps uint8 between operations and rounds in its own way in each; following it costs little and
-keeps the two backends within one level of 255 on average; single pixels of a saturated colour or at
-an edge differ by more, 21 levels in the worst seen.
+PIL keeps uint8 between operations, and each operation rounds in a different way. Following PIL
+costs little and keeps the two backends within one level of 255 on average. Single pixels, of a
+saturated colour or at an edge, differ by more: 21 levels in the worst case seen.
 
-B images, S view side. A batch of views is float32 [B, 3, S, S] in 0..1, between operations on whole
-levels k / 255.
+B images, S view side. A batch of views is float32 [B, 3, S, S] in 0..1. Between operations its
+values are whole levels k / 255.
 """
 
 import math
@@ -40,7 +40,7 @@ from pipeline.views import ViewParams
 
 def apply(
     canvas: Tensor,
-    sizes: Tensor,  # not needed: a crop never reaches beyond its image
+    sizes: Tensor,  # unused: a crop never reaches beyond its image
     params: ViewParams,
     size: int,
     device: torch.device,
@@ -77,7 +77,7 @@ def crop_and_flip(
     x = torch.empty(len(canvas), 3, size, size, device=canvas.device)
     for b, (x0, y0, x1, y1) in enumerate(crops.tolist()):
         crop = canvas[b, y0:y1, x0:x1].permute(2, 0, 1)[None]
-        if canvas.device.type != "cpu":  # only there does PyTorch resize uint8: 8 times as fast
+        if canvas.device.type != "cpu":  # PyTorch resizes uint8 only on the CPU, 8 times as fast
             crop = crop.float()
         x[b] = interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
     _update(x, flipped, hflip)
@@ -85,12 +85,12 @@ def crop_and_flip(
 
 
 def _photometric(x: Tensor, params: ViewParams, v: int) -> Tensor:
-    """Apply view v's colour operations to [B, 3, S, S] in place, each to its images."""
-    for place in range(4):
+    """Apply view v's colour operations to x [B, 3, S, S] in place, each to its images."""
+    for position in range(4):
         for number, operation in enumerate(_JITTER):
             amount = params.jitter[v, :, number]
-            here = params.jittered[v] & (params.order[v, :, place] == number)
-            _update(x, here & (amount != JITTER_NEUTRAL[number]), operation, amount)
+            mask = params.jittered[v] & (params.order[v, :, position] == number)
+            _update(x, mask & (amount != JITTER_NEUTRAL[number]), operation, amount)
     _update(x, params.grey[v], _grey)
     _update(x, params.sigma[v] > 0, _blur, blur_kernels(params.sigma[v]))
     _update(x, params.solarized[v], _solarize)
@@ -100,9 +100,9 @@ def _photometric(x: Tensor, params: ViewParams, v: int) -> Tensor:
 def _update(
     x: Tensor, mask: NDArray[np.bool_], operation: Callable[..., Tensor], *arguments: NDArray[Any]
 ) -> None:
-    """x[i] = operation(x[i], arguments[i]) for the images i that the mask [B] names, all at once.
+    """x[i] = operation(x[i], arguments[i]) for all images i of the mask [B], in one batch.
 
-    Host arrays decide who takes part: a mask on the device would make the host wait for it.
+    The mask is an array on the host: with a mask on the device the host would have to wait.
     """
     if not mask.any():
         return
@@ -115,7 +115,7 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _truncate(x: Tensor) -> Tensor:
-    """To the level below, as PIL's blend does. A level that came out a little low stays itself."""
+    """Round down to a level, as PIL's blend does; 1e-3 keeps a level that is slightly too low."""
     return (x * 255 + 1e-3).floor_().div_(255)
 
 
@@ -132,7 +132,7 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
-    """PIL's hue is a byte: 255 levels make a turn, but it wraps at 256. kornia's is in radians."""
+    """PIL's hue is a byte: 255 levels are a turn, but it wraps at 256. kornia's is in radians."""
     level = 2 * math.pi / 255
     hue, saturation, value = rgb_to_hsv(x).unbind(1)
     hue = (hue / level + 1e-3).floor_() + (turns * 255).trunc_()[:, None, None]
@@ -140,7 +140,7 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
     return _round(hsv_to_rgb(hsv))
 
 
-# By the numbers of ViewParams.order.
+# In the order of the numbers in ViewParams.order.
 _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     _brightness,
     _contrast,
@@ -158,17 +158,17 @@ def _blur(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def _solarize(x: Tensor) -> Tensor:
-    # Half a level below: a division on the device may leave a level one bit beside its threshold.
+    # Half a level lower: after a division on the device, a level may differ from k / 255 by a bit.
     return solarize(x, (SOLARIZE_THRESHOLD - 0.5) / 255)
 
 
 def blur_kernels(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
     """PIL's GaussianBlur as one symmetric kernel per image: sigma float32 [B] -> float32 [B, taps].
 
-    PIL runs a box filter three times, with fractional weights at its two ends, such that the
+    PIL applies a box filter three times. The weights at its two ends are fractional, such that the
     variances add up to sigma^2 (Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by
-    Extended Box Filtering", SSVM 2011). For small sigma that blurs more than a sampled Gaussian,
-    which sees nothing between the pixels. The kernel of sigma 0 is the identity.
+    Extended Box Filtering", SSVM 2011). For small sigma this blurs more than a Gaussian that is
+    sampled at the pixels. The kernel of sigma 0 is the identity.
     """
     variance = sigma.astype(np.float64)[:, None] ** 2 / 3
     full = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # taps of weight 1 on either side

@@ -1,6 +1,7 @@
 """The recipe as published, one image at a time through PIL and torchvision on the CPU.
 
-Slow, and the measure of every other backend: PIL works on uint8, so each operation rounds.
+It is slow, and the other backends are measured against it. PIL works on uint8, so each operation
+rounds.
 """
 
 import torch
@@ -17,7 +18,7 @@ from pipeline.augment import (
 )
 from pipeline.views import ViewParams
 
-# By the numbers of ViewParams.order.
+# In the order of the numbers in ViewParams.order.
 _JITTER = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 
 
@@ -51,10 +52,10 @@ def colour(pixels: Tensor, params: ViewParams, device: torch.device, dtype: torc
 
 
 def _geometric(image: Image.Image, params: ViewParams, v: int, b: int, size: int) -> Image.Image:
-    """Crop before the resize, whose filter must not see beyond the crop.
+    """Crop first: the filter of the resize must not see pixels outside the crop.
 
-    Widths first, as Pillow did when the recipe was published: since version 13 it begins with the
-    heights where that is less work, and the bytes between the two passes are others.
+    Resize widths first, as Pillow did when the recipe was published. Since version 13 it begins
+    with the heights if that is less work, and then the bytes between the two passes differ.
     """
     crop = image.crop(params.crops[v, b].tolist())
     lines = crop.resize((size, crop.height), Image.Resampling.BICUBIC)
@@ -66,7 +67,7 @@ def _photometric(view: Image.Image, params: ViewParams, v: int, b: int) -> Image
     if params.jittered[v, b]:
         amounts = params.jitter[v, b].tolist()
         for operation in params.order[v, b].tolist():
-            # A neutral amount is a recipe without that operation; hue would still round twice.
+            # Skip neutral amounts: hue would still round twice.
             if amounts[operation] != JITTER_NEUTRAL[operation]:
                 view = _JITTER[operation](view, amounts[operation])
     if params.grey[v, b]:

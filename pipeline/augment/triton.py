@@ -1,23 +1,25 @@
 """The recipe in three passes over memory, as Triton kernels: the backend for NVIDIA GPUs.
 
-1. `crop_and_resize`: the crop's pixels become the view's, with the jitter up to its contrast. Both
-   directions of the resize happen in a tile on the chip. Nothing of a crop's size is stored, so a
-   large photograph needs no more memory than a small one.
-2. `colour`: contrast wants the mean of the whole view as it then is, so a pass must end before it,
-   and for views that have contrast (four in five) another begins: contrast, the rest, grey.
-3. `blur`: both directions in a tile, for views that have it. It reads neighbours after all colour;
-   to compute their colour again, for twice the pixels, costs more than to read 3 bytes of each.
+1. `crop_and_resize`: crop, resize, flip, and the jitter up to its contrast. Both directions of the
+   resize happen in a tile on the chip. No buffer has the size of a crop, so a large photograph
+   needs no more memory than a small one.
+2. `colour`: the contrast needs the mean of the whole view at this point, so the first pass must end
+   before it. For views that have contrast (four in five) this pass applies contrast, the other
+   operations and grey.
+3. `blur`: both directions in a tile, for views that have it. It reads neighbouring pixels after all
+   colour operations. To compute their colour again, for twice the pixels, costs more than to read
+   3 bytes of each.
 
-A view's last pass solarizes, normalises and stores it.
+The last pass of a view solarizes, normalises and stores it.
 
 Bytes per pixel of a view, for an output of 2 bytes: pass 1 reads the crop, 3 bytes for each of its
-pixels, and writes 3; pass 2 reads 3 and writes 3; pass 3 reads 3 and writes the 6 that are wanted.
-That is 18 and the crop; a view without contrast saves 6, one without blur 6. What neighbouring
-tiles share is left to the cache: a tile reads (1 + 4 / TILE_I) (1 + 4 / TILE_J) times its share of
-the crop, and for the blur (WINDOW / (WINDOW - 6 reach))^2 times its pixels.
+pixels, and writes 3; pass 2 reads 3 and writes 3; pass 3 reads 3 and writes the output's 6. The sum
+is 18 and the crop; a view without contrast saves 6, a view without blur 6. Neighbouring tiles read
+some of the same pixels, through the cache: a tile reads (1 + 4 / TILE_I) (1 + 4 / TILE_J) times its
+share of the crop, and for the blur (WINDOW / (WINDOW - 6 reach))^2 times its pixels.
 
 The scratch memory, uint8 [2 B, S, S, 3], is at most half of the output. Pixels are PIL's: equal
-in colour, and in the resize up to a rounding in some 10,000 (tests/pipeline/test_triton.py).
+in colour, and in the resize except for one rounding in about 10,000.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -29,25 +31,29 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment import JITTER_NEUTRAL, empty_views, kernels
+from pipeline.augment import JITTER_NEUTRAL, empty_views
+from pipeline.augment.kernels import words as w
+from pipeline.augment.kernels.blur import blur as blur_kernel
+from pipeline.augment.kernels.colour import colour as colour_kernel
+from pipeline.augment.kernels.resize import crop_and_resize
 from pipeline.errors import UserError
 from pipeline.views import ViewParams
 
-# Block sizes in pixels, and warps of a program: without spills on sm_80 and sm_90, see
-# tests/compile_kernels.py; not tuned on a GPU. A band matrix is dense over (TILE_J + 4) * scale
-# columns and (TILE_I + 4) * scale lines of the crop.
+# Block sizes in pixels, and warps of a program. They cause no spills on sm_80 and sm_90, see
+# tests/compile_kernels.py, and are not tuned on a GPU. A band matrix is dense over (TILE_J + 4) *
+# scale columns and (TILE_I + 4) * scale lines of the crop.
 RESIZE = {"TILE_I": 64, "TILE_J": 16, "LINES": 32, "COLUMNS": 16, "num_warps": 4, "num_stages": 1}
 COLOUR = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 BLUR = {"WINDOW": 64, "num_warps": 8, "num_stages": 1}
 MAX_SIGMA = 8  # of a blur: three boxes of reach 8 still leave 16 pixels of the window
 EXACT = {"enable_fp_fusion": False}
 
-_CONTRAST, _HUE, _NOTHING = 1, 3, 15  # numbers of operations, as in ViewParams.order; none
+_CONTRAST, _HUE, _NONE = 1, 3, 15  # numbers of operations, as in ViewParams.order; no operation
 
 
 def apply(
     canvas: Tensor,
-    sizes: Tensor,  # not needed: a crop never reaches beyond its image
+    sizes: Tensor,  # unused: a crop never reaches beyond its image
     params: ViewParams,
     size: int,
     device: torch.device,
@@ -60,7 +66,7 @@ def apply(
             canvas = canvas.contiguous()
         work = _prepare(params, size, device, dtype)
         tiles = triton.cdiv(size, RESIZE["TILE_I"]) * triton.cdiv(size, RESIZE["TILE_J"])
-        kernels.crop_and_resize[(len(work.words) * tiles,)](
+        crop_and_resize[(len(work.words) * tiles,)](
             canvas, *canvas.stride()[:2], len(canvas), *work.memory, size, **RESIZE, **EXACT
         )
         return _finish(work)
@@ -77,7 +83,7 @@ def colour(pixels: Tensor, params: ViewParams, device: torch.device, dtype: torc
 
 @dataclass(frozen=True)
 class _Work:
-    """What the passes over a batch share."""
+    """The inputs and outputs that all passes over a batch share."""
 
     views: Tensor
     """[2, B, 3, S, S], the result."""
@@ -88,9 +94,8 @@ class _Work:
     scratch: Tensor
     """uint8 [2 B, S, S, 3], the views between two passes."""
     any_contrast: bool
-
     widest_box: int
-    """Of the blur, as the kernels count it; -1 where nothing is blurred."""
+    """The largest `words.BOX` of the blur; -1 if no view is blurred."""
 
     @property
     def size(self) -> int:
@@ -98,7 +103,7 @@ class _Work:
 
     @property
     def memory(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As the kernels take it."""
+        """The kernels' common arguments."""
         return self.words, self.sums, self.scratch, self.views
 
 
@@ -106,21 +111,21 @@ def _prepare(params: ViewParams, size: int, device: torch.device, dtype: torch.d
     batch = params.crops.shape[1]
     packed = pack(params)
     words = torch.from_numpy(packed)
-    if device.type == "cuda":  # the host need not wait for a copy from pinned memory
+    if device.type == "cuda":  # the host does not wait for a copy from pinned memory
         words = words.pin_memory()
     return _Work(
         views=empty_views(batch, size, device, dtype),
         words=words.to(device, non_blocking=True),
         sums=torch.zeros(2 * batch, dtype=torch.int64, device=device),
         scratch=torch.empty(2 * batch, size, size, 3, dtype=torch.uint8, device=device),
-        any_contrast=bool((packed[:, kernels.CONTRAST_PLACE.value] < 4).any()),
-        widest_box=int(packed[:, kernels.BOX.value].max(initial=-1)),
+        any_contrast=bool((packed[:, w.CONTRAST_POSITION.value] < 4).any()),
+        widest_box=int(packed[:, w.BOX.value].max(initial=-1)),
     )
 
 
 def _colour(work: _Work, pixels: Tensor, before_contrast: bool) -> None:
     blocks = triton.cdiv(work.size**2, COLOUR["BLOCK"])
-    kernels.colour[(len(work.words) * blocks,)](
+    colour_kernel[(len(work.words) * blocks,)](
         pixels, *work.memory, work.size, BEFORE_CONTRAST=before_contrast, **COLOUR, **EXACT
     )
 
@@ -132,48 +137,44 @@ def _finish(work: _Work) -> Tensor:
     if work.widest_box >= 0:
         margin = 3 * (work.widest_box + 1)
         tiles = triton.cdiv(work.size, BLUR["WINDOW"] - 2 * margin) ** 2
-        kernels.blur[(len(work.words) * tiles,)](*work.memory, tiles, work.size, **BLUR, **EXACT)
+        blur_kernel[(len(work.words) * tiles,)](*work.memory, tiles, work.size, **BLUR, **EXACT)
     return work.views
 
 
 def pack(params: ViewParams) -> NDArray[np.int32]:
     """The rows of parameters that the kernels read, int32 [2 B, words]. Raises UserError."""
     neutral = params.jitter == np.array(JITTER_NEUTRAL, np.float32)
-    absent = neutral | ~params.jittered[..., None]  # by operation; a neutral one is left out
+    absent = neutral | ~params.jittered[..., None]  # by operation; neutral ones are skipped
     order = params.order.astype(np.int32)
-    order[np.take_along_axis(absent, order, axis=-1)] = _NOTHING
+    order[np.take_along_axis(absent, order, axis=-1)] = _NONE
     is_contrast = order == _CONTRAST
 
-    k = kernels
-    words = np.zeros((*params.sigma.shape, k.WORDS.value), np.int32)
-    words[..., k.X0.value], words[..., k.Y0.value] = params.crops[..., 0], params.crops[..., 1]
-    words[..., k.WIDTH.value] = params.crops[..., 2] - params.crops[..., 0]
-    words[..., k.HEIGHT.value] = params.crops[..., 3] - params.crops[..., 1]
-    words[..., k.FLIPPED.value] = params.flipped
-    words[..., k.GREY.value] = params.grey
-    words[..., k.SOLARIZED.value] = params.solarized
-    words[..., k.ORDER.value] = order @ (1 << np.array([0, 4, 8, 12], np.int32))
-    words[..., k.CONTRAST_PLACE.value] = np.where(is_contrast.any(-1), is_contrast.argmax(-1), 4)
+    words = np.zeros((*params.sigma.shape, w.WORDS.value), np.int32)
+    words[..., w.X0.value], words[..., w.Y0.value] = params.crops[..., 0], params.crops[..., 1]
+    words[..., w.WIDTH.value] = params.crops[..., 2] - params.crops[..., 0]
+    words[..., w.HEIGHT.value] = params.crops[..., 3] - params.crops[..., 1]
+    words[..., w.FLIPPED.value] = params.flipped
+    words[..., w.GREY.value] = params.grey
+    words[..., w.SOLARIZED.value] = params.solarized
+    words[..., w.ORDER.value] = order @ (1 << np.array([0, 4, 8, 12], np.int32))
+    words[..., w.CONTRAST_POSITION.value] = np.where(is_contrast.any(-1), is_contrast.argmax(-1), 4)
     # The product as torchvision computes it, in float64.
-    words[..., k.HUE.value] = (params.jitter[..., _HUE].astype(np.float64) * 255).astype(np.int32)
-    factors = words.view(np.float32)[..., k.FACTORS.value : k.FACTORS.value + 3]
+    words[..., w.HUE.value] = (params.jitter[..., _HUE].astype(np.float64) * 255).astype(np.int32)
+    factors = words.view(np.float32)[..., w.FACTORS.value : w.FACTORS.value + 3]
     factors[:] = params.jitter[..., :_HUE]
-    box, near, far = _boxes(params.sigma)
-    words[..., k.BOX.value], words[..., k.BOX_NEAR.value], words[..., k.BOX_FAR.value] = (
-        box,
-        near,
-        far,
-    )
-    return words.reshape(-1, k.WORDS.value)
+    boxes = np.stack(_boxes(params.sigma), axis=-1)
+    words[..., [w.BOX.value, w.BOX_NEAR.value, w.BOX_FAR.value]] = boxes
+    return words.reshape(-1, w.WORDS.value)
 
 
 def _boxes(
     sigma: NDArray[np.float32],
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """The box that Pillow's GaussianBlur runs three times: its pixels of full weight on either side
-    (-1 where sigma is 0), their weight and that of the next pixel in 2^-24.
+    """The box that Pillow's GaussianBlur applies three times: its pixels of full weight on either
+    side (-1 where sigma is 0), their weight, and the weight of the next pixel, both in 2^-24.
 
-    In Pillow's types: sums in float32, the root in float64. See `blur_kernels` for the mathematics.
+    Computed in Pillow's types: sums in float32, the root in float64. For the mathematics see
+    `pipeline.augment.kornia.blur_kernels`.
     """
     if sigma.size and sigma.max() > MAX_SIGMA:
         raise UserError(
@@ -192,10 +193,10 @@ def _boxes(
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Launch there: Triton takes PyTorch's current device."""
+    """A context in which Triton launches on `device`: it uses PyTorch's current device."""
     if device.type == "cuda":
         return torch.cuda.device(device)
-    if not isinstance(kernels.colour, triton.JITFunction):  # the interpreter
+    if not isinstance(colour_kernel, triton.JITFunction):  # the interpreter
         return nullcontext()
     raise UserError(
         f"the triton backend needs a CUDA GPU, not the device {device}; kornia runs anywhere"

@@ -1,4 +1,4 @@
-"""Small betons for tests, written by ffcv itself: what reads them meets a file from outside."""
+"""Small betons for tests. ffcv writes them, so that the reader meets files of another tool."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def photograph(i: int, height: int, width: int) -> np.ndarray:
-    """A smooth coloured picture, different for each i: uint8 [height, width, 3]."""
+    """A smooth coloured image, different for each i: uint8 [height, width, 3]."""
     generator = np.random.default_rng(i)
     coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
@@ -35,12 +35,12 @@ def write_beton(path: Path, images: list[np.ndarray], mode: str = "jpg") -> Path
 
 
 def varied(count: int) -> list[np.ndarray]:
-    """`count` pictures of different sizes."""
+    """`count` images of different sizes."""
     return [photograph(i, 24 + 7 * (i % 5), 30 + 5 * (i % 7)) for i in range(count)]
 
 
 def pil_decode(path: Path, record: np.ndarray) -> np.ndarray:
-    """What PIL makes of the JPEG bytes of a beton's record."""
+    """PIL's pixels of a JPEG record of a beton."""
     pointer, size = record[:2]
     data = path.read_bytes()[pointer : pointer + size]
     return np.array(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model import ModelConfig, SlotCon
-from model.encoder import build_encoder
+from model.encoder import Encoder
 
 CONFIG = ModelConfig(arch="resnet18", dim_hidden=8, dim_out=6, num_prototypes=4)
 
@@ -35,7 +35,7 @@ def trained_model() -> SlotCon:
 def meta_state(arch: str) -> dict[str, Tensor]:
     """Names and shapes of a backbone's weights."""
     with torch.device("meta"):
-        return dict(build_encoder(arch)[0].state_dict())
+        return dict(Encoder(arch).state_dict())
 
 
 def call(main: Callable[[], None], *argv: object) -> None:

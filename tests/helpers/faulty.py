@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pipeline.loader import Batch
+from pipeline.source import Batch
 from tests.helpers.training import run_dir, small_run, trainer
 from train import metrics, pretrain
 from train.config import RunConfig, to_yaml

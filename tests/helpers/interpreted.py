@@ -1,6 +1,6 @@
-"""The triton backend in Triton's interpreter, in a process of its own.
+"""The triton backend in Triton's interpreter, in a separate process.
 
-Triton decides as it is imported whether kernels are compiled or interpreted, for the whole process.
+Triton decides at its import, for the whole process, whether kernels are compiled or interpreted.
 """
 
 import os
@@ -27,7 +27,7 @@ class Interpreter:
         self._pool.shutdown()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        # Pickled here, tensors travel as bytes: torch would hand over shared memory.
+        # Pickle here, so that tensors are sent as bytes: torch would use shared memory.
         return pickle.loads(self._pool.submit(_run, name, pickle.dumps(arguments)).result())
 
 

@@ -1,4 +1,4 @@
-"""Manifests of betons that a test wrote, and damage to files."""
+"""Manifests for betons of tests, and damage to files."""
 
 import zlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
 
 
 def write_manifest(beton: Path, names: list[str] | None = None, **head: Any) -> Manifest:
-    """Write the manifest of a beton as it is now; the images are called photos/0.jpg and so on."""
+    """Write the manifest of a beton; the images are named photos/0.jpg, photos/1.jpg, …"""
     opened, content = Beton(beton), beton.read_bytes()
     names = names or [f"photos/{i}.jpg" for i in range(len(opened))]
     labels = [None] * len(opened) if opened.label is None else opened.label.tolist()

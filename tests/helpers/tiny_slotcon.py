@@ -1,4 +1,4 @@
-"""A SlotCon small enough for a test, and inputs that decide how many slots are active.
+"""A SlotCon small enough for a test, and inputs that set the number of active slots.
 
 Views of 32 pixels give maps of one cell, so each image has exactly one active slot per branch.
 """
@@ -20,7 +20,7 @@ def tiny_model(**fields: object) -> SlotCon:
 
 
 def tiny_batch(side: int = 32, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """(views, overlap, flipped) in which both views of an image are the image itself."""
+    """(views, overlap, flipped); both views of an image are the whole image."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(IMAGES, 3, side, side, generator=generator)
     overlap = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, IMAGES, 4)
@@ -29,10 +29,10 @@ def tiny_batch(side: int = 32, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def set_agreement(model: SlotCon, views: Tensor, pairs: int) -> None:
-    """Choose prototypes such that exactly `pairs` images have an active pair of slots.
+    """Set prototypes such that exactly `pairs` images have an active pair of slots.
 
-    Prototype b of the student is image b's feature, prototype IMAGES + b its opposite; the teacher
-    has the two swapped for the images that shall not agree.
+    Prototype b of the student is image b's feature, prototype IMAGES + b its opposite. In the
+    teacher, the two are swapped for images that must not have a pair.
     """
     for branch in (model.student, model.teacher):
         feature = branch(views[0]).features.flatten(1)

@@ -1,4 +1,4 @@
-"""Helpers on ViewParams that several tests share."""
+"""Helpers for ViewParams."""
 
 from collections.abc import Sequence
 from dataclasses import fields

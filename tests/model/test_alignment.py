@@ -1,4 +1,4 @@
-"""Inverse augmentation on coordinate ramps: every wrong box shows as a wrong place."""
+"""Inverse augmentation on coordinate ramps, in which each wrong box shows as a wrong coordinate."""
 
 import numpy as np
 import torch
@@ -38,11 +38,11 @@ def test_aligned_ramps_agree_between_views(
     flips: tuple[bool, bool],
     cells: int,
 ) -> None:
-    """Cell (i, j) of both aligned maps must lie on the same place of the image.
+    """Cell (i, j) of both aligned maps must cover the same pixels of the image.
 
-    Each view's map holds the image coordinates of its own cells. After alignment it must hold
-    those of the shared box's cells; beyond a view's outermost cell centres, where there is nothing
-    to interpolate with, the value of the border cell (at most half a cell away).
+    Each view's map holds the image coordinates of its cells. After alignment it must hold the
+    coordinates of the cells of the shared box. Beyond a view's outermost cell centres there is
+    nothing to interpolate: there it holds the border cell's value (at most half a cell away).
     """
     shared = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in (x, y)]
     for (x0, x1), (y0, y1), flip in zip(x, y, flips, strict=True):
@@ -64,7 +64,7 @@ def test_aligned_ramps_agree_between_views(
 
 
 def test_one_pair_without_area_leaves_the_others_alone() -> None:
-    """The guard must act per image: a batch is not lost for one pair."""
+    """The guard must act per image: one such pair must not spoil the batch."""
     scores = torch.rand(3, 4, 7, 7)
     overlap = torch.tensor([[0.1, 0.2, 0.9, 0.8], [0.6, 0.1, 0.4, 0.9], [0.0, 0.5, 0.5, 1.0]])
     flipped = torch.tensor([True, False, False])

@@ -1,4 +1,4 @@
-"""SlotCon over two gloo processes: what the ranks share, and that no rank waits for ever."""
+"""SlotCon on two gloo processes: what the ranks share, and that no rank hangs."""
 
 from pathlib import Path
 
@@ -46,63 +46,63 @@ STEPS = {
 
 
 def _worker(rank: int, folder: Path) -> None:
-    found: dict[str, dict[str, Tensor]] = {"centre": _center(rank)}
+    results: dict[str, dict[str, Tensor]] = {"centre": _center(rank)}
     for name, (pairs, synced) in STEPS.items():
-        found[name] = _step(rank, pairs, synced)
+        results[name] = _step(rank, pairs, synced)
     row = torch.tensor([[rank, rank + 10]])
-    found["collectives"] = {
+    results["collectives"] = {
         "gathered": all_gather(row),
         "flags": all_gather(row > 0),
         "mean": all_reduce_mean(row.float()),
     }
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
-    """What each of two ranks found, by scenario."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    """The results of each of two ranks, by scenario."""
     folder = tmp_path_factory.mktemp("ranks")
     run_workers(_worker, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-Found = list[dict[str, dict[str, Tensor]]]
+Results = list[dict[str, dict[str, Tensor]]]
 
 
-def test_collectives(found: Found) -> None:
-    """Labels count on rank order."""
-    for rank_found in found:
-        collected = rank_found["collectives"]
+def test_collectives(results: Results) -> None:
+    """The labels of the contrast rely on the order of ranks."""
+    for of_rank in results:
+        collected = of_rank["collectives"]
         assert collected["gathered"].tolist() == [[0, 10], [1, 11]]
         assert collected["flags"].tolist() == [[False, True], [True, True]]
         assert collected["mean"].tolist() == [[0.5, 10.5]]
 
 
-def test_center_is_the_mean_over_ranks(found: Found) -> None:
-    """Centres that drift apart would give each rank its own targets."""
-    assert torch.equal(found[0]["centre"]["center"], found[1]["centre"]["center"])
-    scores = torch.stack([rank_found["centre"]["scores"] for rank_found in found])
+def test_center_is_the_mean_over_ranks(results: Results) -> None:
+    """With centres that drift apart, each rank would learn other targets."""
+    assert torch.equal(results[0]["centre"]["center"], results[1]["centre"]["center"])
+    scores = torch.stack([of_rank["centre"]["scores"] for of_rank in results])
     expected = 0.1 * scores.mean(dim=(0, 1, 2, 4, 5))[None]
-    torch.testing.assert_close(found[0]["centre"]["center"], expected)
+    torch.testing.assert_close(results[0]["centre"]["center"], expected)
 
 
 @pytest.mark.parametrize(
     ("step", "contrasting"),
     [
         ("plain 3-0", [True, False]),
-        ("plain 1-3", [False, True]),  # one row: this rank's own BatchNorm cannot normalise it
-        ("synced 3-0", [True, False]),  # the rank without rows takes part with an empty batch
-        ("synced 1-1", [True, True]),  # one row each is a batch of two
+        ("plain 1-3", [False, True]),  # one row: a BatchNorm of one rank cannot normalise it
+        ("synced 3-0", [True, False]),  # the rank without rows joins with an empty batch
+        ("synced 1-1", [True, True]),  # one row on each rank is a batch of two
         ("synced 1-0", [False, False]),
     ],
 )
-def test_ranks_with_few_active_pairs(found: Found, step: str, contrasting: list[bool]) -> None:
-    """A rank that leaves its peers alone in a collective stops the run without a word."""
-    for rank_found, contrasts in zip(found, contrasting, strict=True):
-        assert (rank_found[step]["slot"].item() > 0) == contrasts
-        assert torch.isfinite(rank_found[step]["loss"])
-    gradient = found[0][step]["gradient"]
-    assert torch.equal(gradient, found[1][step]["gradient"])
+def test_ranks_with_few_active_pairs(results: Results, step: str, contrasting: list[bool]) -> None:
+    """If one rank skips a collective, the others hang in it, without a message."""
+    for of_rank, contrasts in zip(results, contrasting, strict=True):
+        assert (of_rank[step]["slot"].item() > 0) == contrasts
+        assert torch.isfinite(of_rank[step]["loss"])
+    gradient = results[0][step]["gradient"]
+    assert torch.equal(gradient, results[1][step]["gradient"])
     assert bool(gradient.any()) == any(contrasting)
 
 

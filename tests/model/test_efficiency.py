@@ -1,4 +1,4 @@
-"""Settings that make a step cheaper must leave its numbers alone."""
+"""Settings that make a step cheaper must not change its results."""
 
 import copy
 from functools import partial
@@ -16,7 +16,7 @@ from train.config import EfficiencyConfig
 
 
 def step(model: SlotCon) -> dict[str, Tensor]:
-    """All that a forward and backward leaves behind."""
+    """Loss, gradients and state after one forward and backward pass."""
     output = model(*tiny_batch(side=64))
     output.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -24,16 +24,16 @@ def step(model: SlotCon) -> dict[str, Tensor]:
 
 
 def test_checkpointing_changes_no_bit() -> None:
-    """A recomputed batch must not enter the running statistics a second time."""
+    """The recomputation must not count a batch in the running statistics a second time."""
     plain, prepared = tiny_model(), tiny_model()
     prepare(prepared, checkpointing=True)
-    expected, found = step(plain), step(prepared)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    expected, actual = step(plain), step(prepared)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 def test_checkpointing_keeps_less() -> None:
-    """Else it would cost its time for nothing."""
+    """Without this, checkpointing would cost time and save no memory."""
 
     def kept(model: SlotCon) -> int:
         sizes: dict[int, int] = {}
@@ -44,7 +44,8 @@ def test_checkpointing_keeps_less() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model.student.encoder[4:](torch.randn(2, 64, 16, 16))  # without the stem
+            stages = list(model.student.encoder.children())[4:]  # without the stem
+            torch.nn.Sequential(*stages)(torch.randn(2, 64, 16, 16))
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         return sum(size for at, size in sizes.items() if at not in weights)
 
@@ -54,7 +55,8 @@ def test_checkpointing_keeps_less() -> None:
 
 
 def test_encoders_and_projectors_are_compiled() -> None:
-    """Four parts, whose names and numbers stay. Tracing them takes long: it is left out here."""
+    """Two encoders and two projectors are compiled; names and results do not change. The compiler
+    is a stub here, because tracing takes long."""
     calls: list[Any] = []
 
     def compiler(forward: Any, dynamic: bool) -> Any:
@@ -70,26 +72,26 @@ def test_encoders_and_projectors_are_compiled() -> None:
     plain, prepared = tiny_model(), tiny_model()
     with patch("torch.compile", compiler):
         prepare(prepared, compile=True)
-    expected, found = step(plain), step(prepared)
+    expected, actual = step(plain), step(prepared)
     parts = [part for branch in (prepared.student, prepared.teacher) for part in branch.children()]
     assert set(calls) == {part for part in parts if isinstance(part, torch.nn.Sequential)}
     assert len(calls) == 8
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 def test_checkpointing_keeps_on_averaging_statistics() -> None:
-    """One step does not show a momentum that stays at what the second forward needs."""
+    """The second step would show a momentum that was not restored after the recomputation."""
     plain, prepared = tiny_model(), tiny_model()
     prepare(prepared, checkpointing=True)
     for _ in range(2):
-        expected, found = step(plain), step(prepared)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+        expected, actual = step(plain), step(prepared)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("works", [True, False])
 def test_failing_compiler_is_one_warning(works: bool) -> None:
-    """A machine without a compiler for inductor must train all the same, and say so once."""
+    """On a machine without a compiler for inductor, training must continue and warn once."""
     graphs: list[Any] = []
 
     def backend(graph: Any, _: Any) -> Any:
@@ -119,7 +121,7 @@ def test_failing_compiler_is_one_warning(works: bool) -> None:
 
 
 def test_prepared_models_can_be_copied() -> None:
-    """A copy whose blocks still ran the original's weights would train neither."""
+    """A copy whose blocks still used the original's weights would train neither model."""
     model = tiny_model()
     prepare(model, checkpointing=True)
     duplicate = copy.deepcopy(model)
@@ -139,5 +141,5 @@ def test_prepared_models_can_be_copied() -> None:
     ],
 )
 def test_selection_by_device(setting: Any, device: str, static: bool) -> None:
-    """A GPU waits for nobody; a CPU has nobody to wait for, and fewer rows to compute."""
+    """On a GPU the host must not wait. On a CPU waiting is free, and exact counts save work."""
     assert EfficiencyConfig(slot_selection=setting).selects_statically(device) == static

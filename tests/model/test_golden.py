@@ -1,7 +1,6 @@
 """Parity with the authors' code: the records of `tests/golden/` (see its README)."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +17,7 @@ from tests import model_golden as golden
 from tests.model_golden import Arrays, Parity
 
 FLOAT32 = 1e-5
-"""Relative L2 distance that float32 rounding accounts for within one forward."""
+"""Relative L2 distance that float32 rounding may cause within one forward pass."""
 
 
 def assert_parity(title: str, rows: list[Parity]) -> None:
@@ -51,7 +50,7 @@ def test_rebuilt_weights_are_the_recorded_ones() -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_rebuilt_images_are_the_recorded_ones(world: int) -> None:
-    """As for the weights: the inputs of the record."""
+    """The same for the images, the inputs of the record."""
     record = golden.load(f"steps_ws{world}.npz")
     for rank in range(world):
         for view, name in enumerate(golden.image_names(world, rank, step=1)):
@@ -75,7 +74,7 @@ def test_inverse_augmentation(side: int) -> None:
 
 
 def test_inverse_augmentation_of_boxes_without_area() -> None:
-    """CPU RoIAlign raises on an inverted box; training must not die of one pair."""
+    """CPU RoIAlign raises for an inverted box; one such pair must not end the training."""
     record = golden.load("invaug.npz")
     scores = torch.from_numpy(record["degenerate_x"]).requires_grad_()
     boxes = torch.from_numpy(record["degenerate_coords"])
@@ -87,22 +86,24 @@ def test_inverse_augmentation_of_boxes_without_area() -> None:
 
 
 def branch_internals(model: SlotCon, views: Tensor, boxes: list[tuple[Tensor, Tensor]]) -> Arrays:
-    """What the record calls projector, slots, scores and aligned, of both branches and views."""
-    found = {}
+    """Features, slots, scores and aligned scores of both branches and views, by recorded name."""
+    internals = {}
     for letter, branch, feature in (("q", model.student, "x"), ("k", model.teacher, "y")):
         for number, (view, box) in enumerate(zip(views, boxes, strict=True), start=1):
             grouped = branch(view)
-            found[f"projector_{letter}_{feature}{number}"] = grouped.features
-            found[f"slots_{letter}{number}"] = grouped.slots
-            found[f"scores_{letter}{number}"] = grouped.scores
-            found[f"{letter}{number}_aligned"] = align_to_overlap(grouped.scores, *box)
-            found[f"active_{letter}{number}"] = winning_slots(grouped.scores)
-        found[f"encoder_{letter}_view1_channel_mean"] = branch.encoder(views[0]).mean(dim=(2, 3))
-    return {name: value.detach().numpy() for name, value in found.items()}
+            internals[f"projector_{letter}_{feature}{number}"] = grouped.features
+            internals[f"slots_{letter}{number}"] = grouped.slots
+            internals[f"scores_{letter}{number}"] = grouped.scores
+            internals[f"{letter}{number}_aligned"] = align_to_overlap(grouped.scores, *box)
+            internals[f"active_{letter}{number}"] = winning_slots(grouped.scores)
+        internals[f"encoder_{letter}_view1_channel_mean"] = branch.encoder(views[0]).mean(
+            dim=(2, 3)
+        )
+    return {name: value.detach().numpy() for name, value in internals.items()}
 
 
 def test_internals_of_the_first_forward() -> None:
-    """Says which stage is wrong when the losses are."""
+    """If the losses are wrong, this shows which stage is."""
     record, steps = golden.load("internals.npz"), golden.load("steps_ws1.npz")
     views, overlap, flipped = golden.batch(steps, world=1, rank=0, step=0)
 
@@ -145,7 +146,7 @@ def check_masks(steps: list[Arrays], record: Arrays, rank: int | None = None) ->
 
 
 def test_six_steps_in_one_process() -> None:
-    """Forward, backward, teacher, centre, BatchNorm and LARS together, as the authors have them."""
+    """Forward, backward, teacher, centre, BatchNorm and LARS together, as in the authors' code."""
     steps = golden.one_process()
     check_masks(steps, golden.load("steps_ws1.npz"))
     tracked = golden.load("steps_ws1.npz")["bn1_q_num_batches_tracked"]
@@ -154,23 +155,31 @@ def test_six_steps_in_one_process() -> None:
 
 
 def test_steps_in_float64() -> None:
-    """Shows what float32 rounding hides: the assignment floor, weight decay."""
+    """Float32 rounding hides small parts, such as the assignment floor and weight decay."""
     steps = golden.one_process(golden.FLOAT64, count=2)
     assert_parity("One process, float64", golden.compare_one_process(golden.FLOAT64, steps))
 
 
 def test_steps_in_static_selection() -> None:
-    """What runs on a GPU is not what runs on a CPU: this part of it must be proved as well."""
+    """A GPU runs with static selection and a CPU with exact: both need the proof."""
     steps = golden.one_process(golden.STATIC, count=3)
     check_masks(steps, golden.load("steps_ws1.npz"))
     assert_parity("Static selection", golden.compare_one_process(golden.STATIC, steps))
 
 
-@pytest.mark.parametrize("mode", [golden.FLOAT32, golden.STATIC], ids=lambda mode: mode.name)
-def test_three_steps_in_two_processes(tmp_path: Path, mode: golden.Mode) -> None:
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Arrays]]]:
+    return golden.two_processes(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.mark.parametrize("mode", golden.TWO_PROCESS_MODES, ids=lambda mode: mode.name)
+def test_three_steps_in_two_processes(
+    two_processes: list[dict[str, list[Arrays]]], mode: golden.Mode
+) -> None:
     """Gathered keys, label offsets, the centre over ranks and averaged gradients."""
     record = golden.load("steps_ws2.npz")
-    for rank, steps in enumerate(golden.two_processes(tmp_path, mode)):
+    for rank, of_rank in enumerate(two_processes):
+        steps = of_rank[mode.name]
         check_masks(steps, record, rank)
         tracked = record["bn1_q_num_batches_tracked"][:, rank]
         assert [int(step["bn1_q_num_batches_tracked"]) for step in steps] == list(tracked)

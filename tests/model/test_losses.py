@@ -40,7 +40,7 @@ def test_grouping_loss_is_the_loop(generator: torch.Generator, overlapping: list
 
 
 def test_grouping_loss_without_overlap_is_zero_with_gradient(generator: torch.Generator) -> None:
-    """0/0 here would end a run in NaN."""
+    """0/0 here would turn the weights of a run into NaN."""
     student = torch.rand(B, K, H, W, generator=generator, requires_grad=True)
     none = torch.zeros(B, dtype=torch.bool)
     loss = grouping_loss(student, student.detach(), torch.zeros(1, K), none, 0.1, 0.07)
@@ -63,38 +63,38 @@ def test_slot_loss_is_the_loop(generator: torch.Generator) -> None:
     torch.testing.assert_close(ours, total / 4 * 2 * temperature)
 
 
-def test_slot_loss_ignores_empty_places(generator: torch.Generator) -> None:
-    """Buffers of fixed size are never full: what fills them must not be contrasted or learnt."""
+def test_slot_loss_ignores_empty_positions(generator: torch.Generator) -> None:
+    """Buffers of fixed size are never full: empty positions must not enter loss or gradient."""
     queries = torch.randn(4, D, generator=generator)
     keys, positive = torch.randn(7, D, generator=generator), torch.tensor([0, 4, 3, 0])
-    asked = torch.tensor([True, False, True, False])
-    offered = torch.tensor([True, False, True, True, False, False, True])
+    valid_queries = torch.tensor([True, False, True, False])
+    valid_keys = torch.tensor([True, False, True, True, False, False, True])
     everything = torch.ones(4, dtype=torch.bool)
 
-    packed = queries[asked].requires_grad_()
+    packed = queries[valid_queries].requires_grad_()
     expected = slot_loss(
-        packed, keys[offered], torch.tensor([0, 2]), everything[:2], everything, 0.2
+        packed, keys[valid_keys], torch.tensor([0, 2]), everything[:2], everything, 0.2
     )
     expected.backward()
     queries.requires_grad_()
-    ours = slot_loss(queries, keys, positive, asked, offered, 0.2)
+    ours = slot_loss(queries, keys, positive, valid_queries, valid_keys, 0.2)
     ours.backward()
     torch.testing.assert_close(ours, expected)
     assert queries.grad is not None
     assert packed.grad is not None
-    torch.testing.assert_close(queries.grad[asked], packed.grad)
-    assert not queries.grad[~asked].any()
+    torch.testing.assert_close(queries.grad[valid_queries], packed.grad)
+    assert not queries.grad[~valid_queries].any()
 
 
-@pytest.mark.parametrize("places", [0, 3])
+@pytest.mark.parametrize("positions", [0, 3])
 def test_slot_loss_without_queries_is_zero_with_gradient(
-    generator: torch.Generator, places: int
+    generator: torch.Generator, positions: int
 ) -> None:
-    """Under SyncBatchNorm a rank without active pairs still has to go forward and backward."""
-    queries = torch.zeros(places, D, requires_grad=True)
-    keys, none = torch.randn(7, D, generator=generator), torch.zeros(places, dtype=torch.bool)
-    offered = torch.ones(7, dtype=torch.bool)
-    loss = slot_loss(queries, keys, torch.zeros(places, dtype=torch.long), none, offered, 0.2)
+    """With SyncBatchNorm, a rank without active pairs must still run forward and backward."""
+    queries = torch.zeros(positions, D, requires_grad=True)
+    keys, none = torch.randn(7, D, generator=generator), torch.zeros(positions, dtype=torch.bool)
+    valid_keys = torch.ones(7, dtype=torch.bool)
+    loss = slot_loss(queries, keys, torch.zeros(positions, dtype=torch.long), none, valid_keys, 0.2)
     loss.backward()
     assert loss.item() == 0
     assert queries.grad is not None
@@ -120,7 +120,7 @@ def test_grouping_is_the_loop(generator: torch.Generator) -> None:
 
 
 def test_winning_slots_win_a_cell(generator: torch.Generator) -> None:
-    """Queries and keys are chosen by this mask."""
+    """This mask decides which slots become queries and keys."""
     scores = torch.randn(B, K, H, W, generator=generator)
     won = winning_slots(scores)
     for b in range(B):
@@ -129,7 +129,7 @@ def test_winning_slots_win_a_cell(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_features_are_grouped_in_float32(dtype: torch.dtype) -> None:
-    """Autocast hands over half-precision features; cosines near a tie decide which slots win."""
+    """Autocast gives half-precision features, but cosines near a tie decide which slots win."""
     grouping = SemanticGrouping(K, D, temperature=0.07)
     features = torch.randn(B, D, H, W).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):

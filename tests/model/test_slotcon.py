@@ -1,4 +1,4 @@
-"""SlotCon as a whole: its guards, its state and what a caller may rely on."""
+"""SlotCon as a whole: its guards, its state and what callers rely on."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from model import ModelConfig, SlotCon
 from model.config import ARCHITECTURES
-from model.encoder import build_encoder
+from model.encoder import Encoder, cells_of
 from tests.helpers.tiny_slotcon import IMAGES, set_agreement, tiny_batch, tiny_model
 
 
 def gradients(model: SlotCon) -> dict[str, Tensor]:
-    """The gradient of every parameter that learns; fails where there is none."""
-    found = {}
+    """The gradient of every trainable parameter; fails if one is missing."""
+    grads = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, f"{name} has no gradient"
-            found[name] = parameter.grad
-    return found
+            grads[name] = parameter.grad
+    return grads
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -34,18 +34,18 @@ def test_few_active_pairs(pairs: int, weight: float) -> None:
 
     assert output.stats["active_pairs"].item() == pytest.approx(pairs / IMAGES)
     assert torch.isfinite(output.loss)
-    found = gradients(model)
-    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    grads = gradients(model)
+    assert all(torch.isfinite(gradient).all() for gradient in grads.values())
     slot_terms = [output.terms["slot_12"].item(), output.terms["slot_21"].item()]
     if pairs < 2:
         assert slot_terms == [0, 0]
-        assert not any(value.any() for name, value in found.items() if "predictor" in name)
+        assert not any(value.any() for name, value in grads.items() if "predictor" in name)
     else:
         assert min(slot_terms) > 0
 
 
 def test_zero_term_is_zero_beside_infinite_weights() -> None:
-    """Zero must not be had by multiplying with zero: 0·∞ is NaN."""
+    """A multiplication by zero must not make the zero: 0·∞ is NaN."""
     model = tiny_model()
     batch = tiny_batch()
     set_agreement(model, batch[0], pairs=0)
@@ -67,7 +67,7 @@ def test_pairs_without_overlap_are_left_out_of_grouping() -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
 
     overlap = overlap.clone()
-    overlap[1, 0] = inverted  # one view is enough to rule the pair out
+    overlap[1, 0] = inverted  # one view is enough to exclude the pair
     with torch.no_grad():
         center = model.center.clone()
         student, teacher = model.student(views[0]).scores, model.teacher(views[1]).scores
@@ -78,7 +78,7 @@ def test_pairs_without_overlap_are_left_out_of_grouping() -> None:
 
 
 def test_output_names_and_weighting() -> None:
-    """The trainer logs these names; the total must be the weighted sum of what it shows."""
+    """The trainer logs these names; the loss must be the weighted sum of the logged terms."""
     model = tiny_model(group_loss_weight=0.3)
     output = model(*tiny_batch(side=64))
     terms = output.terms
@@ -129,7 +129,7 @@ def test_teacher_is_the_moving_average_of_parameters_only() -> None:
 
 
 def test_each_view_is_its_own_batchnorm_batch() -> None:
-    """Both views at once would halve the number of updates and mix their statistics."""
+    """With both views in one batch there would be half the updates, and mixed statistics."""
     model = tiny_model()
     model(*tiny_batch())
     for branch in (model.student, model.teacher):
@@ -138,9 +138,9 @@ def test_each_view_is_its_own_batchnorm_batch() -> None:
 
 @pytest.mark.parametrize("network", ["teacher", "student"])
 def test_segment_leaves_no_trace(network: Any) -> None:
-    """An evaluation in mid-training must not shift the run."""
+    """An evaluation during training must not change the run."""
     model = tiny_model()
-    model.student.projector.eval()  # a mixed state has to come back as it was
+    model.student.projector.eval()  # mixed modes must be restored too
     modes = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -154,13 +154,14 @@ def test_segment_leaves_no_trace(network: Any) -> None:
 
 
 def test_segment_refuses_an_unknown_network() -> None:
-    """A misspelt name must not fall back on either branch."""
+    """A misspelt name must not select one of the branches."""
     with pytest.raises(ValueError, match="network"):
         tiny_model().segment(torch.zeros(1, 3, 32, 32), network="tutor")  # type: ignore[arg-type]
 
 
 def test_bfloat16_autocast_stays_near_float32() -> None:
-    """Losses and centre are float32 under autocast; overflow or a half-precision softmax shows."""
+    """Under autocast, losses and centre are float32. Overflow or a half-precision softmax would
+    show here."""
     batch = tiny_batch(side=64)
     plain, mixed = tiny_model(), tiny_model()
     expected = plain(*batch)
@@ -176,7 +177,7 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "channels", "parameters"),
-    # torchvision's parameter counts less the classifier's 1000·(channels + 1)
+    # torchvision's parameter counts without the classifier's 1000·(channels + 1)
     [
         ("resnet18", 512, 11_176_512),
         ("resnet34", 512, 21_284_672),
@@ -185,13 +186,21 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
     ],
 )
 def test_encoder_architectures(arch: str, channels: int, parameters: int) -> None:
-    """Every offered backbone ends in a map of 1/32 of the view's side."""
+    """Every available encoder knows the channels of its stages and of its last map, and its stride:
+    32 pixels."""
     assert arch in ARCHITECTURES
     with torch.device("meta"):
-        encoder, found = build_encoder(arch)
+        encoder = Encoder(arch)
         assert encoder(torch.empty(2, 3, 224, 224)).shape == (2, channels, 7, 7)
         assert encoder(torch.empty(2, 3, 96, 96)).shape == (2, channels, 3, 3)
-    assert found == channels
+        features = torch.empty(2, 3, 96, 96)
+        for name, stage in encoder.named_children():
+            features = stage(features)
+            if name in encoder.stage_dims:
+                assert features.shape[1] == encoder.stage_dims[name]
+    assert encoder.dim == channels
+    assert list(encoder.stage_dims) == ["layer1", "layer2", "layer3", "layer4"]
+    assert cells_of(224) == 49 and cells_of(96) == 9 and cells_of(97) == 16
     assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
 
 
@@ -228,7 +237,7 @@ def test_initialisation() -> None:
     ],
 )
 def test_config_names_an_impossible_field(field: str, value: Any) -> None:
-    """A wrong setting must fail before hours of training, by its name."""
+    """A wrong setting must fail before hours of training, and the message must name it."""
     with pytest.raises(ValueError, match=field):
         ModelConfig(**{field: value})
 
@@ -248,7 +257,7 @@ def test_forward_names_a_malformed_input() -> None:
 
 
 def test_official_state_dict_round_trip() -> None:
-    """Users bring the authors' checkpoints, with DDP's prefix, and take ours back."""
+    """Users load the authors' checkpoints, which have DDP's prefix, and export ours."""
     source, target = tiny_model(), tiny_model()
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter)
@@ -263,7 +272,7 @@ def test_official_state_dict_round_trip() -> None:
 
 
 def test_official_state_dict_refuses_what_does_not_fit() -> None:
-    """A checkpoint of another size must be refused by name, and change nothing."""
+    """A checkpoint of another size must be refused, with the entries' names, and change nothing."""
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     wrong = {name: value + 1 for name, value in model.official_state_dict().items()}

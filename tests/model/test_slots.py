@@ -1,4 +1,4 @@
-"""Active slots in buffers of fixed size, and BatchNorm over the filled part of one."""
+"""Active slots in buffers of fixed size, and BatchNorm over the valid rows of a buffer."""
 
 import copy
 from pathlib import Path
@@ -24,60 +24,60 @@ ROOMY = SlotCapacity(queries=15, keys=17)
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 35))
 def test_pack_takes_the_first_active_rows_in_order(active: list[bool], capacity: int) -> None:
-    """A row at a wrong place would be contrasted with another slot's key."""
+    """A row at a wrong position would be contrasted with the key of another slot."""
     capacity = min(capacity, len(active))
     packed = pack(torch.tensor(active), capacity)
     assert packed.row.lt(len(active)).all()
-    expected = [row for row, there in enumerate(active) if there][:capacity]
-    assert packed.row.shape == packed.taken.shape == (capacity,)
-    assert packed.row[packed.taken].tolist() == expected
-    places = dict(zip(expected, range(capacity), strict=False))
-    assert packed.place.tolist() == [places.get(row, capacity) for row in range(len(active))]
+    expected = [row for row, is_active in enumerate(active) if is_active][:capacity]
+    assert packed.row.shape == packed.valid.shape == (capacity,)
+    assert packed.row[packed.valid].tolist() == expected
+    positions = dict(zip(expected, range(capacity), strict=False))
+    assert packed.position.tolist() == [positions.get(row, capacity) for row in range(len(active))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_masked_norm_is_batchnorm_of_the_taken_rows(dtype: torch.dtype) -> None:
-    """Empty places in the mean, the variance or a gradient would train on what is not there."""
+def test_masked_norm_is_batchnorm_of_the_valid_rows(dtype: torch.dtype) -> None:
+    """Empty positions must not enter the mean, the variance or a gradient."""
     generator = torch.Generator().manual_seed(0)
     rows = (3 + torch.randn(9, D, generator=generator)).to(dtype).requires_grad_()
     upstream = torch.randn(9, D, generator=generator).to(dtype)
-    taken = torch.tensor([True, False, True, True, False, True, False, True, False])
+    valid = torch.tensor([True, False, True, True, False, True, False, True, False])
     ours = nn.BatchNorm1d(D, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     nn.init.normal_(ours.weight)
     theirs = copy.deepcopy(ours)
 
-    mine = masked_batch_norm(ours, rows, taken, taken.sum())
+    mine = masked_batch_norm(ours, rows, valid, valid.sum())
     mine.backward(upstream)
-    packed = rows.detach()[taken].requires_grad_()
+    packed = rows.detach()[valid].requires_grad_()
     expected = theirs(packed)
-    expected.backward(upstream[taken])
+    expected.backward(upstream[valid])
     assert mine.dtype == dtype
-    torch.testing.assert_close(mine[taken], expected)
+    torch.testing.assert_close(mine[valid], expected)
     assert rows.grad is not None
     assert packed.grad is not None
-    torch.testing.assert_close(rows.grad[taken], packed.grad)
-    assert not rows.grad[~taken].any()
+    torch.testing.assert_close(rows.grad[valid], packed.grad)
+    assert not rows.grad[~valid].any()
     for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, expected.grad)
     for mine, expected in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(mine, expected)
 
-    torch.testing.assert_close(masked_batch_norm(ours.eval(), rows, taken, taken.sum()), ours(rows))
+    torch.testing.assert_close(masked_batch_norm(ours.eval(), rows, valid, valid.sum()), ours(rows))
 
 
 def one_step(model: SlotCon, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    """Losses, counts, gradients and buffers of one forward and backward."""
+    """Losses, counts, gradients and buffers after one forward and backward pass."""
     output = model(*batch)
     output.loss.backward()
-    found = {"loss": output.loss.detach(), **output.terms, **output.stats}
-    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | {name: b for name, b in model.named_buffers() if name != "largest_counts"}
+    result = {"loss": output.loss.detach(), **output.terms, **output.stats}
+    result |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return result | {name: b for name, b in model.named_buffers() if name != "largest_counts"}
 
 
 @pytest.mark.parametrize("capacity", [ROOMY, SlotCapacity(1000, 1000)])
 def test_static_selection_is_exact_selection(capacity: SlotCapacity) -> None:
-    """Neither the size of the buffers nor what lies in their empty places may change the method;
-    made for a larger batch, they may have more places than this one has slots."""
+    """Neither the size of the buffers nor their empty positions may change the method. Buffers for
+    a larger batch may have more positions than this batch has slots."""
     exact, static = tiny_model().double(), tiny_model().double()
     static.capacity = capacity
     views, overlap, flipped = tiny_batch(side=64)
@@ -92,32 +92,32 @@ def test_static_selection_is_exact_selection(capacity: SlotCapacity) -> None:
 
 @pytest.mark.parametrize("pairs", [0, 1, 2])
 def test_few_pairs_in_static_selection(pairs: int) -> None:
-    """The zero of a direction with less than two pairs is chosen on the device, without NaN."""
+    """A direction with fewer than two pairs is set to zero on the device, without NaN."""
     model, batch = tiny_model(), tiny_batch()
     set_agreement(model, batch[0], pairs)
     model.capacity = SlotCapacity(queries=3, keys=3)
-    found = one_step(model, batch)
-    assert (found["slot_12"] > 0) == (pairs == 2)
-    assert found["predictor.1.num_batches_tracked"] == (2 if pairs == 2 else 0)
-    assert all(value.isfinite().all() for value in found.values())
-    assert found["predictor.0.weight"].any() == (pairs == 2)
+    result = one_step(model, batch)
+    assert (result["slot_12"] > 0) == (pairs == 2)
+    assert result["predictor.1.num_batches_tracked"] == (2 if pairs == 2 else 0)
+    assert all(value.isfinite().all() for value in result.values())
+    assert result["predictor.0.weight"].any() == (pairs == 2)
 
 
 @pytest.mark.parametrize("capacity", [SlotCapacity(2, 9), SlotCapacity(9, 2), SlotCapacity(9, 9)])
 def test_dropped_pairs_are_counted(capacity: SlotCapacity) -> None:
-    """Without room for a query or for its key the pair goes, and the log says how many went."""
+    """If a query or its key does not fit, the pair is dropped, and the log says how many were."""
     model, batch = tiny_model(), tiny_batch()
     set_agreement(model, batch[0], pairs=IMAGES)  # one pair in each image, both directions
     model.capacity = capacity
-    found = one_step(model, batch)
+    result = one_step(model, batch)
     kept = min(IMAGES, *capacity)
-    assert found["active_pairs"] == 1
-    assert found["dropped_pairs"].item() == pytest.approx((IMAGES - kept) / IMAGES)
-    assert found["loss"].isfinite()
+    assert result["active_pairs"] == 1
+    assert result["dropped_pairs"].item() == pytest.approx((IMAGES - kept) / IMAGES)
+    assert result["loss"].isfinite()
 
 
 def test_capacity_follows_the_largest_counts() -> None:
-    """Too little room drops pairs; room that only grows costs memory for the rest of the run."""
+    """Too small a capacity drops pairs; one that only grows costs memory until the run ends."""
     model = tiny_model()
     model(*tiny_batch(side=64))
     most = [int(count) for count in model.largest_counts]
@@ -127,7 +127,7 @@ def test_capacity_follows_the_largest_counts() -> None:
 
     model(*tiny_batch(side=64))
     model.adapt_capacity()
-    assert model.capacity == SlotCapacity(4 * IMAGES, 4 * IMAGES)  # all that there can be
+    assert model.capacity == SlotCapacity(4 * IMAGES, 4 * IMAGES)  # the largest possible count
     assert not model.largest_counts.any()
     assert SlotCapacity(0, 1000).with_margin(10_000) == SlotCapacity(256, 1280)
     assert SlotCapacity(205, 204).with_margin(10_000) == SlotCapacity(512, 256)
@@ -135,7 +135,7 @@ def test_capacity_follows_the_largest_counts() -> None:
 
 
 def test_static_selection_never_waits() -> None:
-    """One synchronisation a step makes the GPU idle while the host prepares what comes next."""
+    """With one synchronisation per step the GPU idles while the host prepares the next step."""
     model, batch = tiny_model(), tiny_batch(side=64)
     with host_syncs() as exact:
         one_step(model, batch)
@@ -148,20 +148,20 @@ def test_static_selection_never_waits() -> None:
 
 
 def test_host_syncs_are_seen() -> None:
-    """The search above must know what it looks for."""
+    """`host_syncs`, which the test above uses, must see each kind of synchronisation."""
     rows = torch.arange(3.0, requires_grad=True)
-    with host_syncs() as found:
+    with host_syncs() as result:
         (rows[rows > 0] ** 2).sum().backward()
         float(rows.detach().sum())
         rows.nonzero()
         rows.detach().cpu()
-    assert found["cpu"] == found["_local_scalar_dense"] == 1
-    assert found["nonzero"] + found["index"] + found["index_put_"] > 1
+    assert result["cpu"] == result["_local_scalar_dense"] == 1
+    assert result["nonzero"] + result["index"] + result["index_put_"] > 1
 
 
 @pytest.mark.cuda
 def test_static_selection_never_waits_for_a_gpu() -> None:
-    """As above, by CUDA's own account, which knows of copies too."""
+    """The same, as CUDA reports it; CUDA also sees copies."""
     model = tiny_model().cuda()
     batch = [tensor.cuda() for tensor in tiny_batch(side=64)]
     one_step(model, batch)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def test_static_selection_never_waits_for_a_gpu() -> None:
 
 
 def _slots() -> tuple[nn.Sequential, dict[str, Tensor]]:
-    """A predictor and, for two images a rank, slots with an uneven number of active ones."""
+    """A predictor, and slots of two images per rank; the number of active slots differs by rank."""
     generator = torch.Generator().manual_seed(3)
     predictor = build_predictor(D, 8, D).double()
     for parameter in predictor.parameters():
@@ -192,17 +192,17 @@ def _contrast_worker(rank: int, folder: Path) -> None:
     predictor = nn.SyncBatchNorm.convert_sync_batchnorm(predictor)
     mine = {name: value[2 * rank : 2 * rank + 2] for name, value in slots.items()}
     student = mine["student"].requires_grad_()
-    found = contrast(
+    result = contrast(
         predictor, student, mine["teacher"], mine["pairs"], mine["keys"], SlotCapacity(9, 8)
     )
-    (found.queries[found.asked] ** 3).sum().backward()
+    (result.queries[result.valid_queries] ** 3).sum().backward()
     buffers = dict(predictor.named_buffers())
     gradients = [parameter.grad for parameter in predictor.parameters()]
-    torch.save((found, student.grad, gradients, buffers), folder / f"{rank}.pt")
+    torch.save((result, student.grad, gradients, buffers), folder / f"{rank}.pt")
 
 
 def test_two_ranks_are_one_batch(tmp_path: Path) -> None:
-    """BatchNorm over both ranks' queries, and keys of both ranks, must be those of one process."""
+    """Two ranks must give the same BatchNorm over queries, and the same keys, as one process."""
     run_workers(_contrast_worker, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     predictor, slots = _slots()
@@ -210,20 +210,20 @@ def test_two_ranks_are_one_batch(tmp_path: Path) -> None:
     whole = contrast(
         predictor, student, slots["teacher"], slots["pairs"], slots["keys"], SlotCapacity(20, 20)
     )
-    (whole.queries[whole.asked] ** 3).sum().backward()
+    (whole.queries[whole.valid_queries] ** 3).sum().backward()
 
-    queries = torch.cat([found.queries[found.asked] for found, *_ in ranks])
-    torch.testing.assert_close(queries, whole.queries[whole.asked])
+    queries = torch.cat([result.queries[result.valid_queries] for result, *_ in ranks])
+    torch.testing.assert_close(queries, whole.queries[whole.valid_queries])
     assert student.grad is not None
     torch.testing.assert_close(torch.cat([gradient for _, gradient, *_ in ranks]), student.grad)
     of_ranks = [gradients for *_, gradients, _ in ranks]
     for first, second, parameter in zip(*of_ranks, predictor.parameters(), strict=True):
         torch.testing.assert_close(first + second, parameter.grad)
-    for found, _, _, buffers in ranks:
-        assert found.keys.shape == (2 * 8, D)  # active slots travel, not all 2 · 10 of them
-        torch.testing.assert_close(found.keys[found.offered], whole.keys[whole.offered])
+    for result, _, _, buffers in ranks:
+        assert result.keys.shape == (2 * 8, D)  # only the buffers are gathered, not all 2 · 10
+        torch.testing.assert_close(result.keys[result.valid_keys], whole.keys[whole.valid_keys])
         for name, value in predictor.named_buffers():
             torch.testing.assert_close(buffers[name], value)
-    positives = [found.keys[found.positive[found.asked]] for found, *_ in ranks]
-    expected = whole.keys[whole.positive[whole.asked]]
+    positives = [result.keys[result.positive[result.valid_queries]] for result, *_ in ranks]
+    expected = whole.keys[whole.positive[whole.valid_queries]]
     torch.testing.assert_close(torch.cat(positives), expected)

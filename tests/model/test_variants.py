@@ -1,4 +1,4 @@
-"""The method's ablations: what each changes, against naive formulae, and what it leaves alone."""
+"""The method's ablations: each against a naive formula, and that it changes nothing else."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ THEIRS = ("grouping_12", "grouping_21", "slot_12", "slot_21")
 
 
 def crops(seed: int = 3, side: int = 96) -> Batch:
-    """A batch of unlike views, with boxes and flips of every kind."""
+    """A batch of different views, with every kind of box and flip."""
     generator = torch.Generator().manual_seed(seed)
     views = torch.randn(2, IMAGES, 3, side, side, generator=generator)
     first, size = torch.rand(2, 2, IMAGES, 2, generator=generator) / 2
@@ -36,14 +36,14 @@ def crops(seed: int = 3, side: int = 96) -> Batch:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The finite gradient of every parameter that learns; fails where there is none."""
-    found = {}
+    """The gradient of every trainable parameter; fails if one is missing or not finite."""
+    results = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, f"{name} has no gradient"
             assert torch.isfinite(parameter.grad).all(), name
-            found[name] = parameter.grad
-    return found
+            results[name] = parameter.grad
+    return results
 
 
 # ---- Naive formulae ----
@@ -53,8 +53,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b / a.norm() / b.norm()
 
 
-def naive_regression(model: SlotCon, views: Tensor, own: int, other: int) -> Tensor:
-    student, teacher = model.student(views[own]), model.teacher(views[other])
+def naive_regression(model: SlotCon, views: Tensor, student_view: int, teacher_view: int) -> Tensor:
+    student, teacher = model.student(views[student_view]), model.teacher(views[teacher_view])
     active = winning_slots(student.scores) & winning_slots(teacher.scores)
     pairs = [(b, k) for b in range(IMAGES) for k in range(active.shape[1]) if active[b, k]]
     assert len(pairs) > 1
@@ -67,20 +67,22 @@ def naive_regression(model: SlotCon, views: Tensor, own: int, other: int) -> Ten
 
 def naive_projection(branch: Branch, view: Tensor, box: Tensor, flip: Tensor) -> list[Tensor]:
     """The features [D, H, W] of each image's shared pixels."""
-    found = []
+    results = []
     features = branch(view).features
     height, width = features.shape[2:]
     for b in range(IMAGES):
         corners = box[b] * torch.tensor([width, height, width, height])
         cut = roi_align(features[b : b + 1], [corners[None]], (height, width), aligned=True)[0]
-        found.append(cut.flip(-1) if flip[b] else cut)
-    return found
+        results.append(cut.flip(-1) if flip[b] else cut)
+    return results
 
 
-def naive_projected_grouping(model: SlotCon, batch: Batch, own: int, other: int) -> Tensor:
+def naive_projected_grouping(
+    model: SlotCon, batch: Batch, student_view: int, teacher_view: int
+) -> Tensor:
     views, overlap, flipped = batch
     total, cells = torch.zeros(()), 0
-    sides = ((model.student, own), (model.teacher, other))
+    sides = ((model.student, student_view), (model.teacher, teacher_view))
     aligned = [naive_projection(branch, views[v], overlap[v], flipped[v]) for branch, v in sides]
     for student, teacher in zip(*aligned, strict=True):
         for h in range(student.shape[1]):
@@ -96,7 +98,7 @@ def naive_projected_grouping(model: SlotCon, batch: Batch, own: int, other: int)
 
 
 def naive_image_loss(queries: Tensor, keys: Tensor, first: int = 0) -> Tensor:
-    """`first`: the place of the first query's own key among the keys."""
+    """`first`: the row of the first query's positive among the keys."""
     total = torch.zeros(())
     for b, query in enumerate(queries):
         logits = torch.stack([cosine(query, key) / 0.2 for key in keys])
@@ -104,41 +106,47 @@ def naive_image_loss(queries: Tensor, keys: Tensor, first: int = 0) -> Tensor:
     return total / len(queries) * 2 * 0.2
 
 
-def pooled(model: SlotCon, views: Tensor, own: int, other: int) -> tuple[Tensor, Tensor]:
-    """Queries and this process's keys of the image-level loss."""
+def pooled(
+    model: SlotCon, views: Tensor, student_view: int, teacher_view: int
+) -> tuple[Tensor, Tensor]:
+    """Queries of the image-level loss, and the keys of this process."""
     assert model.image_predictor is not None
-    student, teacher = model.student(views[own]).features, model.teacher(views[other]).features
+    student, teacher = (
+        model.student(views[student_view]).features,
+        model.teacher(views[teacher_view]).features,
+    )
     mean = student.flatten(2).sum(2) / student[0, 0].numel()
     return model.image_predictor(mean), teacher.flatten(2).sum(2) / teacher[0, 0].numel()
 
 
-# ---- What each changes ----
+# ---- What each variant changes ----
 
 
 def test_slot_regression_is_the_loop() -> None:
-    """A mean over places instead of pairs, or cosines of other rows, still give a loss."""
+    """A mean over positions instead of pairs, or cosines of wrong rows, would still be a loss."""
     queries, targets = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
-    asked = torch.tensor([True, False, True, True, False])
+    valid = torch.tensor([True, False, True, True, False])
     total = sum((2 - 2 * cosine(queries[n], targets[n]) for n in (0, 2, 3)), torch.zeros(()))
-    torch.testing.assert_close(slot_regression(queries, targets, asked), total / 3)
-    assert slot_regression(queries, queries, asked).item() == pytest.approx(0, abs=1e-6)
-    assert slot_regression(queries, -queries, asked).item() == pytest.approx(4)
+    torch.testing.assert_close(slot_regression(queries, targets, valid), total / 3)
+    assert slot_regression(queries, queries, valid).item() == pytest.approx(0, abs=1e-6)
+    assert slot_regression(queries, -queries, valid).item() == pytest.approx(4)
 
 
 def test_regression_replaces_the_slot_terms_only() -> None:
-    """Each query must meet the slot of its own prototype in its own image, in both directions."""
+    """Each query must be compared with the slot of the same prototype and image, in both
+    directions."""
     model, plain, batch = tiny_model(slot_loss="regression"), tiny_model(), crops()
     with torch.no_grad():
         terms, before = model(*batch).terms, plain(*batch).terms
-        for name, own, other in (("12", 0, 1), ("21", 1, 0)):
-            expected = naive_regression(model, batch[0], own, other)
+        for name, *way in (("12", 0, 1), ("21", 1, 0)):
+            expected = naive_regression(model, batch[0], *way)
             torch.testing.assert_close(terms[f"slot_{name}"], expected)
             assert torch.equal(terms[f"grouping_{name}"], before[f"grouping_{name}"])
             assert terms[f"slot_{name}"] != before[f"slot_{name}"]
 
 
 def test_regression_in_buffers_of_fixed_size() -> None:
-    """Empty places, whose queries are arbitrary, must not count as pairs."""
+    """Empty positions hold arbitrary queries and must not count as pairs."""
     batch = crops()
     exact, static = (tiny_model(slot_loss="regression") for _ in range(2))
     static.capacity = SlotCapacity(IMAGES * 5, IMAGES * 6)  # of 18 slots
@@ -153,22 +161,23 @@ def test_regression_in_buffers_of_fixed_size() -> None:
 
 
 def test_projections_are_aligned_before_they_are_scored() -> None:
-    """The grouping terms follow the aligned features; slots still come from the unaligned maps."""
+    """The grouping terms use the aligned features; slots still come from the unaligned maps."""
     model, plain, batch = tiny_model(align="projections"), tiny_model(), crops()
     center = torch.linspace(-0.1, 0.1, model.config.num_prototypes)[None]
     for each in (model, plain):
         each.center.copy_(center)
     with torch.no_grad():
         terms, before = model(*batch).terms, plain(*batch).terms
-        for name, own, other in (("12", 0, 1), ("21", 1, 0)):
-            expected = naive_projected_grouping(model, batch, own, other)
+        for name, *way in (("12", 0, 1), ("21", 1, 0)):
+            expected = naive_projected_grouping(model, batch, *way)
             torch.testing.assert_close(terms[f"grouping_{name}"], expected)
             assert terms[f"grouping_{name}"] != before[f"grouping_{name}"]
             assert torch.equal(terms[f"slot_{name}"], before[f"slot_{name}"])
 
 
 def test_both_alignments_agree_where_there_is_nothing_to_align() -> None:
-    """Of one whole unflipped view, scores of aligned features are aligned scores."""
+    """If both views are the whole image, not flipped, scores of aligned features equal aligned
+    scores."""
     batch = tiny_batch(side=96)
     with torch.no_grad():
         terms = [tiny_model(align=a)(*batch).terms for a in ("assignments", "projections")]
@@ -177,7 +186,7 @@ def test_both_alignments_agree_where_there_is_nothing_to_align() -> None:
 
 
 def test_image_level_loss_is_the_loop_and_is_added() -> None:
-    """Both directions, the other terms untouched, the weight applied once."""
+    """Both directions count, the other terms do not change, and the weight is applied once."""
     model, plain, batch = tiny_model(image_loss_weight=0.3), tiny_model(), crops()
     with torch.no_grad():
         output, before = model(*batch), plain(*batch)
@@ -190,16 +199,16 @@ def test_image_level_loss_is_the_loop_and_is_added() -> None:
     assert all(torch.equal(output.terms[name], value) for name, value in before.terms.items())
 
 
-# ---- What none may break ----
+# ---- What no variant may break ----
 
 
 def test_no_host_synchronisation() -> None:
-    """With room for slots fixed, nothing that a variant adds may wait for the device either."""
+    """With a fixed capacity for slots, no variant may make the host wait for the device."""
     model, batch = tiny_model(**VARIANTS["all"]), crops(side=32)
     model.capacity = SlotCapacity(8, 8)
-    with host_syncs() as found:
+    with host_syncs() as results:
         model(*batch).loss.backward()
-    assert not found
+    assert not results
 
 
 @pytest.mark.parametrize(
@@ -222,26 +231,26 @@ def test_config_names_an_impossible_field(field: str, value: object) -> None:
 @pytest.mark.parametrize("capacity", [None, SlotCapacity(8, 8)], ids=["exact", "static"])
 @pytest.mark.parametrize("pairs", [0, 1, 2])
 def test_few_active_pairs(pairs: int, capacity: SlotCapacity | None, variant: str) -> None:
-    """The guards of the contrast hold for what takes its place: no NaN, a gradient everywhere."""
+    """The variants need the guards of the contrast too: no NaN, and a gradient everywhere."""
     model = tiny_model(**VARIANTS[variant])
     model.capacity = capacity
     batch = tiny_batch()
     set_agreement(model, batch[0], pairs)
     output = model(*batch)
     output.loss.backward()
-    found = gradients(model)
+    results = gradients(model)
     assert torch.isfinite(output.loss)
     assert list(output.terms) == list(model.term_names)
     if pairs < 2:
         assert output.terms["slot_12"] == output.terms["slot_21"] == 0
-        slots = [grad for name, grad in found.items() if name.startswith("predictor.")]
+        slots = [grad for name, grad in results.items() if name.startswith("predictor.")]
         assert not any(grad.any() for grad in slots)
-    if "image_predictor.0.weight" in found:
-        assert all(found[f"image_predictor.{layer}.weight"].any() for layer in (0, 1, 3, 4, 6))
+    if "image_predictor.0.weight" in results:
+        assert all(results[f"image_predictor.{layer}.weight"].any() for layer in (0, 1, 3, 4, 6))
 
 
 def test_pairs_without_overlap() -> None:
-    """All-zero aligned features have no direction: their cosine must not become NaN."""
+    """The cosine of all-zero aligned features must not be NaN."""
     model = tiny_model(align="projections")
     views, overlap, flipped = crops()
     overlap[0, 1] = torch.tensor([0.7, 0.2, 0.3, 0.8])
@@ -255,7 +264,7 @@ def test_pairs_without_overlap() -> None:
 
 
 def test_under_autocast_losses_are_float32() -> None:
-    """A cosine or softmax in half precision would be off by per cents, or overflow."""
+    """A cosine or softmax in half precision would be wrong by per cents, or overflow."""
     batch = crops(side=32)
     model = tiny_model(**VARIANTS["all"])
     with torch.no_grad():
@@ -271,7 +280,7 @@ def test_under_autocast_losses_are_float32() -> None:
 
 @each_variant
 def test_weights_are_those_of_the_published_model(variant: str) -> None:
-    """Checkpoints of a variant go to every tool that reads a SlotCon, and runs start alike."""
+    """Every tool that reads a SlotCon must read a variant's checkpoint, and runs start equal."""
     plain, model = tiny_model(), tiny_model(**VARIANTS[variant])
     before, state = plain.state_dict(), model.state_dict()
     assert set(state) - set(before) == {name for name in state if "image_predictor" in name}
@@ -286,21 +295,21 @@ def test_weights_are_those_of_the_published_model(variant: str) -> None:
 
 
 def test_loading_official_weights_keeps_the_image_predictor() -> None:
-    """The authors' checkpoints have none; one that was trained must not be reset or refused."""
+    """The authors' checkpoints have no image predictor. A trained one must be kept."""
     source, target = tiny_model(), tiny_model(image_loss_weight=1.0)
     for parameter in [*source.parameters(), *target.parameters()]:
         torch.nn.init.normal_(parameter)
-    own = {name: value.clone() for name, value in target.state_dict().items()}
+    before = {name: value.clone() for name, value in target.state_dict().items()}
     target.load_official_state_dict(source.official_state_dict())
     theirs = source.state_dict()
     for name, value in target.state_dict().items():
-        assert torch.equal(value, own[name] if "image_predictor" in name else theirs[name]), name
+        assert torch.equal(value, before[name] if "image_predictor" in name else theirs[name]), name
 
 
 # ---- Two processes ----
 
-# In eval mode an image does not depend on its batch, and with the slots left out each process
-# counts alike: two processes must do what one does with all images.
+# In eval mode an image does not depend on its batch, and without slot terms each process has the
+# same weight. So two processes must give the result of one process with all images.
 SHARED: dict[str, object] = {
     "group_loss_weight": 1.0,
     "align": "projections",
@@ -317,63 +326,63 @@ def _step(batch: Batch, model: SlotCon) -> dict[str, dict[str, Tensor]]:
 
 def _worker(rank: int, folder: Path) -> None:
     batch = crops(seed=rank)
-    found = {
+    results = {
         "all": _step(batch, tiny_model(**VARIANTS["all"])),
         "shared": _step(batch, tiny_model(**SHARED).eval()),
     }
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
 
 
-Found = list[dict[str, dict[str, dict[str, Tensor]]]]
+Results = list[dict[str, dict[str, dict[str, Tensor]]]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each of two ranks found."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     run_workers(_worker, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-def test_ranks_take_the_same_step(found: Found) -> None:
-    """A parameter without a gradient, or a gradient of one's own, tears the ranks apart."""
-    first, second = (rank_found["all"]["gradients"] for rank_found in found)
+def test_ranks_take_the_same_step(results: Results) -> None:
+    """A missing gradient, or one that differs between ranks, makes their weights diverge."""
+    first, second = (of_rank["all"]["gradients"] for of_rank in results)
     assert first.keys() == second.keys()
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]), name
 
 
-def test_image_keys_come_from_all_ranks(found: Found) -> None:
-    """A positive looked for among another rank's images still gives a loss."""
+def test_image_keys_come_from_all_ranks(results: Results) -> None:
+    """A positive taken from another rank's images would still give a loss."""
     models = [tiny_model(**VARIANTS["image"]) for _ in range(2)]
     with torch.no_grad():
-        for rank, rank_found in enumerate(found):
+        for rank, of_rank in enumerate(results):
             total = torch.zeros(())
             for way in ((0, 1), (1, 0)):
                 sides = [pooled(model, crops(seed)[0], *way) for seed, model in enumerate(models)]
                 keys = torch.cat([side[1] for side in sides])
                 total = total + naive_image_loss(sides[rank][0], keys, first=rank * IMAGES)
-            torch.testing.assert_close(rank_found["all"]["terms"]["image"], total)
+            torch.testing.assert_close(of_rank["all"]["terms"]["image"], total)
 
 
-def test_regression_needs_no_other_rank(found: Found) -> None:
-    """Without negatives a process's term is that of its own images."""
-    for rank, rank_found in enumerate(found):
+def test_regression_needs_no_other_rank(results: Results) -> None:
+    """Without negatives, the term of a rank depends only on the images of that rank."""
+    for rank, of_rank in enumerate(results):
         with torch.no_grad():
             alone = tiny_model(**VARIANTS["regression"])(*crops(seed=rank)).terms
         for name in ("slot_12", "slot_21"):
-            torch.testing.assert_close(rank_found["all"]["terms"][name], alone[name])
+            torch.testing.assert_close(of_rank["all"]["terms"][name], alone[name])
 
 
-def test_two_processes_do_what_one_does(found: Found) -> None:
-    """Half the batch on each of two processes: the same loss and the same gradients."""
+def test_two_processes_do_what_one_does(results: Results) -> None:
+    """Half of the batch on each of two processes gives the same loss and gradients."""
     batch = [torch.cat(parts, dim=1) for parts in zip(crops(seed=0), crops(seed=1), strict=True)]
     model = tiny_model(**SHARED).eval()
     output = model(*batch)
     output.loss.backward()
     for name in ("grouping_12", "grouping_21", "image"):
-        mean = sum(rank_found["shared"]["terms"][name] for rank_found in found) / 2
+        mean = sum(of_rank["shared"]["terms"][name] for of_rank in results) / 2
         torch.testing.assert_close(mean, output.terms[name])
     for name, gradient in gradients(model).items():
-        both = found[0]["shared"]["gradients"][name]
+        both = results[0]["shared"]["gradients"][name]
         assert (both - gradient).norm() <= 1e-4 * gradient.norm(), name

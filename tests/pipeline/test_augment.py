@@ -28,7 +28,7 @@ MEAN = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
 PLAIN: dict[str, Any] = {"jitter": 0, "grey": 0, "blur": (0, 0), "solarize": (0, 0)}
 SIZE = 128
 
-# The third, triton, runs on the CPU only in an interpreter: tests/pipeline/test_triton.py.
+# On a CPU the third backend, triton, needs an interpreter: tests/pipeline/test_triton.py.
 backends = pytest.mark.parametrize("name", ("reference", "kornia"))
 
 
@@ -65,7 +65,7 @@ def levels(views: Tensor) -> Tensor:
 
 
 def photographs() -> list[NDArray[np.uint8]]:
-    """Those that come inside scikit-image's package: nothing is downloaded."""
+    """Photographs of the scikit-image package: nothing is downloaded."""
     names = ("astronaut", "chelsea", "coffee", "rocket")
     return [getattr(skimage.data, name)() for name in names]
 
@@ -114,7 +114,7 @@ def composed(image: NDArray[np.uint8], params: ViewParams, v: int, b: int) -> Te
 
 
 def test_reference_is_the_published_recipe() -> None:
-    """Everything else is measured by this backend: a wrong order here would go unseen for ever."""
+    """All other backends are compared with this one, so no other test would see a wrong order."""
     images = photographs() * 4
     canvas, sizes = pack(images)
     params = draw(sizes, seed=5)
@@ -167,7 +167,7 @@ def test_kornia_is_faithful_on_photographs(case: str) -> None:
 
 @pytest.mark.cuda
 def test_kornia_is_faithful_on_a_gpu() -> None:
-    """There the resize runs in float32, and the convolution of the blur may use TF32."""
+    """On a GPU the resize runs in float32, and the blur's convolution may use TF32."""
     canvas, sizes = pack(photographs() * 4)
     params = draw(sizes, seed=11)
     views = run("kornia", canvas, sizes, params, device=torch.device("cuda"))
@@ -190,7 +190,7 @@ def test_blur_is_that_of_pil(sigma: float) -> None:
 
 
 def test_blur_kernels_do_not_depend_on_the_batch() -> None:
-    """A wide kernel next to a narrow one only pads it with zeros; sigma 0 is the identity."""
+    """A wide kernel in the batch only pads a narrow one with zeros; sigma 0 is the identity."""
     both = blur_kernels(np.array([0, 0.4, 2], np.float32))
     alone = blur_kernels(np.array([0.4], np.float32))[0]
     margin = (both.shape[1] - len(alone)) // 2
@@ -199,13 +199,13 @@ def test_blur_kernels_do_not_depend_on_the_batch() -> None:
     np.testing.assert_array_equal(both[0], identity)
 
 
-# ---- Both backends: what the seam promises ----
+# ---- Both backends: the contract of `Apply` and `Colour` ----
 
 
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_shape_type_and_memory_layout(name: str, dtype: torch.dtype) -> None:
-    """The encoder is fed one view at a time and wants it channels_last without a copy."""
+    """The encoder gets one view at a time and needs it channels_last without a copy."""
     canvas, sizes = pack([noise(40, 50), noise(60, 30), noise(20, 20)])
     views = run(name, canvas, sizes, draw(sizes), size=32, dtype=dtype)
     assert views.shape == (2, 3, 3, 32, 32) and views.dtype == dtype and views.device == CPU
@@ -216,7 +216,7 @@ def test_shape_type_and_memory_layout(name: str, dtype: torch.dtype) -> None:
 
 @backends
 def test_the_canvas_beyond_an_image_never_shows(name: str) -> None:
-    """The canvas is reused: what lies beyond an image is another image's pixels."""
+    """The canvas is reused: beyond an image it holds pixels of other images."""
     images = [noise(30, 80), noise(64, 24), noise(1, 40), noise(90, 90)]
     black, sizes = pack(images, padding=0)
     white, _ = pack(images, padding=255)
@@ -228,7 +228,7 @@ def test_the_canvas_beyond_an_image_never_shows(name: str) -> None:
 @backends
 @pytest.mark.parametrize("seed", range(3))
 def test_an_image_gets_the_same_pixels_in_any_batch(name: str, seed: int) -> None:
-    """Otherwise batch size or world size would change what a model sees."""
+    """Otherwise batch size or world size would change the views."""
     canvas, sizes = pack([noise(50 + 3 * i, 70 - 2 * i, seed=i) for i in range(10)])
     params = draw(sizes, seed=seed, jitter=1, blur=(1, 0.5))
     whole = run(name, canvas, sizes, params, size=64)
@@ -239,7 +239,7 @@ def test_an_image_gets_the_same_pixels_in_any_batch(name: str, seed: int) -> Non
 
 @backends
 def test_colour_is_the_rest_of_apply(name: str) -> None:
-    """A loader may crop elsewhere: the views must not tell."""
+    """A loader may crop elsewhere; the views must be the same."""
     canvas, sizes = pack(photographs())
     params = draw(sizes, seed=12)
     cropped = run(name, canvas, sizes, replace(draw(sizes, seed=12, **PLAIN), crops=params.crops))
@@ -259,7 +259,7 @@ HARD = {
 
 @pytest.mark.parametrize("image", HARD)
 def test_hard_images(image: str) -> None:
-    """Odd shapes go through both backends alike: nothing raises, nothing is shifted."""
+    """Both backends handle extreme shapes in the same way: no error and no shift."""
     canvas, sizes = pack([noise(*HARD[image], seed=seed) for seed in range(6)])
     params = draw(sizes, seed=3, **PLAIN)
     views, expected = (run(name, canvas, sizes, params, 224) for name in ("kornia", "reference"))
@@ -270,7 +270,7 @@ def test_hard_images(image: str) -> None:
 
 @backends
 def test_whole_recipe_on_hard_images(name: str) -> None:
-    """One mixed batch of odd shapes and every operation."""
+    """One mixed batch of extreme shapes, with every operation."""
     canvas, sizes = pack([noise(*shape) for shape in HARD.values()])
     config = {"jitter": 1, "grey": 0.5, "blur": (1, 1), "solarize": (0.5, 0.5)}
     assert torch.isfinite(run(name, canvas, sizes, draw(sizes, seed=4, **config))).all()
@@ -278,7 +278,7 @@ def test_whole_recipe_on_hard_images(name: str) -> None:
 
 @backends
 def test_a_pair_without_overlap_is_two_good_views(name: str) -> None:
-    """The loss leaves the pair out, but both its views still go through the encoder."""
+    """The loss excludes the pair, but both views still go through the encoder."""
     canvas, sizes = pack([smooth(200, 200)] * 64)
     params = draw(sizes, min_scale=0.01, max_scale=0.02, flip=0, **PLAIN)
     x1, y1, x2, y2 = params.overlap[0].T
@@ -293,7 +293,7 @@ def test_a_pair_without_overlap_is_two_good_views(name: str) -> None:
 @backends
 @pytest.mark.parametrize("flip", [(False, False), (True, False), (False, True), (True, True)])
 def test_a_flip_mirrors_its_own_view_only(name: str, flip: tuple[bool, bool]) -> None:
-    """A flip applied to the wrong view or axis would put every aligned cell in the wrong place."""
+    """With a flip of the wrong view or axis, every aligned cell would show wrong pixels."""
     canvas, sizes = pack([smooth(120, 90), noise(60, 80)])
     params = draw(sizes, seed=6, **PLAIN)
     params.flipped[:] = False
@@ -318,19 +318,19 @@ def aligned(views: Tensor, params: ViewParams, cells: int) -> Tensor:
 
 
 @backends
-def test_a_coordinate_ramp_comes_back_to_its_place(name: str) -> None:
+def test_a_coordinate_ramp_returns_to_its_position(name: str) -> None:
     """Crop, flip and recorded overlap of both views lead to the same pixels of the image.
 
-    The image's colour is its coordinate, so each aligned cell says which place it shows; it must be
-    the centre of its cell of the overlap within half a cell, in either view. Any wrong box shows.
+    The image's colour is its coordinate, so each aligned cell shows its position. In both views it
+    must be the centre of the overlap's cell, within half a cell. Any wrong box would show.
     """
     height, width, cells, count = 200, 256, 7, 48
     canvas, sizes = pack([smooth(height, width)] * count)
     params = draw(sizes, seed=8, **PLAIN)
     assert all((params.flipped == np.array(f)[:, None]).all(0).any() for f in np.ndindex(2, 2))
-    place = aligned(levels(run(name, canvas, sizes, params, 112)), params, cells)[:, :, :2]
-    place *= torch.tensor([width - 1, height - 1]).view(2, 1, 1) / 255
-    place += 0.5  # a pixel's colour is that of its centre
+    position = aligned(levels(run(name, canvas, sizes, params, 112)), params, cells)[:, :, :2]
+    position *= torch.tensor([width - 1, height - 1]).view(2, 1, 1) / 255
+    position += 0.5  # a pixel's colour is that of its centre
 
     corner = torch.from_numpy(params.crops[..., :2].max(0))  # the overlap in the image, [B, 2]
     extent = torch.from_numpy(params.crops[..., 2:].min(0)) - corner
@@ -338,8 +338,8 @@ def test_a_coordinate_ramp_comes_back_to_its_place(name: str) -> None:
     x = (corner[:, :1] + extent[:, :1] * steps)[:, None, :].expand(-1, cells, -1)
     y = (corner[:, 1:] + extent[:, 1:] * steps)[:, :, None].expand(-1, -1, cells)
     half_cell = (extent / cells / 2)[:, :, None, None]
-    distance = (place - torch.stack((x, y), dim=1)).abs()
-    # A level is 1 pixel: the few overlaps of about that size cannot be told better.
+    distance = (position - torch.stack((x, y), dim=1)).abs()
+    # A level is 1 pixel: for the few overlaps of about this size there is no better resolution.
     assert (distance <= half_cell.clamp_min(1.5)).all()
     assert (extent.min(dim=1).values > 42).float().mean() > 0.5  # for most the limit is half a cell
 
@@ -349,17 +349,17 @@ def test_a_coordinate_ramp_comes_back_to_its_place(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backends_are_found_by_name(name: str) -> None:
-    """Every name that the refusal offers must work."""
+    """Every name that the error message lists must work."""
     assert all(map(callable, get_backend(name)))
 
 
 def test_an_unknown_backend_is_refused_with_the_choices() -> None:
-    """A typo in a configuration must say what would have worked."""
+    """For a typo in a configuration, the message must list the valid names."""
     with pytest.raises(UserError, match=r"'korina'.*reference, kornia, triton"):
         get_backend("korina")
 
 
-def test_kornia_is_imported_only_when_asked_for() -> None:
-    """It costs seconds, which every --help would pay."""
+def test_kornia_is_imported_only_when_needed() -> None:
+    """Its import takes seconds, which would slow down every --help."""
     code = "import sys, pipeline.augment; sys.exit('kornia' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Reading: the pixels are PIL's, and nothing damaged is taken for an image."""
+"""Reading: the pixels are PIL's, and no damaged record is read as an image."""
 
 import io
 import os
@@ -25,7 +25,7 @@ def beton_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def damaged(beton_file: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """A copy that the test damages."""
     copy = tmp_path / "damaged.beton"
     copy.write_bytes(beton_file.read_bytes())
     return copy
@@ -41,7 +41,7 @@ def test_jpeg_pixels_are_those_of_pil(beton_file: Path) -> None:
 
 
 def test_raw_pixels_come_back_unchanged(tmp_path: Path) -> None:
-    """Breaks if raw records are sent through the JPEG decoder or lose their shape."""
+    """Breaks if raw records go through the JPEG decoder or lose their shape."""
     images = varied(3)
     beton = Beton(write_beton(tmp_path / "raw.beton", images, mode="raw"))
     for i, image in enumerate(images):
@@ -49,7 +49,7 @@ def test_raw_pixels_come_back_unchanged(tmp_path: Path) -> None:
 
 
 def test_overwritten_record_is_named(damaged: Path) -> None:
-    """A corrupt image must never pass for the one decoded before it."""
+    """A corrupt image must never be replaced silently by the one decoded before it."""
     beton = Beton(damaged)
     write_manifest(damaged)
     pointer, size = beton.records[5, :2]
@@ -61,7 +61,7 @@ def test_overwritten_record_is_named(damaged: Path) -> None:
 
 
 def test_jpeg_cut_short_is_refused(damaged: Path) -> None:
-    """libjpeg paints the missing rows grey and only warns; that warning counts as an error."""
+    """libjpeg fills the missing rows with grey and only warns. Here this warning is an error."""
     beton = Beton(damaged)
     pointer, size = beton.records[4, :2]
     with damaged.open("r+b") as file:
@@ -71,8 +71,8 @@ def test_jpeg_cut_short_is_refused(damaged: Path) -> None:
         beton.decode(4)
 
 
-def test_a_few_bytes_left_over_are_no_damage(tmp_path: Path) -> None:
-    """Some writers pad before the last marker; packing keeps such files, so reading must too."""
+def test_a_few_extra_bytes_are_no_damage(tmp_path: Path) -> None:
+    """Some writers pad before the last marker. Packing accepts such files, so reading must too."""
     stream = io.BytesIO()
     Image.fromarray(photograph(3, 40, 56)).save(stream, "JPEG")
     good = stream.getvalue()
@@ -96,14 +96,14 @@ def test_file_that_shrinks_while_open_is_an_error(damaged: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 3, 24, 1000])
 def test_stub_of_a_file_is_refused(damaged: Path, size: int) -> None:
-    """An interrupted copy must not be half read."""
+    """An interrupted copy must not be read in part."""
     os.truncate(damaged, size)
     with pytest.raises(UserError, match=r"damaged\.beton"):
         Beton(damaged)
 
 
 def test_truncated_file_is_refused_on_opening(damaged: Path) -> None:
-    """The allocation table lies at the end: without it no record may be trusted."""
+    """The allocation table is at the end: without it no record can be trusted."""
     os.truncate(damaged, damaged.stat().st_size - 8)
     with pytest.raises(UserError, match="truncated"):
         Beton(damaged)
@@ -126,7 +126,7 @@ def test_other_version_is_refused(damaged: Path) -> None:
 
 
 def test_bytes_after_the_end_are_refused(damaged: Path) -> None:
-    """Two files that were joined, or a longer one that was not cut before it was written again."""
+    """Such bytes show two joined files, or an old longer file that was only partly overwritten."""
     with damaged.open("ab") as file:
         file.write(bytes(24))
     with pytest.raises(UserError, match="24 bytes after its end"):
@@ -134,7 +134,7 @@ def test_bytes_after_the_end_are_refused(damaged: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "reason"),
+    ("pointer", "reason"),
     [
         (lambda beton: 24, "inside the header"),
         (lambda beton: beton.data - 1, "inside the metadata"),
@@ -145,14 +145,14 @@ def test_bytes_after_the_end_are_refused(damaged: Path) -> None:
         (lambda beton: 2**63, "negative in int64"),
     ],
 )
-def test_pointers_that_lead_astray_are_refused(
-    damaged: Path, place: Callable[[Beton], int], reason: str
+def test_bad_pointers_are_refused(
+    damaged: Path, pointer: Callable[[Beton], int], reason: str
 ) -> None:
-    """Breaks if a pointer is followed because both of the file's tables agree on it."""
+    """Breaks if a bad pointer is accepted because both tables of the file agree on it."""
     beton, content = Beton(damaged), bytearray(damaged.read_bytes())
     true = int(beton.records[6, 0]).to_bytes(8, "little")
     assert content.count(true) >= 2
-    content = content.replace(true, int(place(beton)).to_bytes(8, "little"))
+    content = content.replace(true, int(pointer(beton)).to_bytes(8, "little"))
     damaged.write_bytes(content)
     with pytest.raises(UserError, match=r"record [67]: its entry in the table is damaged"):
         Beton(damaged)

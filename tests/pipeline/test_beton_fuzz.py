@@ -1,4 +1,4 @@
-"""No damage to a beton ends in a crash, a hang or an unnoticed wrong image."""
+"""No damage to a beton causes a crash, a hang or an unnoticed wrong image."""
 
 import re
 import shutil
@@ -14,8 +14,8 @@ SEEDS, PROCESSES = 2560, 2
 
 
 def test_damaged_betons_are_refused_read_correctly_or_found(tmp_path: Path) -> None:
-    """A pointer that was trusted ends a process by a signal: so the damage is tried in others, and
-    the seed that they named last is the one to look at.
+    """A bad pointer that is followed ends the process with a signal. So other processes try the
+    damage, and the last seed in their log is the failed one.
     """
     count = SEEDS // PROCESSES
     running = []

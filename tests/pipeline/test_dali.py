@@ -1,4 +1,4 @@
-"""DALI as the source of batches: what ViewLoader gives, but for rounding, and no failure hangs."""
+"""DALI as a source of batches: equal to ViewLoader except for rounding, and no failure hangs."""
 
 import gc
 import multiprocessing
@@ -18,7 +18,8 @@ from pipeline.augment import IMAGENET_STD
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.dali import DaliLoader
 from pipeline.errors import UserError
-from pipeline.loader import Batch, ViewLoader
+from pipeline.loader import ViewLoader
+from pipeline.source import Batch
 from pipeline.views import ViewConfig
 from tests.helpers.betons import photograph, varied, write_beton
 from tests.helpers.manifests import damage, write_manifest
@@ -43,7 +44,7 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
 
 @pytest.fixture(scope="module")
 def detailed(tmp_path_factory: pytest.TempPathFactory) -> Beton:
-    """Pictures with contrast at every scale, from much smaller to much larger than a view."""
+    """Images with contrast at every scale, from much smaller to much larger than a view."""
     images = []
     for i, side in enumerate((20, 50, 90, 130, 200, 310, 400, 500)):
         image = photograph(i, side, side * 3 // 2).astype(np.int16)
@@ -56,7 +57,7 @@ def detailed(tmp_path_factory: pytest.TempPathFactory) -> Beton:
 def loaders(
     beton: Beton, batch_size: int = 8, views: ViewConfig | None = None, **options
 ) -> tuple[DaliLoader, ViewLoader]:
-    """The same epoch from both."""
+    """Both loaders with the same settings."""
     defaults = {"seed": 3, "backend": "kornia", "device": torch.device("cpu"), "threads": 2}
     arguments = (beton, views or ViewConfig(size=16), batch_size)
     return tuple(cls(*arguments, **(defaults | options)) for cls in (DaliLoader, ViewLoader))
@@ -67,13 +68,15 @@ def dali_loader(beton: Beton, **options) -> DaliLoader:
 
 
 def levels_apart(one: Batch, other: Batch) -> torch.Tensor:
-    """[2, B, 3, S, S] by how many of 255 levels the views differ."""
+    """[2, B, 3, S, S]: the difference of the views in levels of 255."""
     scale = torch.tensor(IMAGENET_STD)[:, None, None] * 255
     return (one.views.float().cpu() - other.views.float().cpu()).abs() * scale
 
 
 def assert_alike(ours: Iterator[Batch], theirs: Iterator[Batch], mean_levels: float = 1) -> int:
-    """Everything but the pixels is equal, and these nearly; how many batches there were."""
+    """Assert that pixels are almost equal and everything else is equal; return the number of
+    batches.
+    """
     count = 0
     for one, other in zip(ours, theirs, strict=True):
         for name in ("index", "overlap", "flipped"):
@@ -93,8 +96,8 @@ def assert_alike(ours: Iterator[Batch], theirs: Iterator[Batch], mean_levels: fl
 @needs_dali
 @devices
 def test_crops_are_those_of_pil(detailed: Beton, device: str) -> None:
-    """Breaks if a filter sees beyond its crop, is not antialiased, or has another shape or phase;
-    if x and y, or the views, change places; if the flip comes before the crop.
+    """Breaks if a filter sees pixels outside its crop, is not antialiased, or has another shape or
+    phase; if x and y, or the views, are swapped; if the flip comes before the crop.
     """
     views = ViewConfig(size=96, **GEOMETRY)
     options = {"views": views, "backend": "reference", "batch_size": 8}
@@ -112,7 +115,7 @@ def test_crops_are_those_of_pil(detailed: Beton, device: str) -> None:
 @devices
 @pytest.mark.parametrize("backend", ["reference", "kornia"])
 def test_whole_recipe_is_the_references(detailed: Beton, backend: str, device: str) -> None:
-    """The colours are a backend's own, applied to DALI's crops with the same parameters."""
+    """Each backend applies its colours to DALI's crops with the same parameters."""
     views = ViewConfig(size=96)
     dali, _ = loaders(detailed, views=views, backend=backend, device=torch.device(device))
     _, reference = loaders(detailed, views=views, backend="reference")
@@ -125,7 +128,7 @@ def test_whole_recipe_is_the_references(detailed: Beton, backend: str, device: s
 def test_ranks_and_micro_batches_get_the_same_shares(
     beton: Beton, device: str, dtype: torch.dtype
 ) -> None:
-    """Sharding, order and length of an epoch are ViewLoader's on every rank, image by image."""
+    """On every rank, shares, order and length of an epoch equal ViewLoader's, image by image."""
     seen = []
     for rank in range(2):
         options = {"rank": rank, "world": 2, "accumulation": 2, "dtype": dtype}
@@ -147,7 +150,7 @@ def test_orders_are_the_loaders(beton: Beton, order: str) -> None:
 
 @needs_dali
 def test_start_in_mid_epoch_reads_nothing_of_what_is_skipped(tmp_path: Path) -> None:
-    """A resumed run goes on where it was; a record that it skips could not even be read."""
+    """A resumed run must not read skipped records: here these cannot even be decoded."""
     path = write_beton(tmp_path / "a.beton", varied(IMAGES))
     dali, plain = loaders(Beton(path), accumulation=2)
     for i in dali.shares(5)[:2].ravel():
@@ -160,7 +163,7 @@ def test_start_in_mid_epoch_reads_nothing_of_what_is_skipped(tmp_path: Path) -> 
 @needs_dali
 @devices
 def test_raw_records_are_fed_as_pixels(tmp_path: Path, device: str) -> None:
-    """ffcv can store pixels; there is nothing to decode in them."""
+    """ffcv can store raw pixels, which need no decoder."""
     beton = Beton(write_beton(tmp_path / "raw.beton", varied(9), mode="raw"))
     dali, _ = loaders(beton, batch_size=9, device=torch.device(device))
     _, plain = loaders(beton, batch_size=9)
@@ -170,7 +173,7 @@ def test_raw_records_are_fed_as_pixels(tmp_path: Path, device: str) -> None:
 @needs_dali
 @devices
 def test_every_kind_of_jpeg_decodes_alike(tmp_path: Path, device: str) -> None:
-    """Grey, progressive and every chroma subsampling, of odd sides, beside a converted PNG."""
+    """Grey, progressive and every chroma subsampling, with odd sides, and a converted PNG."""
     image = Image.fromarray(photograph(1, 77, 101))
     for subsampling in (0, 1, 2):
         save(tmp_path / f"in/{subsampling}.jpg", image, subsampling=subsampling)
@@ -190,7 +193,7 @@ def test_every_kind_of_jpeg_decodes_alike(tmp_path: Path, device: str) -> None:
 
 
 def spoil(path: Path, how: str, which: list[int]) -> None:
-    """Damage records of a beton; only the first kind makes DALI complain for certain."""
+    """Damage records of a beton. Only the first kind reliably makes DALI fail."""
     for pointer, size in Beton(path).records[which, :2].tolist():
         match how:
             case "header":
@@ -208,26 +211,28 @@ def spoil(path: Path, how: str, which: list[int]) -> None:
 def test_corrupt_record_ends_the_epoch_when_it_is_reached(
     tmp_path: Path, how: str, manifest: str, device: str
 ) -> None:
-    """DALI decodes most damage silently; with what it refuses, the whole batch is lost."""
+    """DALI decodes most damaged records without an error; when it refuses one, it drops the whole
+    batch.
+    """
     path = write_beton(tmp_path / "bad.beton", [photograph(i, 90, 120) for i in range(12)])
     if manifest == "before":
         write_manifest(path)
     bad = int(dali_loader(Beton(path), batch_size=4).shares(0)[2][1])
     spoil(path, how, [bad])
-    if manifest == "after" and how != "middle":  # a checksum that vouches for damaged bytes
+    if manifest == "after" and how != "middle":  # a checksum that matches the damaged bytes
         write_manifest(path)
     dali = dali_loader(Beton(path), batch_size=4, device=torch.device(device))
     name = f"record {bad}:" if manifest == "none" or how == "middle" else f"photos/{bad}.jpg:"
     if manifest == "before":
         name = f"photos/{bad}.jpg:"
     batches = dali.epoch(0)
-    got = 0
+    count = 0
     with pytest.raises(CorruptRecord, match=name):
         for _ in batches:
-            got += 1
+            count += 1
     if manifest != "after":
-        assert got == 2
-    assert len(next(dali.epoch(0)).index) == 4  # the loader lives on
+        assert count == 2
+    assert len(next(dali.epoch(0)).index) == 4  # the loader stays usable
 
 
 @needs_dali
@@ -236,7 +241,7 @@ def test_corrupt_record_ends_the_epoch_when_it_is_reached(
 def test_replacement_is_the_loaders(
     tmp_path: Path, how: str, device: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Index, boxes and pixels are those of the next good image, whoever decodes."""
+    """With both loaders, index, boxes and pixels are those of the next good image."""
     images = [photograph(i, 60 + i, 80) for i in range(IMAGES)]
     path = write_beton(tmp_path / "spoilt.beton", images)
     write_manifest(path)
@@ -249,8 +254,8 @@ def test_replacement_is_the_loaders(
         for epoch in range(2):
             assert assert_alike(dali.epoch(epoch), plain.epoch(epoch)) == 1
         assert dali.replaced == plain.replaced and dali.replaced
-        warnings = [line for line in capfd.readouterr().err.splitlines() if "place" in line]
-        assert len(warnings) == 2 * len(dali.replaced)  # each loader's, once
+        warnings = [line for line in capfd.readouterr().err.splitlines() if "replaces" in line]
+        assert len(warnings) == 2 * len(dali.replaced)  # once for each loader
 
 
 @needs_dali
@@ -259,7 +264,7 @@ def test_replacement_is_the_loaders(
 def test_record_that_goes_bad_in_a_running_loader(
     tmp_path: Path, on_corrupt: str, device: str
 ) -> None:
-    """It was sound when it was checked: DALI's complaint must lead to a search, not to its end."""
+    """The record passed its check earlier. DALI's error must start a search for the bad record."""
     path = write_beton(tmp_path / "a.beton", varied(12))
     dali = dali_loader(
         Beton(path), batch_size=4, on_corrupt=on_corrupt, device=torch.device(device)
@@ -297,20 +302,20 @@ def test_beton_of_which_nothing_decodes_is_an_error(tmp_path: Path) -> None:
 
 
 def held() -> tuple[int, int]:
-    """Threads, DALI's own included, and open files of this process."""
+    """Numbers of threads (including DALI's) and of open files of this process."""
     process = psutil.Process()
     return process.num_threads(), process.num_fds()
 
 
 def grown(before: tuple[int, int]) -> bool:
-    """More is held now; what other tests held may have gone meanwhile."""
+    """Whether more is held now. Less is possible: other tests' resources may have been freed."""
     return any(now > then for now, then in zip(held(), before, strict=True))
 
 
 @needs_dali
 @devices
 def test_early_end_and_many_epochs_leave_nothing_behind(beton: Beton, device: str) -> None:
-    """Breaks if an epoch builds a pipeline, starts threads, or hands its rest to the next one."""
+    """Breaks if an epoch builds a pipeline, starts threads, or passes batches to the next epoch."""
     dali, plain = loaders(beton, device=torch.device(device))
     assert_alike(dali.epoch(0), plain.epoch(0))
     before = held()
@@ -324,7 +329,7 @@ def test_early_end_and_many_epochs_leave_nothing_behind(beton: Beton, device: st
 
 @needs_dali
 def test_second_epoch_ends_the_first(beton: Beton) -> None:
-    """Both are fed through one pipeline: the one must not get, or end, the other's batches."""
+    """Epochs share one pipeline: one must not yield, or end, the batches of the other."""
     dali, plain = loaders(beton)
     first, second = dali.epoch(0), dali.epoch(1)
     next(first)
@@ -336,8 +341,8 @@ def test_second_epoch_ends_the_first(beton: Beton) -> None:
 
 
 @needs_dali
-def test_loader_that_is_let_go_frees_its_pipeline(beton: Beton) -> None:
-    """Pipelines of a sweep's runs, or of training and evaluation, must not add up."""
+def test_loader_that_is_freed_frees_its_pipeline(beton: Beton) -> None:
+    """Pipelines of consecutive runs, or of training and evaluation, must not accumulate."""
     list(dali_loader(beton).epoch(0))
     gc.collect()
     before = held()
@@ -352,7 +357,7 @@ def test_loader_that_is_let_go_frees_its_pipeline(beton: Beton) -> None:
 
 @needs_dali
 def test_forked_child_leaves_the_pipeline_alone(beton: Beton) -> None:
-    """A child that collected what it inherited would wait for threads that it does not have."""
+    """A child that garbage-collects the pipeline would wait for threads that it does not have."""
     dali = dali_loader(beton)
     next(dali.epoch(0))
     cycle = [dali]
@@ -360,7 +365,7 @@ def test_forked_child_leaves_the_pipeline_alone(beton: Beton) -> None:
     child = multiprocessing.get_context("fork").Process(target=gc.collect)
     gc.disable()
     try:
-        del dali, cycle  # from here on only the collector finds it
+        del dali, cycle  # from here on only the garbage collector reaches the loader
         child.start()
     finally:
         gc.enable()
@@ -375,7 +380,7 @@ def test_forked_child_leaves_the_pipeline_alone(beton: Beton) -> None:
 def test_missing_dali_is_one_line_with_the_command(
     beton: Beton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is an optional dependency: a user who asks for it must learn how to get it."""
+    """DALI is an optional dependency: a user who selects it must learn how to install it."""
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match=r"pip install slotstream\[dali\]"):
         dali_loader(beton)

@@ -1,4 +1,4 @@
-"""The loader's ring of buffers: who may write to it, and when."""
+"""The loader's ring of buffers: when the decoding threads may write to it."""
 
 import time
 from collections.abc import Iterator
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.loader
+import pipeline.decode
 import pipeline.order
 from pipeline.beton import Beton
 from pipeline.choices import Crops
-from pipeline.loader import Batch, ViewLoader
+from pipeline.loader import ViewLoader
+from pipeline.source import Batch
 from pipeline.views import ViewConfig
 from tests.helpers.betons import varied, write_beton
 
@@ -28,7 +29,7 @@ def view_loader(beton: Beton, **options: Any) -> ViewLoader:
 
 
 class Copied:
-    """Stands in for the event at the end of a copy to a GPU."""
+    """A stub for the event at the end of a copy to a GPU."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -39,9 +40,9 @@ class Copied:
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """ "decode" (threads may write to a buffer), "copy" (begun) and "waited", as they come."""
+    """The events in order: "decode" (threads may write to a buffer), "copy" (started), "waited"."""
     log: list[str] = []
-    copy, submit = ViewLoader._copy, pipeline.loader.RecordLoader._submit
+    copy, submit = ViewLoader._copy, pipeline.decode.RecordLoader._submit
 
     def copying(loader: ViewLoader, *arguments: Any) -> Any:
         log.append("copy")
@@ -52,7 +53,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return submit(*arguments)
 
     monkeypatch.setattr(ViewLoader, "_copy", copying)
-    monkeypatch.setattr(pipeline.loader.RecordLoader, "_submit", submitting)
+    monkeypatch.setattr(pipeline.decode.RecordLoader, "_submit", submitting)
     return log
 
 
@@ -60,8 +61,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_pixels_are_not_written_while_they_are_copied(
     beton: Beton, crops: Crops, log: list[str]
 ) -> None:
-    """On a GPU the copy goes on after the call: a batch would hold parts of a later one. An epoch
-    ends in two ways, and the trainer's is the second."""
+    """On a GPU the copy continues after the call, so a batch could hold parts of a later one. The
+    first epoch ends by exhaustion, the second by the start of another, as in the trainer."""
     loader = view_loader(beton, crops=crops)
     assert len(list(loader.epoch(0))) == 3
     assert log == ["decode"] * 3 + ["copy", "waited"] * 3
@@ -75,7 +76,7 @@ def test_pixels_are_not_written_while_they_are_copied(
 
 @pytest.mark.parametrize("crops", ["device", "host"])
 def test_a_later_epoch_ends_the_one_before(beton: Beton, crops: Crops) -> None:
-    """They share the buffers: the views of the first would silently be those of the second."""
+    """Epochs share the buffers: views of the first would silently become those of the second."""
     loader = view_loader(beton, crops=crops)
     old: Iterator[Batch] = loader.epoch(0)
     next(old)
@@ -89,7 +90,7 @@ def test_a_later_epoch_ends_the_one_before(beton: Beton, crops: Crops) -> None:
 
 
 def test_no_thread_writes_after_an_early_end(beton: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next epoch gets the same buffers."""
+    """The next epoch uses the same buffers."""
     running: list[int] = []
     try_decode = Beton.try_decode
 
@@ -108,31 +109,31 @@ def test_no_thread_writes_after_an_early_end(beton: Beton, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("crops", ["device", "host"])
-def test_reading_ahead_goes_with_the_epoch(
+def test_reading_ahead_follows_the_epoch(
     beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if only the first windows of a quasi-random epoch are asked for."""
+    """Breaks if only the first windows of a quasi-random epoch are requested."""
     monkeypatch.setattr(pipeline.order, "BLOCK", 1 << 11)
-    asked: list[int] = []
-    monkeypatch.setattr(Beton, "advise", lambda self, blocks: asked.extend(blocks.tolist()))
+    requested: list[int] = []
+    monkeypatch.setattr(Beton, "advise", lambda self, blocks: requested.extend(blocks.tolist()))
     loader = view_loader(beton, crops=crops, order="quasi-random", window_bytes=1 << 12)
     batches = loader.epoch(0)
     next(batches)
     assert loader._ahead
-    loader._ahead._pool.submit(int).result()  # what was asked for so far
-    early = len(asked)
+    loader._ahead._pool.submit(int).result()  # the requests so far are done
+    early = len(requested)
     for _ in batches:
         pass
     loader._ahead._pool.submit(int).result()
     blocks = np.unique(beton.records[:, 0] >> 11)
-    assert 0 < early < len(blocks) and sorted(asked) == blocks.tolist()
+    assert 0 < early < len(blocks) and sorted(requested) == blocks.tolist()
 
 
 @pytest.mark.parametrize("crops", ["device", "host"])
 def test_buffers_are_pinned_for_a_gpu(
     beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy from other memory holds the host up."""
+    """With unpinned memory the host would wait for each copy."""
     pinned: list[bool] = []
     empty = torch.empty
 

@@ -1,4 +1,4 @@
-"""The list of what a beton holds, written and read as a stream."""
+"""The list of a beton's records, written and read as a stream."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def written(path: Path, records: list[Record] = RECORDS) -> Manifest:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    """Any name a file system holds comes back, and any JSON library reads the whole."""
+    """Any name of a file system is read back, and any JSON library reads the file."""
     manifest = written(tmp_path / "a.json")
     again = Manifest.read(tmp_path / "a.json")
     assert again == manifest
@@ -39,7 +39,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_a_record_a_line(tmp_path: Path) -> None:
-    """So that 1.3 million records need no memory."""
+    """With one record per line, 1.3 million records need no memory."""
     written(tmp_path / "a.json")
     lines = (tmp_path / "a.json").read_text().splitlines()
     assert lines[-4:-1] == [
@@ -51,15 +51,15 @@ def test_a_record_a_line(tmp_path: Path) -> None:
 
 @given(data=st.data())
 def test_damage_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """A changed or cut manifest must end in one clear line, or be what it was."""
+    """A changed or truncated manifest must give one clear error line, or the original records."""
     path = tmp_path_factory.mktemp("m") / "a.json"
     written(path)
     content = bytearray(path.read_bytes())
-    place = data.draw(st.integers(0, len(content) - 1))
+    offset = data.draw(st.integers(0, len(content) - 1))
     if data.draw(st.booleans()):
-        del content[place:]
+        del content[offset:]
     else:
-        content[place] ^= data.draw(st.integers(1, 255))
+        content[offset] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
     try:
         assert list(Manifest.read(path).records()) == RECORDS

@@ -1,4 +1,4 @@
-"""The order of an epoch and who takes what of it."""
+"""The order of the images in an epoch, and their partition into ranks."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from pipeline.beton import BLOCK
 from pipeline.choices import ORDERS
 from pipeline.errors import UserError
-from pipeline.loader import ReadAhead
 from pipeline.order import block_order, epoch_shares
+from pipeline.source import ReadAhead
 
 
 class Table:
-    """What the order looks at of a beton: where each of its images lies."""
+    """The part of a beton that the order uses: the location of each image."""
 
     path = Path("some.beton")
 
@@ -58,8 +58,8 @@ def test_a_step_is_shared_out_and_stays_the_same_step(
     world: int,
     accumulation: int,
 ) -> None:
-    """Ranks that repeat or miss images, of which some would wait for others at the end of an epoch,
-    or a step that depends on how many processes there are.
+    """Breaks if ranks repeat or miss images, if ranks have different numbers of steps (some would
+    then hang), or if the images of a step depend on the world size.
     """
     table = Table(images, bytes_each)
     same = {"seed": seed, "window_bytes": window}
@@ -76,48 +76,49 @@ def test_a_step_is_shared_out_and_stays_the_same_step(
 
 
 def test_random_order_is_that_of_earlier_versions() -> None:
-    """A run that was begun with one must go on with the same images after an update."""
-    table = Table(9, 99)  # the numbers: by the loader before there were other orders
+    """A run that was started with an earlier version must continue with the same images."""
+    table = Table(9, 99)  # the numbers come from the loader before it had other orders
     assert shares(table, "random", 1, seed=3).tolist() == [[8, 0, 4, 1, 7, 2, 5, 3]]
     assert shares(table, "random", 77, seed=2**32 - 1).tolist() == [[4, 6, 5, 7, 1, 0, 2, 8]]
 
 
 @given(window_blocks=st.integers(1, 12), epoch=st.integers(0, 99))
 def test_quasi_random_stays_within_a_window(window_blocks: int, epoch: int) -> None:
-    """For a set larger than memory: an image outside of the window costs a block for itself."""
+    """For a set larger than memory: an image outside the window would cost a whole block."""
     table = Table(1000, BLOCK // 20)  # 50 blocks
     blocks, windows = block_order(table, 0, epoch, window_blocks * BLOCK)  # type: ignore[arg-type]
     assert sorted(blocks) == list(range(1, 51))
     window_of = np.arange(50) * windows // 50
     assert np.bincount(window_of).max() <= window_blocks
     order = shares(table, epoch=epoch, window_bytes=window_blocks * BLOCK).reshape(-1)
-    place_of = np.empty(51, np.int64)
-    place_of[blocks] = np.arange(50)
-    met = window_of[place_of[table.records[order, 0] // BLOCK]]
-    assert np.all(np.diff(met) >= 0) and met[-1] == windows - 1
+    position_of = np.empty(51, np.int64)
+    position_of[blocks] = np.arange(50)
+    window = window_of[position_of[table.records[order, 0] // BLOCK]]
+    assert np.all(np.diff(window) >= 0) and window[-1] == windows - 1
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_no_image_is_left_out_for_ever(order: str) -> None:
-    """1000 images make 111 steps of 9; the one left over must not be the same each time."""
+def test_no_image_is_dropped_in_every_epoch(order: str) -> None:
+    """1000 images make 10 steps of 99; the ten that are dropped must differ between epochs."""
     table = Table(1000, BLOCK // 20)
-    met = [np.unique(shares(table, order, epoch, batch_size=99)) for epoch in range(4)]
-    assert {len(images) for images in met} == {990}
-    assert len(np.unique(np.concatenate(met))) == 1000
+    epochs = [np.unique(shares(table, order, epoch, batch_size=99)) for epoch in range(4)]
+    assert {len(images) for images in epochs} == {990}
+    assert len(np.unique(np.concatenate(epochs))) == 1000
 
 
 def test_sequential_follows_the_file() -> None:
-    """Also where the records are numbered in another order than they lie, as ffcv's writer does."""
+    """Even if the records' numbers have another order than their locations, as with ffcv's
+    writer."""
     table = Table(40, BLOCK // 7)
     table.records = table.records[::-1].copy()
     assert shares(table, "sequential").reshape(-1).tolist() == list(range(39, -1, -1))
 
 
 def test_no_clumps_of_a_class() -> None:
-    """ImageNet as it lies in a beton: 1000 classes one after the other, 1280 images of 110 kB in
-    each, windows of 4 GB. Pairs of one class within a step of 512, relative to random order: 1.2.
-    Images of one block are of one class, so the excess is that of a block's images over those that
-    a class has in a window. (With the format's pages of 8 MiB for blocks it was 3.)
+    """ImageNet in a beton: 1000 classes in sequence, 1280 images of 110 kB in each, windows of
+    4 GB. The number of pairs of one class within a step of 512 is 1.2 times that of random order.
+    The images of a block are of one class, so the excess is the ratio of a block's images to the
+    images of a class in a window. (With the format's pages of 8 MiB as blocks it was 3.)
     """
     table = Table(1_280_000, 110_000)
     label = np.arange(1_280_000) // 1280
@@ -130,12 +131,12 @@ def test_no_clumps_of_a_class() -> None:
     assert 1.1 < pairs("quasi-random") / pairs("random") < 1.3
 
 
-def test_blocks_are_asked_for_one_window_ahead() -> None:
-    """Each once, in order, before they are needed, and not the whole file at once. In mid-epoch
-    from the window on in which it starts.
+def test_blocks_are_requested_one_window_ahead() -> None:
+    """Each block is requested once, in order, before it is needed, and not with the whole file. An
+    epoch that starts in the middle requests blocks from its first window on.
     """
-    asked: list[int] = []
-    ahead = ReadAhead(SimpleNamespace(advise=asked.extend))  # type: ignore[arg-type]
+    requested: list[int] = []
+    ahead = ReadAhead(SimpleNamespace(advise=requested.extend))  # type: ignore[arg-type]
     blocks = np.random.default_rng(0).permutation(50)
 
     def begin(share: float) -> None:
@@ -143,15 +144,15 @@ def test_blocks_are_asked_for_one_window_ahead() -> None:
         ahead._pool.submit(int).result()  # what was submitted before has been done
 
     begin(0)
-    assert asked == blocks[:10].tolist()
+    assert requested == blocks[:10].tolist()
     for step in range(101):
         ahead.reach(step / 100)
         ahead._pool.submit(int).result()
-        assert asked == blocks[: len(asked)].tolist()
-        assert min(50, step / 2 + 10) <= len(asked) <= step / 2 + 11
-    asked.clear()
+        assert requested == blocks[: len(requested)].tolist()
+        assert min(50, step / 2 + 10) <= len(requested) <= step / 2 + 11
+    requested.clear()
     begin(0.5)
-    assert asked == blocks[20:35].tolist()
+    assert requested == blocks[20:35].tolist()
 
 
 def test_impossible_steps_are_refused() -> None:

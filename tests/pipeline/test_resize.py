@@ -23,8 +23,8 @@ from tests.helpers.betons import photograph
 def test_pixels_are_those_of_pytorch(
     height: int, width: int, shape: tuple[int, int], flipped: bool, seed: int
 ) -> None:
-    """Crops made on the host must be those that the kornia backend makes, bit for bit: noise meets
-    every rounding and both ends of the range. What lies around a crop must not be seen.
+    """Crops made on the host must equal those of the kornia backend, bit for bit. Noise exercises
+    every rounding and both ends of the range. Pixels around a crop must have no influence.
     """
     image = np.random.default_rng(seed).integers(0, 256, (height + 9, width + 6, 3), np.uint8)
     crop = torch.from_numpy(image[4 : 4 + height, 5 : 5 + width]).permute(2, 0, 1)[None]
@@ -36,8 +36,8 @@ def test_pixels_are_those_of_pytorch(
 
 
 def test_fractional_boxes_are_those_of_pil() -> None:
-    """A crop of a picture that was decoded smaller must keep its place to a fraction of a pixel; a
-    box rounded to whole pixels is wrong by up to 5 levels here.
+    """A crop of an image that was decoded smaller must keep its position to a fraction of a pixel.
+    A box rounded to whole pixels is wrong by up to 5 levels here.
     """
     image = photograph(0, 90, 120)
     box = (10.25, 5.5, 99.75, 80.125)

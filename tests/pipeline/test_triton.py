@@ -1,6 +1,6 @@
 """The triton backend against PIL: in Triton's interpreter, and the same tests on a GPU.
 
-Colour must give PIL's bytes; a resize may round a value to the level beside PIL's now and then.
+Colour must give PIL's bytes. A resize may sometimes round a value to the level next to PIL's.
 """
 
 from collections.abc import Iterator
@@ -33,11 +33,11 @@ from tests.pipeline.test_augment import (
 )
 
 REFERENCE = get_backend("reference")
-SIZE = 20  # no multiple of any block; the interpreter takes a third of a second per program
+SIZE = 20  # not a multiple of any block; the interpreter takes a third of a second per program
 
 
 class Runner(NamedTuple):
-    """The backend under test, and where its tensors live."""
+    """The backend under test, and the device of its tensors."""
 
     backend: Backend
     device: torch.device
@@ -73,7 +73,7 @@ def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
 
 
 def colours(size: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Uniform colours; greys and near-greys; saturated corners of the cube; channels that tie."""
+    """Uniform colours; greys and near-greys; saturated corners of the cube; equal channels."""
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
     quarter = size // 4
@@ -113,14 +113,14 @@ OPERATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_colour_gives_the_bytes_of_pil(runner: Runner, operation: str) -> None:
-    """A wrong rounding, order, border or wrap-around anywhere shows in some pixel."""
+    """Any wrong rounding, order, border or wrap-around shows in some pixel."""
     pixels, params = coloured(3, 32, **OPERATIONS[operation])
     expected = REFERENCE.colour(pixels, params, CPU, torch.float32)
     assert_same_bytes(runner.colour(pixels, params), expected)
 
 
 def test_every_order_of_the_jitter(runner: Runner) -> None:
-    """The contrast cuts the jitter in two: what precedes it and what follows must not swap."""
+    """The contrast divides the jitter: operations before and after it must not be swapped."""
     pixels, params = coloured(12, 8, **PLAIN | {"jitter": 1})
     orders = np.array(list(np.ndindex(4, 4, 4, 4)), np.uint8)
     params.order[:] = orders[[len(set(o)) == 4 for o in orders.tolist()]].reshape(2, 12, 4)
@@ -137,7 +137,7 @@ SIGMAS = [0.1, 0.5, 1.0, 1.41, 1.42, 2.0, 2.44, 2.46, 4.0, 8.0]
 def test_blur_of_any_width_gives_the_bytes_of_pil(
     runner: Runner, size: int, sigmas: list[float]
 ) -> None:
-    """In one batch, on views smaller than the box and on those of several tiles, edges included."""
+    """In one batch, on views smaller than the box and on views of several tiles, with edges."""
     pixels, params = coloured(len(sigmas) // 2, size, **PLAIN)
     params.sigma[:] = np.reshape(sigmas, (2, -1))
     expected = REFERENCE.colour(pixels, params, CPU, torch.float32)
@@ -145,7 +145,7 @@ def test_blur_of_any_width_gives_the_bytes_of_pil(
 
 
 def test_neutral_amounts_change_nothing(runner: Runner) -> None:
-    """Hue by 0 would still round twice on its way through HSV."""
+    """A hue shift of 0 would still round twice, to HSV and back."""
     pixels, params = coloured(2, **ONE | {"jitter": 1})
     untouched = runner.colour(pixels, replace(params, jittered=np.zeros_like(params.jittered)))
     assert torch.equal(runner.colour(pixels, params), untouched)
@@ -179,7 +179,7 @@ def assert_same_geometry(runner: Runner, image: NDArray[np.uint8], boxes: Any, s
 
 
 def test_any_crop_is_that_of_pil(runner: Runner) -> None:
-    """One batch of the hard ones: the filter's limits, its width, and no filter at all."""
+    """One batch of difficult crops: the filter's limits, its width, and no filter at all."""
     assert_same_geometry(runner, noise(70, 90), list(BOXES.values()), SIZE)
 
 
@@ -190,8 +190,8 @@ def test_a_view_of_several_tiles(runner: Runner) -> None:
 
 @settings(max_examples=4, derandomize=True)
 @given(data=st.data())
-def test_crops_as_they_come(runner: Runner, data: st.DataObject) -> None:
-    """The property behind the table."""
+def test_random_crops_are_those_of_pil(runner: Runner, data: st.DataObject) -> None:
+    """The property behind the table of boxes."""
     height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     box = (x0, y0, data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height)))
@@ -200,19 +200,19 @@ def test_crops_as_they_come(runner: Runner, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 1000), (2000, 3)])
 def test_a_long_crop(runner: Runner, shape: tuple[int, int]) -> None:
-    """Positions are computed exactly, however far from the corner."""
+    """Positions are exact at any distance from the corner."""
     assert_same_geometry(runner, noise(*shape), [(0, 0, *shape[::-1])], 8)
 
 
 @pytest.mark.cuda
 def test_large_photographs() -> None:
-    """Scratch memory must not grow with the crop, nor offsets overflow."""
+    """Scratch memory must not grow with the crop, and offsets must not overflow."""
     runner = Runner(get_backend("triton"), torch.device("cuda"))
     assert_same_geometry(runner, noise(4000, 4500), [(0, 0, 4500, 4000), (7, 5, 4400, 3999)], 224)
 
 
 def test_nothing_is_read_beyond_the_crop(runner: Runner) -> None:
-    """The canvas around an image is another image; and the crop is cut out before the resize."""
+    """The canvas around an image holds another image, and the crop comes before the resize."""
     images = [noise(40, 50, seed) for seed in range(2)]
     black, sizes = pack(images, padding=0)
     params = draw(sizes, seed=2, **PLAIN)
@@ -227,7 +227,7 @@ def test_nothing_is_read_beyond_the_crop(runner: Runner) -> None:
 
 
 def test_only_flipped_views_are_mirrored(runner: Runner) -> None:
-    """An independent check of what the reference also does."""
+    """Checked without the reference, which flips too."""
     canvas, sizes = pack([noise(15, 20, seed) for seed in range(2)])
     params = draw(sizes, seed=6, **PLAIN)
     upright = runner.apply(canvas, sizes, replace(params, flipped=np.zeros((2, 2), np.bool_)))
@@ -238,7 +238,7 @@ def test_only_flipped_views_are_mirrored(runner: Runner) -> None:
     assert torch.equal(views[1], upright[1].flip(-1))
 
 
-# ---- The whole recipe, and what the seam promises ----
+# ---- The whole recipe, and the contract of `Apply` and `Colour` ----
 
 
 def small_photographs() -> list[NDArray[np.uint8]]:
@@ -247,8 +247,8 @@ def small_photographs() -> list[NDArray[np.uint8]]:
 
 @pytest.mark.parametrize("config", [PLAIN, {}], ids=["geometry", "recipe"])
 def test_photographs_are_those_of_pil(runner: Runner, config: dict[str, Any]) -> None:
-    """The bounds that the project states: 1 level and 38 dB for geometry, 2 levels with colour; a
-    rounding of the resize that differs from PIL's may be amplified by later operations.
+    """The project's bounds are 1 level and 38 dB for geometry, and 2 levels with colour. Later
+    operations may amplify a rounding of the resize that differs from PIL's.
     """
     canvas, sizes = pack(small_photographs())
     params = draw(sizes, seed=11, **config)
@@ -258,7 +258,7 @@ def test_photographs_are_those_of_pil(runner: Runner, config: dict[str, Any]) ->
 
 
 def test_colour_is_the_rest_of_apply(runner: Runner) -> None:
-    """A loader may crop elsewhere: the views must not tell."""
+    """A loader may crop elsewhere; the views must be the same."""
     canvas, sizes = pack(small_photographs())
     params = draw(sizes, seed=12)
     plain = draw(sizes, seed=12, **PLAIN)
@@ -269,7 +269,7 @@ def test_colour_is_the_rest_of_apply(runner: Runner) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_type_and_memory_layout(runner: Runner, dtype: torch.dtype) -> None:
-    """The encoder is fed one view at a time and wants it channels_last without a copy; the values
+    """The encoder gets one view at a time and needs it channels_last without a copy. The values
     are those of float32, rounded.
     """
     canvas, sizes = pack([noise(20, 25), noise(10, 30)])
@@ -287,9 +287,9 @@ def test_type_and_memory_layout(runner: Runner, dtype: torch.dtype) -> None:
 
 
 def test_an_image_gets_the_same_pixels_in_any_batch_and_again(runner: Runner) -> None:
-    """Otherwise batch size, world size or the order of atomic sums would change what a model sees.
+    """Otherwise batch size, world size or the order of atomic sums would change the views.
 
-    Also of a canvas that is part of another, so not contiguous.
+    Also with a canvas that is a part of another one, and so is not contiguous.
     """
     canvas, sizes = pack([noise(20 + 3 * b, 30 - 2 * b, seed=b) for b in range(3)])
     params = draw(sizes, seed=1, jitter=1, blur=(1, 0.5))
@@ -305,7 +305,7 @@ def test_an_image_gets_the_same_pixels_in_any_batch_and_again(runner: Runner) ->
 
 
 def test_without_a_gpu_it_says_so() -> None:
-    """Triton's own message names a driver."""
+    """Triton's message would only mention a driver."""
     canvas, sizes = pack([noise(8, 8)])
     backend = get_backend("triton")
     with pytest.raises(UserError, match="needs a CUDA GPU"):
@@ -313,7 +313,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 def test_a_blur_beyond_the_kernel_is_refused(runner: Runner) -> None:
-    """It would otherwise be cut off silently."""
+    """Otherwise the blur would be cut off silently."""
     pixels, params = coloured(1, **PLAIN)
     params.sigma[:] = 9
     with pytest.raises(UserError, match="sigma of at most 8, not 9"):
@@ -322,7 +322,7 @@ def test_a_blur_beyond_the_kernel_is_refused(runner: Runner) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile_without_spills(arch: int) -> None:
-    """A register that does not fit goes to memory, and the speed with it. Needs no GPU."""
+    """Spilled registers go to memory and make a kernel slow. Needs no GPU."""
     from tests.compile_kernels import KERNELS, compile_kernel
 
     for name in KERNELS:

@@ -1,4 +1,4 @@
-"""The sampler of view parameters: the published distribution, no state, sound geometry."""
+"""The sampler of view parameters: the published distribution, no state, correct geometry."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ def sample(
 
 
 def crop_statistics(params: ViewParams, height: int, width: int) -> dict[str, NDArray[np.float64]]:
-    """Per pair, by the names of the golden file."""
+    """Statistics per pair, under the names of the golden file."""
     x0, y0, x1, y1 = params.crops.astype(np.float64).transpose(2, 0, 1)
     w, h = x1 - x0, y1 - y0
     common_w = np.minimum(*x1) - np.maximum(*x0)
@@ -56,7 +56,7 @@ def test_crops_are_distributed_as_the_authors(width: int, height: int) -> None:
     """
     golden, draws = np.load(GOLDEN / "sampler.npz"), 200_000
     statistics = crop_statistics(sample(draws, height, width, seed=1), height, width)
-    both = math.sqrt(1 + int(golden["draws"]) / draws)  # our standard error adds to theirs
+    both = math.sqrt(1 + int(golden["draws"]) / draws)  # includes our standard error
     for name, values in statistics.items():
         prefix = f"{width}x{height}_{name}"
         quantiles = np.percentile(values, golden["quantile_percent"])
@@ -79,17 +79,17 @@ def test_uniform_draws_are_uniform() -> None:
 
 
 def test_probabilities_are_as_configured() -> None:
-    """Each coin has the p of its field and its view; 0 and 1 are certain."""
+    """Each probability is that of its field and view; 0 and 1 are certain."""
     count = 50_000
     params, config = sample(count), ViewConfig()
-    coins: list[tuple[NDArray[np.bool_], tuple[float, float]]] = [
+    cases: list[tuple[NDArray[np.bool_], tuple[float, float]]] = [
         (params.flipped, (config.flip, config.flip)),
         (params.jittered, (config.jitter, config.jitter)),
         (params.grey, (config.grey, config.grey)),
         (params.sigma > 0, config.blur),
         (params.solarized, config.solarize),
     ]
-    for drawn, probabilities in coins:
+    for drawn, probabilities in cases:
         for share, p in zip(drawn.mean(axis=1), probabilities, strict=True):
             assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / count)
 
@@ -106,9 +106,10 @@ def test_every_order_is_equally_likely() -> None:
 
 
 def test_no_two_draws_are_related() -> None:
-    """Draws of different kind, view, image, epoch and seed are uncorrelated (5 standard errors).
+    """Draws of different kinds, views, images, epochs and seeds are uncorrelated (5 standard
+    errors).
 
-    Breaks if two draws share a random word, or if counter or key are filled wrongly.
+    Breaks if two draws share a random word, or if the counter or key is wrong.
     """
     count, columns = 20_000, []
     for seed, epoch in [(0, 0), (1, 0), (0, 1), (2**32, 0), (2**63, 5)]:
@@ -121,7 +122,7 @@ def test_no_two_draws_are_related() -> None:
             columns += [params.order[v, :, 0] == 0]
         columns += [params.crops[0, :, 2] - params.crops[0, :, 0]]  # crop 2 depends on crop 1
     table = np.array(columns, dtype=np.float64)
-    table = np.concatenate((table[:, :-1], table[:, 1:]))  # beside each image, the next one
+    table = np.concatenate((table[:, :-1], table[:, 1:]))  # each image with the next one
     correlation = np.corrcoef(table) - np.eye(len(table))
     assert np.abs(correlation).max() < 5 / math.sqrt(count)
 
@@ -138,7 +139,7 @@ def test_no_two_draws_are_related() -> None:
 def test_an_image_gets_the_same_in_any_batch(
     seed: int, epoch: int, images: list[tuple[int, int, int]], data: st.DataObject
 ) -> None:
-    """Worker count, batch size, order and resume point must not change what an image gets."""
+    """Worker count, batch size, order and resume point must not change an image's views."""
     index, height, width = np.array(images, dtype=np.int64).T
     whole = sample_views(seed, epoch, index, height, width, ALL_ON)
     rows = np.array(
@@ -262,7 +263,7 @@ configs = st.sampled_from(
 def test_every_draw_follows_the_documented_layout(
     seed: int, epoch: int, index: int, height: int, width: int, config: ViewConfig
 ) -> None:
-    """The numbers are a promise: another implementation (say, a GPU's) must get them."""
+    """Another implementation, for example on a GPU, must be able to draw the same numbers."""
     params = sample_views(seed, epoch, [index], [height], [width], config)
     naive = NaiveSampler(seed, epoch, index, config)
     np.testing.assert_array_equal(params.crops[:, 0], naive.crops(height, width))
@@ -287,7 +288,7 @@ def to_source(params: ViewParams) -> NDArray[np.float64]:
 
 @settings(max_examples=300)
 @given(seed=word64, index=index64, height=side, width=side, config=configs)
-def test_crops_and_overlap_are_sound(
+def test_crops_and_overlap_are_correct(
     seed: int, index: int, height: int, width: int, config: ViewConfig
 ) -> None:
     """Crops are inside the image and not empty, from 1x1 up; both views record the same overlap."""
@@ -306,7 +307,7 @@ def test_crops_and_overlap_are_sound(
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5000), (5000, 1), (2, 3), (17, 20)])
 def test_extreme_images(height: int, width: int) -> None:
-    """A one-pixel-wide image exhausts the tries; the fallback must still have an allowed aspect."""
+    """On an image one pixel wide all tries fail; the fallback must still have an allowed aspect."""
     crops = sample(200, height, width).crops
     w, h = (crops[..., 2] - crops[..., 0]), (crops[..., 3] - crops[..., 1])
     assert (w >= 1).all() and (h >= 1).all()
@@ -314,7 +315,7 @@ def test_extreme_images(height: int, width: int) -> None:
 
 
 def test_a_pair_without_overlap_is_possible_and_recorded_as_such() -> None:
-    """The model leaves such pairs out of the grouping loss, and knows them only by the box."""
+    """The model excludes such pairs from the grouping loss, and recognises them by the box."""
     params = sample(2000, min_scale=0.01, max_scale=0.02)
     x0, y0, x1, y1 = params.crops.transpose(2, 0, 1)
     apart = (x1.min(0) <= x0.max(0)) | (y1.min(0) <= y0.max(0))
@@ -326,14 +327,14 @@ def test_a_pair_without_overlap_is_possible_and_recorded_as_such() -> None:
 
 
 def test_the_overlap_condition_holds_until_it_is_given_up() -> None:
-    """With room enough, crop 2 always meets the share of its area that it has to share."""
+    """With large crops, crop 1 always covers the required share of crop 2."""
     params = sample(20_000, min_scale=0.5, min_overlap=0.3)
     statistics = crop_statistics(params, 480, 640)
     assert statistics["intersection_over_crop2"].min() > 0.299
 
 
 def test_without_geometry_the_views_differ_in_colour_only() -> None:
-    """The ablation must compare two recipes that are otherwise draw for draw the same."""
+    """The ablation must compare two recipes whose other draws are all equal."""
     config = {"jitter": 1, "blur": (1, 1), "solarize": (0.5, 0.5)}
     full, same = sample(500, **config), sample(500, geometry=False, **config)
     for view in range(2):
@@ -346,7 +347,7 @@ def test_without_geometry_the_views_differ_in_colour_only() -> None:
 
 
 def test_undrawn_operations_are_neutral() -> None:
-    """A backend may multiply by the factors of an image that drew no jitter."""
+    """A backend may apply the factors of an image without jitter; they must have no effect."""
     params = sample(1000)
     assert (params.jitter[~params.jittered] == [1, 1, 1, 0]).all()
     params = sample(100, jitter=0, flip=0, grey=0, blur=(0, 0), solarize=(0, 0))
@@ -355,7 +356,7 @@ def test_undrawn_operations_are_neutral() -> None:
 
 
 def test_types_and_shapes() -> None:
-    """Other parts index these arrays by axis and hand them to torch by type."""
+    """Other modules rely on the axes, and torch on the types."""
     params = sample(3)
     expected = {
         "crops": ((2, 3, 4), np.int32),
@@ -408,13 +409,13 @@ def test_types_and_shapes() -> None:
     ],
 )
 def test_impossible_settings_are_refused_by_name(field: str, value: Any) -> None:
-    """A run must not start with a recipe that cannot be what the user meant."""
+    """A run must not start with an impossible recipe."""
     with pytest.raises(ValueError, match=f"^{field} "):
         ViewConfig(**{field: value})
 
 
 def test_a_pair_read_as_a_list_is_the_same_config() -> None:
-    """YAML and JSON know no tuples; a configuration read back must equal the one written."""
+    """YAML and JSON have no tuples; a configuration must equal itself after write and read."""
     read = ViewConfig(blur=[0.5, 0.5])  # type: ignore[arg-type]
     assert read == ViewConfig(blur=(0.5, 0.5))
 
@@ -431,7 +432,7 @@ def test_a_pair_read_as_a_list_is_the_same_config() -> None:
     ],
 )
 def test_bad_arguments_are_refused(changed: dict[str, Any], message: str) -> None:
-    """Compiled code checks nothing: a short array would be read beyond its end."""
+    """Compiled code checks no bounds: it would read beyond the end of a short array."""
     good: dict[str, Any] = {"seed": 0, "epoch": 0, "index": [0], "height": [480], "width": [640]}
     with pytest.raises(ValueError, match=message):
         sample_views(**(good | changed), config=ViewConfig())

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import SGD
 
-from model.encoder import build_encoder
+from model.encoder import Encoder
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported import CONFIG, trained_model
@@ -47,7 +47,7 @@ def test_frozen_stages_do_not_move(frozen: int) -> None:
 def test_frozen_stages_keep_their_output() -> None:
     """Freezing must not change the encoder's output."""
     torch.manual_seed(0)
-    encoder, _ = build_encoder("resnet18")
+    encoder = Encoder("resnet18")
     with torch.no_grad():
         encoder.train()(torch.rand(4, 3, 64, 64))  # statistics of something
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def test_frozen_stages_keep_their_output() -> None:
 def test_weights_come_from_a_file(tmp_path: Path) -> None:
     """If a backbone silently kept its random weights, all results would be wrong."""
     torch.manual_seed(1)
-    weights = build_encoder("resnet18")[0].state_dict()
+    weights = Encoder("resnet18").state_dict()
     file = tmp_path / "encoder.safetensors"
     save_file(weights, file)
     encoder, about = build_backbone(InitConfig(weights=str(file), arch="resnet18"))

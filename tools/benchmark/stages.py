@@ -31,7 +31,8 @@ from train.run.log import Stopwatch
 
 if TYPE_CHECKING:
     from pipeline.beton import Beton
-    from pipeline.loader import Batch, RecordLoader
+    from pipeline.decode import RecordLoader
+    from pipeline.source import Batch
 
 PER_IMAGE = 32
 """Batch of the reference backend: it works image by image, so a larger batch only takes longer."""
@@ -85,7 +86,7 @@ def decode(bench: Bench) -> None:
     the same images into canvases; the loader that cuts both crops too; DALI's decoder. Bytes: the
     images' pixels.
     """
-    from pipeline.loader import CanvasLoader, CropLoader
+    from pipeline.decode import CanvasLoader, CropLoader
 
     beton = _beton(bench)
     images = np.arange(min(bench.images, len(beton)))
@@ -181,7 +182,7 @@ def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callab
 
 
 def params(bench: Bench) -> None:
-    """All random numbers of a batch's pairs of views, on one core."""
+    """All random numbers of a batch's pairs of views, on one core by Numba, as in training."""
     images = _sizes(bench)
     call = partial(sample_views, 0, 0, *images, bench.config.views)
     bench.measure([Work("params", "numba", call, len(images[0]), bench.batch, 1)])

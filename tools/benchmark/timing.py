@@ -202,7 +202,7 @@ class Bench:
         """
         if self.beton is None:
             return generated(self.batch)
-        from pipeline.loader import CanvasLoader
+        from pipeline.decode import CanvasLoader
 
         which = np.random.default_rng(0).permutation(len(self.beton))[: self.batch]
         loader = CanvasLoader(self.beton, self.cores, pin=False)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluation.features import encoder_dim
+from model.encoder import encoder_dim
 from model.names import to_detectron2
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError

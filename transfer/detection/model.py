@@ -31,6 +31,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+from model.encoder import Encoder
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from transfer.detection.config import ModelConfig
 
@@ -48,7 +49,7 @@ HALF_PIXEL = 0.5
 class Detector(nn.Module):
     """A detector of C classes on an encoder. All stages of the encoder feed the pyramid."""
 
-    def __init__(self, encoder: nn.Sequential, num_classes: int, config: ModelConfig) -> None:
+    def __init__(self, encoder: Encoder, num_classes: int, config: ModelConfig) -> None:
         super().__init__()
         self.backbone = _pyramid(encoder, config.channels)
         self.rpn = _proposals(config)
@@ -93,12 +94,11 @@ def _normalised(images: list[Tensor]) -> ImageList:
     return ImageList(canvas, sizes)
 
 
-def _pyramid(encoder: nn.Sequential, channels: int) -> BackboneWithFPN:
+def _pyramid(encoder: Encoder, channels: int) -> BackboneWithFPN:
     """[B, 3, h, w] → dict of five maps [B, channels, …] at 1/4, 1/8, … 1/64 of the size."""
-    expansion = encoder.get_submodule("layer1")[-1].expansion  # type: ignore[index]
-    widths = [width * expansion for width in (64, 128, 256, 512)]
+    dims = [encoder.stage_dims[name] for name in LEVELS]
     return BackboneWithFPN(
-        encoder, {name: name for name in LEVELS}, widths, channels, norm_layer=nn.BatchNorm2d
+        encoder, {name: name for name in LEVELS}, dims, channels, norm_layer=nn.BatchNorm2d
     )
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from evaluation.datasets.label_maps import VOID
 from evaluation.datasets.squares import normalise
+from model.encoder import Encoder
 from transfer.segmentation.config import ModelConfig
 
 AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = "layer3", 256, 0.1
@@ -20,15 +21,15 @@ AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = "layer3", 256, 0.1
 class FCN(nn.Module):
     """An encoder (from `transfer.backbone`) and a head that scores each pixel."""
 
-    def __init__(self, encoder: nn.Sequential, num_classes: int, config: ModelConfig) -> None:
+    def __init__(self, encoder: Encoder, num_classes: int, config: ModelConfig) -> None:
         super().__init__()
         self.encoder = dilate(encoder, config.output_stride)
         self.align_corners = config.align_corners
-        self.head = build_head(out_channels(encoder), num_classes, config)
+        self.head = build_head(encoder.dim, num_classes, config)
         self.auxiliary_weight = config.auxiliary_weight
         self.auxiliary: nn.Module | None = None
         if config.auxiliary_weight:
-            dim = out_channels(encoder.get_submodule(AUXILIARY_STAGE))
+            dim = encoder.stage_dims[AUXILIARY_STAGE]
             self.auxiliary = FCNHead(
                 dim, num_classes, AUXILIARY_CHANNELS, 1, dropout=AUXILIARY_DROPOUT
             )
@@ -134,7 +135,7 @@ def classifier(dim: int, num_classes: int) -> nn.Conv2d:
     return conv
 
 
-def dilate(encoder: nn.Sequential, output_stride: int) -> nn.Sequential:
+def dilate(encoder: Encoder, output_stride: int) -> Encoder:
     """Change a ResNet in place: cells of its map become `output_stride` (8, 16, 32) pixels wide.
     Where layer3 and layer4 would halve the map, their strides become 1, and the 3×3 convolutions
     that follow get twice the dilation.
@@ -154,9 +155,3 @@ def dilate(encoder: nn.Sequential, output_stride: int) -> nn.Sequential:
         for conv in others:
             conv.dilation = conv.padding = (dilation, dilation)
     return encoder
-
-
-def out_channels(stage: nn.Module) -> int:
-    """Channels of the map of a ResNet or of one stage: those of its last convolution."""
-    convs = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
-    return convs[-1].out_channels

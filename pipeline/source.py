@@ -1,0 +1,200 @@
+"""What a batch is and which images it holds, however these are decoded and cropped.
+
+A source has no state between epochs. The images of a step, their order and their views follow from
+(seed, epoch, step, rank) alone. So a run resumes in the middle of an epoch without decoding the
+images before that point.
+"""
+
+import itertools
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.beton import Beton, CorruptRecord
+from pipeline.choices import OnCorrupt, Order
+from pipeline.errors import printable, require
+from pipeline.order import block_order, epoch_shares, steps_per_epoch
+from pipeline.turbojpeg import Decoder
+from pipeline.views import ViewConfig, ViewParams, sample_views
+
+EPOCH_HAS_ENDED = "this epoch has ended: another one of its loader has begun"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model sees of B images: two views each, and the geometry between them.
+
+    views [2, B, 3, S, S] normalised, channels_last; overlap float32 [2, B, 4], the intersection of
+    both crops as x1 y1 x2 y2 in the (0..1) frame of each view after its flip, not clipped (x2 <= x1
+    or y2 <= y1 if the crops share no pixel); flipped bool [2, B]; index int64 [B], the images'
+    numbers.
+    """
+
+    views: Tensor
+    overlap: Tensor
+    flipped: Tensor
+    index: Tensor
+
+
+class BatchSource(ABC):
+    """Batches of paired views of a beton's images, for one rank of a distributed run.
+
+    `batch_size` counts the images of one optimiser step over all ranks and micro-batches. Each
+    yielded batch holds batch_size / (world · accumulation) of them, and `accumulation` batches make
+    a step. The last, partial step of an epoch is dropped, so that all ranks yield equally many
+    batches. For `order` and `window_bytes` see `pipeline.order`. `size_of` gives the side of the
+    views in an epoch; the default is `views.size`. `threads` threads decode. For `on_corrupt` see
+    `pipeline.choices`; the index and views of a batch are those of the replacement.
+
+    Raises UserError if the batch cannot be divided equally, or if the set is smaller than a batch.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        views: ViewConfig,
+        batch_size: int,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        order: Order = "random",
+        window_bytes: int = 4_000_000_000,
+        size_of: Callable[[int], int] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        threads: int = 1,
+        on_corrupt: OnCorrupt = "stop",
+    ) -> None:
+        self.steps_per_epoch = steps_per_epoch(beton, batch_size, world, accumulation)
+        self.beton, self.views, self.batch_size, self.seed = beton, views, batch_size, seed
+        self.order, self.window_bytes = order, window_bytes
+        self.size_of = size_of or (lambda epoch: views.size)
+        self.device, self.dtype = device, dtype
+        self.rank, self.world, self.accumulation = rank, world, accumulation
+        self.threads, self.on_corrupt = threads, on_corrupt
+        self._ahead = ReadAhead(beton) if order == "quasi-random" else None
+
+    @property
+    @abstractmethod
+    def replaced(self) -> dict[int, int]:
+        """The bad records that this rank has read so far, each with its replacement."""
+
+    @abstractmethod
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batches of `epoch` from step `start` on: `accumulation` for each step.
+        Raises ValueError if the epoch has no such step.
+        """
+
+    @property
+    def images_per_batch(self) -> int:
+        return self.batch_size // (self.world * self.accumulation)
+
+    def shares(self, epoch: int) -> np.ndarray:
+        """The records of this rank: int64 [steps · accumulation, images of a micro-batch]."""
+        return epoch_shares(
+            self.beton,
+            self.batch_size,
+            self.seed,
+            epoch,
+            self.order,
+            self.window_bytes,
+            self.rank,
+            self.world,
+            self.accumulation,
+        )
+
+    def _first(self, start: int) -> int:
+        """The number of the batch that begins step `start` of an epoch."""
+        require(0 <= start <= self.steps_per_epoch, "start", start, "a step of the epoch")
+        return start * self.accumulation
+
+    def _begin_reading(self, epoch: int, share: float) -> None:
+        """Start to read ahead, at `share` (0..1) of `epoch`, if the order is quasi-random."""
+        if self._ahead:
+            blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
+            self._ahead.begin(blocks, windows, share)
+
+    def _has_read(self, share: float) -> None:
+        """Note that `share` (0..1) of the epoch has been read."""
+        if self._ahead:
+            self._ahead.reach(share)
+
+
+def draw(beton: Beton, seed: int, epoch: int, which: np.ndarray, views: ViewConfig) -> ViewParams:
+    """The view parameters of records `which` int64 [B]."""
+    size = (beton.height[which], beton.width[which])
+    return sample_views(seed, epoch, beton.index[which], *size, views)
+
+
+class ReadAhead:
+    """Asks the kernel to read the blocks of a quasi-random epoch one window before they are
+    needed.
+    """
+
+    def __init__(self, beton: Beton) -> None:
+        self.beton = beton
+        self._pool = ThreadPoolExecutor(1, "read-ahead")  # the kernel may block the caller
+        self._blocks, self._window, self._requested = np.empty(0, np.int64), 0.0, 0
+
+    def begin(self, blocks: np.ndarray, windows: int, share: float) -> None:
+        """Start at `share` (0..1) of an epoch that reads `blocks` in this many windows."""
+        self._blocks, self._window = blocks, len(blocks) / windows
+        self._requested = math.floor(math.floor(share * windows) * self._window)
+        self.reach(share)
+
+    def reach(self, share: float) -> None:
+        """Note that `share` of the epoch has been read; request the blocks of the next window."""
+        end = math.ceil(share * len(self._blocks) + self._window)
+        if end > self._requested:
+            self._pool.submit(self.beton.advise, self._blocks[self._requested : end])
+            self._requested = end
+
+
+class Replacements:
+    """Replaces records that cannot be decoded by the next record of the file that can be decoded.
+    The replacement depends on nothing else, so it is the same on every rank and in every run.
+
+    `known` maps each bad record so far to its replacement; each is reported once, on stderr.
+    """
+
+    def __init__(self, beton: Beton) -> None:
+        self.beton = beton
+        self.known: dict[int, int] = {}
+
+    def apply(self, which: np.ndarray) -> np.ndarray:
+        """`which`, with its known bad records replaced."""
+        return np.array([self.known.get(i, i) for i in which.tolist()]) if self.known else which
+
+    def find(self, i: int, reason: str) -> int:
+        """The replacement of record `i`, which is bad for this reason; after the last record comes
+        the first. Raises CorruptRecord if no record can be decoded.
+        """
+        if i in self.known:  # an earlier batch found it while this one was being decoded
+            return self.known[i]
+        bad = {i: reason}
+        decoder = Decoder(int(self.beton.records[:, 1].max()))
+        for j in itertools.chain(range(i + 1, len(self.beton)), range(i)):
+            stand_in = self.known.get(j, j)
+            shape = (1, self.beton.height[stand_in], self.beton.width[stand_in], 3)
+            pixels = np.empty(shape, np.uint8)
+            _, reason = self.beton.try_decode(np.array([stand_in]), pixels, decoder)
+            if not reason:
+                break
+            bad[j] = reason
+        else:
+            raise CorruptRecord(f"{self.beton.path}: no record can be decoded")
+        name = printable(self.beton.name(stand_in))
+        for k, why in bad.items():
+            self.known[k] = stand_in
+            error = self.beton.corrupt(k, why)
+            print(f"warning: {error}; {name} replaces it", file=sys.stderr, flush=True)
+        return stand_in
