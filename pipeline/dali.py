@@ -41,8 +41,8 @@ _DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # what DALI's C++ excepti
 # A forked child has none of DALI's threads. If it garbage-collected a pipeline, it would hang or
 # crash, so it keeps every pipeline alive.
 _built: WeakSet[Any] = WeakSet()
-_inherited: list[Any] = []
-os.register_at_fork(after_in_child=lambda: _inherited.extend(_built))
+_inherited: list[list[Any]] = []  # filled before the fork: a child may collect at once
+os.register_at_fork(before=lambda: _inherited.append(list(_built)), after_in_parent=_inherited.pop)
 
 _File = NDArray[np.uint8]  # the bytes of an image file, which DALI decodes
 _Read = list[tuple[_File, str]]  # files, each with the reason why DALI must not get it, or ""
