@@ -1,4 +1,4 @@
-# `make` lists the targets. Everything is installed into $(VENV); nothing else needs activating.
+# `make` lists the targets. Everything is installed into $(VENV), which need not be activated.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -26,7 +26,7 @@ lint: setup ## check style, format and types
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 
-format: setup ## mend style and format
+format: setup ## fix style and format
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 

