@@ -113,7 +113,7 @@ def test_dependency_is_bounded_and_pinned_within_its_bounds(requirement: Require
 
 
 def test_dependencies_are_exactly_what_the_code_imports() -> None:
-    """Without it users install unused packages, or lack one that another package brings by chance."""
+    """Without it users install unused packages, or miss one that another package brings."""
     imported = set().union(*(imported_modules(path) for name in PACKAGES for path in sources(name)))
     foreign = imported - set(PACKAGES) - sys.stdlib_module_names
     by_module = packages_distributions()
