@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.gpu import checks
 from tests.helpers.betons import varied, write_beton
 
 
@@ -72,3 +73,15 @@ def test_without_data_it_says_how_to_make_them(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path}/coco.beton: no such file")
+
+
+def test_largest_batch_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it this part, which needs a GPU's memory, is first tried on the day."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr("tools.benchmark.step._fits", lambda *setting: setting[-1] <= 9)
+    checks.find_largest_batch(2)
+    rows = json.loads((tmp_path / "largest.json").read_text())
+    assert rows.keys() == {"fast", "checkpointing"}
+    for row in rows.values():
+        assert row["largest"] == 9
+        assert [batch for batch, *_ in row["tries"]] == [2, 4, 8, 16, 12, 10, 9]
