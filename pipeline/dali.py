@@ -60,13 +60,7 @@ class DaliLoader(BatchSource):
     """
 
     def __init__(
-        self,
-        beton: Beton,
-        views: ViewConfig,
-        batch_size: int,
-        *,
-        backend: str,
-        **options: Any,
+        self, beton: Beton, views: ViewConfig, batch_size: int, *, backend: str, **options: Any
     ) -> None:
         super().__init__(beton, views, batch_size, **options)
         self._colour = get_backend(backend).colour
@@ -134,10 +128,7 @@ class DaliLoader(BatchSource):
                 # Crop first: the filter of the resize must not see pixels outside the crop.
                 view = fn.slice(images, start=crop[:2], end=crop[2:], axes=(1, 0))
                 view = fn.resize(
-                    view,
-                    size=(side, side),
-                    interp_type=types.INTERP_CUBIC,
-                    antialias=True,
+                    view, size=(side, side), interp_type=types.INTERP_CUBIC, antialias=True
                 )
                 views.append(fn.flip(view, horizontal=flipped))
             self._pipe.set_outputs(*views)
@@ -152,11 +143,11 @@ class DaliLoader(BatchSource):
             self._build(side)
         jobs = self._feed.jobs = self._jobs(epoch, shares)
         try:
-            self._advance()
+            self._call("schedule_run")  # the first call of an epoch starts _DECODE_AHEAD batches
             while self._feed.pending:
                 pixels = self._take()
                 job = self._feed.pending.popleft()
-                self._advance()
+                self._call("schedule_run")
                 views = self._colour(pixels, job.params, self.device, self.dtype)
                 geometry = (job.params.overlap, job.params.flipped, self.beton.index[job.which])
                 yield Batch(views, *map(self._to_device, geometry))
@@ -167,10 +158,6 @@ class DaliLoader(BatchSource):
         finally:
             if self._feed.jobs is jobs:
                 self._rewind()
-
-    def _advance(self) -> None:
-        """Let DALI start another batch; the first call of an epoch starts _DECODE_AHEAD batches."""
-        self._call("schedule_run")
 
     def _take(self) -> Tensor:
         """A copy of the next finished batch, uint8 [2, B, S, S, 3]: DALI reuses its memory."""
@@ -236,7 +223,7 @@ class DaliLoader(BatchSource):
         reading: deque[tuple[list[int], list[Future[_Read]]]] = deque()
         for step in range(len(shares) + _READ_AHEAD):
             if step < len(shares):
-                which = [self._current(i) for i in shares[step].tolist()]
+                which = self._replacements.apply(shares[step]).tolist()
                 slices = [which[t :: self.threads] for t in range(self.threads)]
                 reading.append((which, [self._pool.submit(self._read_all, s) for s in slices]))
             if step >= _READ_AHEAD:
@@ -281,12 +268,6 @@ class DaliLoader(BatchSource):
         canvas = np.empty((1, self.beton.height[i], self.beton.width[i], 3), np.uint8)
         decoder = Decoder(int(self.beton.records[i, 1]))
         return self.beton.try_decode(np.array([i]), canvas, decoder)[1]
-
-    def _current(self, i: int) -> int:
-        """Record `i`, or its replacement."""
-        while i in self.replaced:
-            i = self.replaced[i]
-        return i
 
     def _replacement(self, i: int, reason: str) -> int:
         """The replacement of record `i`. Raises CorruptRecord if `on_corrupt` is "stop"."""

@@ -126,7 +126,9 @@ class ViewLoader(BatchSource):
         return copies, copied
 
     def _wait_for_copy(self) -> None:
-        """Afterwards the decoding threads may overwrite the pixels."""
+        """Wait until the last batch is on the device: the decoding threads may then overwrite it in
+        host memory.
+        """
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None

@@ -24,7 +24,7 @@ from pipeline.order import block_order, epoch_shares, steps_per_epoch
 from pipeline.turbojpeg import Decoder
 from pipeline.views import ViewConfig, ViewParams, sample_views
 
-EPOCH_HAS_ENDED = "this epoch has ended: another one of its loader has begun"
+EPOCH_HAS_ENDED = "this epoch has ended: its loader has begun another one"
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ class Replacements:
         return np.array([self.known.get(i, i) for i in which.tolist()]) if self.known else which
 
     def find(self, i: int, reason: str) -> int:
-        """The replacement of record `i`, which is bad for this reason; after the last record comes
-        the first. Raises CorruptRecord if no record can be decoded.
+        """The replacement of record `i`, which is bad for `reason`. The search continues with the
+        first record after the last one. Raises CorruptRecord if no record can be decoded.
         """
-        if i in self.known:  # an earlier batch found it while this one was being decoded
+        if i in self.known:  # an earlier batch has replaced it while this one was being decoded
             return self.known[i]
         bad = {i: reason}
         decoder = Decoder(int(self.beton.records[:, 1].max()))

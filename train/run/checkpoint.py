@@ -100,7 +100,7 @@ def whole_ones(run_dir: Path) -> list[Path]:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """`folder` is a checkpoint that was written to the end."""
+    """Whether `folder` is a checkpoint that was written to the end."""
     return (folder / _RECORD).is_file()
 
 
