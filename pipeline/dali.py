@@ -223,7 +223,7 @@ class DaliLoader(BatchSource):
         reading: deque[tuple[list[int], list[Future[_Read]]]] = deque()
         for step in range(len(shares) + _READ_AHEAD):
             if step < len(shares):
-                which = self._replacements.apply(shares[step]).tolist()
+                which = [self._current(i) for i in shares[step].tolist()]
                 slices = [which[t :: self.threads] for t in range(self.threads)]
                 reading.append((which, [self._pool.submit(self._read_all, s) for s in slices]))
             if step >= _READ_AHEAD:
@@ -268,6 +268,12 @@ class DaliLoader(BatchSource):
         canvas = np.empty((1, self.beton.height[i], self.beton.width[i], 3), np.uint8)
         decoder = Decoder(int(self.beton.records[i, 1]))
         return self.beton.try_decode(np.array([i]), canvas, decoder)[1]
+
+    def _current(self, i: int) -> int:
+        """Record `i`, or its replacement, or the replacement of that one if it has gone bad since."""
+        while i in self.replaced:
+            i = self.replaced[i]
+        return i
 
     def _replacement(self, i: int, reason: str) -> int:
         """The replacement of record `i`. Raises CorruptRecord if `on_corrupt` is "stop"."""
