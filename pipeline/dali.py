@@ -36,7 +36,7 @@ from pipeline.views import ViewConfig, ViewParams
 _READ_AHEAD = 2  # batches whose bytes are read before DALI requests them
 _DECODE_AHEAD = 2  # batches that DALI decodes while one is consumed
 
-_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # what DALI's C++ exceptions become
+_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # of DALI's C++ exceptions in Python
 
 # A forked child has none of DALI's threads. If it garbage-collected a pipeline, it would hang or
 # crash, so it keeps every pipeline alive.
@@ -270,7 +270,7 @@ class DaliLoader(BatchSource):
         return self.beton.try_decode(np.array([i]), canvas, decoder)[1]
 
     def _current(self, i: int) -> int:
-        """Record `i`, or its replacement, or the replacement of that one if it has gone bad since."""
+        """Record `i`, or its replacement; if that has gone bad since, the next replacement."""
         while i in self.replaced:
             i = self.replaced[i]
         return i

@@ -274,10 +274,8 @@ class Trainer:
 
     def _build_model(self) -> SlotCon:
         """SlotCon on this process's device, with the speed settings of the configuration."""
-        model, efficiency = (
-            to_device(SlotCon(self.config.model), self.accelerator),
-            self.config.efficiency,
-        )
+        efficiency = self.config.efficiency
+        model = to_device(SlotCon(self.config.model), self.accelerator)
         prepare(
             model,
             channels_last=efficiency.channels_last,
