@@ -75,16 +75,12 @@ class DaliLoader(BatchSource):
     def replaced(self) -> dict[int, int]:
         return self._replacements.known
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """As in BatchSource. Beginning an epoch ends the previous one."""
-        shares = self.shares(epoch)
-        done = self._first(start)
-        self._begin_reading(epoch, done / len(shares))
+    def _batches(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
+        done = 0
         while done < len(shares):
             try:
-                for batch in self._batches(epoch, shares[done:]):
+                for batch in self._run(epoch, shares[done:]):
                     done += 1
-                    self._has_read(done / len(shares))
                     yield batch
             except _DaliError as error:
                 self._replace_faulty(error)
@@ -135,7 +131,7 @@ class DaliLoader(BatchSource):
         self._pipe.build()
         _built.add(self._pipe)
 
-    def _batches(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
+    def _run(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
         """Run DALI over `shares`. Raises _DaliError and CorruptRecord."""
         self._rewind()
         side = self.size_of(epoch)

@@ -80,16 +80,10 @@ class ViewLoader(BatchSource):
     def replaced(self) -> dict[int, int]:
         return self._records.replacements.known
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """As in BatchSource. Beginning an epoch ends the previous one."""
-        shares = self.shares(epoch)
-        first = self._first(start)
-        self._begin_reading(epoch, first / len(shares))
+    def _batches(self, epoch: int, shares: np.ndarray) -> Iterator[Batch]:
         self._wait_for_copy()
-        decoded = self._records.decode(list(shares[first:]), epoch)
-        for batches_read, (which, pixels) in enumerate(decoded, first + 1):
+        for which, pixels in self._records.decode(list(shares), epoch):
             batch, self._copied = self._view(epoch, which, pixels)
-            self._has_read(batches_read / len(shares))
             yield batch
             self._wait_for_copy()
 

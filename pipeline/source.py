@@ -89,10 +89,22 @@ class BatchSource(ABC):
         """The bad records that this rank has read so far, each with its replacement."""
 
     @abstractmethod
+    def _batches(self, epoch: int, shares: np.ndarray) -> Iterator[Batch]:
+        """The batches of `shares`, rows of an epoch's shares."""
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of `epoch` from step `start` on: `accumulation` for each step.
-        Raises ValueError if the epoch has no such step.
+        Beginning an epoch ends the previous one. Raises ValueError if the epoch has no such step.
         """
+        require(0 <= start <= self.steps_per_epoch, "start", start, "a step of the epoch")
+        shares, first = self.shares(epoch), start * self.accumulation
+        if self._ahead:
+            blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
+            self._ahead.begin(blocks, windows, first / len(shares))
+        for batches_read, batch in enumerate(self._batches(epoch, shares[first:]), first + 1):
+            if self._ahead:
+                self._ahead.reach(batches_read / len(shares))
+            yield batch
 
     @property
     def images_per_batch(self) -> int:
@@ -111,22 +123,6 @@ class BatchSource(ABC):
             self.world,
             self.accumulation,
         )
-
-    def _first(self, start: int) -> int:
-        """The number of the batch that begins step `start` of an epoch."""
-        require(0 <= start <= self.steps_per_epoch, "start", start, "a step of the epoch")
-        return start * self.accumulation
-
-    def _begin_reading(self, epoch: int, share: float) -> None:
-        """Start to read ahead, at `share` (0..1) of `epoch`, if the order is quasi-random."""
-        if self._ahead:
-            blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
-            self._ahead.begin(blocks, windows, share)
-
-    def _has_read(self, share: float) -> None:
-        """Note that `share` (0..1) of the epoch has been read."""
-        if self._ahead:
-            self._ahead.reach(share)
 
 
 def draw(beton: Beton, seed: int, epoch: int, which: np.ndarray, views: ViewConfig) -> ViewParams:

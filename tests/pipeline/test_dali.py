@@ -340,7 +340,7 @@ def test_second_epoch_ends_the_first(beton: Beton) -> None:
     first, second = dali.epoch(0), dali.epoch(1)
     next(first)
     batches = [next(second)]
-    with pytest.raises(RuntimeError, match="another one of its loader"):
+    with pytest.raises(RuntimeError, match="its loader has begun another one"):
         next(first)
     del first
     assert assert_alike(iter([*batches, *second]), plain.epoch(1)) == 3
