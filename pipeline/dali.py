@@ -65,15 +65,12 @@ class DaliLoader(BatchSource):
         super().__init__(beton, views, batch_size, **options)
         self._colour = get_backend(backend).colour
         self._replacements = Replacements(beton)
+        self.replaced = self._replacements.known
         self._checksums = _checksums(beton)
         self._checked = np.zeros(len(beton), np.bool_)
         self._pool = ThreadPoolExecutor(self.threads, "read")
         self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
         self._build(self.size_of(0))
-
-    @property
-    def replaced(self) -> dict[int, int]:
-        return self._replacements.known
 
     def _batches(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
         done = 0

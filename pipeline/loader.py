@@ -73,12 +73,9 @@ class ViewLoader(BatchSource):
             if crops == "host"
             else CanvasLoader(*arguments)
         )
+        self.replaced = self._records.replacements.known
         self._copied: torch.cuda.Event | None = None  # the last batch has left host memory
         self._check_memory()
-
-    @property
-    def replaced(self) -> dict[int, int]:
-        return self._records.replacements.known
 
     def _batches(self, epoch: int, shares: np.ndarray) -> Iterator[Batch]:
         self._wait_for_copy()

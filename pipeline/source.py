@@ -56,6 +56,10 @@ class BatchSource(ABC):
     Raises UserError if the batch cannot be divided equally, or if the set is smaller than a batch.
     """
 
+    replaced: dict[int, int]
+    """The bad records that this rank has read so far, each with its replacement; the subclass sets
+    it."""
+
     def __init__(
         self,
         beton: Beton,
@@ -82,11 +86,6 @@ class BatchSource(ABC):
         self.rank, self.world, self.accumulation = rank, world, accumulation
         self.threads, self.on_corrupt = threads, on_corrupt
         self._ahead = ReadAhead(beton) if order == "quasi-random" else None
-
-    @property
-    @abstractmethod
-    def replaced(self) -> dict[int, int]:
-        """The bad records that this rank has read so far, each with its replacement."""
 
     @abstractmethod
     def _batches(self, epoch: int, shares: np.ndarray) -> Iterator[Batch]:
