@@ -23,8 +23,8 @@ def align_to_overlap(maps: Tensor, overlap: Tensor, flipped: Tensor) -> Tensor:
     """Cut each map's overlap box out, resample it to H×W and undo the view's flip.
 
     maps [B, C, H, W]; overlap [B, 4] as x1, y1, x2, y2 in (0..1) of the flipped view;
-    flipped bool [B]. Returns [B, C, H, W]. A box without area gives zeros on every device. In the
-    authors' code it does so too, but on the CPU RoIAlign raises for an inverted box.
+    flipped bool [B]. Returns [B, C, H, W]. A box without area gives zeros on every device. So does
+    the authors' code, except on a CPU, where RoIAlign raises an error for an inverted box.
     """
     index = torch.arange(len(maps), device=maps.device, dtype=maps.dtype)
     height, width = maps.shape[2:]

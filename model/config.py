@@ -9,7 +9,7 @@ ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 SlotLoss = Literal["contrastive", "regression"]
 Align = Literal["assignments", "projections"]
 
-# The metadata of a field are its bounds: what the value must be, and a test of it.
+# The metadata of a field are its bounds: the words after "must be", and a test of the value.
 _Bound = dict[str, Callable[[Any], bool]]
 _COUNT: _Bound = {"a whole number of at least 1": lambda value: type(value) is int and value >= 1}
 _POSITIVE: _Bound = {"a positive number": lambda value: 0 < value < math.inf}

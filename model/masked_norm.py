@@ -15,7 +15,7 @@ from model.distributed import all_reduce_sum
 
 
 def masked_batch_norm(layer: _BatchNorm, rows: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-    """Apply `layer` to the valid ones of `rows` [C, D] as if there were no others: [C, D].
+    """Apply `layer` to the valid rows of `rows` [C, D] as if there were no others: [C, D].
 
     valid bool [C]; count int64 scalar: the number of rows that are normalised together, over all
     ranks if `layer` is a SyncBatchNorm. The host reads no number from the device. The other rows

@@ -52,14 +52,14 @@ _Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
 _DETECTRON2: tuple[_Rule, ...] = (
     (r"^(conv1|bn1)\.", r"stem.\1."),
-    (r"^layer([1-4])\.", lambda found: f"res{int(found[1]) + 1}."),
+    (r"^layer([1-4])\.", lambda match: f"res{int(match[1]) + 1}."),
     (r"\bbn([1-3])\.", r"conv\1.norm."),
     (r"\bdownsample\.0\.", "shortcut."),
     (r"\bdownsample\.1\.", "shortcut.norm."),
 )
 _TORCHVISION: tuple[_Rule, ...] = (
     (r"^stem\.", ""),
-    (r"^res([2-5])\.", lambda found: f"layer{int(found[1]) - 1}."),
+    (r"^res([2-5])\.", lambda match: f"layer{int(match[1]) - 1}."),
     (r"\bconv([1-3])\.norm\.", r"bn\1."),
     (r"\bshortcut\.norm\.", "downsample.1."),
     (r"\bshortcut\.", "downsample.0."),

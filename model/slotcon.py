@@ -102,7 +102,11 @@ class SlotCon(nn.Module):
         self.register_buffer("largest_counts", torch.zeros(2, dtype=torch.long), persistent=False)
         self.capacity: SlotCapacity | None = None
         self._most_slots = 0
-        self.image_predictor = self._build_image_predictor()  # last: its draws change no others
+        self.image_predictor: nn.Sequential | None = None
+        if config.image_loss_weight:  # built last: its draws do not change the other weights
+            self.image_predictor = build_predictor(
+                config.dim_out, config.dim_hidden, config.dim_out
+            )
 
     def forward(
         self, views: Tensor, overlap: Tensor, flipped: Tensor, micro_batches: int = 1
@@ -280,12 +284,6 @@ class SlotCon(nn.Module):
             targets = packed.keys[packed.positive]
             return slot_regression(packed.queries, targets, packed.valid_queries)
         return slot_loss(*packed[:5], self.config.contrast_temp)
-
-    def _build_image_predictor(self) -> nn.Sequential | None:
-        config = self.config
-        if config.image_loss_weight == 0:
-            return None
-        return build_predictor(config.dim_out, config.dim_hidden, config.dim_out)
 
     def _image_term(
         self, student: list[Grouped], teacher: list[Grouped], predictor: nn.Module

@@ -39,7 +39,7 @@ class SlotCapacity(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The active ones of N rows, in their order, at the first of C positions."""
+    """The active rows of N, in their order, at the first of C positions."""
 
     row: Tensor
     """int64 [C]: the row at each position; any row at an empty position."""
@@ -101,7 +101,7 @@ def contrast(
 
     student_slots, teacher_slots [B, K, D]; pairs bool [B, K]: active in both; keys_active
     bool [B, K]: active in the teacher's view. Every rank runs the same collectives, whichever
-    slots are active. A pair is dropped if it or its key does not fit into the buffers.
+    slots are active. A pair is dropped if its query or its key does not fit into the buffers.
     """
     keys = pack(keys_active.flatten(), capacity.keys)
     queries = pack(pairs.flatten() & (keys.position < capacity.keys), capacity.queries)

@@ -117,23 +117,18 @@ class Beton:
     def decode(self, i: int) -> np.ndarray:
         """Record `i` as uint8 [H, W, 3] RGB. Raises CorruptRecord."""
         canvas = np.empty((1, self.height[i], self.width[i], 3), np.uint8)
-        self.decode_into(np.array([i]), canvas, Decoder(int(self.records[i, 1])))
-        return canvas[0]
-
-    def decode_into(self, which: np.ndarray, canvas: np.ndarray, decoder: Decoder) -> None:
-        """Decode records `which` int64 [B] into `canvas` uint8 [B, Hmax, Wmax, 3]. Raises
-        CorruptRecord.
-        """
-        bad, reason = self.try_decode(which, canvas, decoder)
+        _, reason = self.try_decode(np.array([i]), canvas, Decoder(int(self.records[i, 1])))
         if reason:
-            raise self.corrupt(int(which[bad]), reason)
+            raise self.corrupt(i, reason)
+        return canvas[0]
 
     def try_decode(
         self, which: np.ndarray, canvas: np.ndarray, decoder: Decoder, scale: int = 1
     ) -> tuple[int, str]:
-        """Decode like `decode_into` until a record fails: its position in `which` and the reason,
-        or (-1, ""). With `scale` 2, 4 or 8, JPEGs are decoded at this fraction of their sides,
-        rounded up.
+        """Decode records `which` int64 [B] into `canvas` uint8 [B, Hmax, Wmax, 3] until one fails.
+
+        Returns the failed record's position in `which` and the reason, or (-1, ""). With `scale` 2,
+        4 or 8, JPEGs are decoded at 1/`scale` of their sides, rounded up.
         """
         begin = 0
         while begin < len(which):

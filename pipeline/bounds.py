@@ -1,6 +1,6 @@
 """Bounds of settings, written beside the fields of a configuration.
 
-The metadata of a dataclass field are its bounds: what the value must be, and a test of it.
+The metadata of a dataclass field are its bounds: words after "must be", and a test of the value.
 
     @dataclass(frozen=True)
     class Config(Bounded):

@@ -1,5 +1,5 @@
-"""Names that a configuration chooses from. They have a module of their own, so that reading a
-configuration loads no native library.
+"""Names that a configuration chooses from, in a separate module, so that reading a configuration
+loads no native library.
 """
 
 from typing import Literal, get_args

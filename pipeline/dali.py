@@ -36,7 +36,7 @@ from pipeline.views import ViewConfig, ViewParams
 _READ_AHEAD = 2  # batches whose bytes are read before DALI requests them
 _DECODE_AHEAD = 2  # batches that DALI decodes while one is consumed
 
-_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # what DALI's C++ exceptions become
+_DALI_ERRORS = (RuntimeError, ValueError, IndexError)  # of DALI's C++ exceptions in Python
 
 # A forked child has none of DALI's threads. If it garbage-collected a pipeline, it would hang or
 # crash, so it keeps every pipeline alive.
@@ -60,37 +60,24 @@ class DaliLoader(BatchSource):
     """
 
     def __init__(
-        self,
-        beton: Beton,
-        views: ViewConfig,
-        batch_size: int,
-        *,
-        backend: str,
-        **options: Any,
+        self, beton: Beton, views: ViewConfig, batch_size: int, *, backend: str, **options: Any
     ) -> None:
         super().__init__(beton, views, batch_size, **options)
         self._colour = get_backend(backend).colour
         self._replacements = Replacements(beton)
+        self.replaced = self._replacements.known
         self._checksums = _checksums(beton)
         self._checked = np.zeros(len(beton), np.bool_)
         self._pool = ThreadPoolExecutor(self.threads, "read")
         self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
         self._build(self.size_of(0))
 
-    @property
-    def replaced(self) -> dict[int, int]:
-        return self._replacements.known
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """As in BatchSource. Beginning an epoch ends the previous one."""
-        shares = self.shares(epoch)
-        done = self._first(start)
-        self._begin_reading(epoch, done / len(shares))
+    def _batches(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
+        done = 0
         while done < len(shares):
             try:
-                for batch in self._batches(epoch, shares[done:]):
+                for batch in self._run(epoch, shares[done:]):
                     done += 1
-                    self._has_read(done / len(shares))
                     yield batch
             except _DaliError as error:
                 self._replace_faulty(error)
@@ -134,17 +121,14 @@ class DaliLoader(BatchSource):
                 # Crop first: the filter of the resize must not see pixels outside the crop.
                 view = fn.slice(images, start=crop[:2], end=crop[2:], axes=(1, 0))
                 view = fn.resize(
-                    view,
-                    size=(side, side),
-                    interp_type=types.INTERP_CUBIC,
-                    antialias=True,
+                    view, size=(side, side), interp_type=types.INTERP_CUBIC, antialias=True
                 )
                 views.append(fn.flip(view, horizontal=flipped))
             self._pipe.set_outputs(*views)
         self._pipe.build()
         _built.add(self._pipe)
 
-    def _batches(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
+    def _run(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
         """Run DALI over `shares`. Raises _DaliError and CorruptRecord."""
         self._rewind()
         side = self.size_of(epoch)
@@ -152,11 +136,11 @@ class DaliLoader(BatchSource):
             self._build(side)
         jobs = self._feed.jobs = self._jobs(epoch, shares)
         try:
-            self._advance()
+            self._call("schedule_run")  # the first call of an epoch starts _DECODE_AHEAD batches
             while self._feed.pending:
                 pixels = self._take()
                 job = self._feed.pending.popleft()
-                self._advance()
+                self._call("schedule_run")
                 views = self._colour(pixels, job.params, self.device, self.dtype)
                 geometry = (job.params.overlap, job.params.flipped, self.beton.index[job.which])
                 yield Batch(views, *map(self._to_device, geometry))
@@ -167,10 +151,6 @@ class DaliLoader(BatchSource):
         finally:
             if self._feed.jobs is jobs:
                 self._rewind()
-
-    def _advance(self) -> None:
-        """Let DALI start another batch; the first call of an epoch starts _DECODE_AHEAD batches."""
-        self._call("schedule_run")
 
     def _take(self) -> Tensor:
         """A copy of the next finished batch, uint8 [2, B, S, S, 3]: DALI reuses its memory."""
@@ -283,7 +263,7 @@ class DaliLoader(BatchSource):
         return self.beton.try_decode(np.array([i]), canvas, decoder)[1]
 
     def _current(self, i: int) -> int:
-        """Record `i`, or its replacement."""
+        """Record `i`, or its replacement; if that has gone bad since, the next replacement."""
         while i in self.replaced:
             i = self.replaced[i]
         return i

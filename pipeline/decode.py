@@ -72,8 +72,8 @@ class RecordLoader(ABC):
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Yield (which int64 [B], pixels uint8) for each of `batches`, in order.
 
-        Pixels are valid until the next batch is requested. `which` names the records whose pixels
-        these are; they differ from the requested records if one was replaced.
+        Pixels are valid until the next batch is requested. `which` holds the decoded records; they
+        differ from the requested records if one was replaced.
 
         Raises CorruptRecord, or the exception of a thread, when the iteration reaches the batch;
         RuntimeError after a later call of `decode`, which uses the same buffers.
@@ -128,7 +128,7 @@ class RecordLoader(ABC):
     def _replace(
         self, epoch: int, which: np.ndarray, pixels: Tensor, bad: _Bad
     ) -> tuple[np.ndarray, Tensor]:
-        """The batch with its bad images replaced; in larger pixels if a replacement needs them."""
+        """The batch with its bad images replaced, in a larger buffer if a replacement needs it."""
         which = which.copy()
         for b, reason in bad.items():
             which[b] = self.replacements.find(int(which[b]), reason)
@@ -187,8 +187,9 @@ class CropLoader(RecordLoader):
 
     A JPEG whose two crops are both much larger than a view is decoded at 1/2, 1/4 or 1/8 of its
     size (libjpeg's scaled inverse DCT). For photographs of 7 and 12 megapixels and views of 224
-    this gives 1.2 times the throughput, at 53 dB to views from the whole image (worst case seen,
-    lines 5 pixels apart: 44 dB). Crops keep their exact position, as fractions of a pixel.
+    this gives 1.2 times the throughput. The PSNR against views from the whole image is 53 dB (44 dB
+    in the worst case seen: lines 5 pixels apart). Crops keep their exact position, in fractions of
+    a pixel.
     """
 
     def __init__(
@@ -241,9 +242,10 @@ class CropLoader(RecordLoader):
 
 
 def _scale(boxes: np.ndarray, side: int) -> int:
-    """1, 2, 4 or 8: the largest that leaves both crops [2, 4] at least four times a view's `side`.
+    """The largest scale of 1, 2, 4 and 8 at which both crops [2, 4] are still at least four times
+    as large as a view's `side`.
 
-    With a factor of two instead of four, patterns as fine as the decoder's filter look different.
+    With two times instead of four, patterns as fine as the decoder's filter look different.
     """
     smallest = int((boxes[:, 2:] - boxes[:, :2]).min())
     return next((s for s in (8, 4, 2) if smallest >= 4 * s * side), 1)

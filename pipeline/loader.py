@@ -73,23 +73,14 @@ class ViewLoader(BatchSource):
             if crops == "host"
             else CanvasLoader(*arguments)
         )
+        self.replaced = self._records.replacements.known
         self._copied: torch.cuda.Event | None = None  # the last batch has left host memory
         self._check_memory()
 
-    @property
-    def replaced(self) -> dict[int, int]:
-        return self._records.replacements.known
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """As in BatchSource. Beginning an epoch ends the previous one."""
-        shares = self.shares(epoch)
-        first = self._first(start)
-        self._begin_reading(epoch, first / len(shares))
+    def _batches(self, epoch: int, shares: np.ndarray) -> Iterator[Batch]:
         self._wait_for_copy()
-        decoded = self._records.decode(list(shares[first:]), epoch)
-        for batches_read, (which, pixels) in enumerate(decoded, first + 1):
+        for which, pixels in self._records.decode(list(shares), epoch):
             batch, self._copied = self._view(epoch, which, pixels)
-            self._has_read(batches_read / len(shares))
             yield batch
             self._wait_for_copy()
 
@@ -126,7 +117,9 @@ class ViewLoader(BatchSource):
         return copies, copied
 
     def _wait_for_copy(self) -> None:
-        """Afterwards the decoding threads may overwrite the pixels."""
+        """Wait until the last batch is on the device: the decoding threads may then overwrite it in
+        host memory.
+        """
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None

@@ -18,10 +18,7 @@ _compiled = njit(nogil=True, cache=True)
 
 @_compiled
 def resize(
-    image: NDArray[np.uint8],
-    box: NDArray[np.float64],
-    flipped: bool,
-    out: NDArray[np.uint8],
+    image: NDArray[np.uint8], box: NDArray[np.float64], flipped: bool, out: NDArray[np.uint8]
 ) -> None:
     """Write the `box` (x0 y0 x1 y1) of `image` uint8 [H, W, 3] to `out` uint8 [h, w, 3], mirrored
     if `flipped`. The filter sees no pixels outside the box.
@@ -83,12 +80,7 @@ def _cubic(x: float) -> float:
 
 @_compiled
 def _transpose(
-    image: NDArray[np.uint8],
-    y: int,
-    lanes: int,
-    left: int,
-    right: int,
-    columns: NDArray[np.int16],
+    image: NDArray[np.uint8], y: int, lanes: int, left: int, right: int, columns: NDArray[np.int16]
 ) -> None:
     """Transpose rows y .. y + lanes of `image`: columns[(x · 3 + colour) · LANES + row].
 

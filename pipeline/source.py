@@ -24,7 +24,7 @@ from pipeline.order import block_order, epoch_shares, steps_per_epoch
 from pipeline.turbojpeg import Decoder
 from pipeline.views import ViewConfig, ViewParams, sample_views
 
-EPOCH_HAS_ENDED = "this epoch has ended: another one of its loader has begun"
+EPOCH_HAS_ENDED = "this epoch has ended: its loader has begun another one"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class BatchSource(ABC):
     Raises UserError if the batch cannot be divided equally, or if the set is smaller than a batch.
     """
 
+    replaced: dict[int, int]
+    """The bad records that this rank has read so far, each with its replacement; the subclass sets
+    it."""
+
     def __init__(
         self,
         beton: Beton,
@@ -83,16 +87,23 @@ class BatchSource(ABC):
         self.threads, self.on_corrupt = threads, on_corrupt
         self._ahead = ReadAhead(beton) if order == "quasi-random" else None
 
-    @property
     @abstractmethod
-    def replaced(self) -> dict[int, int]:
-        """The bad records that this rank has read so far, each with its replacement."""
+    def _batches(self, epoch: int, shares: np.ndarray) -> Iterator[Batch]:
+        """The batches of `shares`, rows of an epoch's shares."""
 
-    @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of `epoch` from step `start` on: `accumulation` for each step.
-        Raises ValueError if the epoch has no such step.
+        Beginning an epoch ends the previous one. Raises ValueError if the epoch has no such step.
         """
+        require(0 <= start <= self.steps_per_epoch, "start", start, "a step of the epoch")
+        shares, first = self.shares(epoch), start * self.accumulation
+        if self._ahead:
+            blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
+            self._ahead.begin(blocks, windows, first / len(shares))
+        for batches_read, batch in enumerate(self._batches(epoch, shares[first:]), first + 1):
+            if self._ahead:
+                self._ahead.reach(batches_read / len(shares))
+            yield batch
 
     @property
     def images_per_batch(self) -> int:
@@ -111,22 +122,6 @@ class BatchSource(ABC):
             self.world,
             self.accumulation,
         )
-
-    def _first(self, start: int) -> int:
-        """The number of the batch that begins step `start` of an epoch."""
-        require(0 <= start <= self.steps_per_epoch, "start", start, "a step of the epoch")
-        return start * self.accumulation
-
-    def _begin_reading(self, epoch: int, share: float) -> None:
-        """Start to read ahead, at `share` (0..1) of `epoch`, if the order is quasi-random."""
-        if self._ahead:
-            blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
-            self._ahead.begin(blocks, windows, share)
-
-    def _has_read(self, share: float) -> None:
-        """Note that `share` (0..1) of the epoch has been read."""
-        if self._ahead:
-            self._ahead.reach(share)
 
 
 def draw(beton: Beton, seed: int, epoch: int, which: np.ndarray, views: ViewConfig) -> ViewParams:
@@ -175,10 +170,10 @@ class Replacements:
         return np.array([self.known.get(i, i) for i in which.tolist()]) if self.known else which
 
     def find(self, i: int, reason: str) -> int:
-        """The replacement of record `i`, which is bad for this reason; after the last record comes
-        the first. Raises CorruptRecord if no record can be decoded.
+        """The replacement of record `i`, which is bad for `reason`. The search continues with the
+        first record after the last one. Raises CorruptRecord if no record can be decoded.
         """
-        if i in self.known:  # an earlier batch found it while this one was being decoded
+        if i in self.known:  # an earlier batch has replaced it while this one was being decoded
             return self.known[i]
         bad = {i: reason}
         decoder = Decoder(int(self.beton.records[:, 1].max()))

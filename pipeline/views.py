@@ -48,10 +48,7 @@ _TWO_SHARES: Bound = {
 
 @dataclass(frozen=True)
 class ViewConfig(Bounded):
-    """How a pair of views is drawn; the defaults are SlotCon's.
-
-    Impossible values raise a ValueError that names the field.
-    """
+    """How a pair of views is drawn; the defaults are SlotCon's."""
 
     size: int = field(
         default=224, metadata={"a whole number >= 1": lambda size: size >= 1 and size % 1 == 0}
@@ -134,12 +131,7 @@ class ViewParams:
 
 
 def sample_views(
-    seed: int,
-    epoch: int,
-    index: ArrayLike,
-    height: ArrayLike,
-    width: ArrayLike,
-    config: ViewConfig,
+    seed: int, epoch: int, index: ArrayLike, height: ArrayLike, width: ArrayLike, config: ViewConfig
 ) -> ViewParams:
     """Draw a pair of views of each image. Releases the GIL.
 
@@ -160,12 +152,10 @@ def _checked(
     seed: int, epoch: int, index: ArrayLike, height: ArrayLike, width: ArrayLike
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """index, height and width as the compiled code needs them. Raises ValueError."""
-    index = np.ascontiguousarray(index, dtype=np.int64)
-    height = np.ascontiguousarray(height, dtype=np.int64)
-    width = np.ascontiguousarray(width, dtype=np.int64)
-    if not (
-        index.ndim == height.ndim == width.ndim == 1 and len(index) == len(height) == len(width)
-    ):
+    index, height, width = (
+        np.ascontiguousarray(array, dtype=np.int64) for array in (index, height, width)
+    )
+    if index.ndim != 1 or not index.shape == height.shape == width.shape:
         raise ValueError("index, height and width must have one axis, of the same length")
     if len(index) and min(height.min(), width.min()) < 1:
         raise ValueError("height and width must be at least 1")

@@ -18,28 +18,7 @@ from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
 from train.run.command import EXIT_CODES
-from train.run.settings import (
-    RESUME,
-    RUN_NAME,
-    SEED,
-    Settings,
-    flatten,
-    to_dict,
-    to_yaml,
-)
-
-__all__ = [
-    "DataConfig",
-    "EfficiencyConfig",
-    "LogConfig",
-    "RunConfig",
-    "TrainConfig",
-    "flatten",
-    "from_dict",
-    "load_config",
-    "to_dict",
-    "to_yaml",
-]
+from train.run.settings import RESUME, RUN_NAME, SEED, Settings
 
 _EXAMPLES = """examples:
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --data.path coco.beton

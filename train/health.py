@@ -15,14 +15,14 @@ DUPLICATE = 0.9
 FEWEST_SLOTS = 2.0
 """With fewer active slots an image, the model groups nothing."""
 FEWEST_CELLS, FEWEST_PROTOTYPES = 9, 4
-"""With fewer cells a view, or fewer prototypes, an image without two slots is no bad sign."""
+"""With fewer cells in a view, or fewer prototypes, fewer than two slots an image are normal."""
 LOWEST_ENTROPY = 0.25
-"""As a share of log K: as if only the fourth root of K prototypes (4 of 256) were in use."""
+"""A share of log K. At this entropy, the fourth root of K prototypes (4 of 256) is in use."""
 UNIFORM = 0.99
-"""As a share of log K: with a larger grouping loss the student predicts no assignments."""
+"""A share of log K. With a larger grouping loss the student does not predict the assignments."""
 PATIENCE = {"slots": (2, 0), "usage": (2, 0), "loss": (10, 200)}
-"""For each symptom: bad log lines in a row, and steps that they must span. One bad line alone is no
-alarm, and neither is the start of a grouping, whose loss stays near log K for some time."""
+"""For each symptom: bad log lines in a row, and the steps that they must span. A single bad line
+raises no alarm. At the start of training the loss stays near log K for some time."""
 
 
 def usage_entropy(usage: Tensor) -> float:

@@ -2,7 +2,7 @@
 form."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +40,8 @@ class LARS(Optimizer):
         device = self.param_groups[0]["params"][0].device
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient, without waiting for the device."""
         loss = None
         if closure is not None:

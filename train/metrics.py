@@ -22,19 +22,19 @@ class Reading(NamedTuple):
     skipped: int
     """Steps since the last `clear` that the optimiser has skipped."""
     reason: int
-    """The largest reason to end the run that a process has passed."""
+    """The largest `reason` that a process has passed to `read`."""
     usage: Tensor
     """float64 [K] on the host: cells that each of the teacher's prototypes has won."""
     duplicates: int
-    """Pairs of prototypes that are nearly the same, as passed."""
+    """Pairs of prototypes that are nearly the same, as passed to `read`."""
 
 
 class Meter:
     """Sums since the last log line, over micro-batches and processes: the loss, its `terms` and the
     model's statistics, which become averages, and the usage of the K prototypes.
 
-    Adding stays on the device. Reading takes one collective and one synchronisation, which also
-    brings `skipped`: a scalar on the device in which the optimiser counts the steps that it skips.
+    `add` stays on the device. `read` takes one collective and one synchronisation, and also returns
+    `skipped`: a scalar on the device in which the optimiser counts the steps that it skips.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Reads pickles of others without executing code in them, and pickles arrays for others.
+"""Reads pickles of other projects without executing code in them; writes pickles of arrays.
 
 A pickle can call any Python function by its name. Here it may only name the constructors of tensors
 and arrays, and argparse's Namespace, which holds the settings of the authors' code.
@@ -20,12 +20,12 @@ from pipeline.errors import UserError
 
 _ALLOWED: dict[str, Callable[..., Any]] = {
     **{
-        f"numpy.{core}.{name}": getattr(getattr(np._core, module), attribute)  # type: ignore[attr-defined]
+        f"numpy.{core}.{module}.{name}": getattr(getattr(np._core, module), name)  # type: ignore[attr-defined]
         for core in ("core", "_core")  # NumPy 1 and 2
-        for name, module, attribute in (
-            ("multiarray._reconstruct", "multiarray", "_reconstruct"),
-            ("multiarray.scalar", "multiarray", "scalar"),
-            ("numeric._frombuffer", "numeric", "_frombuffer"),
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
         )
     },
     "numpy.ndarray": np.ndarray,

@@ -1,4 +1,4 @@
-"""Load what a pre-training run has learnt: SlotCon, its configuration, its record."""
+"""Load a pre-trained SlotCon, the configuration of its run, and the record of a checkpoint."""
 
 from pathlib import Path
 

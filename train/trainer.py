@@ -1,7 +1,7 @@
-"""A pre-training run of SlotCon, from top to bottom: what it is made of, in the order of
-construction; then training, an epoch, a step, a log line, a checkpoint.
+"""A pre-training run of SlotCon, to be read from top to bottom: construction, training, an epoch, a
+step, a log line, a checkpoint.
 
-What every run needs, whatever it trains, is in `train.run.run.Run`.
+`train.run.run.Run` holds the parts that any training run needs.
 """
 
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ class Trainer:
         self.meter = Meter(self.accelerator, self.slotcon.term_names, prototypes, self.lars.skipped)
         self.alarm = CollapseAlarm(prototypes, self.warmup_steps)
         self.roll_backs = 0  # since the run has passed `furthest_step`
-        self.furthest_step = 0  # at which it has diverged so far
+        self.furthest_step = 0  # the last step at which it has diverged so far
 
         self.run.resume(self._restore)
         self.run.start(
@@ -274,10 +274,8 @@ class Trainer:
 
     def _build_model(self) -> SlotCon:
         """SlotCon on this process's device, with the speed settings of the configuration."""
-        model, efficiency = (
-            to_device(SlotCon(self.config.model), self.accelerator),
-            self.config.efficiency,
-        )
+        efficiency = self.config.efficiency
+        model = to_device(SlotCon(self.config.model), self.accelerator)
         prepare(
             model,
             channels_last=efficiency.channels_last,

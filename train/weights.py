@@ -21,15 +21,16 @@ from torch import Tensor
 from model.encoder import Encoder
 from model.names import ENCODERS, Branch, arch_of, backbone_of, branches_of, with_counts
 from pipeline.errors import UserError, printable
-from train.config import RunConfig, from_dict, to_dict
+from train.config import RunConfig, from_dict
 from train.pickles import read_pickle
 from train.pretrained import load_model, read_record
 from train.run.checkpoint import Record, check_weights, find, is_checkpoint
+from train.run.settings import to_dict
 
 META = "meta"
 """The key of the metadata in the dictionaries that we write, as in mmengine's."""
 FOLDER_WEIGHTS, FOLDER_CONFIG = "model.safetensors", "config.json"
-"""The files of a model on Hugging Face's hub."""
+"""The files of a model on the Hugging Face Hub."""
 FACTS = {
     "method", "arch", "branch", "run", "imported", "step", "optimizer", "epochs", "batch_size",
     "prototypes", "view_size", "config", "data", "data_images", "data_fingerprint", "data_license",

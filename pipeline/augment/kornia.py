@@ -85,7 +85,7 @@ def crop_and_flip(
 
 
 def _photometric(x: Tensor, params: ViewParams, v: int) -> Tensor:
-    """Apply view v's colour operations to x [B, 3, S, S] in place, each to its images."""
+    """Apply view v's colour operations to x [B, 3, S, S] in place, each where it was drawn."""
     for position in range(4):
         for number, operation in enumerate(_JITTER):
             amount = params.jitter[v, :, number]

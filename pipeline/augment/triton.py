@@ -6,9 +6,9 @@
 2. `colour`: the contrast needs the mean of the whole view at this point, so the first pass must end
    before it. For views that have contrast (four in five) this pass applies contrast, the other
    operations and grey.
-3. `blur`: both directions in a tile, for views that have it. It reads neighbouring pixels after all
-   colour operations. To compute their colour again, for twice the pixels, costs more than to read
-   3 bytes of each.
+3. `blur`: both directions in a tile, for views that have it. It needs the final colours of
+   neighbouring pixels, so the pass before it stores them: reading 3 bytes of each costs less than
+   computing the colours of twice as many pixels.
 
 The last pass of a view solarizes, normalises and stores it.
 

@@ -26,8 +26,9 @@ from pipeline.loader import make_loader
 from pipeline.views import ViewConfig
 from tests.helpers.betons import varied, write_beton
 from tests.helpers.coloured import CELL, ColourNetwork, write_scenes
-from train.config import DataConfig, RunConfig, to_dict
+from train.config import DataConfig, RunConfig
 from train.run.checkpoint import Record
+from train.run.settings import to_dict
 
 CPU = torch.device("cpu")
 MAPS = [[[0, 0], [0, 0]], [[0, 1], [0, 1]], [[1, 0], [0, 0]], [[0, 2], [1, 0]]]

@@ -7,8 +7,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from model import ModelConfig, SlotCon
-from train.config import DataConfig, RunConfig, to_dict
+from train.config import DataConfig, RunConfig
 from train.run.checkpoint import Record
+from train.run.settings import to_dict
 
 
 def write_checkpoint(folder: Path, model: SlotCon, config: ModelConfig) -> Path:

@@ -16,8 +16,9 @@ from torch import nn
 from pipeline.source import Batch
 from tests.helpers.training import run_dir, small_run, trainer
 from train import metrics, pretrain
-from train.config import RunConfig, to_yaml
+from train.config import RunConfig
 from train.run import checkpoint
+from train.run.settings import to_yaml
 from train.run.signals import StopSignals
 from train.trainer import Trainer
 

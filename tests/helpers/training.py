@@ -22,8 +22,8 @@ from train.config import (
     RunConfig,
     TrainConfig,
     load_config,
-    to_yaml,
 )
+from train.run.settings import to_yaml
 from train.run.signals import StopSignals
 from train.trainer import Trainer
 

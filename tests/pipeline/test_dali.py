@@ -264,7 +264,9 @@ def test_replacement_is_the_loaders(
 def test_record_that_goes_bad_in_a_running_loader(
     tmp_path: Path, on_corrupt: str, device: str
 ) -> None:
-    """The record passed its check earlier. DALI's error must start a search for the bad record."""
+    """The record passed its check earlier. DALI's error must start a search for the bad record. If
+    its replacement goes bad too, the loader must not return to it for ever.
+    """
     path = write_beton(tmp_path / "a.beton", varied(12))
     dali = dali_loader(
         Beton(path), batch_size=4, on_corrupt=on_corrupt, device=torch.device(device)
@@ -278,6 +280,10 @@ def test_record_that_goes_bad_in_a_running_loader(
     index = [i for batch in dali.epoch(1) for i in batch.index.tolist()]
     assert sorted(index) == [0, 1, 2, 3, 4, 6, 6, 7, 8, 10, 10, 11]
     assert dali.replaced == {5: 6, 9: 10}
+    spoil(path, "header", [6])
+    index = [i for batch in dali.epoch(2) for i in batch.index.tolist()]
+    assert sorted(index) == [0, 1, 2, 3, 4, 7, 7, 7, 8, 10, 10, 11]
+    assert dali.replaced == {5: 6, 6: 7, 9: 10}
 
 
 @needs_dali
@@ -334,7 +340,7 @@ def test_second_epoch_ends_the_first(beton: Beton) -> None:
     first, second = dali.epoch(0), dali.epoch(1)
     next(first)
     batches = [next(second)]
-    with pytest.raises(RuntimeError, match="another one of its loader"):
+    with pytest.raises(RuntimeError, match="its loader has begun another one"):
         next(first)
     del first
     assert assert_alike(iter([*batches, *second]), plain.epoch(1)) == 3

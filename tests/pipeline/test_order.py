@@ -141,7 +141,7 @@ def test_blocks_are_requested_one_window_ahead() -> None:
 
     def begin(share: float) -> None:
         ahead.begin(blocks, 5, share)
-        ahead._pool.submit(int).result()  # what was submitted before has been done
+        ahead._pool.submit(int).result()  # wait for the requests so far
 
     begin(0)
     assert requested == blocks[:10].tolist()

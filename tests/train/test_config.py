@@ -8,8 +8,9 @@ import yaml
 
 from pipeline.errors import UserError
 from tests import ROOT
-from train.config import flatten, from_dict, load_config, to_dict, to_yaml
+from train.config import from_dict, load_config
 from train.pretrain import main
+from train.run.settings import flatten, to_dict, to_yaml
 
 CONFIGS = ROOT / "configs"
 BASE = ["--name", "test", "--data.path", "some.beton"]

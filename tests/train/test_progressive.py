@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.errors import UserError
 from tests.helpers.training import assert_same_tensors, run_dir, small_beton, small_run, trainer
-from train.config import RunConfig, TrainConfig, from_dict, to_dict
+from train.config import RunConfig, TrainConfig, from_dict
+from train.run.settings import to_dict
 from train.trainer import Trainer
 
 GROWING = ((0.0, 32), (0.5, 64))

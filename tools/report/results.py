@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.errors import UserError
-from train.config import flatten
 from train.pretrained import read_record
 from train.run.checkpoint import Record, find
 from train.run.provenance import read_json
+from train.run.settings import flatten
 
 Line = Mapping[str, float]
 """A line of metrics.jsonl."""

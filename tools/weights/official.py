@@ -16,10 +16,11 @@ from model.names import Branch, arch_of, backbone_of
 from model.official import from_official
 from pipeline.errors import UserError
 from tools.weights.official_settings import with_official_settings
-from train.config import DataConfig, RunConfig, from_dict, to_dict, to_yaml
+from train.config import DataConfig, RunConfig, from_dict
 from train.run.checkpoint import Record, check_weights, write_model
 from train.run.cli import check_writable
 from train.run.provenance import new_folder, provenance, write_bytes
+from train.run.settings import to_dict, to_yaml
 from train.weights import read_backbone, safetensors_bytes
 
 PROTOTYPES, HIDDEN = "grouping_k.slot_embed.weight", "projector_k.mlp.0.weight"

@@ -27,7 +27,7 @@ class Background:
         self._thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Do `job` after the jobs before it."""
+        """Queue `job` behind the earlier jobs."""
         with self._changed:
             self._submitted.append(time.monotonic())
         self._jobs.put(job)

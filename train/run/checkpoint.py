@@ -84,8 +84,7 @@ class Retention:
 
 def latest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
-    steps = whole_ones(run_dir)
-    return steps[-1] if steps else None
+    return next(reversed(whole_ones(run_dir)), None)
 
 
 def all_of(run_dir: Path) -> list[Path]:
@@ -100,7 +99,7 @@ def whole_ones(run_dir: Path) -> list[Path]:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """`folder` is a checkpoint that was written to the end."""
+    """Whether `folder` is a checkpoint that was written to the end."""
     return (folder / _RECORD).is_file()
 
 
@@ -111,8 +110,8 @@ def find(path: Path) -> Path:
     """
     if is_checkpoint(path):
         return path.resolve()
-    if found := latest(path):
-        return found.resolve()
+    if newest := latest(path):
+        return newest.resolve()
     reason = "holds no whole checkpoint" if path.is_dir() else "no such checkpoint or run folder"
     raise UserError(f"{path}: {reason}")
 

@@ -46,7 +46,7 @@ def _prepared(
 
 
 def _is_first() -> bool:
-    """This process is the first one of its machine."""
+    """Whether this process is the first one of its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

@@ -1,4 +1,4 @@
-"""From which checkpoint a run may resume."""
+"""The checkpoints that a run may resume from."""
 
 import sys
 from collections.abc import Callable

@@ -134,8 +134,8 @@ class Run:
             self._writer.close()
 
     def is_due(self, every: int) -> bool:
-        """Whether something is due now that is due after each `every` steps (0: never) and after
-        the last step.
+        """Whether a task is due now that is done after each `every` steps (0: never) and after the
+        last step.
         """
         return self.step == self.last_step or (every > 0 and self.step % every == 0)
 

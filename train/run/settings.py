@@ -141,7 +141,7 @@ class Settings(Generic[Config]):
                 raise UserError(f"{key} must be {_words(kind)}, not {shown}")
 
     def _explained(self, error: ArgumentError, given: list[tuple[str, Any]]) -> UserError:
-        """The reason why jsonargparse refuses these keys and values; else its own message."""
+        """The reason why jsonargparse refuses these keys and values; if unknown, its message."""
         self._check(given)
         known = self._sections.keys() | dict(given)
         missing = [k for k, f in self._fields.items() if f.default is MISSING and k not in known]

@@ -5,7 +5,6 @@ import signal
 import socket
 import threading
 import time
-from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ECHO_S = 2.0  # a launcher may repeat a signal that the scheduler sends to every process
@@ -26,7 +25,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)  # set_wakeup_fd requires it
-        self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
+        # The thread hears of a signal only if Python has a handler for it.
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -49,7 +49,3 @@ class StopSignals:
                     self.received, first = signal.Signals(number[0]), time.monotonic()
                 elif time.monotonic() - first > _ECHO_S:
                     os._exit(128 + number[0])
-
-
-def _nothing(number: int, frame: FrameType | None) -> None:
-    """Does nothing. The thread hears of a signal only if Python has a handler for it."""

@@ -31,7 +31,7 @@ class Trackers:
             self._thread.wait()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Send one log line later, on the thread."""
+        """Queue one log line for the thread."""
         if self._active:
             self._thread.submit(lambda: self._each("log", dict(values), step=step))
 

@@ -80,7 +80,7 @@ def colour_before_contrast(
     r, g, b = _jitter(r, g, b, words, 0, position, 0)
     if position < 4:
         tl.atomic_add(sums + row, tl.sum(tl.where(inside, _lightness(r, g, b), 0)).to(tl.int64))
-        _store_levels(scratch, r, g, b, row, pixel, inside, S)
+        _store(scratch, r, g, b, row, pixel, inside, S)
     else:
         _grey_and_finish(r, g, b, words, row, scratch, out, pixel, inside, S)
 
@@ -98,35 +98,21 @@ def _grey_and_finish(
     inside: tensor,
     S: tl.constexpr,
 ) -> None:
-    """Grey, then finish; a view that will be blurred goes to the scratch memory instead."""
+    """Grey, then solarize, normalise and store; a view that will be blurred goes to the scratch
+    memory after the grey.
+    """
     if tl.load(words + GREY) != 0:
         r = _lightness(r, g, b)
         g = r
         b = r
     if tl.load(words + BOX) >= 0:
-        _store_levels(scratch, r, g, b, row, pixel, inside, S)
+        _store(scratch, r, g, b, row, pixel, inside, S)
     else:
-        _finish(r, g, b, words, row, out, pixel, inside, S)
-
-
-@triton.jit
-def _finish(
-    r: tensor,
-    g: tensor,
-    b: tensor,
-    words: tensor,
-    row: tensor,
-    out: tensor,
-    pixel: tensor,
-    inside: tensor,
-    S: tl.constexpr,
-) -> None:
-    """Solarize, normalise, and store in the type of the output."""
-    threshold = solarize_threshold(words)
-    r = normalize(r, threshold, RED_SCALE, RED_SHIFT)
-    g = normalize(g, threshold, GREEN_SCALE, GREEN_SHIFT)
-    b = normalize(b, threshold, BLUE_SCALE, BLUE_SHIFT)
-    _store(out, r, g, b, row, pixel, inside, S)
+        threshold = solarize_threshold(words)
+        red = normalize(r, threshold, RED_SCALE, RED_SHIFT)
+        green = normalize(g, threshold, GREEN_SCALE, GREEN_SHIFT)
+        blue = normalize(b, threshold, BLUE_SCALE, BLUE_SHIFT)
+        _store(out, red, green, blue, row, pixel, inside, S)
 
 
 @triton.jit
@@ -141,20 +127,6 @@ def normalize(level: tensor, threshold: tensor, SCALE: tl.constexpr, SHIFT: tl.c
 
 
 @triton.jit
-def _store_levels(
-    scratch: tensor,
-    r: tensor,
-    g: tensor,
-    b: tensor,
-    row: tensor,
-    pixel: tensor,
-    inside: tensor,
-    S: tl.constexpr,
-) -> None:
-    _store(scratch, r.to(tl.uint8), g.to(tl.uint8), b.to(tl.uint8), row, pixel, inside, S)
-
-
-@triton.jit
 def _store(
     memory: tensor,
     r: tensor,
@@ -165,7 +137,7 @@ def _store(
     inside: tensor,
     S: tl.constexpr,
 ) -> None:
-    """Store into `memory` [rows, S, S, 3], in its type."""
+    """Store into `memory` [rows, S, S, 3]; tl.store converts to its type."""
     target = memory + row.to(tl.int64) * (S * S * 3) + pixel * 3
     tl.store(target, r, mask=inside)
     tl.store(target + 1, g, mask=inside)
@@ -182,13 +154,7 @@ def _load(source: tensor, inside: tensor) -> tensor:
 
 @triton.jit
 def _jitter(
-    r: tensor,
-    g: tensor,
-    b: tensor,
-    words: tensor,
-    first: tensor,
-    last: tensor,
-    mean: tensor,
+    r: tensor, g: tensor, b: tensor, words: tensor, first: tensor, last: tensor, mean: tensor
 ) -> tensor:
     """Apply operations first..last-1 of the drawn order. mean: the mean lightness before the
     contrast, used only if the contrast is among them.

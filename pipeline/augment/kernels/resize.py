@@ -149,13 +149,7 @@ def _filter_across(
 
 @triton.jit
 def _filter_down(
-    weight: tensor,
-    r: tensor,
-    g: tensor,
-    b: tensor,
-    red: tensor,
-    green: tensor,
-    blue: tensor,
+    weight: tensor, r: tensor, g: tensor, b: tensor, red: tensor, green: tensor, blue: tensor
 ) -> tensor:
     """Add weights [tile, lines] times levels [lines, tile] to red, green, blue [tile, tile]."""
     high = weight.to(tl.float16)

@@ -11,9 +11,10 @@ import torch
 from model import SlotCon
 from pipeline.errors import UserError
 from tests.helpers.training import run_dir, small_beton, small_run, trainer
-from train.config import RunConfig, to_dict
+from train.config import RunConfig
 from train.pretrained import load_model
 from train.run import checkpoint
+from train.run.settings import to_dict
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from tests import ROOT
 from tests.helpers.training import run_dir, small_beton, small_run
 from train import pretrain
-from train.config import to_yaml
 from train.run import checkpoint
+from train.run.settings import to_yaml
 
 SCRIPT = ROOT / "tools" / "slurm_pretrain.sh"
 SRUN = """#!/usr/bin/env python3
