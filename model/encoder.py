@@ -14,9 +14,9 @@ STRIDE = 32
 class Encoder(nn.Sequential):
     """A ResNet without its classifier: [B, 3, S, S] -> [B, dim, ⌈S/32⌉, ⌈S/32⌉].
 
-    torchvision's own initialisation is the authors': convolutions N(0, √(2/(k²·out))), and with
-    `zero_init_residual` the last BatchNorm weight of each block starts at 0, so that a block
-    starts as the identity. Parameter names are torchvision's.
+    torchvision initialises the weights as the authors do: convolutions N(0, √(2/(k²·out))). With
+    `zero_init_residual` the last BatchNorm weight of each block starts at 0, so a block starts as
+    the identity. Parameter names are torchvision's.
     """
 
     dim: int
@@ -38,7 +38,7 @@ class Encoder(nn.Sequential):
 
 
 def encoder_dim(arch: str) -> int:
-    """`Encoder.dim` of an architecture, without its memory."""
+    """`Encoder.dim` of an architecture, without allocating its weights."""
     with torch.device("meta"):
         return Encoder(arch).dim
 

@@ -22,13 +22,14 @@ def grouping_loss(
     """Cross-entropy from the teacher's grouping of a cell to the student's, a scalar.
 
     student, teacher [B, K, H, W] aligned scores; center [1, K]; overlapping bool [B]: whether the
-    two views share pixels. The other pairs are excluded. If no pair remains, the loss is a zero
-    that is still part of the graph. For each overlapping image b and cell i:
+    two views share pixels. Pairs that share none are excluded. If no pair remains, the loss is a
+    zero through which gradients (all zero) still flow. For each overlapping image b and cell i:
 
         p = softmax((teacher[b, :, i] - center) / teacher_temp)
         q = softmax(student[b, :, i] / student_temp)
         loss += -Σ_k p[k]·log q[k]
-    divided by the number of these cells.
+
+    The sum is divided by the number of these cells.
     """
     target = ((teacher - center[:, :, None, None]) / teacher_temp).softmax(dim=1)
     log_prediction = (student / student_temp).log_softmax(dim=1)
@@ -54,8 +55,9 @@ def slot_loss(
 
         logit[m] = cosine(queries[n], keys[m]) / temperature
         loss += -log(exp(logit[positive[n]]) / Σ_m exp(logit[m]))
-    divided by the number of valid queries, times 2·temperature. Without valid queries it is a zero
-    that is still part of the graph. At least one key must be valid.
+
+    The sum is divided by the number of valid queries and multiplied by 2·temperature. Without valid
+    queries it is a zero through which gradients still flow. At least one key must be valid.
     """
     excluded = torch.zeros_like(valid_keys, dtype=queries.dtype)
     excluded.masked_fill_(~valid_keys, -torch.inf)
@@ -72,12 +74,13 @@ def slot_regression(queries: Tensor, targets: Tensor, valid_queries: Tensor) -> 
 
     queries, targets [N, D], neither normalised; targets[n] is the teacher's slot of the same
     prototype in the same image; valid_queries bool [N] is the mask. The paper only names the loss.
-    Our choices: queries, predictor and positives are those of the contrast, and the scale is
+    Our choices: queries, predictor and positives are the same as for `slot_loss`, and the scale is
     BYOL's, so that the loss lies in 0..4. For each valid query n:
 
         loss += 2 - 2·cosine(queries[n], targets[n])
-    divided by the number of valid queries. Without any it is a zero that is still part of the
-    graph.
+
+    The sum is divided by the number of valid queries. Without any it is a zero through which
+    gradients still flow.
     """
     cosine = (F.normalize(queries, dim=1) * F.normalize(targets, dim=1)).sum(dim=1)
     total = torch.where(valid_queries, 2 - 2 * cosine, 0.0).sum()

@@ -11,9 +11,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def full_precision(function: Function) -> Function:
-    """Decorator: run `function` without autocast, with positional tensors of at least float32.
+    """Decorator: run `function` without autocast and in float32 at least.
 
-    Half-precision inputs become float32, float64 stays. Gradients have the type of the input.
+    Half-precision tensors among the positional arguments become float32; float64 stays. Gradients
+    have the type of the input.
     """
 
     @functools.wraps(function)

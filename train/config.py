@@ -166,7 +166,7 @@ class LogConfig(Bounded):
     """Folder of all runs; this one writes to DIR/NAME."""
     on_divergence: Literal["stop", "roll_back"] = "stop"
     """If a loss or weight is not finite, or all fp16 steps overflow: "stop" ends the run;
-    "roll_back" continues from the last good checkpoint, at most three times at the same step."""
+    "roll_back" continues from the last good checkpoint, at most three times without progress."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """If training collapses: "warn" reports it once; "stop" ends the run. Signs of collapse, after
     the warm-up: two log lines in a row with fewer than two active slots an image, or with an

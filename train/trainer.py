@@ -83,159 +83,6 @@ class Trainer:
             model=f"{config.model.arch} with {prototypes} prototypes",
         )
 
-    def train(self) -> None:
-        """Train up to the last step, which gets a checkpoint.
-
-        Raises Diverged; Collapsed; Stopped, after a signal and its checkpoint; LostProcess;
-        UserError if a disk, a tracker or an image fails; EndedElsewhere if another process raises
-        it. The watchdog ends the process itself.
-        """
-        with self.run.alive():
-            while self.run.step < self.run.last_step:
-                try:
-                    self._train_epoch()
-                except Diverged as error:
-                    self._roll_back(error)
-
-    def _train_epoch(self) -> None:
-        """From the present step to the end of its epoch, or to the last step."""
-        run, log = self.run, self.config.log
-        epoch, start = divmod(run.step, self.loader.steps_per_epoch)
-        stop = min(self.loader.steps_per_epoch, start + run.last_step - run.step)
-        batches = self.loader.epoch(epoch, start)
-        if self.view_size != (size := self.config.view_size(epoch)):
-            self.view_size, self.slotcon.capacity = size, None  # its first step counts the slots
-        for _ in range(start, stop):
-            self._train_step(batches)
-            run.step += 1
-            log_is_due = run.is_due(log.every)
-            reason = self._log() if log_is_due else run.reason_without_log()
-            if self.static_slots and (log_is_due or self.slotcon.capacity is None):
-                self.slotcon.adapt_capacity()
-            if run.is_due(log.checkpoint_every):
-                self._checkpoint()
-            run.end_if(reason, self._checkpoint)
-
-    def _train_step(self, batches: Iterator[Batch]) -> None:
-        lr, momentum = self._schedule(self.run.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.slotcon.update_teacher(momentum)
-        count = self.config.efficiency.accumulation
-        for micro in range(count):
-            self.run.watchdog.beat()
-            with self.run.stopwatch.waiting():
-                batch = next(batches)
-            last = micro == count - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                output = self.model(batch.views, batch.overlap, batch.flipped, micro_batches=count)
-                self.accelerator.backward(output.loss / count)
-            self.meter.add(output)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.run.stopwatch.steps += 1
-
-    def _schedule(self, step: int) -> tuple[float, float]:
-        """Learning rate and teacher momentum of `step`."""
-        train = self.config.train
-        lr = learning_rate(
-            step,
-            peak=train.base_lr * train.batch_size / 256,
-            warmup_steps=self.warmup_steps,
-            warmup_multiplier=train.warmup_multiplier,
-            total_steps=self.total_steps,
-        )
-        base = train.teacher_momentum
-        return lr, teacher_momentum(step, base=base, total_steps=self.total_steps)
-
-    def _log(self) -> Reason:
-        """One log line for the steps since the last one, with their only host synchronisation.
-
-        Returns why the run has to end; all processes agree on it.
-        """
-        run, train = self.run, self.config.train
-        duplicates = near_duplicates(self.slotcon.teacher.grouping.prototypes)
-        reading = self.meter.read(run.reason_to_end(), duplicates)
-        if not self.static_slots:
-            reading.averages.pop("dropped_pairs")  # always zero
-        begin = run.step - run.stopwatch.steps
-        speed = run.measure(reading.averages, reading.skipped, train.batch_size)
-        lr, momentum = self._schedule(run.step - 1)
-        values = {
-            "step": run.step,
-            "epoch": round(run.step / self.loader.steps_per_epoch, 4),
-            **reading.averages,
-            "usage_entropy": usage_entropy(reading.usage),
-            "dead_prototypes": int((reading.usage == 0).sum()),
-            "near_duplicates": reading.duplicates,
-            "lr": lr,
-            "teacher_momentum": momentum,
-            **speed,
-        }
-        if self.config.data.on_corrupt == "replace":
-            values["replaced"] = len(set(gather_object(list(self.loader.replaced))))
-        run.log(values, progress_line(values, train.epochs, run.last_step, train.batch_size))
-        self._check_collapse(begin, values)
-        self.meter.clear()
-        return Reason(reading.reason)
-
-    def _checkpoint(self) -> None:
-        """Begin to save, unless the loss or a weight is not finite. Raises Diverged."""
-        self.run.save(
-            self.slotcon,
-            self.lars,
-            self.meter.read().averages,
-            self._data(),
-            meter=self.meter.state(),
-        )
-
-    def _check_collapse(self, begin: int, values: dict[str, float]) -> None:
-        """Check the log line that begins with step `begin`. Raises Collapsed."""
-        step = self.run.step
-        symptom = self.alarm.check(begin, step, cells_of(self.view_size), values)
-        if not symptom:
-            return
-        message = f"{self.run.folder}: the grouping has collapsed at step {step}: {symptom}"
-        if self.config.log.on_collapse == "stop":
-            raise Collapsed(message)
-        self.run.say(f"warning: {message}; training continues (log.on_collapse)")
-
-    def _roll_back(self, error: Diverged) -> None:
-        """Continue from the last good checkpoint, if the configuration says so and it helps.
-
-        Raises Diverged.
-        """
-        self.run.settle()
-        origin = checkpoint.latest(self.run.folder)
-        if origin and checkpoint.step_of(origin) >= self.furthest_step:
-            self.roll_backs = 0
-        self.furthest_step = max(self.furthest_step, self.run.step)
-        if self.config.log.on_divergence == "stop" or origin is None:
-            raise error from None
-        if self.roll_backs == _ROLL_BACKS:
-            raise Diverged(f"{error}; rolled back {_ROLL_BACKS} times in vain") from None
-        self.roll_backs += 1
-        self.run.say(f"warning: {error}; resuming from {origin} (roll-back {self.roll_backs})")
-        self.optimizer.zero_grad()
-        self._restore(origin)
-        self.run.rewind()
-
-    def _restore(self, origin: Path) -> None:
-        """Raises UserError, or Damaged, and then has changed nothing."""
-        record = checkpoint.read_record(origin, SETTINGS)
-        if record.data != self._data():
-            raise UserError(
-                f"data.path: {self.beton.path} is not the data of {origin} "
-                f"({_describe(self._data())}; it was {_describe(record.data)})"
-            )
-        self.run.load(origin, record, self.slotcon, self.lars)
-        self.meter.load(record.meter)
-        self.alarm.reset()
-
-    def _data(self) -> dict[str, int | str]:
-        """The identity of the beton, wherever its file is."""
-        return {"images": len(self.beton), "fingerprint": self.beton.fingerprint()}
-
     def _load_data(self) -> BatchSource:
         data, train, efficiency = self.config.data, self.config.train, self.config.efficiency
         return make_loader(
@@ -294,6 +141,160 @@ class Trainer:
             weight_decay=train.weight_decay,
             eta=train.eta,
         )
+
+    def train(self) -> None:
+        """Train up to the last step, which gets a checkpoint.
+
+        Raises Diverged; Collapsed; Stopped, after a signal and its checkpoint; LostProcess;
+        UserError if a disk, a tracker or an image fails; EndedElsewhere if another process raises
+        it. The watchdog ends the process itself.
+        """
+        with self.run.alive():
+            while self.run.step < self.run.last_step:
+                try:
+                    self._train_epoch()
+                except Diverged as error:
+                    self._roll_back(error)
+
+    def _train_epoch(self) -> None:
+        """From the present step to the end of its epoch, or to the last step."""
+        run, log = self.run, self.config.log
+        epoch, start = divmod(run.step, self.loader.steps_per_epoch)
+        end = min((epoch + 1) * self.loader.steps_per_epoch, run.last_step)
+        batches = self.loader.epoch(epoch, start)
+        size = self.config.view_size(epoch)
+        if size != self.view_size:
+            self.view_size = size
+            self.slotcon.capacity = None  # the first step with views of this size counts the slots
+        while run.step < end:
+            self._train_step(batches)
+            run.advance()
+            log_is_due = run.is_due(log.every)
+            reason = self._log() if log_is_due else run.reason_without_log()
+            if self.static_slots and (log_is_due or self.slotcon.capacity is None):
+                self.slotcon.adapt_capacity()
+            if run.is_due(log.checkpoint_every):
+                self._checkpoint()
+            run.end_if(reason, self._checkpoint)
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        lr, momentum = self._schedule(self.run.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.slotcon.update_teacher(momentum)
+        count = self.config.efficiency.accumulation
+        for micro in range(count):
+            self.run.watchdog.beat()
+            with self.run.stopwatch.waiting():
+                batch = next(batches)
+            last = micro == count - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                output = self.model(batch.views, batch.overlap, batch.flipped, micro_batches=count)
+                self.accelerator.backward(output.loss / count)
+            self.meter.add(output)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _schedule(self, step: int) -> tuple[float, float]:
+        """Learning rate and teacher momentum of `step`."""
+        train = self.config.train
+        lr = learning_rate(
+            step,
+            peak=train.base_lr * train.batch_size / 256,
+            warmup_steps=self.warmup_steps,
+            warmup_multiplier=train.warmup_multiplier,
+            total_steps=self.total_steps,
+        )
+        base = train.teacher_momentum
+        return lr, teacher_momentum(step, base=base, total_steps=self.total_steps)
+
+    def _log(self) -> Reason:
+        """One log line for the steps since the last one, with their only host synchronisation.
+
+        Returns why the run has to end; all processes agree on it.
+        """
+        run, train = self.run, self.config.train
+        duplicates = near_duplicates(self.slotcon.teacher.grouping.prototypes)
+        reading = self.meter.read(run.reason_to_end(), duplicates)
+        if not self.static_slots:
+            reading.averages.pop("dropped_pairs")  # always zero
+        begin = run.step - run.stopwatch.steps
+        speed = run.measure(reading.averages, reading.skipped, train.batch_size)
+        lr, momentum = self._schedule(run.step - 1)
+        values = {
+            "step": run.step,
+            "epoch": round(run.step / self.loader.steps_per_epoch, 4),
+            **reading.averages,
+            "usage_entropy": usage_entropy(reading.usage),
+            "dead_prototypes": int((reading.usage == 0).sum()),
+            "near_duplicates": reading.duplicates,
+            "lr": lr,
+            "teacher_momentum": momentum,
+            **speed,
+        }
+        if self.config.data.on_corrupt == "replace":
+            values["replaced"] = len(set(gather_object(list(self.loader.replaced))))
+        run.log(values, progress_line(values, train.epochs, run.last_step, train.batch_size))
+        self._check_collapse(begin, values)
+        self.meter.clear()
+        return Reason(reading.reason)
+
+    def _check_collapse(self, begin: int, values: dict[str, float]) -> None:
+        """Check the log line that begins with step `begin`. Raises Collapsed."""
+        step = self.run.step
+        symptom = self.alarm.check(begin, step, cells_of(self.view_size), values)
+        if not symptom:
+            return
+        message = f"{self.run.folder}: the grouping has collapsed at step {step}: {symptom}"
+        if self.config.log.on_collapse == "stop":
+            raise Collapsed(message)
+        self.run.say(f"warning: {message}; training continues (log.on_collapse)")
+
+    def _checkpoint(self) -> None:
+        """Begin to save, unless the loss or a weight is not finite. Raises Diverged."""
+        self.run.save(
+            self.slotcon,
+            self.lars,
+            self.meter.read().averages,
+            self._data(),
+            meter=self.meter.state(),
+        )
+
+    def _roll_back(self, error: Diverged) -> None:
+        """Continue from the last good checkpoint, if the configuration says so and it helps.
+
+        Raises Diverged.
+        """
+        self.run.settle()
+        origin = checkpoint.latest(self.run.folder)
+        if origin and checkpoint.step_of(origin) >= self.furthest_step:
+            self.roll_backs = 0
+        self.furthest_step = max(self.furthest_step, self.run.step)
+        if self.config.log.on_divergence == "stop" or origin is None:
+            raise error from None
+        if self.roll_backs == _ROLL_BACKS:
+            raise Diverged(f"{error}; rolled back {_ROLL_BACKS} times in vain") from None
+        self.roll_backs += 1
+        self.run.say(f"warning: {error}; resuming from {origin} (roll-back {self.roll_backs})")
+        self.optimizer.zero_grad()
+        self._restore(origin)
+        self.run.rewind()
+
+    def _restore(self, origin: Path) -> None:
+        """Raises UserError, or Damaged, and then has changed nothing."""
+        record = checkpoint.read_record(origin, SETTINGS)
+        if record.data != self._data():
+            raise UserError(
+                f"data.path: {self.beton.path} is not the data of {origin} "
+                f"({_describe(self._data())}; it was {_describe(record.data)})"
+            )
+        self.run.load(origin, record, self.slotcon, self.lars)
+        self.meter.load(record.meter)
+        self.alarm.reset()
+
+    def _data(self) -> dict[str, int | str]:
+        """The identity of the beton, wherever its file is."""
+        return {"images": len(self.beton), "fingerprint": self.beton.fingerprint()}
 
 
 def _describe(data: dict[str, Any]) -> str:

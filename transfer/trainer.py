@@ -98,10 +98,10 @@ class Trainer:
     def _train(self, ahead: Iterator[Any]) -> None:
         """From the present step to the last one; `ahead` yields the batches of these steps."""
         run, log = self.run, self.config.log
-        run.stopwatch.restart()
+        run.stopwatch.restart()  # starting the workers is not training time
         while run.step < run.last_step:
             self._train_step(ahead)
-            run.step += 1
+            run.advance()
             reason = self._log() if run.is_due(log.every) else run.reason_without_log()
             evaluates = run.is_due(log.evaluate_every) and run.step < run.last_step
             if evaluates or run.is_due(log.checkpoint_every):
@@ -123,7 +123,6 @@ class Trainer:
         self.optimizer.step()
         self.skipped += self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
-        self.run.stopwatch.steps += 1
 
     def _log(self) -> Reason:
         """One log line for the steps since the last one, with their only host synchronisation.

@@ -1,4 +1,4 @@
-"""The recipe as kornia's whole-batch tensor operations, on any device, rounded like PIL's.
+"""The augmentation by kornia, a whole batch at once, on any device; rounded as PIL rounds.
 
 PIL keeps uint8 between operations, and each operation rounds in a different way. Following PIL
 costs little and keeps the two backends within one level of 255 on average. Single pixels, of a
@@ -77,7 +77,7 @@ def crop_and_flip(
     x = torch.empty(len(canvas), 3, size, size, device=canvas.device)
     for b, (x0, y0, x1, y1) in enumerate(crops.tolist()):
         crop = canvas[b, y0:y1, x0:x1].permute(2, 0, 1)[None]
-        if canvas.device.type != "cpu":  # PyTorch resizes uint8 only on the CPU, 8 times as fast
+        if canvas.device.type != "cpu":  # only CPUs resize uint8, 8 times faster than float
             crop = crop.float()
         x[b] = interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
     _update(x, flipped, hflip)
@@ -115,7 +115,7 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _truncate(x: Tensor) -> Tensor:
-    """Round down to a level, as PIL's blend does; 1e-3 keeps a level that is slightly too low."""
+    """Round down to a level, as PIL's blend does; 1e-3 outweighs a rounding error below a level."""
     return (x * 255 + 1e-3).floor_().div_(255)
 
 
@@ -132,7 +132,9 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
-    """PIL's hue is a byte: 255 levels are a turn, but it wraps at 256. kornia's is in radians."""
+    """PIL's hue is a byte: it treats 255 levels as a full turn but wraps at 256, and so do we.
+    kornia's hue is in radians.
+    """
     level = 2 * math.pi / 255
     hue, saturation, value = rgb_to_hsv(x).unbind(1)
     hue = (hue / level + 1e-3).floor_() + (turns * 255).trunc_()[:, None, None]
@@ -165,8 +167,8 @@ def _solarize(x: Tensor) -> Tensor:
 def blur_kernels(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
     """PIL's GaussianBlur as one symmetric kernel per image: sigma float32 [B] -> float32 [B, taps].
 
-    PIL applies a box filter three times. The weights at its two ends are fractional, such that the
-    variances add up to sigma^2 (Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by
+    PIL applies a box filter three times. The outermost weights of the box are fractional, such that
+    the variances add up to sigma^2 (Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by
     Extended Box Filtering", SSVM 2011). For small sigma this blurs more than a Gaussian that is
     sampled at the pixels. The kernel of sigma 0 is the identity.
     """

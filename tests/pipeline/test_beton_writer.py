@@ -123,7 +123,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_missing_sample_leaves_nothing(tmp_path: Path) -> None:
-    """Otherwise the last metadata entries would be zeros, which point at the header."""
+    """Otherwise the last metadata entries would be zeros: position 0, which is the header."""
     with (
         pytest.raises(ValueError, match="1 of 2"),
         BetonWriter(tmp_path / "a.beton", 2) as writer,
@@ -147,7 +147,7 @@ def test_what_the_format_cannot_hold(tmp_path: Path, image: bytes, height: int, 
 
 
 def test_one_write_or_many_give_the_same_file(tmp_path: Path) -> None:
-    """Neighbours in the file are written with one call. A page boundary must end such a call."""
+    """Neighbours in the file are written with one call. A call must not cross a page boundary."""
     samples = [Sample(bytes([i]) * (PAGE // 3), 1, 1, (i,)) for i in range(8)]
     for name, step in (("one", 1), ("all", 8)):
         with BetonWriter(tmp_path / name, 8, page_size=PAGE) as writer:

@@ -32,7 +32,7 @@ class Run:
     """One run in its folder, on this process.
 
     `step` counts the optimiser steps that are done, `seconds` the training time up to the last log
-    line, over all resumes. The trainer advances `step`.
+    line, over all resumes. The trainer calls `advance` after each step.
     """
 
     def __init__(
@@ -132,6 +132,11 @@ class Run:
             with suppress(Exception):
                 self.trackers.finish()
             self._writer.close()
+
+    def advance(self) -> None:
+        """Count one more optimiser step."""
+        self.step += 1
+        self.stopwatch.steps += 1
 
     def is_due(self, every: int) -> bool:
         """Whether a task is due now that is done after each `every` steps (0: never) and after the
@@ -242,7 +247,7 @@ class Run:
         if reason != Reason.DISK and self._saved != self.step:
             save()
         if reason == Reason.DISK:
-            self.wait_for_disk()
+            self.wait_for_disk()  # raises on the process whose disk has failed
             raise EndedElsewhere
         problem = self.trackers.problem()
         if not problem:
