@@ -168,9 +168,9 @@ def blur_kernels(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
     """PIL's GaussianBlur as one symmetric kernel per image: sigma float32 [B] -> float32 [B, taps].
 
     PIL applies a box filter three times. The outermost weights of the box are fractional, such that
-    the variances add up to sigma^2 (Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by
-    Extended Box Filtering", SSVM 2011). For small sigma this blurs more than a Gaussian that is
-    sampled at the pixels. The kernel of sigma 0 is the identity.
+    the variances add up to sigma^2 (Gwosdek et al., "Theoretical Foundations of Gaussian
+    Convolution by Extended Box Filtering", SSVM 2011). For small sigma this blurs more than a
+    Gaussian that is sampled at the pixels. The kernel of sigma 0 is the identity.
     """
     variance = sigma.astype(np.float64)[:, None] ** 2 / 3
     full = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # taps of weight 1 on either side
