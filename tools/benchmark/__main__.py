@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _add_subject(parser: CommandParser) -> None:
-    """What is measured, and where."""
+    """Options that choose the data, the model and the machine."""
     parser.add_argument("--data", help="the beton to measure on")
     parser.add_argument(
         "--synthetic",
@@ -120,7 +120,7 @@ def _add_subject(parser: CommandParser) -> None:
 
 
 def _add_extent(parser: CommandParser) -> None:
-    """How long, and on how much."""
+    """Options that choose the length of the measurement."""
     parser.add_argument(
         "--largest-batch",
         action="store_true",

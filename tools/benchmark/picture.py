@@ -7,7 +7,7 @@ from PIL import Image
 from tools.benchmark.profile import PARTS
 from tools.benchmark.timing import Result
 from tools.benchmark.verdict import find, plain_copy
-from tools.report.charts import PAPER, dot_chart, image, share_chart
+from tools.report.charts import dot_chart, image, share_chart, stacked
 
 WIDTH, NAMES = 1005, 310
 """Of the charts and of the column of names; CSS pixels."""
@@ -26,12 +26,7 @@ def draw(results: Sequence[Result], caption: str) -> Image.Image:
         about = "shares of a step in the profiler, each part with its backward; ms beside the names"
         shares = share_chart(title, steps, unit="ms", width=WIDTH, names=NAMES)
         charts.append(image(shares, about))
-    picture = Image.new("RGB", (charts[0].width, sum(chart.height for chart in charts)), PAPER)
-    top = 0
-    for chart in charts:
-        picture.paste(chart, (0, top))
-        top += chart.height
-    return picture
+    return stacked(charts)
 
 
 def rate_chart(results: Sequence[Result]) -> str:

@@ -202,8 +202,8 @@ def transfer(bench: Bench) -> None:
     """
     if bench.device.type == "cuda":
         _, canvas, *_ = bench.sample()
-        pinned, there = canvas.pin_memory(), torch.empty_like(canvas, device=bench.device)
-        call = partial(there.copy_, pinned, non_blocking=True)
+        pinned, target = canvas.pin_memory(), torch.empty_like(canvas, device=bench.device)
+        call = partial(target.copy_, pinned, non_blocking=True)
         size = canvas.numel()
         work = Work("transfer", "host to device", call, len(canvas), bench.batch, 1, size)
         bench.measure([work])

@@ -101,9 +101,9 @@ def imagenet(root: Path) -> Source:
     if not files.is_folder(root / "train") and files.is_file(whole):
         return _imagenet_of_one_tar(root, whole)
     folder = files.require_folder(root, "train", "<wnid>/*.JPEG")
-    there = list(files.entries(folder))
-    folders = {entry.name for entry in there if files.is_dir(entry)}
-    packed = {entry.name: files.stem(entry.name) for entry in there if files.is_archive(entry)}
+    entries = list(files.entries(folder))
+    folders = {entry.name for entry in entries if files.is_dir(entry)}
+    packed = {entry.name: files.stem(entry.name) for entry in entries if files.is_archive(entry)}
     classes = sorted(folders | set(packed.values()))
     if not classes:
         raise UserError(
@@ -184,8 +184,8 @@ def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> 
 def _add_folder(source: Source, name: str, content: str) -> None:
     """Add the images directly in ROOT/name, sorted."""
     folder, before = files.require_folder(source.root, name, content), len(source)
-    there = (entry.name for entry in files.entries(folder) if not files.is_dir(entry))
-    source.add_files(sorted(f"{name}/{file}" for file in there if _is_chosen(source, file)))
+    names = (entry.name for entry in files.entries(folder) if not files.is_dir(entry))
+    source.add_files(sorted(f"{name}/{file}" for file in names if _is_chosen(source, file)))
     if len(source) == before:
         raise UserError(f"{folder}: expected image files; {files.contents(folder)}")
 

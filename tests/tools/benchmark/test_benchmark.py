@@ -1,4 +1,4 @@
-"""The benchmark: what it measures, what it writes, and what it concludes from given figures."""
+"""The benchmark: its measurements, its files, and its conclusions from given figures."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def result(stage: str, backend: str, rate: float, **more: Any) -> Result:
 def test_every_stage_is_measured_and_written_down(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Reports and later comparisons read this file: nobody would notice a lost stage."""
+    """Reports and later comparisons read this file: a lost stage would go unnoticed."""
     monkeypatch.setitem(COPY, "cpu", 1 << 16)
     run(
         monkeypatch, "all", "--data", folder / "small.beton", "--config", folder / "tiny.yaml",
