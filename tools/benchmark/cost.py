@@ -164,7 +164,7 @@ def measure(bench: Bench, args: Namespace) -> dict[str, Any]:
 
 
 def _measure_size(bench: Bench, side: int, epochs: int) -> Size:
-    """The step plain and fast, by turns, and the loader, on views of `side` pixels.
+    """The plain and the fast step by turns, then the loader, on views of `side` pixels.
 
     The copy of `bench` for this size appends to the same results.
     """

@@ -30,8 +30,8 @@ def draw(results: Sequence[Result], caption: str) -> Image.Image:
 
 
 def rate_chart(results: Sequence[Result]) -> str:
-    """Whole stages, from the lowest to the highest repeat. Single operations are only in the table,
-    and so is decoding with fewer threads.
+    """Whole stages, from the lowest to the highest repeat. Only the table shows single operations,
+    and decoding with fewer threads.
     """
     most = max((r.threads for r in results if r.stage == "decode"), default=0)
     rows = [r for r in results if r.operation in (None, "overlap") or r.stage == "step"]
@@ -47,7 +47,7 @@ def rate_chart(results: Sequence[Result]) -> str:
 
 
 def ceilings(results: Sequence[Result]) -> dict[str, float]:
-    """Rates that no data path can exceed, of those that were measured; images/s."""
+    """The measured rates that no data path can exceed; images/s."""
     limits = {
         "disk": find(results, "read", "disk"),
         "page cache": find(results, "read", "page cache"),

@@ -221,14 +221,8 @@ def _few_views(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
 
 def _profiled(bench: Bench, work: Work, result: Result, detail: StepDetail) -> StepDetail:
     profile = profile_step(work.call, bench.device)
-    return replace(
-        detail,
-        parts=profile.parts,
-        beside=beside_networks(profile.parts, profile.launches and result.ms),
-        operators=profile.operators,
-        launches=profile.launches,
-        host_waits=profile.host_waits,
-    )
+    beside = beside_networks(profile.parts, profile.launches and result.ms)
+    return replace(detail, **vars(profile), beside=beside)
 
 
 def _work(bench: Bench, backend: str, variant: str | None, call: Callable[[], object]) -> Work:

@@ -198,7 +198,7 @@ def _path_limit(results: Sequence[Result], path: Result, cores: int, needed: flo
 
 
 def _decoding_advice(path: Result, cores: int, needed: float) -> str:
-    """More threads as long as there are cores, then more cores."""
+    """More threads if there are free cores, else more cores."""
     per_thread = path.images_per_s / path.threads
     enough = math.ceil(needed / per_thread) if math.isfinite(needed) else cores
     if cores > path.threads:
@@ -219,9 +219,9 @@ _Row = Mapping[str, Any]
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[Path]) -> str:
-    """A table of the ratios between two --json files, under a warning for every other difference.
+    """A table of the ratios between two --json files, below a warning for every other difference.
 
-    Raises UserError for files of another kind.
+    Raises UserError if a file holds no measurements, or if they have none in common.
     """
     runs = list(zip((first, second), names, strict=True))
     lines = [

@@ -118,7 +118,7 @@ def walk(top: Path, start: str) -> Iterator[tuple[str, str]]:
 
 
 def contents(folder: Path) -> str:
-    """What is at `folder`, for an error message."""
+    """The content of `folder`, for an error message."""
     if not is_folder(folder):
         return f"{folder} is {'not a folder' if os.path.lexists(folder) else 'missing'}"
     names = sorted(entry.name + "/" * is_dir(entry) for entry in entries(folder))

@@ -42,7 +42,10 @@ def contact_sheet(beton: Beton, workers: int) -> Image.Image:
     height = 2 * MARGIN + CAPTION + rows * (CELL + LABEL + CELL_GAP) - CELL_GAP
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    _caption(draw, beton, f"{count} of {len(beton):,} images")
+    draw.text((MARGIN, MARGIN - 8), _shorten(beton.path.name, 60), INK, ImageFont.load_default(36))
+    about = f"{count} of {len(beton):,} images"
+    draw.text((MARGIN, MARGIN + 38), about, FAINT, ImageFont.load_default(26))
+    label = ImageFont.load_default(18)
     thumbnails = ordered_map(lambda i: _thumbnail(beton, i), chosen, workers)
     for number, (i, thumbnail) in enumerate(zip(chosen, thumbnails, strict=True)):
         row, column = divmod(number, COLUMNS)
@@ -50,10 +53,9 @@ def contact_sheet(beton: Beton, workers: int) -> Image.Image:
         y = MARGIN + CAPTION + row * (CELL + LABEL + CELL_GAP)
         inset = ((CELL - thumbnail.width) // 2, CELL - thumbnail.height)
         sheet.paste(thumbnail, (x + inset[0], y + inset[1]))
-        name = _shorten(beton.name(i), 26)
-        draw.text((x + CELL // 2, y + CELL + 8), name, INK, _font(18), anchor="ma")
-        size = f"{beton.width[i]} x {beton.height[i]}"
-        draw.text((x + CELL // 2, y + CELL + 32), size, FAINT, _font(18), anchor="ma")
+        name, size = _shorten(beton.name(i), 26), f"{beton.width[i]} x {beton.height[i]}"
+        draw.text((x + CELL // 2, y + CELL + 8), name, INK, label, anchor="ma")
+        draw.text((x + CELL // 2, y + CELL + 32), size, FAINT, label, anchor="ma")
     return sheet
 
 
@@ -63,18 +65,11 @@ def _thumbnail(beton: Beton, i: int) -> Image.Image:
         image = Image.fromarray(beton.decode(i))
     except CorruptRecord:
         image = Image.new("RGB", (CELL, CELL), MISSING)
-        ImageDraw.Draw(image).text((CELL // 2, CELL // 2), "damaged", INK, _font(26), anchor="mm")
+        ImageDraw.Draw(image).text(
+            (CELL // 2, CELL // 2), "damaged", INK, ImageFont.load_default(26), anchor="mm"
+        )
     image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     return image
-
-
-def _caption(draw: ImageDraw.ImageDraw, beton: Beton, text: str) -> None:
-    draw.text((MARGIN, MARGIN - 8), _shorten(beton.path.name, 60), INK, _font(36))
-    draw.text((MARGIN, MARGIN + 38), text, FAINT, _font(26))
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _shorten(name: str, length: int) -> str:
