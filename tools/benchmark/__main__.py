@@ -72,7 +72,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
     parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar="FILE.json", help="the --json files of two runs"
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar="FILE.json",
+        help="print the ratios between the --json files of two runs",
     )
     args = parser.parse_args(argv)
     files = args.config or [_config("demo_cpu")]
