@@ -105,7 +105,7 @@ def _round(work: Path, workers: int) -> Iterator[dict[str, Any]]:
     yield _measure("cp -r", work, coco, ["cp", "-r", coco, work / "copy"])
     synced = f"cp -r {coco} {work}/copy && sync -f {work}/copy"
     yield _measure("cp -r, then sync", work, coco, ["sh", "-c", synced])
-    for what, options in (
+    for title, options in (
         ("coco", ["coco", "--root", work / "coco"]),
         ("coco, train2017.zip", ["coco", "--root", work / "zip"]),
         ("imagenet", ["imagenet", "--root", work / "imagenet"]),
@@ -114,7 +114,7 @@ def _round(work: Path, workers: int) -> Iterator[dict[str, Any]]:
         ("list, with labels", ["list", "--list", work / "list.csv"]),
         ("coco --check decode", ["coco", "--root", work / "coco", "--check", "decode"]),
     ):
-        yield _pack(what, work, coco, workers, options)
+        yield _pack(title, work, coco, workers, options)
     budget = sum(path.stat().st_size for path in few.iterdir()) // 2
     for store in ("jpeg --max-side 500", "raw --max-side 256", f"auto --budget {budget}"):
         options = ["folder", "--root", few, "--store", *store.split()]
@@ -125,20 +125,20 @@ def _round(work: Path, workers: int) -> Iterator[dict[str, Any]]:
 
 
 def _pack(
-    what: str, work: Path, files: Path, workers: int, options: Sequence[object]
+    title: str, work: Path, files: Path, workers: int, options: Sequence[object]
 ) -> dict[str, Any]:
     command = [sys.executable, "-m", "tools.build_dataset", *options, "--workers", workers]
-    return _measure(what, work, files, [*command, "--out", work / "o.beton"])
+    return _measure(title, work, files, [*command, "--out", work / "o.beton"])
 
 
 def _ffcv(
-    what: str, work: Path, files: Path, workers: int, settings: dict[str, int]
+    title: str, work: Path, files: Path, workers: int, settings: dict[str, int]
 ) -> dict[str, Any]:
     command = [sys.executable, "-c", FFCV, files, work / "o.beton", workers, json.dumps(settings)]
-    return _measure(what, work, files, command)
+    return _measure(title, work, files, command)
 
 
-def _measure(what: str, work: Path, files: Path, command: Sequence[object]) -> dict[str, Any]:
+def _measure(title: str, work: Path, files: Path, command: Sequence[object]) -> dict[str, Any]:
     """Run `command` on `files`. If it prints its time in seconds, that time counts."""
     sizes = [len(path.read_bytes()) for path in files.iterdir()]  # fills the page cache
     start = time.perf_counter()
@@ -148,7 +148,7 @@ def _measure(what: str, work: Path, files: Path, command: Sequence[object]) -> d
         seconds = float(done.stdout)
     made = [*(work / "copy").glob("*"), *work.glob("o.beton")]
     result = {
-        "what": what,
+        "what": title,
         "images": len(sizes),
         "images_per_s": len(sizes) / seconds,
         "mb_per_s": sum(sizes) / seconds / 1e6,

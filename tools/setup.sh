@@ -12,7 +12,7 @@ pythons=(python3 python3.11 python3.12 python3.13 python3.14)
 die() { echo "error: $*" >&2; exit 2; }
 say() { echo "setup: $*"; }
 
-# The first interpreter of at least 3.11; prints nothing when there is none.
+# The first interpreter of at least 3.11; prints nothing if none is found.
 find_python() {
     local candidate
     for candidate in ${PYTHON3:-"${pythons[@]}"}; do
@@ -65,7 +65,7 @@ install_system_packages() {
     fi
     say "apt-get update"
     "${sudo[@]}" apt-get update -qq
-    mapfile -t missing < <(missing_packages) # the names depend on what this release offers
+    mapfile -t missing < <(missing_packages) # the names depend on the release's packages
     say "apt-get install ${missing[*]}"
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
@@ -91,7 +91,7 @@ install_python_packages() {
     "${pip[@]}" --no-build-isolation --editable '.[dali,dev,power,timm]'
 }
 
-# ffcv and cv2 load system libraries: find out now whether they are there.
+# ffcv and cv2 load system libraries: check now that they are installed.
 check_imports() {
     local output
     output=$("$venv/bin/python" -c 'import cv2, ffcv.libffcv' 2>&1) ||

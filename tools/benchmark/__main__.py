@@ -46,7 +46,7 @@ images/s are medians; lowest and highest are those of the repeats. GB/s count th
 move at least.
 """
 
-MOST_THREADS = 1024  # more than any machine needs; the system kills processes with far more
+MOST_THREADS = 1024  # enough for any machine; the system kills processes with far more
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -72,7 +72,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
     parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar="FILE.json", help="the --json files of two runs"
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar="FILE.json",
+        help="print the ratios between the --json files of two runs",
     )
     args = parser.parse_args(argv)
     files = args.config or [_config("demo_cpu")]
@@ -81,7 +85,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _add_subject(parser: CommandParser) -> None:
-    """What is measured, and where."""
+    """Options that choose the data, the model and the machine."""
     parser.add_argument("--data", help="the beton to measure on")
     parser.add_argument(
         "--synthetic",
@@ -93,7 +97,7 @@ def _add_subject(parser: CommandParser) -> None:
         type=_config,
         action="append",
         help="views, model and precision: a file, or the name of a file in configs/ (demo_cpu);"
-        " of several files a later one overrides",
+        " a later file overrides an earlier one",
     )
     parser.add_argument(
         "--batch", type=int, help="images in a batch (64; cost: the recipe's on a GPU, 4 on a CPU)"
@@ -103,7 +107,7 @@ def _add_subject(parser: CommandParser) -> None:
         type=int,
         nargs="+",
         default=[len(os.sched_getaffinity(0))],
-        help="decoding threads (all cores); of several numbers, decode is measured with each, all"
+        help="decoding threads (all cores); decode is measured with each of several numbers, all"
         " other stages with the largest",
     )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
@@ -120,30 +124,37 @@ def _add_subject(parser: CommandParser) -> None:
 
 
 def _add_extent(parser: CommandParser) -> None:
-    """How long, and on how much."""
+    """Options that choose the length of the measurement."""
     parser.add_argument(
         "--largest-batch",
         action="store_true",
         help="step: find the largest batch that fits the GPU, to an eighth",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="after one warm-up (5)")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats after one warm-up (5)")
     parser.add_argument(
-        "--seconds", type=float, default=0.5, help="of a repeat, at least one batch (0.5)"
+        "--seconds", type=float, default=0.5, help="length of a repeat, at least one batch (0.5)"
     )
     parser.add_argument(
-        "--images", type=int, help="most images to read and decode at a time (256 for each thread)"
+        "--images",
+        type=int,
+        help="largest number of images read and decoded at a time (256 for each thread)",
     )
 
 
 def _add_cost(parser: CommandParser) -> None:
-    parser.add_argument("--minutes", type=float, default=1.0, help="cost: measure for about (1)")
-    parser.add_argument("--watts", type=float, help="cost: of a GPU, if nvidia-ml-py is missing")
+    parser.add_argument(
+        "--minutes", type=float, default=1.0, help="cost: length of the measurement, about (1)"
+    )
+    parser.add_argument(
+        "--watts", type=float, help="cost: power of a GPU, if nvidia-ml-py is missing"
+    )
     parser.add_argument(
         "--co2-per-kwh",
         type=float,
         default=cost.CO2_PER_KWH,
         metavar="GRAMS",
-        help=f"cost: ({cost.CO2_PER_KWH:.0f}, the world's in 2024 by the IEA's Electricity 2025)",
+        help=f"cost: CO2 of electricity ({cost.CO2_PER_KWH:.0f}: the world's in 2024, by the IEA's"
+        " Electricity 2025)",
     )
 
 
@@ -193,14 +204,14 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def check_cost(args: argparse.Namespace) -> None:
-    """Refuse options without a meaning for `cost`. Raises UserError."""
+    """Refuse options that do not apply to `cost`. Raises UserError."""
     if args.stages != ["cost"] or args.synthetic or args.plot:
-        raise UserError("cost goes without other stages, --synthetic and --plot")
+        raise UserError("cost cannot be combined with other stages, --synthetic or --plot")
     usual = parse(["cost"])
     for name in ("also", "backends", "images", "repeats", "seconds"):
         if getattr(args, name) != getattr(usual, name):
             raise UserError(
-                f"cost: --{name} means nothing here; --minutes says how long to measure"
+                f"cost: --{name} has no effect here; --minutes sets the length of the measurement"
             )
     positive = (args.minutes, args.co2_per_kwh, 1 if args.watts is None else args.watts)
     if not all(0 < value < math.inf for value in positive):
@@ -208,7 +219,7 @@ def check_cost(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Bench:
-    """Open the configuration and the beton; `cost` does without a beton."""
+    """Open the configuration and the beton, which `cost` does not need."""
     for_cost, device = args.stages == ["cost"], torch.device(args.device)
     path = args.data or (None if for_cost else "none")
     config, _ = load_config([*args.config, *(["--data.path", path] if path else [])])
@@ -236,7 +247,7 @@ def prepare(args: argparse.Namespace) -> Bench:
 
 
 def describe(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
-    """Everything beside the machine that a figure depends on."""
+    """The settings on which the figures depend, without the machine."""
     return {
         "device": bench.device.type,
         "batch": bench.batch,
@@ -279,7 +290,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.compare:
         if args.stages or args.data or args.synthetic:
-            raise UserError("--compare measures nothing: leave out stages and --data")
+            raise UserError("--compare measures nothing: give no stages, --data or --synthetic")
         from tools.report.results import read_results
 
         first, second = (read_results(path) for path in args.compare)

@@ -45,7 +45,7 @@ sheets (half of the figures with sparsity). The first match counts."""
 
 @dataclass(frozen=True)
 class Size:
-    """A size of the views, and what was measured with it."""
+    """A size of the views, and the measurements with it."""
 
     side: int
     epochs: int
@@ -56,23 +56,23 @@ class Size:
     loader: float | None
     """images/s on this machine; None without a beton."""
     watts: dict[str, float]
-    """By backend, of a GPU; empty where nothing measures them."""
+    """By backend, of one GPU; empty if they cannot be measured."""
 
 
 class Recipe(NamedTuple):
-    """How much training a recipe asks for."""
+    """The amount of training in a recipe."""
 
     name: str
     images: int
     """Per epoch, without the dropped last batch."""
     source: str
-    """Where that number comes from."""
+    """The source of that number."""
     epochs: dict[int, int]
     """By the views' side."""
 
 
 def recipe_of(config: RunConfig, beton_images: int | None) -> Recipe:
-    """Raises UserError where the number of images is unknown."""
+    """Raises UserError if the number of images is unknown."""
     stem = Path(config.data.path).stem
     count = beton_images or IMAGES.get(stem)
     if count is None:
@@ -86,8 +86,8 @@ def recipe_of(config: RunConfig, beton_images: int | None) -> Recipe:
 def costs(
     recipe: Recipe, sizes: Sequence[Size], peak: float | None, co2_per_kwh: float, loaders: int = 1
 ) -> list[dict[str, Any]]:
-    """Each backend on each number of `GPUS`, from the rates of one GPU: "measured" is false where
-    that assumes perfect scaling.
+    """Each backend on each number of `GPUS`, from the rates of one GPU. "measured" is false if the
+    row assumes perfect scaling.
 
     `peak` in TFLOP/s; `co2_per_kwh` in g; `loaders`: GPUs that share the measured loader.
     """
@@ -164,7 +164,7 @@ def measure(bench: Bench, args: Namespace) -> dict[str, Any]:
 
 
 def _measure_size(bench: Bench, side: int, epochs: int) -> Size:
-    """The step plain and fast, by turns, and the loader, on views of `side` pixels.
+    """The plain and the fast step by turns, then the loader, on views of `side` pixels.
 
     The copy of `bench` for this size appends to the same results.
     """

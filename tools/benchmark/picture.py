@@ -7,7 +7,7 @@ from PIL import Image
 from tools.benchmark.profile import PARTS
 from tools.benchmark.timing import Result
 from tools.benchmark.verdict import find, plain_copy
-from tools.report.charts import PAPER, dot_chart, image, share_chart
+from tools.report.charts import dot_chart, image, share_chart, stacked
 
 WIDTH, NAMES = 1005, 310
 """Of the charts and of the column of names; CSS pixels."""
@@ -26,17 +26,12 @@ def draw(results: Sequence[Result], caption: str) -> Image.Image:
         about = "shares of a step in the profiler, each part with its backward; ms beside the names"
         shares = share_chart(title, steps, unit="ms", width=WIDTH, names=NAMES)
         charts.append(image(shares, about))
-    picture = Image.new("RGB", (charts[0].width, sum(chart.height for chart in charts)), PAPER)
-    top = 0
-    for chart in charts:
-        picture.paste(chart, (0, top))
-        top += chart.height
-    return picture
+    return stacked(charts)
 
 
 def rate_chart(results: Sequence[Result]) -> str:
-    """Whole stages, from the lowest to the highest repeat. Single operations are only in the table,
-    and so is decoding with fewer threads.
+    """Whole stages, from the lowest to the highest repeat. Only the table shows single operations,
+    and decoding with fewer threads.
     """
     most = max((r.threads for r in results if r.stage == "decode"), default=0)
     rows = [r for r in results if r.operation in (None, "overlap") or r.stage == "step"]
@@ -52,7 +47,7 @@ def rate_chart(results: Sequence[Result]) -> str:
 
 
 def ceilings(results: Sequence[Result]) -> dict[str, float]:
-    """Rates that no data path can exceed, of those that were measured; images/s."""
+    """The measured rates that no data path can exceed; images/s."""
     limits = {
         "disk": find(results, "read", "disk"),
         "page cache": find(results, "read", "page cache"),

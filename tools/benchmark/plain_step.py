@@ -24,7 +24,7 @@ from model.slotcon import Branch
 class PlainStep:
     """Training steps in NCHW. Changes `model` in place.
 
-    `dtype` is that of autocast: float32 turns autocast off, float16 adds loss scaling. ValueError
+    `dtype` is autocast's: float32 turns autocast off, float16 adds loss scaling. Raises ValueError
     for a variant of the method, which has no plain version.
     """
 

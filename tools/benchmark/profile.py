@@ -20,7 +20,7 @@ PARTS = (
     *NETWORKS, "geometry", "grouping", "losses", "slots", "image level", "teacher update", "LARS",
     "other",
 )  # fmt: skip
-"""In the order of the picture. Each includes its backward; the student's is a part of its own.
+"""In the order of the picture. Each includes its backward pass; only the student's is separate.
 geometry: RoIAlign and un-flip; grouping: scores and slots; losses: grouping loss and centre; slots:
 selection, predictor, contrast; other: loss scale, metrics, Python between operators."""
 

@@ -43,11 +43,11 @@ COPY = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
 def repeated(beton: "Beton", count: int) -> "Beton":
-    """The beton, its images repeated until they are at least `count`."""
+    """The beton with its images repeated, so that there are at least `count`."""
     if len(beton) >= count:
         return beton
     longer = copy.copy(beton)
-    longer.file = os.dup(beton.file)  # each of the two closes its file
+    longer.file = os.dup(beton.file)  # both betons close their file
     times = -(-count // len(beton))
     longer.records = np.tile(beton.records, (times, 1))
     longer.height, longer.width = np.tile(beton.height, times), np.tile(beton.width, times)
@@ -57,8 +57,8 @@ def repeated(beton: "Beton", count: int) -> "Beton":
 
 
 def read(bench: Bench) -> None:
-    """Records into memory, not decoded: from the page cache, then from the disk, if the system
-    follows the advice to forget the pages. Bytes: the records'.
+    """Records into memory, not decoded: from the page cache; then from the disk, unless the system
+    ignores the advice to forget the pages. Bytes: the records'.
     """
     beton = _beton(bench)
     records = np.unique(beton.records[: bench.images, :2], axis=0).tolist()
@@ -202,8 +202,8 @@ def transfer(bench: Bench) -> None:
     """
     if bench.device.type == "cuda":
         _, canvas, *_ = bench.sample()
-        pinned, there = canvas.pin_memory(), torch.empty_like(canvas, device=bench.device)
-        call = partial(there.copy_, pinned, non_blocking=True)
+        pinned, target = canvas.pin_memory(), torch.empty_like(canvas, device=bench.device)
+        call = partial(target.copy_, pinned, non_blocking=True)
         size = canvas.numel()
         work = Work("transfer", "host to device", call, len(canvas), bench.batch, 1, size)
         bench.measure([work])
@@ -312,7 +312,7 @@ def batches(bench: Bench, backend: str, crops: Crops, batch: int) -> Generator["
         window_bytes=int(data.window_gb * 1e9), device=bench.device, dtype=bench.dtype,
         threads=bench.cores,
     )  # fmt: skip
-    # DALI's source checks each record in the first epoch only, of many in a run.
+    # In the first epoch, DALI's source also checks each record: not typical of a run.
     warm = loader.steps_per_epoch if crops == "dali" and len(beton) <= EPOCH * bench.batch else 4
 
     def endless() -> Generator["Batch", None, None]:
@@ -375,7 +375,7 @@ FROM_A_FILE = ("read", "decode", "pipeline")
 
 
 def _threads(bench: Bench, name: str) -> int:
-    """Threads of the host: kornia uses PyTorch's, unless a GPU does the work."""
+    """Threads of the host: on a CPU kornia uses PyTorch's."""
     return torch.get_num_threads() if bench.device.type == "cpu" and name == "kornia" else 1
 
 
@@ -405,7 +405,7 @@ def _has_dali(bench: Bench, stage: str) -> bool:
 
 
 def _in_threads(part: Callable[[Iterator[Any]], None], items: Sequence[Any], threads: int) -> None:
-    """Let threads take from `items` until none is left. An error of a thread is raised here."""
+    """Threads take from `items` until none is left. Raises the error of a thread."""
     left = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(part, left) for _ in range(threads)]:

@@ -1,5 +1,5 @@
-"""The training step on views that are already there: the plain recipe and the trainer's step, by
-turns, and the time of its parts, its operators, launches and memory.
+"""The training step on views that are already on the device: the plain recipe and the trainer's
+step by turns, with the time of its parts, its operators, launches and memory.
 """
 
 import copy
@@ -139,7 +139,7 @@ def step_views(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of noise, alike within a pair, with overlaps and flips as training draws them.
+    """Views of noise, similar within a pair, with overlaps and flips as training draws them.
 
     Returns views [2, B, 3, S, S], overlap [2, B, 4], flipped bool [2, B].
     """
@@ -156,8 +156,8 @@ def step_views(
 def spread_prototypes(model: SlotCon, views: Tensor) -> None:
     """Take the prototypes of both networks from features of cells of `views` [2, B, 3, S, S].
 
-    The features of an untrained network are much alike, so that one random prototype wins all
-    cells. The loss would contrast one slot an image, where training contrasts several.
+    The features of an untrained network are similar, so one random prototype wins all cells. The
+    loss would then contrast one slot an image, but training contrasts several.
     """
     features = model.student(views[0]).features
     cells = features.permute(0, 2, 3, 1).flatten(0, 2)
@@ -189,8 +189,8 @@ def step_works(bench: Bench, start: SlotCon, ways: Sequence[Way]) -> Iterator[Wo
 
 
 def step(bench: Bench) -> None:
-    """A training step on views that are already there: the plain recipe, the trainer's step, and
-    the variants of --also, by turns; then parts, operators, launches and memory of each.
+    """A training step on views that are already on the device: the plain recipe, the trainer's step
+    and the variants of --also by turns; then parts, operators, launches and memory of each.
     """
     ways, start = ways_of(bench.config.model), start_of(bench)
     if len(ways) == 1:
@@ -221,14 +221,8 @@ def _few_views(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
 
 def _profiled(bench: Bench, work: Work, result: Result, detail: StepDetail) -> StepDetail:
     profile = profile_step(work.call, bench.device)
-    return replace(
-        detail,
-        parts=profile.parts,
-        beside=beside_networks(profile.parts, profile.launches and result.ms),
-        operators=profile.operators,
-        launches=profile.launches,
-        host_waits=profile.host_waits,
-    )
+    beside = beside_networks(profile.parts, profile.launches and result.ms)
+    return replace(detail, **vars(profile), beside=beside)
 
 
 def _work(bench: Bench, backend: str, variant: str | None, call: Callable[[], object]) -> Work:
@@ -292,7 +286,7 @@ def _find_largest(bench: Bench, ways: Sequence[Way]) -> None:
 
 
 def _fits(bench: Bench, backend: str, variant: str | None, batch: int) -> bool:
-    """Whether two steps fit the GPU's memory, of which nothing else is used."""
+    """Whether two steps fit the GPU's memory when nothing else uses it."""
     bench.progress(_work(bench, backend, variant or f"batch {batch}", lambda: None))
     gc.collect()
     torch.cuda.empty_cache()

@@ -55,17 +55,17 @@ class Result:
     ms: float
     """Of a batch."""
     host_ms: float
-    """Until the calls for a batch returned; less than `ms` where a device is still working."""
+    """Until the calls for a batch returned; less than `ms` if the device was still working."""
     batch: int
     threads: int
     repeats: int
     bytes_per_s: float | None = None
     """Of the bytes that must move at least; each stage's docstring names them."""
     operation: str | None = None
-    """The one augmentation operation that was on; or "overlap", a pipeline while training; or the
-    one setting in which a step differs from the configuration."""
+    """The augmentation operation that was measured alone; or "overlap", a pipeline while training;
+    or the setting in which a step differs from the configuration."""
     crops: str | None = None
-    """Where a pipeline crops."""
+    """Where a pipeline crops: device, host or dali."""
     ratio: float | None = None
     """Rate divided by that of `ratio_to`, measured by turns in the same run."""
     ratio_to: str | None = None
@@ -137,7 +137,7 @@ class Bench:
         return max(self.threads)
 
     def measure(self, works: Sequence[Work], ratio_to: str | None = None) -> list[Result]:
-        """Time alternatives by turns, so that a disturbance slows all of them down.
+        """Time alternatives by turns, so that a disturbance slows all of them.
 
         A ratio is the median of the rounds' ratios to the backend `ratio_to`.
         """

@@ -1,4 +1,4 @@
-"""What the benchmark's figures say: tables, a verdict, a comparison of two runs."""
+"""The benchmark's output: tables, a verdict, a comparison of two runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ def plain_copy(results: Sequence[Result]) -> Result | None:
 
 
 def verdict(results: Sequence[Result], cores: int) -> str:
-    """Which stage limits training, by how much, and what would help; from measured rates alone."""
+    """The stage that limits training, by how much, and the remedy; from measured rates alone."""
     paths = [r for r in results if r.stage == "pipeline" and not r.operation]
     step = find(results, "step", "fast")
     if not paths:
@@ -138,7 +138,7 @@ def verdict(results: Sequence[Result], cores: int) -> str:
 
 
 def _step_advice(results: Sequence[Result], step: Result) -> str:
-    """What speeds up a step that limits: a measured setting, or else fewer pixels."""
+    """How to speed up a step that limits: by a measured setting, or else by fewer pixels."""
     variants = [r for r in results if (r.stage, r.backend) == ("step", "fast") and r.operation]
     best = max(variants, key=lambda result: result.images_per_s, default=step)
     if best.images_per_s > 1.05 * step.images_per_s:
@@ -171,7 +171,7 @@ _ADVICE = {
 
 
 def _path_limit(results: Sequence[Result], path: Result, cores: int, needed: float) -> str:
-    """The slowest stage of a data path that should deliver `needed` images/s, and what helps."""
+    """The slowest stage of a data path that should deliver `needed` images/s, and the remedy."""
     stages = {
         "reading": find(results, "read", "page cache"),
         "parameters": find(results, "params", "numba"),
@@ -198,7 +198,7 @@ def _path_limit(results: Sequence[Result], path: Result, cores: int, needed: flo
 
 
 def _decoding_advice(path: Result, cores: int, needed: float) -> str:
-    """More threads as long as there are cores, then more cores."""
+    """More threads if there are free cores, else more cores."""
     per_thread = path.images_per_s / path.threads
     enough = math.ceil(needed / per_thread) if math.isfinite(needed) else cores
     if cores > path.threads:
@@ -219,9 +219,9 @@ _Row = Mapping[str, Any]
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[Path]) -> str:
-    """A table of the ratios between two --json files, under a warning for every other difference.
+    """A table of the ratios between two --json files, below a warning for every other difference.
 
-    Raises UserError for files of another kind.
+    Raises UserError if a file holds no measurements, or if they have none in common.
     """
     runs = list(zip((first, second), names, strict=True))
     lines = [
@@ -267,7 +267,7 @@ def _differences(first: _Row, second: _Row) -> list[tuple[str, Any, Any]]:
 
 
 def _groups(rows: Sequence[_Row], name: Path) -> dict[str, list[_Row]]:
-    """Rows by what they measured, in their order. Rows of a group differ in threads only."""
+    """Rows grouped by measurement, in their order. Rows of a group differ only in threads."""
     groups: dict[str, list[_Row]] = {}
     for row in rows:
         if not isinstance(row.get("images_per_s"), int | float) or not row["images_per_s"] > 0:

@@ -34,7 +34,7 @@ class Member(NamedTuple):
 
     name: str
     """Its path in the archive, with forward slashes. The path of a file in a nested archive begins
-    with that archive's path. Empty if the fault is that of the archive itself."""
+    with that archive's path. Empty if the fault is the archive's."""
     offset: int = 0
     """Where its bytes begin in the outermost archive, in bytes."""
     size: int = 0
@@ -51,7 +51,7 @@ class _Damage(Exception):
 
 
 def is_archive(name: str) -> bool:
-    """Whether a name is that of an archive, of a format that is read or not."""
+    """Whether a file of this name is an archive, whether its format is read or not."""
     return name.lower().endswith(SUFFIXES + UNREAD)
 
 
@@ -114,7 +114,7 @@ def _zip_member(info: zipfile.ZipInfo, file: int, end: int) -> Member:
 
 
 def _zip_data(info: zipfile.ZipInfo, file: int, end: int) -> int | None:
-    """Where the data of a file begins; None if that is impossible or another file's data."""
+    """Where the data of a file begins; None if the position is impossible or another file's."""
     if not 0 <= info.header_offset <= end:
         return None
     local = os.pread(file, 30, info.header_offset)

@@ -190,7 +190,7 @@ def inner_path(name: str, suffix: str) -> PurePosixPath:
 
 def beyond_the_end(path: Path, manifest: Manifest) -> list[Problem]:
     """The images that a truncated file has lost, from its beginning and the manifest; [] if the
-    beginning does not tell.
+    beginning is damaged too.
     """
     with path.open("rb") as file:
         size = path.stat().st_size

@@ -46,8 +46,8 @@ def require_folder(root: Path, name: str, content: str) -> Path:
 def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     """The entries of `folder` without hidden files, such as those of macOS."""
     try:
-        with os.scandir(folder) as found:
-            yield from (entry for entry in found if not entry.name.startswith("."))
+        with os.scandir(folder) as scan:
+            yield from (entry for entry in scan if not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from error
 
@@ -118,7 +118,7 @@ def walk(top: Path, start: str) -> Iterator[tuple[str, str]]:
 
 
 def contents(folder: Path) -> str:
-    """What is at `folder`, for an error message."""
+    """The content of `folder`, for an error message."""
     if not is_folder(folder):
         return f"{folder} is {'not a folder' if os.path.lexists(folder) else 'missing'}"
     names = sorted(entry.name + "/" * is_dir(entry) for entry in entries(folder))

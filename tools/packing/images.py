@@ -1,5 +1,5 @@
-"""Converting an image file to what a beton stores: the same bytes if FFCV decodes them correctly,
-else a conversion.
+"""Converting an image file to the form that a beton stores: the same bytes if FFCV decodes them
+correctly, else a conversion.
 
 `tools.packing.jpeg` checks the structure of a JPEG. A doubtful JPEG is decoded, and libjpeg's
 messages decide. With `Storage.check` "decode" each JPEG is decoded. This also finds most damage to
@@ -70,7 +70,7 @@ class Packed(NamedTuple):
 
 
 def pack_image(data: bytes, storage: Storage) -> Packed:
-    """Check the bytes of an image file and convert them to what is stored.
+    """Check the bytes of an image file and convert them to their stored form.
 
     A JPEG that FFCV decodes correctly stays unchanged. Any other image becomes upright RGB, stored
     as pixels without loss, or as JPEG with `storage.store` "jpeg".

@@ -128,8 +128,8 @@ def _walk(data: NDArray[np.uint8], position: int) -> int:
 
 @njit(nogil=True, cache=True)
 def _next_marker(data: NDArray[np.uint8], position: int) -> int:
-    """Offset of the next marker: a 0xFF that is not stuffing, a fill byte or a restart; -1 if there
-    is none. Looks at eight bytes at a time, because few groups of eight contain a 0xFF.
+    """Offset of the next marker: a 0xFF that is not stuffing, a fill byte or a restart; -1 without
+    one. Looks at eight bytes at a time, because few groups of eight contain a 0xFF.
     """
     last = len(data) - 1
     if position >= last:

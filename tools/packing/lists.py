@@ -38,7 +38,7 @@ def listed(path: Path, root: Path | None = None) -> Source:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Path and label of each line; the label is None if there is none."""
+    """Path and label of each line; None without a label."""
     if path.suffix.lower() not in (".csv", ".tsv"):
         yield from ((line.rstrip("\r\n"), None) for line in _lines(path) if line.strip())
         return

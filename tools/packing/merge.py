@@ -1,6 +1,7 @@
 """Merging the shards of a data set into one beton."""
 
 import os
+import sys
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,13 +53,12 @@ class _Shards:
         self.names: list[str] = []
         self._how: list[str] = []
         self._crcs = array("I")
-        known: dict[str, str] = {}  # one string object for equal strings
         for manifest, beton in opened:
             before = len(self.names)
             for record in manifest.records():
                 self.names.append(record.name)
                 self._crcs.append(int(record.crc32, 16))
-                self._how.append(known.setdefault(record.how, record.how))
+                self._how.append(sys.intern(record.how))  # one string object for equal strings
             if len(self.names) - before != len(beton):
                 raise UserError(f"{beton.path}: its manifest belongs to another file")
         self._starts = np.cumsum([0, *map(len, self.betons)])

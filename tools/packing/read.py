@@ -1,4 +1,4 @@
-"""Reading images from their files or archives, and converting them to what is stored."""
+"""Reading images from their files or archives, and converting them to their stored form."""
 
 import os
 import stat

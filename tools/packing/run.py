@@ -123,7 +123,6 @@ class _Run:
         self.bad: dict[int, str] = {}
         self.stored = {ORIGINAL: 0, "jpeg": 0, "raw": 0}
         self.journal: Journal
-        self._known: dict[str, str] = {}  # one string object for equal strings
 
     def resume(self) -> int:
         """Restore the state of an earlier run of this job; returns its number of images."""
@@ -251,11 +250,10 @@ class _Run:
         return () if self.job.labels is None else (self.job.labels[i],)
 
     def _note(self, row: Row) -> None:
-        """Keep what the manifest needs of the next image."""
+        """Keep the facts about the next image that the manifest needs."""
         if row.size:
-            how = self._known.setdefault(row.how, row.how)
-            self.how.append(how)
-            kind = "raw" if row.mode == RAW else ORIGINAL if how == ORIGINAL else "jpeg"
+            self.how.append(sys.intern(row.how))  # one string object for equal strings
+            kind = "raw" if row.mode == RAW else ORIGINAL if row.how == ORIGINAL else "jpeg"
             self.stored[kind] += 1
         else:
             self.bad[len(self.how)] = row.how
@@ -265,7 +263,7 @@ class _Run:
 
     def _replay(self, path: Path) -> int:
         """Restore the images of a journal up to the first whose data is not in the file; returns
-        the journal's length up to there.
+        the length of the journal up to this image.
 
         Reads bad images again, since the user may have repaired them. Stops at the first image
         that is no longer bad for the same reason.

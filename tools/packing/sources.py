@@ -31,7 +31,7 @@ class Source:
     names: list[str] = field(default_factory=list)
     """Paths below `root` with forward slashes, as if all archives were unpacked."""
     classes: list[str] | None = None
-    """Class names in the order of the labels; None if there are none."""
+    """Class names in the order of the labels; None without classes."""
     labels: array | None = None
     """The label of each image; None if the data set has none."""
     faults: dict[int, str] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Source:
     size: array = field(default_factory=lambda: array("q"))
     """Bytes of each image in the archive; negative if they are deflated."""
     crc: array = field(default_factory=lambda: array("q"))
-    """The archive's CRC-32 of each image; -1 if there is none."""
+    """The archive's CRC-32 of each image; -1 without one."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -101,9 +101,9 @@ def imagenet(root: Path) -> Source:
     if not files.is_folder(root / "train") and files.is_file(whole):
         return _imagenet_of_one_tar(root, whole)
     folder = files.require_folder(root, "train", "<wnid>/*.JPEG")
-    there = list(files.entries(folder))
-    folders = {entry.name for entry in there if files.is_dir(entry)}
-    packed = {entry.name: files.stem(entry.name) for entry in there if files.is_archive(entry)}
+    entries = list(files.entries(folder))
+    folders = {entry.name for entry in entries if files.is_dir(entry)}
+    packed = {entry.name: files.stem(entry.name) for entry in entries if files.is_archive(entry)}
     classes = sorted(folders | set(packed.values()))
     if not classes:
         raise UserError(
@@ -184,8 +184,8 @@ def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> 
 def _add_folder(source: Source, name: str, content: str) -> None:
     """Add the images directly in ROOT/name, sorted."""
     folder, before = files.require_folder(source.root, name, content), len(source)
-    there = (entry.name for entry in files.entries(folder) if not files.is_dir(entry))
-    source.add_files(sorted(f"{name}/{file}" for file in there if _is_chosen(source, file)))
+    names = (entry.name for entry in files.entries(folder) if not files.is_dir(entry))
+    source.add_files(sorted(f"{name}/{file}" for file in names if _is_chosen(source, file)))
     if len(source) == before:
         raise UserError(f"{folder}: expected image files; {files.contents(folder)}")
 
@@ -275,7 +275,7 @@ def _require_any(source: Source) -> Source:
 def mark_duplicates(
     source: Source, canonical: Callable[[str], str] = str, start: int = 0
 ) -> Source:
-    """Mark the second and later images of a name as bad. Unpacked, one would replace the other."""
+    """Mark further images of the same name as bad: unpacked, one would replace the other."""
     seen: set[str] = set()
     for position in range(start, len(source)):
         name = canonical(source.names[position])

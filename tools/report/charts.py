@@ -6,15 +6,17 @@ series' colours. `image` draws a chart as a picture instead.
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from xml.etree import ElementTree
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 560, 256
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 30, 40
 ROW, NAMES, VALUES = 26, 190, 96
 MAX_POINTS = 240
+BINS = 48
 LARGEST = 1e30
 
 # Of pictures, whose pixels are half as large as the page's.
@@ -191,8 +193,56 @@ def share_chart(
     return _figure(title, parts, "", v + 8, width)
 
 
+def histogram(
+    title: str,
+    values: np.ndarray,
+    marks: Iterable[float],
+    label: Callable[[float], str],
+    *,
+    logarithmic: bool,
+    width: float,
+) -> str:
+    """The number of `values` in each of `BINS` bins of equal width. `label` writes the numbers
+    `marks` below the axis. A logarithmic axis needs positive values.
+    """
+    scale = np.log if logarithmic else np.asarray
+    scaled = scale(values)
+    pad = 0.02 * float(np.ptp(scaled)) or 0.5
+    counts, edges = np.histogram(scaled, BINS, (scaled.min() - pad, scaled.max() + pad))
+    bar, base = (width - LEFT - RIGHT) / BINS, HEIGHT - BOTTOM
+    unit = (base - TOP) / counts.max()
+    parts = []
+    for count in ticks(0, int(counts.max()), 4)[1:]:
+        v = base - unit * count
+        parts.append(_line(LEFT, v, width - RIGHT, v, "grid"))
+        parts.append(_text(LEFT - 8, v + 4, short(count), "tick", "end"))
+    for number in np.flatnonzero(counts):
+        tall = max(1.5, unit * counts[number])  # one image among a million is visible
+        parts.append(_box(LEFT + bar * number + 0.5, base - tall, bar - 1, tall, "dot s0"))
+    parts.append(_line(LEFT, base, width - RIGHT, base, "axis"))
+    free = -math.inf  # the end of the last label
+    for mark in marks:
+        u = LEFT + bar * (float(scale(mark)) - edges[0]) / (edges[1] - edges[0])
+        half = 3.5 * len(label(mark))  # about half of the label's width
+        if LEFT <= u <= width - RIGHT and u - half >= free:
+            parts.append(_line(u, base, u, base + 4, "axis"))
+            parts.append(_text(u, base + 18, label(mark), "tick", "middle"))
+            free = u + half + 7
+    return _figure(title, parts, "", HEIGHT, width)
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """The pictures in one, from top to bottom."""
+    whole = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)), PAPER)
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    return whole
+
+
 def image(figure: str, caption: str) -> Image.Image:
-    """A dot chart or a share chart as a picture, under its title and a caption."""
+    """A chart as a picture, under its title and a caption. Not for line charts."""
     svg = ElementTree.fromstring(figure)[1]
     *_, width, height = map(float, svg.attrib["viewBox"].split())
     size = (width + 2 * MARGIN, TITLE + height + MARGIN)

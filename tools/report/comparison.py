@@ -11,7 +11,7 @@ from tools.report.scores import METRICS, Evaluation, network_values, note
 from train.run.log import duration
 
 MOST = 8
-"""The largest number of runs that a person can tell apart in a chart."""
+"""The largest number of runs whose curves are still distinct in a chart."""
 CURVES = (
     ("Total loss", ("loss",), False),
     ("Grouping loss, both directions", ("grouping_12", "grouping_21"), False),

@@ -242,7 +242,7 @@ def listed(values: Mapping[str, Any]) -> str:
 
 
 def missing(run: Run) -> list[tuple[str, str]]:
-    """What the page lacks, as (title, what follows `python -m` to make it)."""
+    """The missing parts of the page: (title, command after `python -m` that makes it)."""
     paths = {
         "run": run.folder,
         "data": run.settings.get("data.path", "FILE.beton"),
@@ -253,5 +253,7 @@ def missing(run: Run) -> list[tuple[str, str]]:
         values = {**paths, "out": run.folder / part.file}
         return part.command.format(**{k: shlex.quote(str(path)) for k, path in values.items()})
 
-    there = run.results.keys() | run.pictures.keys()
-    return [(part.title, command(part)) for part in (*RESULTS, *PICTURES) if part.name not in there]
+    present = run.results.keys() | run.pictures.keys()
+    return [
+        (part.title, command(part)) for part in (*RESULTS, *PICTURES) if part.name not in present
+    ]

@@ -23,15 +23,15 @@ LONGEST = 1e12
 
 
 class Part(NamedTuple):
-    """A part of a report, which a command of its own measures or draws."""
+    """A part of a report: one command measures or draws it."""
 
     name: str
-    """Of the option that names the file."""
+    """Of the part, and of the option that gives its file."""
     title: str
     file: str
     """Its usual name in the run's folder."""
     command: str
-    """What follows `python -m`, with {run}, {config}, {data} and {out}."""
+    """The command after `python -m`, with {run}, {config}, {data} and {out}."""
 
     @property
     def made_by(self) -> str:
@@ -87,7 +87,7 @@ PICTURES = (
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of a run say."""
+    """The content of a run's files."""
 
     folder: Path
     config: dict[str, Any]
@@ -128,14 +128,14 @@ def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
     except UserError:
         record = None
     paths = {part: given.get(part.name) or folder / part.file for part in (*RESULTS, *PICTURES)}
-    there = {part: path for part, path in paths.items() if given.get(part.name) or path.is_file()}
+    used = {part: path for part, path in paths.items() if given.get(part.name) or path.is_file()}
     return Run(
         folder,
         config,
         lines,
         record,
-        {part.name: read_part(part, path) for part, path in there.items() if part in RESULTS},
-        {part.name: path for part, path in there.items() if part in PICTURES},
+        {part.name: read_part(part, path) for part, path in used.items() if part in RESULTS},
+        {part.name: path for part, path in used.items() if part in PICTURES},
     )
 
 

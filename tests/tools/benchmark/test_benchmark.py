@@ -1,4 +1,4 @@
-"""The benchmark: what it measures, what it writes, and what it concludes from given figures."""
+"""The benchmark: its measurements, its files, and its conclusions from given figures."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def result(stage: str, backend: str, rate: float, **more: Any) -> Result:
 def test_every_stage_is_measured_and_written_down(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Reports and later comparisons read this file: nobody would notice a lost stage."""
+    """Reports and later comparisons read this file: a lost stage would go unnoticed."""
     monkeypatch.setitem(COPY, "cpu", 1 << 16)
     run(
         monkeypatch, "all", "--data", folder / "small.beton", "--config", folder / "tiny.yaml",
@@ -381,9 +381,9 @@ def test_files_that_cannot_be_compared_are_refused() -> None:
         ("decode augment --synthetic", "--synthetic has no file, which decode would measure"),
         ("augment --synthetic --batch 0", "must be at least 1"),
         ("step --synthetic --device cpu --largest-batch", "needs a GPU"),
-        ("cost step", "without other stages"),
+        ("cost step", "cannot be combined with other stages"),
         ("cost --minutes 0", "must be above 0"),
-        ("cost --also compile", "--also means nothing here"),
+        ("cost --also compile", "--also has no effect here"),
         ("cost --watts nan", "must be above 0"),
         ("cost --device cpu --config nowhere", "nowhere"),
         ("augment --synthetic --threads 2 0", "must be at least 1"),

@@ -9,7 +9,7 @@ from PIL import ImageColor
 
 from tools.benchmark.picture import ceilings
 from tools.benchmark.timing import Result
-from tools.report.charts import SERIES, decades, dot_chart, image, share_chart
+from tools.report.charts import SERIES, decades, dot_chart, histogram, image, share_chart
 
 ROWS = [("slow", 20.0, 15.0, 30.0), ("fast", 200.0, 150.0, 210.0)]
 
@@ -42,6 +42,19 @@ def test_dots_and_ceilings_lie_at_their_rates() -> None:
     assert ceiling == fast
     assert (high - low) / (fast - slow) == pytest.approx(math.log10(2), abs=0.01)
     assert "disk &amp; cache 200" in chart
+
+
+def test_bars_are_as_high_as_their_counts() -> None:
+    """Each value lies in the bar above its mark; marks beyond the values are not drawn."""
+    values = np.array([10.0] * 4 + [100.0] * 2 + [1000.0])
+    chart = histogram("sizes", values, [1, 10, 100, 1000, 10000], str, logarithmic=True, width=800)
+    bars = re.findall(r'<rect[^>]*x="([\d.]+)"[^>]*width="([\d.]+)" height="([\d.]+)"', chart)
+    heights = [float(height) for *_, height in bars]
+    assert [height / heights[2] for height in heights] == pytest.approx([4, 2, 1], rel=0.01)
+    marks = re.findall(r'x="([\d.]+)"[^>]*middle">(\d+)<', chart)
+    assert [label for _, label in marks] == ["10", "100", "1000"]
+    for (left, wide, _), (at, _) in zip(bars, marks, strict=True):
+        assert float(left) - 1 <= float(at) <= float(left) + float(wide) + 1
 
 
 def test_a_picture_shows_each_part_in_its_share() -> None:

@@ -29,7 +29,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_name_and_configuration(tmp_path: Path) -> None:
-    """Two folders called `demo` must be told apart."""
+    """Two folders called `demo` need different names."""
     runs = [write_run(tmp_path / parent / "demo") for parent in ("a", "b")]
     call(compare.main, *runs, "--out", tmp_path / "compare.html")
     page = Page((tmp_path / "compare.html").read_text())

@@ -117,7 +117,7 @@ def test_huggingface(model: SlotCon, out: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_model_card(out: Path) -> None:
-    """A finder of the folder reads what it holds, how to load it, and the licence of the images."""
+    """The card states the content, how to load it, and the licence of the images."""
     card = (out / FILES["huggingface"] / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
     assert "The teacher encoder of a SlotCon model: a resnet18" in card
