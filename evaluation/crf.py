@@ -5,7 +5,7 @@ Letters: B images, K clusters, H W pixels, h w cells, O the pixels of a window w
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.precision import full_precision
-from pipeline.errors import require
+from pipeline.bounds import POSITIVE, Bounded, at_least
 
 
 @dataclass(frozen=True)
-class CrfConfig:
+class CrfConfig(Bounded):
     """Pixels i and j of one window attract each other to the same cluster. The strength is the sum
     of two kernels
 
@@ -28,23 +28,15 @@ class CrfConfig:
     its values over a pixel's window sum to 1.
     """
 
-    radius: int = 5
+    radius: int = field(default=5, metadata=at_least(1))
     """Pixels from the centre of the window to each side."""
-    iterations: int = 5
-    smooth_weight: float = 3.0
-    smooth_sigma: float = 3.0
-    colour_weight: float = 10.0
-    position_sigma: float = 40.0
-    colour_sigma: float = 13.0
+    iterations: int = field(default=5, metadata=at_least(0))
+    smooth_weight: float = field(default=3.0, metadata=at_least(0))
+    smooth_sigma: float = field(default=3.0, metadata=POSITIVE)
+    colour_weight: float = field(default=10.0, metadata=at_least(0))
+    position_sigma: float = field(default=40.0, metadata=POSITIVE)
+    colour_sigma: float = field(default=13.0, metadata=POSITIVE)
     """In levels of 0 … 255."""
-
-    def __post_init__(self) -> None:
-        require(self.radius >= 1, "radius", self.radius, "at least 1")
-        require(self.iterations >= 0, "iterations", self.iterations, "at least 0")
-        for name in ("smooth_sigma", "position_sigma", "colour_sigma"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "positive")
-        for name in ("smooth_weight", "colour_weight"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
 
 DEFAULT = CrfConfig()

@@ -98,7 +98,7 @@ def open_features(
 def open_all(
     specs: Sequence[str], checkpoint: Path | None, weights: Path | None, images: SquareImages
 ) -> list[Features]:
-    """`open_features` for each of `specs`; `weights` are for the one that takes a file. Raises
+    """`open_features` for each of `specs`; `weights` go to the spec that takes a file. Raises
     UserError.
     """
     takes = [spec.startswith(TAKE_WEIGHTS) for spec in specs]
