@@ -7,6 +7,7 @@ line that names the key.
 
 import argparse
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -82,7 +83,7 @@ class Settings(Generic[Config]):
         argv = sys.argv[1:] if argv is None else argv
         try:
             values = self._parser.parse_args(argv).as_dict()
-        except ArgumentError as error:
+        except (ArgumentError, UnicodeDecodeError) as error:
             raise self._explained(error, list(self._given(argv))) from None
         return self._build(values), {name: values[name] for name in self.options}
 
@@ -140,7 +141,7 @@ class Settings(Generic[Config]):
                 shown = "null" if value is None else value or repr(value)
                 raise UserError(f"{key} must be {_words(kind)}, not {shown}")
 
-    def _explained(self, error: ArgumentError, given: list[tuple[str, Any]]) -> UserError:
+    def _explained(self, error: Exception, given: list[tuple[str, Any]]) -> UserError:
         """The reason why jsonargparse refuses these keys and values; if unknown, its message."""
         self._check(given)
         known = self._sections.keys() | dict(given)
@@ -210,10 +211,18 @@ def _fields_by_key(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any
 
 def _read(option: str, source: str) -> Mapping[str, Any]:
     """The content of a YAML file, or of a text in YAML. Raises UserError."""
+    if not source or source.startswith("--"):
+        raise UserError(f"--{option} needs a value")
     try:
         text = Path(source).read_text()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         text = source
+    except OSError as error:  # also a text in YAML that is too long for a name of a file
+        if error.errno != errno.ENAMETOOLONG:
+            raise UserError(f"--{option}: {source}: {error.strerror}") from None
+        text = source
+    except UnicodeDecodeError as error:
+        raise UserError(f"--{option}: {source}: not a text in UTF-8 ({error.reason})") from None
     try:
         values = _load_yaml(text)
     except yaml.YAMLError as error:
@@ -221,7 +230,8 @@ def _read(option: str, source: str) -> Mapping[str, Any]:
     if isinstance(values, Mapping):
         return values
     if text is source:
-        raise UserError(f"--{option}: {source} does not exist")
+        expected = "does not exist" if option == "config" else "is no file of keys and values"
+        raise UserError(f"--{option}: {source} {expected}")
     raise UserError(f"--{option}: {source} holds no keys and values")
 
 

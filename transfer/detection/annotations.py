@@ -92,8 +92,8 @@ def read_annotations(path: Path) -> Annotations:
 
 def _decoded(path: Path) -> Annotations:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Annotations)
-    except (OSError, msgspec.DecodeError):
+        return msgspec.json.decode(path.read_text(), type=Annotations)
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError):
         content = read_json(path)  # slower, but names the entry that is NaN, which is no JSON
     try:
         return msgspec.convert(content, Annotations)

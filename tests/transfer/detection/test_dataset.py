@@ -279,6 +279,17 @@ def test_annotations_that_do_not_fit_are_refused(
     assert re.search(message, spoilt(tmp_path, change))
 
 
+@pytest.mark.parametrize("entries", ["categories", "info"])
+def test_other_encodings_are_refused(entries: str, tmp_path: Path) -> None:
+    """Without the check, a traceback, or names that are silently wrong; also in unused fields."""
+    file = varied_set(tmp_path)
+    content = json.loads(file.read_text())
+    content[entries] = [*content.get(entries, []), {"name": "caf\xe9"}]
+    file.write_bytes(json.dumps(content, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(UserError, match=r"instances_train2017.json: not JSON \('utf-8' codec"):
+        opened(tmp_path)
+
+
 def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
     """For example, a set whose annotations are all crowds."""
     write_coco(tmp_path, "train2017", [(50, 60)], [])
