@@ -21,10 +21,10 @@ from evaluation.commands import (
     squares_of,
     write_results,
 )
+from evaluation.confusion import score_classes
 from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, open_all
-from evaluation.grouping import score_classes
 from evaluation.kmeans import kmeans
 from evaluation.pictures.segmentation import Column
 from evaluation.probes.linear import fit_linear

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.confusion import GroupingScore, confusion_matrix
 from evaluation.crf import refine_clusters
 from evaluation.datasets.labelled_images import LabelledSquares
-from evaluation.grouping import GroupingScore, confusion_matrix
 from evaluation.segment import assign
 from pipeline.errors import UserError
 

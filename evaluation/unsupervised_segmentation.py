@@ -20,10 +20,10 @@ from evaluation.commands import (
     squares_of,
     write_results,
 )
+from evaluation.confusion import score_grouping
 from evaluation.datasets.labelled_images import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, open_all
-from evaluation.grouping import score_grouping
 from evaluation.kmeans import kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column

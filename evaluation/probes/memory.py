@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.confusion import confusion_matrix
 from evaluation.datasets.squares import Squares
-from evaluation.grouping import confusion_matrix
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def test_overlay_marks_segments_and_borders() -> None:
     assert (drawn[0, 0] != drawn[0, 4]).any()
 
 
-def test_grouping_and_attention(
+def test_confusion_and_attention(
     run: Path, scenes: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The commands draw a row for each image and a column for each checkpoint."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation import probe
+from evaluation.confusion import score_classes
 from evaluation.datasets.squares import Squares
-from evaluation.grouping import score_classes
 from evaluation.probes import overclustering, retrieval
 from evaluation.probes.linear import fit_linear, pixel_cross_entropy
 from evaluation.probes.memory import (

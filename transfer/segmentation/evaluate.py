@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.confusion import confusion_matrix
 from evaluation.datasets.labelled_images import LabelledImages
-from evaluation.grouping import confusion_matrix
 from evaluation.segment import assign
 from pipeline.parallel import ordered_map
 from transfer.segmentation.augment import fit, resize

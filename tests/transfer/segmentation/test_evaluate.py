@@ -86,7 +86,7 @@ def naive_rows(predicted: np.ndarray, labels: np.ndarray, classes: int) -> dict[
 @settings(max_examples=40)
 def test_figures_against_their_definitions(seed: int) -> None:
     """Some classes are only in the predictions, only in the labels, or in neither."""
-    from evaluation.grouping import confusion_matrix
+    from evaluation.confusion import confusion_matrix
 
     generator = np.random.default_rng(seed)
     labels = generator.choice([0, 1, 3, 255], (9, 11)).astype(np.uint8)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from evaluation.grouping import confusion_matrix, match, score_grouping
+from evaluation.confusion import confusion_matrix, match, score_grouping
 
 confusions = hnp.arrays(
     np.int64,
