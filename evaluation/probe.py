@@ -1,5 +1,5 @@
-"""Probe frozen features with labels: fit a dense k-NN retrieval, a linear classifier or named
-clusters to a training set, and predict the classes of another set.
+"""Probe frozen features with labels: fit a probe (k-NN, linear, or clusters named by class) on a
+training set, and predict the classes of another set.
 
 Prints mIoU and pixel accuracy over the whole set, mean ± deviation over --seeds.
 """
@@ -104,10 +104,11 @@ def as_predictor(kind: str, network: Features, heads: Mapping[int, Head]) -> Pre
 
 
 def probe(args: argparse.Namespace, task: Task) -> list[Result]:
-    """Fit and score a head for each seed; for the first seed alone if nothing is random.
+    """Fit and score a head for each seed.
 
-    The training set is read again for each seed only if the memory cannot hold all of it. The other
-    set is read once, but once for each seed by retrieval, since each of its heads holds a memory.
+    If the memory holds every cell, k-NN is the same for all seeds, and only the first one is
+    scored. Otherwise the training set is read once per seed. The scored set is read once; by k-NN
+    once per seed, because each of its heads holds a memory.
     """
     retrieval = args.probe == "knn"
     keep = samples_of(args, task.val.images).tolist()
@@ -130,13 +131,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m evaluation.probe", description=__doc__, epilog=EXAMPLES)
     probes = parser.add_subparsers(dest="probe", required=True, metavar="{knn,linear,clusters}")
     knn = add_probe(probes, "knn", "dense k-NN retrieval (Hummingbird, arXiv 2306.01667)")
-    knn.add_argument("--neighbours", type=int, default=30, metavar="K", help="of each cell (30)")
-    knn.add_argument("--temperature", type=float, default=0.02, help="of the cosines (0.02)")
+    knn.add_argument(
+        "--neighbours",
+        type=int,
+        default=30,
+        metavar="K",
+        help="nearest training cells of a cell (30)",
+    )
+    knn.add_argument(
+        "--temperature", type=float, default=0.02, help="temperature of the vote (0.02)"
+    )
     linear = add_probe(probes, "linear", "BatchNorm and a 1×1 convolution, trained")
-    linear.add_argument("--steps", type=int, default=1000, help="of 1,024 cells each (1000)")
-    linear.add_argument("--learning-rate", type=float, default=0.01, help="of AdamW (0.01)")
+    linear.add_argument(
+        "--steps", type=int, default=1000, help="training steps of 1,024 cells (1000)"
+    )
+    linear.add_argument(
+        "--learning-rate", type=float, default=0.01, help="learning rate of AdamW (0.01)"
+    )
     clusters = add_probe(probes, "clusters", "k-means clusters, each named by its pixels' majority")
-    clusters.add_argument("--clusters", type=int, default=500, metavar="K", help="number (500)")
+    clusters.add_argument(
+        "--clusters", type=int, default=500, metavar="K", help="number of clusters (500)"
+    )
     return parser.parse_args(argv)
 
 
@@ -168,10 +183,10 @@ def open_both(args: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]
     """
     val, train = labelled_from(args), labelled_from(args, "train-")
     if train.names != val.names:
-        raise UserError(f"{train.source}: other classes than those of {val.source}")
+        raise UserError(f"{train.source}: has other classes than {val.source}")
     common = {path.resolve() for path in train.paths} & {path.resolve() for path in val.paths}
     if common:
-        raise UserError(f"{min(common)}: is in the training set and in the set to score")
+        raise UserError(f"{min(common)}: belongs to the training set and to the set to score")
     return train, val
 
 
@@ -198,7 +213,7 @@ def main() -> None:
         columns.append(Column(network.name, results[0].kept, np.arange(len(names)), iou))
         note = f"seeds: {len(results)}"
         if len(results) < len(args.seeds):
-            note += " (all alike: the memory holds all cells)"
+            note += " (one result for all seeds: the memory holds all cells)"
         print_scores(network.name, [result.score for result in results], note)
     write_results(args, rows, columns, val)
 

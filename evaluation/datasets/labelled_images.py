@@ -20,7 +20,10 @@ from pipeline.parallel import ordered_map
 
 
 class LabelledImages:
-    """N images with label maps; an `ImageSource`. Raises UserError if a label map is missing."""
+    """N images with label maps, as `datasets.images.ImageSource` reads them.
+
+    Raises UserError if a label map is missing.
+    """
 
     def __init__(self, pairs: Sequence[Pair], reader: LabelReader, source: Path) -> None:
         require_labels(pairs, source)
@@ -35,7 +38,7 @@ class LabelledImages:
 
     @property
     def class_names(self) -> list[str]:
-        """A name for each class id, made up where no table names the classes."""
+        """A name for each class id; "class N" if no names are known."""
         return self.names or [f"class {c}" for c in range(self.num_classes)]
 
     def load(self, i: int) -> np.ndarray:
@@ -47,8 +50,8 @@ class LabelledImages:
         return self.reader.read(self.label_paths[i], height, width)
 
     def check_headers(self) -> None:
-        """Raise UserError for the first label map whose header shows another kind, or another size
-        than its image. Reads no pixels.
+        """Raise UserError for the first label map whose header shows the wrong image mode, or
+        a size that differs from its image's. Reads no pixels.
         """
         for image, labels in zip(self.paths, self.label_paths, strict=True):
             with readable(labels), Image.open(labels) as opened:

@@ -58,9 +58,9 @@ def draw_cells(
 ) -> np.ndarray:
     """Up to `quota` labelled cells of one image's `counts` [hw, C], as sorted int64 numbers.
 
-    All cells are equally likely. With `balanced`, cells that show the image's rarer classes are
-    more likely: the cells with the lowest u · Σ n_c are drawn, u uniform in [0, 1), n_c the number
-    of cells that show class c, summed over the classes of the cell (arXiv 2306.01667, appendix).
+    Each cell gets a random rank, and the lowest ranks are drawn. The rank is u, uniform in [0, 1).
+    With `balanced` it is u · Σ_c n_c over the classes c that the cell shows, where n_c cells of the
+    image show class c: cells with rarer classes are more likely (arXiv 2306.01667, appendix).
     """
     shows = counts > 0
     labelled = np.flatnonzero(shows.any(axis=1))
@@ -79,7 +79,7 @@ def gather_memory(
     seed: int,
     balanced: bool,
 ) -> Memory:
-    """Read `batches` once and keep at most `capacity` cells, an equal share of each of the N =
+    """Read `batches` once and keep at most `capacity` cells, the same number from each of the
     `num_images` images of the set.
 
     The cells drawn from an image depend only on `seed` and its number, not on the batches. Raises

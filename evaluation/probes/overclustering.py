@@ -23,8 +23,8 @@ def assign_cells(clustering: Clusters, cells: Tensor) -> Tensor:
 
 def majority(clusters: Tensor, counts: Tensor, num_clusters: int) -> Tensor:
     """Clusters int64 [M] and pixel counts [M, C] of the same cells → int64 [K]: the class of most
-    pixels of each cluster, the lower one of equals. A cluster without cells takes the most frequent
-    class of the set.
+    pixels of each cluster; on a tie, the class with the lower id. A cluster without cells takes the
+    most frequent class of the set.
     """
     pixels = counts.new_zeros(num_clusters, counts.shape[1], dtype=torch.float64)
     pixels.index_add_(0, clusters, counts.double())

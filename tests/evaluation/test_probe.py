@@ -370,14 +370,14 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("--temperature must be above 0", "knn", "--temperature", "nan"),
         ("--seeds must be different", "linear", "--seeds", "1", "1"),
         ("192 cells are fewer than 500 clusters", "clusters"),
-        ("is in the training set and in the set to score", "knn", "--images", str(train)),
+        ("belongs to the training set and to the set to score", "knn", "--images", str(train)),
         ("must end in .png", "knn", "--picture", str(tmp_path / "p.gif")),
         ("needs --checkpoint", "knn", "--features", "teacher"),
     ):
         with pytest.raises(UserError, match=message):
             command(tmp_path, monkeypatch, *options)
     (tmp_path / "val/classes.json").write_text('["a", "b", "c"]')
-    with pytest.raises(UserError, match=r"train/labels: other classes than those of .*val/labels"):
+    with pytest.raises(UserError, match=r"train/labels: has other classes than .*val/labels"):
         command(tmp_path, monkeypatch, "knn")
     (tmp_path / "train/classes.json").write_text('["a", "b", "c"]')
     for path in labels.iterdir():
