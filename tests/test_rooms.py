@@ -86,7 +86,7 @@ def test_no_circle_of_imports() -> None:
 
 
 def test_files_and_functions_are_short() -> None:
-    """Without it they grow until nobody reads them from top to bottom."""
+    """Without it they grow beyond what one can read from top to bottom."""
     long = []
     for module, file in modules().items():
         text = file.read_text()

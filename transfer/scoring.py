@@ -1,51 +1,30 @@
-"""The scores of a model, and the file that holds them."""
+"""Scores a model: while it trains, at the end, or from a checkpoint."""
 
-import resource
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import nn
 
 from pipeline.errors import UserError
 from train.run import checkpoint
 from train.run.cli import check_writable
 from train.run.ends import naming
-from train.run.launch import launch, to_device
-from train.run.provenance import provenance, write_json
-from train.run.settings import Settings, to_dict
+from train.run.launch import launch
+from train.run.provenance import write_json
+from train.run.settings import Settings
 from train.run.watchdog import Watchdog
 from transfer import statistics
 from transfer.config import Config, TransferConfig, without_weights
 from transfer.examples import Order, batches
+from transfer.result import RESULT, result, summary
+from transfer.step import beat_in_forward, place, seed_step
 from transfer.task import Row, Task
 
-RESULT = "result.json"
-"""The file in a run's folder with its scores and its cost."""
 TIMEOUT_MINUTES = 60.0
 """How long a process waits for the others, which may evaluate, and for the disk."""
-
-
-def place(model: nn.Module, config: TransferConfig, accelerator: Accelerator) -> nn.Module:
-    """`model` on this process's device, in the memory layout of the configuration."""
-    layout = torch.channels_last if config.efficiency.channels_last else torch.preserve_format
-    return to_device(model, accelerator).to(memory_format=layout)
-
-
-def beat_in_forward(model: nn.Module, watchdog: Watchdog) -> None:
-    """Each forward of `model`, in training and in evaluation, reports progress to `watchdog`."""
-    first = next(layer for layer in model.modules() if not any(layer.children()))
-    first.register_forward_hook(lambda *_: watchdog.beat())
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators for the random numbers that a model draws in `step`."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def score(
@@ -140,45 +119,3 @@ def check_data(
 
 def _describe(data: dict[str, Any]) -> str:
     return f"{data['dataset']}, {data['images']} images, fingerprint {data['fingerprint'][:12]}"
-
-
-def result(
-    task: Task, config: TransferConfig, init: dict[str, Any], step: int, rows: list[Row]
-) -> dict[str, Any]:
-    """The content of result.json after `step` steps, without the cost."""
-    return {
-        **provenance(),
-        "name": config.name,
-        "task": task.name,
-        "dataset": task.data["dataset"],
-        "images": task.data["images"],
-        "scored": task.scored,
-        "schedule": {"steps": config.optim.steps, "batch_size": config.optim.batch_size},
-        "init": init,
-        "step": step,
-        "results": rows,
-        "config": to_dict(config),
-    }
-
-
-def cost(seconds: float, steps: int, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
-    """Time, speed and memory of training, without evaluation. The memory is the peak of the largest
-    process: GPU memory on a GPU, otherwise host memory.
-    """
-    on_gpu = accelerator.device.type == "cuda"
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated(accelerator.device)
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
-    return {
-        "seconds": seconds,
-        "steps_per_s": steps / seconds,
-        "images_per_s": steps * batch_size / seconds,
-        "peak_memory_bytes": max(gather_object([peak])),
-        "memory": "cuda" if on_gpu else "host",
-    }
-
-
-def summary(rows: list[Row]) -> str:
-    """The results over all classes in one line: "miou 0.312  pixel_accuracy 0.810"."""
-    return "  ".join(f"{row['metric']} {row['value']:.3f}" for row in rows if "class" not in row)

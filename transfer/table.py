@@ -25,7 +25,7 @@ from train.run.settings import flatten, to_dict
 from transfer.command import settings_of
 from transfer.detection.config import DetectionConfig
 from transfer.published import LABELS, PUBLISHED, Recipe, Table
-from transfer.scoring import RESULT
+from transfer.result import RESULT
 from transfer.segmentation.config import SegmentationConfig
 
 EXAMPLES = """examples:
@@ -40,8 +40,8 @@ FREE = (
     "data.train_images", "data.train_labels", "data.val_images", "data.val_labels", "optim.seed",
     "optim.max_steps", "efficiency.", "log.",
 )  # fmt: skip
-"""Beginnings of settings that may differ from the recipe's: they do not change what is learned, or
-the result shows their effect elsewhere.
+"""Settings (or how their names begin) that may differ from the recipe's. Training gives the same
+result with them, or the table shows their effect elsewhere.
 """
 TOLERANCE = 0.02
 """Accepted relative difference in a number of images: a few files may be missing."""

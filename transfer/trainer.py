@@ -22,19 +22,10 @@ from transfer.config import Config, without_weights
 from transfer.examples import Order, batches
 from transfer.losses import LossMeter
 from transfer.optimizer import build_optimizer
+from transfer.result import RESULT, cost, result, summary
 from transfer.schedule import learning_rate
-from transfer.scoring import (
-    RESULT,
-    TIMEOUT_MINUTES,
-    beat_in_forward,
-    check_data,
-    cost,
-    place,
-    result,
-    score,
-    seed_step,
-    summary,
-)
+from transfer.scoring import TIMEOUT_MINUTES, check_data, score
+from transfer.step import beat_in_forward, place, seed_step
 from transfer.task import Row, Task
 
 

@@ -188,7 +188,7 @@ def test_voc(tmp_path: Path) -> None:
         open_labelled("voc", root=tmp_path)
 
 
-# ---- lists, folders, what is refused --------------------------------------------------------
+# ---- lists, folders, refused input ----------------------------------------------------------
 
 
 def test_list_chooses_and_orders(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ fi
 # Seconds that the parts after this one need at least.
 declare -A LATER=([checks]=245 [pytest]=225 [fidelity]=200 [fp16]=135 [all]=75 [bf16]=30)
 
-# part NAME LIMIT COMMAND…: run the command, if it was asked for, for at most LIMIT seconds.
+# part NAME LIMIT COMMAND…: run the command for at most LIMIT seconds, if the part is wanted.
 part() {
     local name=$1 limit=$(($2 * PATIENCE)) left began status
     shift 2

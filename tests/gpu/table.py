@@ -1,6 +1,6 @@
 """All results of run.sh as one text table on stdout, and as one file, $OUT/results.json.
 
-The files of the parts are then deleted: a borrowed machine may return only a few files.
+The files of the parts are then deleted, because a remote machine may return only a few files.
 """
 
 import json

@@ -35,7 +35,8 @@ from train.run.watchdog import Watchdog
 from transfer import statistics
 from transfer.command import settings_of
 from transfer.examples import Order, generator
-from transfer.scoring import beat_in_forward, evaluation, place
+from transfer.scoring import evaluation
+from transfer.step import beat_in_forward, place
 from transfer.task import Row
 
 

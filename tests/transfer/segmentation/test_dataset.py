@@ -138,7 +138,7 @@ def test_voc_aug_names_label_maps_that_are_missing(tmp_path: Path) -> None:
         open_sets(DataConfig("voc-aug", str(tmp_path)))
 
 
-# ---- any folder, and what is refused ----------------------------------------------------------
+# ---- any folder, and refused input ------------------------------------------------------------
 
 
 def test_folders_need_a_class_table(folder: DataConfig, tmp_path: Path) -> None:
