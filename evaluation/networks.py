@@ -35,8 +35,8 @@ def run_config(checkpoint: Path) -> RunConfig:
 
 
 def untrained_network(config: ModelConfig, seed: int, squares: SquareImages) -> SlotCon:
-    """The network that a run with this `seed` starts from, its BatchNorm calibrated on up to 256 of
-    the images.
+    """The network that a run with this `seed` starts from. Its BatchNorm statistics are those of up
+    to 256 of the images.
 
     Initial running statistics are 0 and 1, whatever the input. With measured statistics the
     baseline has normalised activations as a trained network has, and only the weights differ.

@@ -24,7 +24,7 @@ def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
             " classes.json beside the labels"
         )
     if train.names != val.names:
-        raise UserError(f"{train.source}: other classes than those of {val.source}")
+        raise UserError(f"{train.source}: has other classes than {val.source}")
     common = {path.resolve() for path in train.paths} & {path.resolve() for path in val.paths}
     if common:
         raise UserError(f"{min(common)}: is in the training set and in the validation set")

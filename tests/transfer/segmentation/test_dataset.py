@@ -166,7 +166,7 @@ def test_training_images_are_not_scored(folder: DataConfig, tmp_path: Path) -> N
     ):
         open_sets(both)
     (tmp_path / "val/classes.json").write_text(json.dumps(["a", "b"]))
-    with pytest.raises(UserError, match="other classes than those of"):
+    with pytest.raises(UserError, match="has other classes than"):
         open_sets(folder)
 
 
