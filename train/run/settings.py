@@ -209,16 +209,17 @@ def _fields_by_key(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any
             yield from _fields_by_key(field.type, f"{prefix}{field.name}.")
 
 
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # it may be a text in YAML
+
+
 def _read(option: str, source: str) -> Mapping[str, Any]:
     """The content of a YAML file, or of a text in YAML. Raises UserError."""
     if not source or source.startswith("--"):
         raise UserError(f"--{option} needs a value")
     try:
         text = Path(source).read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        text = source
-    except OSError as error:  # also a text in YAML that is too long for a name of a file
-        if error.errno != errno.ENAMETOOLONG:
+    except OSError as error:
+        if error.errno not in _NO_SUCH_FILE:
             raise UserError(f"--{option}: {source}: {error.strerror}") from None
         text = source
     except UnicodeDecodeError as error:
