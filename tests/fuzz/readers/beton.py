@@ -1,13 +1,6 @@
-"""Damaged betons by seed: each is refused in one line, or read correctly, or found by --verify.
-
-`python -m tests.beton_fuzz FOLDER FIRST COUNT` tries the damage of COUNT seeds on the beton that
-`write_target` wrote into FOLDER. If the process ends early, the last printed seed has failed.
-"""
+"""Betons: each altered one is refused in one line, or read correctly, or found by --verify."""
 
 import io
-import resource
-import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,9 +83,10 @@ def _image(i: int) -> tuple[bytes, int, int, int]:
 class Target:
     """A beton, its true content, and the code that damages and restores it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.content = path, path.read_bytes()
-        beton = Beton(path)
+    def __init__(self, folder: Path) -> None:
+        self.path = write_target(folder)
+        self.content = self.path.read_bytes()
+        beton = Beton(self.path)
         self.records, self.table = beton.records, beton.table
         self.truth = _read(beton)
 
@@ -102,6 +96,9 @@ class Target:
         records = [(int(p), int(p + s)) for p, s in zip(pointer, size, strict=True)]
         tables = [(0, HEADER.itemsize), (METADATA, METADATA + IMAGES * SAMPLE.itemsize)]
         return [*tables, (HEADER.itemsize, METADATA), *records, (self.table, len(self.content))]
+
+    def try_one(self, random: Random) -> str:
+        return self.try_damage(DAMAGE[random.integers(len(DAMAGE))](self, random))
 
     def try_damage(self, mutant: bytes) -> str:
         """The outcome of the beton with this content: "refused", "read" or "found". Raises for any
@@ -325,18 +322,3 @@ def _somewhere(target: Target, random: Random) -> int:
 def _block(random: Random, length: int) -> bytes:
     kinds = (bytes(length), b"\xff" * length, random.bytes(length))
     return kinds[random.integers(len(kinds))]
-
-
-def main(folder: str, first: str, count: str) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # reveals allocations by bad sizes
-    target = Target(Path(folder) / "target.beton")
-    outcomes: Counter[str] = Counter()
-    for seed in range(int(first), int(first) + int(count)):
-        kind = DAMAGE[seed % len(DAMAGE)]
-        print(f"seed {seed} {kind.__name__}", flush=True)
-        outcomes[target.try_damage(kind(target, np.random.default_rng(seed)))] += 1
-    print(" ".join(f"{name}={number}" for name, number in sorted(outcomes.items())))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
