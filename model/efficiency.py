@@ -109,7 +109,9 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        assert norm.num_batches_tracked is not None
+        # SyncBatchNorm needs a counter, so it counts in a copy.
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:

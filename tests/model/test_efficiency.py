@@ -23,9 +23,14 @@ def step(model: SlotCon) -> dict[str, Tensor]:
     return {"loss": output.loss.detach(), **gradients, **model.state_dict(prefix="state.")}
 
 
-def test_checkpointing_changes_no_bit() -> None:
-    """The recomputation must not count a batch in the running statistics a second time."""
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_checkpointing_changes_no_bit(synchronised: bool) -> None:
+    """The recomputation must not count a batch in the running statistics a second time, nor take
+    away the counter that SyncBatchNorm, the layer on several GPUs, insists on.
+    """
     plain, prepared = tiny_model(), tiny_model()
+    if synchronised:
+        prepared = torch.nn.SyncBatchNorm.convert_sync_batchnorm(prepared)
     prepare(prepared, checkpointing=True)
     expected, actual = step(plain), step(prepared)
     assert actual.keys() == expected.keys()
