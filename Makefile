@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format constraints clean
+.PHONY: help setup demo browser test lint format constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -18,8 +18,13 @@ $(READY): pyproject.toml constraints.txt tools/setup.sh
 demo: setup ## set up, pre-train on a generated data set, write runs/demo/report.html
 	@$(PYTHON) -m tools.demo
 
-test: setup ## set up and run the tests (PYTEST_ARGS="-k name" chooses)
+browser: ## install Debian's chromium, with which the tests look at the report
+	@command -v chromium chromium-browser google-chrome >/dev/null || { apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+
+test: setup ## set up and run the tests (PYTEST_ARGS="-k name" chooses); with a GPU, also its tests
 	@$(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	@if nvidia-smi -L >/dev/null 2>&1; then $(PYTHON) -m pytest -m cuda $(PYTEST_ARGS); fi
 
 lint: setup ## check style, format and types
 	@$(PYTHON) -m ruff check .

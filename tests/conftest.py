@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Numba's TBB layer hangs the interpreter at exit after a fork.
+os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 
 import hypothesis
 import pytest
@@ -17,11 +19,19 @@ hypothesis.settings.register_profile("slotstream", hypothesis.settings(), deadli
 hypothesis.settings.load_profile("slotstream")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, except from `pytest -m cuda`. Two processes of a test cannot share a GPU
+    (NCCL refuses), and results on a GPU are not equal bit for bit.
+    """
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `cuda` on a machine without a GPU."""
+    """Skip tests marked `cuda` where no GPU is seen."""
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is false")
+    skip = pytest.mark.skip(reason="needs a CUDA device and `pytest -m cuda`")
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(skip)

@@ -156,8 +156,10 @@ def test_regression_in_buffers_of_fixed_size() -> None:
     for name, term in outputs[0].terms.items():
         torch.testing.assert_close(outputs[1].terms[name], term)
     before, after = gradients(exact), gradients(static)
+    # A bias before a BatchNorm has a gradient of zero: what is left there is rounding noise.
+    noise = 1e-6 * max(gradient.norm() for gradient in before.values())
     for name, gradient in before.items():
-        assert (after[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+        assert (after[name] - gradient).norm() <= 1e-3 * gradient.norm() + noise, name
 
 
 def test_projections_are_aligned_before_they_are_scored() -> None:
