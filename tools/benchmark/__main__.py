@@ -298,15 +298,19 @@ def main() -> None:
         return
     check(args)
     bench, machine = prepare(args), provenance()
+
+    def write(content: dict[str, Any]) -> None:
+        content["settings"] = describe(args, bench) | content["settings"]
+        content["results"] = [asdict(result) for result in bench.results]
+        content["skipped"] = bench.skipped
+        if args.json:
+            write_json(args.json, machine | content)
+
+    bench.keep = lambda: write({"settings": {}, "verdict": "unfinished: the command has not ended"})
     if args.stages == ["cost"]:
-        content = cost.measure(bench, args)
+        write(cost.measure(bench, args))
     else:
-        content = measure(args, bench, machine)
-    content["settings"] = describe(args, bench) | content["settings"]
-    content["results"] = [asdict(result) for result in bench.results]
-    content["skipped"] = bench.skipped
-    if args.json:
-        write_json(args.json, machine | content)
+        write(measure(args, bench, machine))
 
 
 if __name__ == "__main__":

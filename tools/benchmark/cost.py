@@ -5,6 +5,7 @@ the recipe follow from these rates.
 """
 
 import math
+import statistics
 import threading
 from argparse import Namespace
 from collections import Counter
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
 from tools.benchmark.stages import EPOCH, batches, repeated
-from tools.benchmark.step import start_of, step_views, step_works, ways_of
+from tools.benchmark.step import start_of, step_views, step_works, take_a_step, ways_of
 from tools.benchmark.timing import Bench, Work
 from tools.benchmark.verdict import aligned
 from train.config import RunConfig
@@ -176,6 +177,8 @@ def _measure_size(bench: Bench, side: int, epochs: int) -> Size:
     sized, label = replace(bench, config=config), f"{side} pixels"
     ways = step_works(sized, start_of(sized), ways_of(config.model))
     works = [replace(work, operation=label) for work in ways]
+    for work in works:
+        take_a_step(work.call)
     rows = sized.measure(works, ratio_to="plain")
     power = {work.backend: watts(work.call, bench.device) for work in works}
     return Size(
@@ -201,17 +204,13 @@ def _loader(bench: Bench, label: str) -> float:
 
 def watts(call: Callable[[], object], device: torch.device) -> float | None:
     """Mean power of the GPU while `call` is repeated, by NVML; None without it."""
-    if device.type != "cuda":
+    if device.type != "cuda" or _power(device) is None:
         return None
-    try:
-        torch.cuda.power_draw(device)
-    except (ModuleNotFoundError, RuntimeError):
-        return None
-    ended, samples = threading.Event(), list[int]()
+    ended, samples = threading.Event(), list[float]()
 
     def sample() -> None:
-        while not ended.wait(0.05):
-            samples.append(torch.cuda.power_draw(device))  # mW
+        while not ended.wait(0.05) and (now := _power(device)) is not None:
+            samples.append(now)
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -220,7 +219,21 @@ def watts(call: Callable[[], object], device: torch.device) -> float | None:
         call()
         torch.cuda.synchronize(device)
     thread.join()
-    return sum(samples) / len(samples) / 1e3
+    return statistics.fmean(samples) if samples else None
+
+
+def _power(device: torch.device) -> float | None:
+    """Watts at this moment, or None: no NVML, no driver, or a GPU that does not say (a MIG part,
+    for example).
+    """
+    try:
+        from pynvml import NVMLError
+    except ImportError:
+        return None
+    try:
+        return torch.cuda.power_draw(device) / 1e3
+    except (NVMLError, RuntimeError):
+        return None
 
 
 # ---- Print ----

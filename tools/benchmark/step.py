@@ -33,6 +33,8 @@ LOG_EVERY = 10
 SMALL = 1e-6
 """Learning rate of the timed steps. The weights hardly change, so that as many slots are active in
 the last step as in the first."""
+MOST_OVERFLOWS = 40
+"""The loss scale begins at 2^16 and is halved at each: far below 1 it cannot be the cause."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "compile": {"compile": True, "checkpointing": False},
     "checkpointing": {"checkpointing": True, "compile": False},
@@ -242,7 +244,9 @@ def step_data(bench: Bench, side: int, batch: int, backend: str) -> tuple[Tensor
 
 
 def _warm_up(bench: Bench, call: Callable[[], object], before: int) -> StepDetail:
-    """Two calls. `before`: bytes on the GPU before the step's model was built."""
+    """At least two calls, the last of which changes the weights. `before`: bytes on the GPU before
+    the step's model was built.
+    """
     began = time.perf_counter()
     call()
     if bench.device.type != "cuda":
@@ -250,9 +254,24 @@ def _warm_up(bench: Bench, call: Callable[[], object], before: int) -> StepDetai
     torch.cuda.synchronize(bench.device)
     seconds = time.perf_counter() - began
     torch.cuda.reset_peak_memory_stats(bench.device)
-    call()
+    take_a_step(call)
     torch.cuda.synchronize(bench.device)
     return StepDetail(seconds, torch.cuda.max_memory_allocated(bench.device) - before)
+
+
+def take_a_step(call: Callable[[], object]) -> None:
+    """Call a work of `step_works` until the optimiser has taken a step.
+
+    In fp16 the first steps overflow: they lower the loss scale and change no weight, so their time
+    is not that of a step.
+    """
+    scaler: torch.amp.GradScaler = cast(Any, call).func.scaler
+    for _ in range(MOST_OVERFLOWS):
+        scale = scaler.get_scale()
+        call()
+        if scaler.get_scale() >= scale:
+            return
+    raise UserError(f"step: {MOST_OVERFLOWS} steps in a row overflow in fp16: nothing to measure")
 
 
 def _allocated(device: torch.device) -> int:
@@ -298,5 +317,9 @@ def _fits(bench: Bench, backend: str, variant: str | None, batch: int) -> bool:
             train(*data)
         torch.cuda.synchronize(bench.device)
     except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as error:  # cuBLAS and cuDNN have words of their own for it
+        reason = " ".join(str(error).split())[:200]
+        _warn(f"batch {batch} fails, and counts as too large: {reason}")
         return False
     return True

@@ -118,6 +118,8 @@ class Bench:
     """Whether to find the largest batch."""
     results: list[Result] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    keep: Callable[[], None] = lambda: None
+    """Called after each measurement, to write what is known so far."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,6 +164,7 @@ class Bench:
                 ratio = statistics.median(a / b for a, b in zip(rates[i], base, strict=True))
                 result = replace(result, ratio=ratio, ratio_to=ratio_to)
             self.results.append(result)
+        self.keep()
         return self.results[-len(works) :]
 
     def skip(self, measurement: str, reason: str) -> None:

@@ -124,6 +124,27 @@ benchmark.main()
     assert {row["stage"] for row in content["results"]} == {"transfer", "augment"}  # the copy
 
 
+def test_a_benchmark_that_fails_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a failure in the last stage loses the minutes of all others."""
+
+    def fail(bench: Bench) -> None:
+        raise RuntimeError("no memory")
+
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr(benchmark, "STAGES", {"params": benchmark.STAGES["params"], "step": fail})
+    options = ["--synthetic", "--device", "cpu", "--batch", "2", "--repeats", "1", "--json", path]
+    arguments = ["benchmark", "params", "step", *map(str, options), "--seconds", "0.001"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(RuntimeError):
+        benchmark.main()
+    content = json.loads(path.read_text())
+    assert [row["stage"] for row in content["results"]] == ["params"]
+    assert content["verdict"].startswith("unfinished")
+    assert content["hardware"] and content["settings"]["batch"] == 2
+
+
 def make_bench(**changes: Any) -> Bench:
     config, _ = load_config(["--name", "tiny", "--data.path", "none"])
     known: dict[str, Any] = {

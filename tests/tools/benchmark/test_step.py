@@ -20,7 +20,14 @@ from tools.benchmark import cost as benchmark_cost
 from tools.benchmark.cost import Recipe, Size, costs, gflop_of, peak_of, recipe_of
 from tools.benchmark.plain_step import PlainStep
 from tools.benchmark.profile import NETWORKS, PARTS, _part, beside_networks, by_part, profile_step
-from tools.benchmark.step import largest_batch, make_step, spread_prototypes, step_views
+from tools.benchmark.step import (
+    _fits,
+    largest_batch,
+    make_step,
+    spread_prototypes,
+    step_views,
+    take_a_step,
+)
 from train.config import RunConfig, load_config
 
 CPU = torch.device("cpu")
@@ -279,9 +286,48 @@ def test_a_gpu_s_kernels_are_counted_by_part() -> None:
     for backend in ("plain", "fast"):
         model = copy.deepcopy(start).to(device)
         call = partial(make_step(model, configured(), backend, torch.float16), *data)
-        for _ in range(3):
-            call()
+        call()
+        take_a_step(call)
         profiles[backend] = profile_step(call, device)
         assert set(profiles[backend].parts) >= {*NETWORKS, "geometry", "slots", "LARS"}
     assert profiles["fast"].host_waits == 0 < profiles["plain"].host_waits
     assert 0 < (profiles["fast"].launches or 0) < (profiles["plain"].launches or 0)
+
+
+class Scaled:
+    """A step whose loss scale falls in its first calls."""
+
+    def __init__(self, overflows: int) -> None:
+        self.calls, self.overflows, self.scaler = 0, overflows, self
+
+    def get_scale(self) -> float:
+        return 2.0 ** (16 - min(self.calls, self.overflows))
+
+    def __call__(self) -> None:
+        self.calls += 1
+
+
+def test_measuring_begins_after_a_step_was_taken() -> None:
+    """In fp16 the first steps overflow; timed, they would be steps without an optimiser."""
+    step = Scaled(overflows=4)
+    take_a_step(partial(step))
+    assert step.calls == 5
+    with pytest.raises(UserError, match="overflow"):
+        take_a_step(partial(Scaled(overflows=1000)))
+
+
+def test_a_library_s_own_word_for_full_memory_ends_the_search(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """cuBLAS raises a RuntimeError that is no OutOfMemoryError: the command would end there."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\nwhen calling cublasCreate")
+
+    monkeypatch.setattr("tools.benchmark.step.step_data", refuse)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    bench = SimpleNamespace(
+        config=configured(), device=CPU, batch=4, progress=lambda work: None, dtype=torch.float32
+    )
+    assert largest_batch(partial(_fits, bench, "fast", None), 4) == 0
+    assert "CUBLAS_STATUS_ALLOC_FAILED when calling" in capsys.readouterr().err
