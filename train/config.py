@@ -116,8 +116,8 @@ class EfficiencyConfig(Bounded):
     images and views, but bit-exactness is lost."""
 
     precision: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision: "no" (float32), "bf16", or "fp16" with loss scaling, which needs CUDA and
-    must be set from the start of the run."""
+    """Mixed precision: "no" (float32; a GPU may convolve in TF32), "bf16", or "fp16" with loss
+    scaling, which needs CUDA and must be set from the start of the run."""
     accumulation: int = field(default=1, metadata=at_least(1))
     """Micro-batches of one step. Batch statistics and the contrast of slots use one micro-batch, so
     more of them make a slightly different run."""
