@@ -4,10 +4,10 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo browser test lint format constraints clean
+.PHONY: help setup demo browser test test-lowest lint format constraints clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
 
 setup: $(READY) ## install system packages, a virtual environment and the pinned versions
 
@@ -26,6 +26,11 @@ test: setup ## set up and run the tests (PYTEST_ARGS="-k name" chooses); with a 
 	@$(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 	@if nvidia-smi -L >/dev/null 2>&1; then $(PYTHON) -m pytest -m cuda $(PYTEST_ARGS); fi
 
+test-lowest: ## run the tests with the lowest versions that pyproject.toml allows (PYTHON3=python3.12)
+	@$(or $(PYTHON3),python3) tests/lowest.py > .venv-lowest.txt
+	@CONSTRAINTS=.venv-lowest.txt tools/setup.sh .venv-lowest
+	@.venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
 lint: setup ## check style, format and types
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
@@ -43,5 +48,5 @@ constraints: ## renew constraints.txt with the newest versions that pyproject.to
 	@rm -rf $(VENV)-new
 
 clean: ## remove the virtual environment and every cache; data/ and runs/ stay
-	@rm -rf .venv .venv-new build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-new .venv-lowest .venv-lowest.txt build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
