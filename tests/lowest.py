@@ -1,4 +1,4 @@
-"""Prints the lowest versions that pyproject.toml allows, as pip's constraints: `make test-lowest`."""
+"""Prints the lowest versions that pyproject.toml allows, as constraints for pip."""
 
 import re
 import tomllib

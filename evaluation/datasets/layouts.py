@@ -171,8 +171,7 @@ def voc(request: Request, more_labels: str = "") -> LabelledImages:
     images = [f"{up}JPEGImages" for up in VOC_FOLDERS]
     pairs, labels = request.pairs(images, [f"{up}SegmentationClass" for up in VOC_FOLDERS])
     if more_labels:
-        more = labels.with_name(more_labels)
-        others = [more / label.relative_to(labels) for _, label in pairs]
+        others = [labels.with_name(more_labels) / label.name for _, label in pairs]
         pairs = [
             (image, other if other.is_file() and not label.is_file() else label)
             for (image, label), other in zip(pairs, others, strict=True)

@@ -1,6 +1,7 @@
 """Which label map belongs to which image, and which of these pairs a list selects."""
 
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def select(pairs: Sequence[Pair], lists: Sequence[Path], images: Path) -> list[P
     """The pairs that the files `lists` name, in their order, one image a line.
 
     A line is a file name, with or without folder and suffix, or a number, with or without leading
-    zeros. Raises UserError for a name that fits no image or several, or that comes twice.
+    zeros. Or it is an image and its label map, as paths from the folder above `images`
+    (/JPEGImages/a.jpg /SegmentationClassAug/a.png); then this label map is taken. Raises UserError
+    for a name that fits no image or several, or that comes twice, and for a missing label map.
     """
     source = " and ".join(str(path) for path in lists)
     wanted = [line for path in lists for line in read_lines(path)]
@@ -56,7 +59,8 @@ def select(pairs: Sequence[Pair], lists: Sequence[Path], images: Path) -> list[P
     for image, label in pairs:
         for name in {_unpadded(image.stem), str(image.relative_to(images).with_suffix(""))}:
             by_name[name].append((image, label))
-    names = [_without_suffix(line) for line in wanted]
+    columns = [_columns(line) for line in wanted]
+    names = [_without_suffix(name.removeprefix(f"{images.name}/")) for name, _ in columns]
     matches = [by_name.get(name) or by_name.get(_unpadded(name), []) for name in names]
     missing = [line for line, match in zip(wanted, matches, strict=True) if not match]
     if missing:
@@ -67,9 +71,12 @@ def select(pairs: Sequence[Pair], lists: Sequence[Path], images: Path) -> list[P
     ambiguous = [line for line, match in zip(wanted, matches, strict=True) if len(match) > 1]
     if ambiguous:
         raise UserError(f"{source}: {images} has several images called {ambiguous[0]}")
-    selected = [match[0] for match in matches]
-    if len(set(selected)) < len(selected):
-        twice = next(image for image, label in selected if selected.count((image, label)) > 1)
+    selected = [
+        (match[0][0], images.parent / label if label else match[0][1])
+        for match, (_, label) in zip(matches, columns, strict=True)
+    ]
+    taken = Counter(image for image, _ in selected)
+    if twice := next((image for image, times in taken.items() if times > 1), None):
         raise UserError(f"{source}: names {twice.name} twice")
     return selected
 
@@ -80,7 +87,7 @@ def require_labels(pairs: Sequence[Pair], labels: Path) -> None:
     if missing:
         raise UserError(
             f"{labels}: no label map for {len(missing)} of {len(pairs)} images"
-            f" (the first: {missing[0].relative_to(labels)})"
+            f" (the first: {os.path.relpath(missing[0], labels)})"
         )
 
 
@@ -92,6 +99,14 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError:
         raise UserError(f"{path}: not a text file") from None
+
+
+def _columns(line: str) -> tuple[str, str | None]:
+    """The image that a line names, and its label map or None. Paths lose a leading slash."""
+    words = line.split()
+    if len(words) == 2 and all(Path(word).suffix.lower() in IMAGE_SUFFIXES for word in words):
+        return words[0].lstrip("/"), words[1].lstrip("/")
+    return line, None
 
 
 def _without_suffix(name: str) -> str:

@@ -208,3 +208,22 @@ def test_fingerprint_depends_on_the_set_not_on_its_folder(
     (tmp_path / "one.txt").write_text("train01\n")
     fewer = replace(copy, train_list=str(tmp_path / "one.txt"))
     assert fingerprint(open_sets(fewer)[0]) != first
+
+
+def test_voc_aug_reads_lists_of_images_and_label_maps(tmp_path: Path) -> None:
+    """DeepLab's list of 10,582 images has both on each line. Its label maps are those it names."""
+    lists = voc(tmp_path)
+    lines = [
+        "/JPEGImages/d.jpg /SegmentationClassAug/d.png",
+        "JPEGImages/a.jpg SegmentationClassAug/a.png",
+    ]
+    (lists / "train_aug.txt").write_text("\n".join(lines))
+    train, _ = open_sets(DataConfig("voc-aug", str(tmp_path)))
+    assert names_of(train) == ["d", "a"]
+    np.testing.assert_array_equal(train.labels(1, *SHAPE), grid(7))
+    (lists / "train_aug.txt").write_text(f"{lines[0]}\n{lines[1]}\nd\n")
+    with pytest.raises(UserError, match=r"names d\.jpg twice"):
+        open_sets(DataConfig("voc-aug", str(tmp_path)))
+    (lists / "train_aug.txt").write_text("/JPEGImages/d.jpg /SegmentationClassAug/lost.png")
+    with pytest.raises(UserError, match=r"no label map for 1 of 1 images"):
+        open_sets(DataConfig("voc-aug", str(tmp_path)))
