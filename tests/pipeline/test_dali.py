@@ -248,6 +248,7 @@ def test_replacement_is_the_loaders(
     spoil(path, how, [4, 5, 6, IMAGES - 1])
     for rank in range(2):
         options = {"world": 2, "rank": rank, "on_corrupt": "replace", "batch_size": IMAGES}
+        options["max_replaced"] = 0.2
         dali, _ = loaders(Beton(path), device=torch.device(device), **options)
         _, plain = loaders(Beton(path), **options)
         capfd.readouterr()
@@ -268,9 +269,8 @@ def test_record_that_goes_bad_in_a_running_loader(
     its replacement goes bad too, the loader must not return to it for ever.
     """
     path = write_beton(tmp_path / "a.beton", varied(12))
-    dali = dali_loader(
-        Beton(path), batch_size=4, on_corrupt=on_corrupt, device=torch.device(device)
-    )
+    options = {"on_corrupt": on_corrupt, "max_replaced": 0.5, "device": torch.device(device)}
+    dali = dali_loader(Beton(path), batch_size=4, **options)
     assert len(list(dali.epoch(0))) == 3
     spoil(path, "header", [5, 9])
     if on_corrupt == "stop":
@@ -289,11 +289,12 @@ def test_record_that_goes_bad_in_a_running_loader(
 @needs_dali
 def test_file_cut_short_under_a_running_loader(tmp_path: Path) -> None:
     path = write_beton(tmp_path / "a.beton", varied(12))
-    dali = dali_loader(Beton(path), batch_size=4)
-    next(dali.epoch(0))
-    os.truncate(path, int(dali.beton.records[:, 0].max()) + 1)
+    dali = dali_loader(Beton(path), batch_size=1)
+    batches = dali.epoch(0)
+    next(batches)
+    os.truncate(path, int(dali.beton.records[:, 0].min()) + 1)
     with pytest.raises(CorruptRecord, match="ends before the record does"):
-        list(dali.epoch(0))
+        list(batches)
 
 
 @needs_dali
@@ -301,7 +302,8 @@ def test_beton_of_which_nothing_decodes_is_an_error(tmp_path: Path) -> None:
     path = write_beton(tmp_path / "ruin.beton", varied(5))
     spoil(path, "header", list(range(5)))
     with pytest.raises(CorruptRecord, match="no record can be decoded"):
-        list(dali_loader(Beton(path), batch_size=5, on_corrupt="replace").epoch(0))
+        options = {"on_corrupt": "replace", "max_replaced": 1.0}
+        list(dali_loader(Beton(path), batch_size=5, **options).epoch(0))
 
 
 # ---- Nothing is left behind ----
