@@ -7,7 +7,7 @@ With a GPU, DALI decodes there (nvJPEG); otherwise it uses its CPU operators.
 DALI decodes a damaged JPEG without an error as long as its headers and its end are intact. So each
 record is checked when it is first read: its checksum must be the one in the manifest, or, without a
 manifest, libjpeg-turbo must decode it. DALI gets its bytes only after this check. Of a JPEG without
-its tables, which decoders complete in different ways, it gets libjpeg-turbo's pixels.
+all its parts, which decoders complete in different ways, it gets libjpeg-turbo's pixels.
 """
 
 import os
@@ -28,7 +28,7 @@ from pipeline.augment import get_backend
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.errors import UserError
 from pipeline.ffcv_format import JPEG, RAW
-from pipeline.jpeg_tables import missing_tables
+from pipeline.jpeg_parts import missing_parts
 from pipeline.source import EPOCH_HAS_ENDED, Batch, BatchSource, Replacements, draw
 from pipeline.turbojpeg import REASONS, SHORT_READ, Decoder
 from pipeline.views import ViewConfig, ViewParams
@@ -67,7 +67,7 @@ class DaliLoader(BatchSource):
         self._replacements = Replacements(beton, self.max_replaced)
         self.replaced = self._replacements.known
         self._checked = np.zeros(len(beton), np.bool_)
-        self._incomplete = np.zeros(len(beton), np.bool_)  # JPEGs without their tables
+        self._incomplete = np.zeros(len(beton), np.bool_)  # JPEGs, see pipeline.jpeg_parts
         self._pool = ThreadPoolExecutor(self.threads, "read")
         self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
         self._build(self.size_of(0))
@@ -251,7 +251,7 @@ class DaliLoader(BatchSource):
         except OSError as error:
             return file, str(error)
         if not self._checked[i]:
-            self._incomplete[i] = mode == JPEG and missing_tables(file)
+            self._incomplete[i] = mode == JPEG and missing_parts(file)
             known = not self._incomplete[i] and crc32(data) == self.beton.checksums[i]
             if reason := "" if known else self._fault(i):
                 return file, reason

@@ -230,9 +230,7 @@ def test_record_must_have_its_checksum_when_that_is_required(tmp_path: Path, mod
     damage(path, one, path.read_bytes()[other : other + min(size, room)])
     beton = Beton(path)
     beton.require_checksums()
-    with pytest.raises(
-        CorruptRecord, match=r"photos/0\.jpg: its bytes are not those that were pack"
-    ):
+    with pytest.raises(CorruptRecord, match=r"photos/0\.jpg: its bytes are not those"):
         beton.decode(0)
     assert np.array_equal(beton.decode(1), Beton(path).decode(1))
 
@@ -273,9 +271,7 @@ def test_exchanged_height_and_width_are_found(tmp_path: Path) -> None:
     swap_sides(path, 2)
     beton = Beton(path)
     assert beton.decode(2).shape == (40, 24, 3)
-    with pytest.raises(
-        UserError, match=r"raw\.beton: the images' heights and widths are not those"
-    ):
+    with pytest.raises(UserError, match=r"raw\.beton: the images' heights and widths are"):
         beton.require_checksums()
     assert beton.fingerprint() != before
     assert verify(beton, Manifest.beside(path), workers=1).problems == [

@@ -16,12 +16,14 @@ from PIL import Image
 
 from pipeline.augment import IMAGENET_STD
 from pipeline.beton import Beton, CorruptRecord
+from pipeline.beton_writer import BetonWriter, Sample
 from pipeline.dali import DaliLoader
 from pipeline.errors import UserError
 from pipeline.loader import ViewLoader
 from pipeline.source import Batch
 from pipeline.views import ViewConfig
 from tests.helpers.betons import photograph, varied, write_beton
+from tests.helpers.jpegs import HEIGHT, WIDTH, pool
 from tests.helpers.manifests import damage, write_manifest
 from tests.tools.packing.test_build_dataset import run, save
 
@@ -304,6 +306,31 @@ def test_beton_of_which_nothing_decodes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CorruptRecord, match="no record can be decoded"):
         options = {"on_corrupt": "replace", "max_replaced": 1.0}
         list(dali_loader(Beton(path), batch_size=5, **options).epoch(0))
+
+
+@needs_dali
+@devices
+@pytest.mark.parametrize("manifest", [False, True])
+def test_abbreviated_and_damaged_jpegs_are_judged_as_by_the_loader(
+    tmp_path: Path, manifest: bool, device: str
+) -> None:
+    """Without it DALI completes a stream that has lost its tables as its own decoder likes, even if
+    the manifest lists it, as one of an earlier slotstream may.
+    """
+    names = [name for name in pool() if not manifest or "table" in name or "bad" not in name]
+    path = tmp_path / "pool.beton"
+    with BetonWriter(path, len(names)) as writer:
+        streams = [pool()[name] for name in names]
+        writer.append([Sample(stream, HEIGHT, WIDTH, (i,)) for i, stream in enumerate(streams)])
+    if manifest:
+        write_manifest(path)
+    options = {"on_corrupt": "replace", "max_replaced": 1.0, "batch_size": len(names)}
+    dali, _ = loaders(Beton(path), device=torch.device(device), **options)
+    _, plain = loaders(Beton(path), **options)
+    for epoch in range(2):
+        assert assert_alike(dali.epoch(epoch), plain.epoch(epoch)) == 1
+    assert set(dali.replaced) == {i for i, name in enumerate(names) if "bad" in name}
+    assert dali.replaced == plain.replaced
 
 
 # ---- Nothing is left behind ----

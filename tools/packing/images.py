@@ -18,7 +18,7 @@ from zlib_ng.zlib_ng import crc32
 from pipeline import turbojpeg
 from pipeline.beton import MAX_PIXELS
 from pipeline.ffcv_format import MAX_SIDE
-from pipeline.jpeg_tables import missing_tables
+from pipeline.jpeg_parts import HUFFMAN, QUANTISATION, SCANS, missing_parts
 from pipeline.manifest import CONVERTED, ORIGINAL, SCALED
 from pipeline.resize import resize
 from tools.packing.jpeg import CUT, DOUBTFUL, BadImage, JpegHeader, jpeg_header, scans
@@ -114,16 +114,18 @@ def _obstacles(data: bytes, header: JpegHeader, check: str) -> list[str]:
     state, obstacles = scans(data, header), []
     if state == CUT:
         raise BadImage("truncated JPEG: its end-of-image marker is missing")
-    missing = missing_tables(data)
+    missing = missing_parts(data)
     if state == DOUBTFUL or check == "decode" or not header.plain or missing:
         complaint = _decoder_complaint(data, header)
-        if missing and complaint:
+        if missing & (QUANTISATION | HUFFMAN) and complaint:
             raise BadImage(f"its tables are missing ({complaint})")
         if _is_damage(complaint):
             raise BadImage(complaint)
         obstacles += [complaint] if complaint else []
-    if missing:  # libjpeg supplies the standard tables, other readers those of the last image
+    if missing & HUFFMAN:  # libjpeg takes the standard ones, other readers those of the last image
         obstacles.append("no Huffman tables")
+    if missing & SCANS:
+        obstacles.append("scans are missing")
     if header.components == _CMYK_COMPONENTS:
         obstacles.append("CMYK")
     if header.orientation != 1:

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.jpeg_tables import next_marker
+from pipeline.jpeg_parts import next_marker
 
 _PLAIN_SAMPLING = (b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11", b"\x12\x11\x11")
 """Sampling factors that TurboJPEG certainly decodes: grey, 4:4:4, 4:2:2, 4:2:0 and 4:4:0."""

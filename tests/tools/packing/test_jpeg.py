@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.beton_writer import BetonWriter, Sample
 from pipeline.decode import CanvasLoader, CropLoader, RecordLoader
-from pipeline.jpeg_tables import HUFFMAN, QUANTISATION, missing_tables
+from pipeline.jpeg_parts import HUFFMAN, QUANTISATION, SCANS, missing_parts
 from pipeline.turbojpeg import Decoder
 from pipeline.views import ViewConfig
 from tests.helpers import jpegs
@@ -45,6 +45,13 @@ def test_alone_a_stream_is_refused_or_has_pillows_pixels(tmp_path: Path, name: s
             beton.decode(0)
     else:
         assert np.array_equal(beton.decode(0), pillow(POOL[name]))
+
+
+def early_end() -> bytes:
+    """A progressive stream that ends after its first scan."""
+    data = jpeg(3, progressive=True)
+    first = data.index(b"\xff\xda")
+    return data[: data.index(b"\xff\xc4", first)] + b"\xff\xd9"
 
 
 def canvases(beton: Beton, workers: int) -> RecordLoader:
@@ -101,7 +108,7 @@ def test_packing_judges_each_file_alone(check: str, names: list[str]) -> None:
             assert name.startswith("bad")
             continue
         if isinstance(packed.data, bytes):
-            assert packed.data == POOL[name] and not missing_tables(packed.data)
+            assert packed.data == POOL[name] and not missing_parts(packed.data)
         else:
             assert np.array_equal(packed.data, pillow(POOL[name]))
 
@@ -109,7 +116,7 @@ def test_packing_judges_each_file_alone(check: str, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("stream", "missing"),
     [
-        (lambda: jpeg(), 0),
+        (jpeg, 0),
         (lambda: jpeg(mode="L", progressive=True, optimize=True), 0),
         (lambda: jpeg(mode="CMYK", restart_marker_blocks=1), 0),
         (lambda: jpeg(progressive=True, quality=3), 0),
@@ -119,19 +126,23 @@ def test_packing_judges_each_file_alone(check: str, names: list[str]) -> None:
         (lambda: jpegs.moved(jpeg(), jpegs.QUANTISATION), QUANTISATION),
         (lambda: jpegs.moved(jpeg(), jpegs.HUFFMAN), HUFFMAN),
         (lambda: without(jpeg(), jpegs.HUFFMAN, jpegs.QUANTISATION), QUANTISATION | HUFFMAN),
+        (early_end, SCANS),
         (lambda: b"", 0),
         (lambda: b"\xff\xd8\xff\xda\xff", 0),
     ],
 )
-def test_missing_tables_are_found(stream: Callable[[], bytes], missing: int) -> None:
+def test_missing_parts_are_found(stream: Callable[[], bytes], missing: int) -> None:
     """Without it packing copies a stream that other readers decode with the last image's tables."""
-    assert missing_tables(stream()) == missing
+    assert missing_parts(stream()) == missing
 
 
 def test_stream_without_tables_is_named_or_made_whole() -> None:
     """Without it the message is Pillow's "broken data stream", or ffcv decodes wrong pixels."""
     with pytest.raises(BadImage, match=r"tables are missing \(Quantization table 0x00"):
         pack_image(without(jpeg(), jpegs.QUANTISATION), Storage())
+    packed = pack_image(early_end(), Storage())
+    assert packed.how == "converted: scans are missing"
+    assert np.array_equal(packed.data, pillow(early_end()))
     packed = pack_image(without(jpeg(7), jpegs.HUFFMAN), Storage())
     assert packed.how == "converted: no Huffman tables"
     assert np.array_equal(packed.data, pillow(jpeg(7)))

@@ -1,24 +1,26 @@
-"""Whether a JPEG stream defines all tables that its scans use.
+"""Whether a JPEG stream has all parts of its image: the tables that its scans use, and all scans.
 
 An abbreviated stream leaves out tables that the decoder is supposed to know, such as the frames of
-a Motion JPEG. A decoder that has decoded another image before may use the tables of that one.
+a Motion JPEG. A decoder that has decoded another image before may use the tables of that one. And
+decoders guess the coefficients that no scan has sent in different ways.
 """
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-QUANTISATION, HUFFMAN = 1, 2
-"""Bits of `missing_tables`."""
+QUANTISATION, HUFFMAN, SCANS = 1, 2, 4
+"""Bits of `missing_parts`: tables that a scan uses before the stream defines them; scans with the
+rest of a component's coefficients."""
 
 _PROGRESSIVE, _ARITHMETIC = (0xC2, 0xC6, 0xCA, 0xCE), (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _HUFFMAN_TABLES, _START_OF_SCAN, _END_OF_IMAGE, _QUANTISATION_TABLES = 0xC4, 0xDA, 0xD9, 0xDB
 _ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 
 
-def missing_tables(data: bytes | NDArray[np.uint8]) -> int:
-    """The kinds of tables that a scan uses before the stream defines them: QUANTISATION, HUFFMAN,
-    both or 0. Looks only at the markers; a stream that is damaged in another way may give any.
+def missing_parts(data: bytes | NDArray[np.uint8]) -> int:
+    """The parts that are missing, as bits; 0 = none. Looks only at the markers: a stream that is
+    damaged in another way may give any.
     """
     return int(_missing(np.frombuffer(data, np.uint8)))
 
@@ -48,6 +50,8 @@ def next_marker(data: NDArray[np.uint8], position: int) -> int:
 def _missing(data: NDArray[np.uint8]) -> int:
     kind_of_frame, tables = 0, np.zeros(3, np.int64)  # which quantisation, DC and AC tables exist
     quantisation_of = np.zeros(256, np.int64)  # the table's number, by the component's
+    sent = np.full((256, 64), -1, np.int8)  # the lowest bit sent of each component's coefficients
+    components = np.zeros(256, np.bool_)
     missing, position = 0, next_marker(data, 0)
     while position >= 0:
         kind = int(data[position + 1])
@@ -67,10 +71,30 @@ def _missing(data: NDArray[np.uint8]) -> int:
             kind_of_frame = kind
             for at in range(6, len(body) - 2, 3):
                 quantisation_of[body[at]] = body[at + 2]
+                components[body[at]] = True
         elif kind == _START_OF_SCAN:
             missing |= _missing_in_scan(body, kind_of_frame, tables, quantisation_of)
+            _note_scan(body, kind_of_frame, sent)
+            if kind_of_frame not in _PROGRESSIVE and body[:1].sum() == components.sum():
+                break  # the only scan
         position = next_marker(data, max(begin, end))
+    for component in np.flatnonzero(components):
+        if sent[component].any():
+            return missing | SCANS
     return missing
+
+
+@njit(nogil=True, cache=True)
+def _note_scan(body: NDArray[np.uint8], kind_of_frame: int, sent: NDArray[np.int8]) -> None:
+    components = int(body[0]) if len(body) else 0
+    if len(body) < 4 + 2 * components:
+        return
+    first, last, low = 0, 63, 0
+    if kind_of_frame in _PROGRESSIVE:
+        first, last = body[1 + 2 * components], body[2 + 2 * components]
+        low = body[3 + 2 * components] & 15
+    for at in range(1, 1 + 2 * components, 2):
+        sent[body[at], first : last + 1] = low
 
 
 @njit(nogil=True, cache=True)
