@@ -210,6 +210,8 @@ class Replacements:
             if not reason:
                 break
             bad[j] = reason
+            if self.limit < 1 and len(bad) > self.limit * len(self.beton):
+                raise self._too_many(len(bad), len(self.beton), "images")
         else:
             raise CorruptRecord(f"{self.beton.path}: no record can be decoded")
         name = printable(self.beton.name(stand_in))
@@ -229,9 +231,11 @@ class Replacements:
         """Raises CorruptRecord if too many records were replaced."""
         bad, images = len(self._replaced), len(self.beton)
         if bad > self.limit * min(max(self._read, _FIRST), images):
-            read = min(self._read, images)
-            raise CorruptRecord(
-                f"{self.beton.path}: {bad:,} of the {read:,} images read so far are bad"
-                f" ({bad / read:.1%}; data.max_replaced: {self.limit:g});"
-                f" the first one is {self._first}"
-            )
+            raise self._too_many(bad, min(self._read, images), "images read so far")
+
+    def _too_many(self, bad: int, images: int, which: str) -> CorruptRecord:
+        return CorruptRecord(
+            f"{self.beton.path}: at least {bad:,} of {images:,} {which} are bad"
+            f" ({bad / images:.1%}; data.max_replaced: {self.limit:g});"
+            f" the first one is {self._first}"
+        )

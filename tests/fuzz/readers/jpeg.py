@@ -76,7 +76,9 @@ class Target:
             else:
                 assert np.array_equal(packed.data, truth), "converted to other pixels"
         if by_decoding is None:
-            return "found"  # by decoding only; reading refuses it too, or it is one of the loader's
+            stored = isinstance(by_structure.data, bytes)
+            assert reason or not stored, "reading accepts what --check decode refuses"
+            return "found"
         if isinstance(by_decoding.data, bytes):
             assert not reason, f"--check decode accepts it, and reading says: {reason}"
             return "read"
