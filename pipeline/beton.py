@@ -39,8 +39,8 @@ MAX_PIXELS = 178_956_970
 """Pillow's limit for decompression bombs. Larger images are not packed, and a damaged size must not
 cause an allocation of gigabytes."""
 FINGERPRINTED = 1 << 30
-"""Bytes that `Beton.fingerprint` reads of a beton with a manifest. It takes 0.2 s from the page
-cache."""
+"""Bytes that `Beton.fingerprint` reads of a beton with a manifest. It takes half a second from the
+page cache."""
 SIZES_CHANGED = "the images' heights and widths are not those that were packed"
 _READ = 1 << 20  # bytes
 

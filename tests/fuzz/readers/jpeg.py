@@ -51,6 +51,7 @@ class Target:
         self.room = os.open(path, os.O_WRONLY)
         self.truth = [_pillow(stream) for stream in good]
         self.decoder = Decoder(ROOM)
+        self.try_stream(self.streams[0], np.random.default_rng(0))  # compiles
 
     def try_one(self, random: Random) -> str:
         stream = self.streams[random.integers(len(self.streams))]
