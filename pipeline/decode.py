@@ -34,17 +34,23 @@ class RecordLoader(ABC):
     The pixels are in a small ring of buffers, pinned if `pin` is set. Buffers are reused and grow
     to the largest batch so far. A subclass defines the shape of the pixels and writes them.
 
-    A record that cannot be decoded ends the iteration (`on_corrupt` "stop") or is replaced.
+    A record that cannot be decoded ends the iteration (`on_corrupt` "stop") or is replaced, see
+    `pipeline.source.Replacements`.
     """
 
     def __init__(
-        self, beton: Beton, threads: int, pin: bool, on_corrupt: OnCorrupt = "stop"
+        self,
+        beton: Beton,
+        threads: int,
+        pin: bool,
+        on_corrupt: OnCorrupt = "stop",
+        max_replaced: float = 1.0,
     ) -> None:
         self.beton = beton
         self.threads = threads
         self.pin = pin
         self.on_corrupt = on_corrupt
-        self.replacements = Replacements(beton)
+        self.replacements = Replacements(beton, max_replaced)
         self._thread = threading.local()  # each thread's decoder and canvas
         self._pool = ThreadPoolExecutor(threads, "decode")
         self._ring = [torch.empty(0, dtype=torch.uint8) for _ in range(_AHEAD + 1)]
@@ -198,12 +204,13 @@ class CropLoader(RecordLoader):
         threads: int,
         pin: bool,
         on_corrupt: OnCorrupt = "stop",
+        max_replaced: float = 1.0,
         *,
         views: ViewConfig,
         seed: int,
         size_of: Callable[[int], int],
     ) -> None:
-        super().__init__(beton, threads, pin, on_corrupt)
+        super().__init__(beton, threads, pin, on_corrupt, max_replaced)
         self.views, self.seed, self.size_of = views, seed, size_of
 
     def worst_case(self, images: int) -> int:

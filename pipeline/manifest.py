@@ -72,6 +72,9 @@ class Manifest:
     digest: str = ""
     tool: str = TOOL
     beton_version: int = VERSION
+    sizes: str = ""
+    """A SHA-256 of all heights and widths, which no record's checksum covers; "" in a manifest of
+    an earlier slotstream."""
     path: Path | None = None
     """The file from which this was read."""
 

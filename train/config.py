@@ -67,6 +67,9 @@ class DataConfig(Bounded):
     on_corrupt: OnCorrupt = "stop"
     """If an image cannot be decoded: "stop" names it and ends the run; "replace" names it once and
     uses the next image of the beton instead."""
+    max_replaced: float = field(default=0.05, metadata=within(0, 1))
+    """With "replace": share of the images that may be replaced. More ends the run: the data are
+    damaged. It counts from the first 1,000 images that a process reads, or a smaller set, on."""
 
 
 @dataclass(frozen=True)

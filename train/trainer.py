@@ -102,6 +102,7 @@ class Trainer:
             accumulation=efficiency.accumulation,
             threads=data.threads or share_of_cores(),
             on_corrupt=data.on_corrupt,
+            max_replaced=data.max_replaced,
         )
 
     def _check_batch_statistics(self) -> None:
@@ -283,7 +284,8 @@ class Trainer:
     def _restore(self, origin: Path) -> None:
         """Raises UserError, or Damaged, and then has changed nothing."""
         record = checkpoint.read_record(origin, SETTINGS)
-        if record.data != self._data():
+        fingerprint = record.data["fingerprint"]
+        if record.data["images"] != len(self.beton) or not self.beton.has_fingerprint(fingerprint):
             raise UserError(
                 f"data.path: {self.beton.path} is not the data of {origin} "
                 f"({_describe(self._data())}; it was {_describe(record.data)})"

@@ -339,7 +339,7 @@ def test_corrupt_image_stops_the_run_or_is_replaced(
     config = small_run(path, tmp_path, "stop", max_steps=5)
     with pytest.raises(UserError, match="record 3: not a JPEG"):
         trainer(replace(config, train=replace(config.train, max_steps=10))).train()
-    data = replace(config.data, on_corrupt="replace")
+    data = replace(config.data, on_corrupt="replace", max_replaced=0.2)
     training = trainer(replace(config, name="replace", data=data))
     training.train()
     assert training.run.step == 5

@@ -90,10 +90,8 @@ def _decode_rate(records: Sequence[Packed]) -> float:
     start = time.perf_counter()
     for record in records:
         if isinstance(record.data, bytes):
-            turbojpeg.decompress(
-                decoder.handle, record.data, len(record.data), canvas.ctypes.data,
-                record.width, 0, record.height, turbojpeg.RGB, turbojpeg.ACCURATE_DCT,
-            )  # fmt: skip
+            shape = (record.height, record.width, 3)
+            decoder.decompress(record.data, canvas[: math.prod(shape)].reshape(shape))
         else:
             canvas[: record.data.size] = record.data.reshape(-1)
     return len(records) / (time.perf_counter() - start)

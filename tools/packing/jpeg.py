@@ -12,6 +12,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.jpeg_parts import next_marker
+
 _PLAIN_SAMPLING = (b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11", b"\x12\x11\x11")
 """Sampling factors that TurboJPEG certainly decodes: grey, 4:4:4, 4:2:2, 4:2:0 and 4:4:0."""
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # Huffman-coded: baseline, extended, progressive
@@ -19,7 +21,6 @@ _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _BETWEEN_SCANS = (0xC4, _START_OF_SCAN, 0xDB, 0xDD, 0xFE)  # tables, scans, comments
 _ZEROS = 64  # bytes; compressed pixels seldom contain longer runs, unwritten disk space does
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
-_ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 
 WHOLE, DOUBTFUL, CUT = range(3)
 """Results of `scans`: complete; only decoding can decide; no end-of-image marker."""
@@ -39,7 +40,7 @@ class JpegHeader:
     orientation: int
     """1 = upright, 2 to 8 as in EXIF."""
     plain: bool
-    """8 bits, Huffman-coded, a common sampling, tables present: every decoder reads it."""
+    """8 bits, Huffman-coded, a common sampling: every decoder reads it."""
     scan: int
     """Offset of the first scan's marker in bytes."""
 
@@ -53,7 +54,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     if data[:3] != b"\xff\xd8\xff":
         return None
     frame: tuple[int, int, int] | None = None
-    plain, tables = False, 0
+    plain = False
     exif, xmp, position = None, None, 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
@@ -62,13 +63,11 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             continue
         body = data[position + 4 : position + 2 + int.from_bytes(data[position + 2 : position + 4])]
         if marker == _START_OF_SCAN and frame:
-            return JpegHeader(*frame, exif or xmp or 1, plain and tables == 3, position)
+            return JpegHeader(*frame, exif or xmp or 1, plain, position)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(body) >= 6:
             frame = struct.unpack(">xHHB", body[:6])
             sampling = body[7 : 6 + 3 * frame[2] : 3]
             plain = marker in _PLAIN_FRAMES and body[0] == 8 and sampling in _PLAIN_SAMPLING
-        elif marker in (0xC4, 0xDB):  # Huffman, quantisation
-            tables |= 1 << (marker == 0xDB)
         elif marker == 0xE1 and body.startswith(b"Exif\0\0") and exif is None:
             exif = _exif_orientation(body[6:])  # further blocks continue the first
         elif marker == 0xE1 and body.startswith(_XMP):
@@ -113,7 +112,7 @@ def _xmp_orientation(block: bytes) -> int | None:
 def _walk(data: NDArray[np.uint8], position: int) -> int:
     begin = position
     while True:
-        position = _next_marker(data, position)
+        position = next_marker(data, position)
         if position < 0:
             return CUT
         kind = data[position + 1]
@@ -124,27 +123,6 @@ def _walk(data: NDArray[np.uint8], position: int) -> int:
         if position + 4 > len(data):
             return CUT
         position += 2 + max(2, 256 * int(data[position + 2]) + int(data[position + 3]))
-
-
-@njit(nogil=True, cache=True)
-def _next_marker(data: NDArray[np.uint8], position: int) -> int:
-    """Offset of the next marker: a 0xFF that is not stuffing, a fill byte or a restart; -1 without
-    one. Looks at eight bytes at a time, because few groups of eight contain a 0xFF.
-    """
-    last = len(data) - 1
-    if position >= last:
-        return -1
-    words = data[position : len(data) - (len(data) - position) % 8].view(np.uint64)
-    for w in range(len(words) + 1):
-        if w < len(words):
-            inverse = ~words[w]
-            if not (inverse - _ONES) & ~inverse & _TOPS:  # no byte of `inverse` is zero
-                continue
-        for i in range(position + 8 * w, min(position + 8 * w + 8, last)):
-            after = data[i + 1]
-            if data[i] == 0xFF and after != 0 and after != 0xFF and after & 0xF8 != 0xD0:
-                return i
-    return -1
 
 
 @njit(nogil=True, cache=True)

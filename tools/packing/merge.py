@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from zlib_ng.zlib_ng import crc32
 
-from pipeline.beton import Beton
+from pipeline.beton import SIZES_CHANGED, Beton
 from pipeline.errors import UserError
 from pipeline.ffcv_format import RAW
 from pipeline.manifest import Manifest
@@ -59,6 +59,8 @@ class _Shards:
                 self.names.append(record.name)
                 self._crcs.append(int(record.crc32, 16))
                 self._how.append(sys.intern(record.how))  # one string object for equal strings
+            if beton.sizes_changed(manifest):
+                raise UserError(f"{beton.path}: {SIZES_CHANGED}")
             if len(self.names) - before != len(beton):
                 raise UserError(f"{beton.path}: its manifest belongs to another file")
         self._starts = np.cumsum([0, *map(len, self.betons)])

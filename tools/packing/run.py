@@ -180,6 +180,7 @@ class _Run:
             stored=self.stored,
             skipped=self.job.skipped + [(self.job.names[i], self.bad[i]) for i in self.bad],
             shard=self.job.shard,
+            sizes=self.writer.digest_of_sizes(),
         )
         unpublished = manifest_path(self.writer.partial)
         manifest.write(unpublished, self._records())
