@@ -32,7 +32,7 @@ def render(template: str, **values: Any) -> str:
 
 def write_page(path: Path, text: str) -> None:
     """Write a page and report its size."""
-    content = text.encode()
+    content = text.encode(errors="replace")  # half a surrogate pair in a name
     write_bytes(path, content)
     print(f"wrote {path} ({len(content) / 1e3:,.0f} kB)")
 

@@ -10,10 +10,9 @@ import msgspec
 
 from pipeline.errors import UserError, printable
 
-RESULT_BYTES = 32 << 20
-"""Bytes of a file of results: a hundred times the largest that a command writes. Any content of
-this size is read or refused within seconds and 1 GB of memory."""
-LOOSE_BYTES = 128 << 20
+RESULT_BYTES = 64 << 20
+"""Bytes of a file of results: a hundred times as many as a command writes."""
+LOOSE_BYTES = 64 << 20
 """Bytes of a file that may be read without its schema, which takes up to 30 times as much memory:
 to read NaN, which is no JSON, and to name a wrong value."""
 _SHOWN = 40  # characters of a value in a message
@@ -97,9 +96,11 @@ def _described(wrong: str, content: Any) -> str:
             return f"{place}: {what}"
         if isinstance(value, dict) and isinstance(value.get("id"), int | str):
             entry = f" (id {_short(value['id'])})"
+    if not place:
+        return what
     if isinstance(value, dict | list):
-        return f"{place or 'the whole'}{entry}: {what}"
-    return f"{place or 'the whole'}{entry} is {_short(value)}: {what}"
+        return f"{place}{entry}: {what}"
+    return f"{place}{entry} is {_short(value)}: {what}"
 
 
 def _keys(place: str) -> Iterator[str | int]:

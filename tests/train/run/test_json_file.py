@@ -54,7 +54,8 @@ def refused(path: Path, content: bytes, kind: type[Any] = Content) -> str:
         (b'{"entries": [], "unused": "\xe9"}', "not UTF-8 (byte 27)"),
         (b'{"unused": ' + b"[" * 10**5, "not JSON (nested too deeply)"),
         (b'{"entries": NaN, "unused": ' + b"[" * 10**5, "not JSON (nested too deeply)"),
-        (b'"\\u001b[2J\\n"', 'the whole is "\\u001b[2J\\n": expected object, got str'),
+        (b'"\\u001b[2J\\n"', "expected object, got str"),
+        (b'{"entries": [], "score": "\\u001b\\n"}', 'score is "\\u001b\\n": expected float'),
         (b"", "not JSON (Expecting value"),
     ],
 )  # fmt: skip
@@ -75,7 +76,7 @@ def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     file = tmp_path / "a.json"
     with file.open("wb") as stream:
         stream.truncate(2**40)
-    with pytest.raises(UserError, match=r"too large: 1,099,511,627,776 bytes, at most 33,554,432"):
+    with pytest.raises(UserError, match=r"too large: 1,099,511,627,776 bytes, at most 67,108,864"):
         read_json(file, Content)
     monkeypatch.setattr(json_file, "LOOSE_BYTES", 10)
     assert refused(file, b'{"entries": [7]}') == "entries[0]: expected object, got int"
