@@ -156,7 +156,7 @@ def table_of(ids: Collection[int], void: Collection[int]) -> np.ndarray:
 
 def read_panoptic(path: Path) -> dict[str, dict[int, int]]:
     """PNG name → segment number → class id (segment 0 is void). Raises UserError."""
-    content = read_json(path, _Panoptic, PANOPTIC_BYTES)
+    content = read_json(path, _Panoptic, PANOPTIC_BYTES, "COCO panoptic annotations")
     coarse = {}
     for category in content.categories:
         if category.supercategory not in COCO_CLASSES:
@@ -185,7 +185,7 @@ def find_classes(given: Path | None, labels: Path) -> list[str] | None:
 
 def read_classes(path: Path) -> list[str]:
     """Class names by id: a JSON list. Raises UserError for anything else."""
-    names = read_json(path, _Names)
+    names = read_json(path, _Names, what=f"a list of 1 to {VOID} class names")
     if len(set(names)) != len(names):
-        raise UserError(f"{path}: needs 1 to {VOID} class names, each once")
+        raise UserError(f"{path}: a class name is there twice")
     return names

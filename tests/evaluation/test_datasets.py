@@ -125,7 +125,7 @@ def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a panoptic PNG: its pixels are L"):
         only(open_labelled("coco-panoptic", root=tmp_path))
     for text, message in (
-        ("[]", "expected object, got array"),
+        ("[]", "not COCO panoptic annotations: expected object, got array"),
         ('{"categories": [], "annotations": [{"file_name": "a"}]}', "required field segments_info"),
         (file.read_text().replace("[{", '[{"id": NaN},{', 1), "categories.0..id is NaN: expected"),
         (file.read_text().replace('"id": 7', '"id": 1e9'), r"id is 1.*: expected int"),

@@ -293,7 +293,9 @@ def main() -> None:
     if args.compare:
         if args.stages or args.data or args.synthetic:
             raise UserError("--compare measures nothing: give no stages, --data or --synthetic")
-        first, second = (read_json(path, Rates) for path in args.compare)
+        first, second = (
+            read_json(path, Rates, what="the --json file of a benchmark") for path in args.compare
+        )
         print(compare(first, second, args.compare))
         return
     check(args)

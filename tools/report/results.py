@@ -236,20 +236,21 @@ def _check_is_there(path: Path) -> None:
 
 def read_part(part: Part, path: Path) -> Measured:
     """The --json file of a part. Raises UserError if it is damaged or made by another command."""
+    what = f"the --json file of: {part.made_by}"
     if part == COST:
-        return read_json(path, Costs)
+        return read_json(path, Costs, what=what)
     if part == BENCHMARK:
-        return read_json(path, Rates)
+        return read_json(path, Rates, what=what)
     if part == SLOTS:
-        uses = read_json(path, Uses)
+        uses = read_json(path, Uses, what=what)
         if not any(row.metric == "active_slots" for row in uses.results):
-            raise UserError(f"{path}: not the --json file of: {part.made_by}")
+            raise UserError(f"{path}: not {what}")
         return uses
-    scores = read_json(path, Scores)
+    scores = read_json(path, Scores, what=what)
     probe = part.made_by.partition("probe ")[2] or None
     of_part = all(row.probe == probe for row in scores.results)
     if not of_part or not any(row.metric == "miou" for row in scores.results):
-        raise UserError(f"{path}: not the --json file of: {part.made_by}")
+        raise UserError(f"{path}: not {what}")
     _check_scores(path, scores.results)
     return scores
 

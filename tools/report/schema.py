@@ -4,6 +4,8 @@ from typing import Annotated, Required, TypedDict
 
 from msgspec import Meta, Struct, field
 
+from train.run.json_file import Facts, Settings, Text
+
 LARGEST = 10**12
 """No number of a measurement reaches it."""
 ROWS = 1000
@@ -11,12 +13,6 @@ ROWS = 1000
 Number = Annotated[float, Meta(gt=-LARGEST, lt=LARGEST)]
 Positive = Annotated[float, Meta(ge=0, lt=LARGEST)]
 Count = Annotated[int, Meta(ge=0, lt=LARGEST)]
-Text = Annotated[str, Meta(max_length=5000)]  # a path has at most 4,096
-_Fact = Text | Annotated[int, Meta(ge=-(2**62), le=2**62)] | Number | bool | None
-Facts = dict[Text, _Fact | list[_Fact]]
-"""Of a machine: "cores": 2, "gpus": []."""
-Settings = dict[Text, _Fact | list[_Fact] | dict[Text, _Fact | list[_Fact] | Facts]]
-"""Of a benchmark. At most three levels: deeper ones would end in a RecursionError somewhere."""
 
 
 class Line(TypedDict, total=False):

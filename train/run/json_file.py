@@ -4,9 +4,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from pipeline.errors import UserError, printable
 
@@ -17,14 +18,23 @@ LOOSE_BYTES = 64 << 20
 to read NaN, which is no JSON, and to name a wrong value."""
 _SHOWN = 40  # characters of a value in a message
 
+Text = Annotated[str, Meta(max_length=5000)]  # a path has at most 4,096
+Scalar = Text | Annotated[int, Meta(ge=-(2**62), le=2**62)] | float | bool | None
+Facts = dict[Text, Scalar | list[Scalar]]
+Settings = dict[Text, Scalar | list[Scalar] | dict[Text, Scalar | list[Scalar] | Facts]]
+"""Of a run or a measurement. At most three levels: what is nested deeper cannot be printed."""
 Content = TypeVar("Content")
 
 
-def read_json(path: Path, kind: type[Content], most: int = RESULT_BYTES) -> Content:
+def read_json(
+    path: Path, kind: type[Content], most: int = RESULT_BYTES, what: str = "of this form"
+) -> Content:
     """The content of a file of at most `most` bytes, as msgspec converts it to `kind`. NaN and
-    Infinity count as numbers. Raises UserError.
+    Infinity count as numbers. `what` says in a message what the file should be.
+
+    Raises UserError.
     """
-    return decode_json(path, read_text(path, most), kind)
+    return decode_json(path, read_text(path, most), kind, what)
 
 
 def read_text(path: Path, most: int) -> str:
@@ -47,7 +57,7 @@ def read_text(path: Path, most: int) -> str:
         raise UserError(f"{_name(path)}: not UTF-8 (byte {error.start})") from None
 
 
-def decode_json(path: Path, text: str, kind: type[Content]) -> Content:
+def decode_json(path: Path, text: str, kind: type[Content], what: str) -> Content:
     """`text`, which was read from `path`, as `read_json`."""
     name = _name(path)
     try:
@@ -65,7 +75,7 @@ def decode_json(path: Path, text: str, kind: type[Content]) -> Content:
             wrong = str(invalid)
     except RecursionError:
         raise UserError(f"{name}: not JSON (nested too deeply)") from None
-    raise UserError(f"{name}: {_described(wrong, content)}")
+    raise UserError(f"{name}: {_described(wrong, content, what)}")
 
 
 def _loose(name: str, text: str) -> Any:
@@ -81,12 +91,14 @@ def _loose(name: str, text: str) -> Any:
     return content
 
 
-def _described(wrong: str, content: Any) -> str:
+def _described(wrong: str, content: Any, kind: str) -> str:
     """msgspec's message with the value, and with the id of the innermost entry that has one:
     annotations[3].bbox[0] (id 17) is NaN: expected float <= 100000.0
     """
     what, _, place = wrong.replace("`", "").partition(" - at ")
     what = what[:1].lower() + what[1:]
+    if place in ("", "$"):
+        return f"not {kind}: {what}"
     place = place.rpartition(" in ")[2].removeprefix("$").removeprefix(".")
     entry, value = "", content
     for key in _keys(place):
@@ -96,8 +108,6 @@ def _described(wrong: str, content: Any) -> str:
             return f"{place}: {what}"
         if isinstance(value, dict) and isinstance(value.get("id"), int | str):
             entry = f" (id {_short(value['id'])})"
-    if not place:
-        return what
     if isinstance(value, dict | list):
         return f"{place}{entry}: {what}"
     return f"{place}{entry} is {_short(value)}: {what}"

@@ -101,7 +101,7 @@ class Annotations(Struct):
 
 def read_annotations(path: Path) -> Annotations:
     """The file's content. Raises UserError if it is not of the format, or exceeds a limit."""
-    content = read_json(path, Annotations, ANNOTATION_BYTES)
+    content = read_json(path, Annotations, ANNOTATION_BYTES, "COCO instance annotations")
     images = {image.id: image for image in content.images}
     categories = {category.id for category in content.categories}
     _check_ids(path, "images", [image.id for image in content.images])

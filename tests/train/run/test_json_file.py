@@ -54,7 +54,7 @@ def refused(path: Path, content: bytes, kind: type[Any] = Content) -> str:
         (b'{"entries": [], "unused": "\xe9"}', "not UTF-8 (byte 27)"),
         (b'{"unused": ' + b"[" * 10**5, "not JSON (nested too deeply)"),
         (b'{"entries": NaN, "unused": ' + b"[" * 10**5, "not JSON (nested too deeply)"),
-        (b'"\\u001b[2J\\n"', "expected object, got str"),
+        (b'"\\u001b[2J\\n"', "not of this form: expected object, got str"),
         (b'{"entries": [], "score": "\\u001b\\n"}', 'score is "\\u001b\\n": expected float'),
         (b"", "not JSON (Expecting value"),
     ],

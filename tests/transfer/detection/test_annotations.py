@@ -181,7 +181,10 @@ def many(content: dict[str, Any]) -> None:
             lambda c: c["images"][0].update(width=10**5, height=10**5),
             "image 1: 100000×100000 are more than 178,956,970 pixels",
         ),
-        (lambda c: c.pop("categories"), "object missing required field categories"),
+        (
+            lambda c: c.pop("categories"),
+            "not COCO instance annotations: object missing required field categ",
+        ),
         (lambda c: c.update(images=[], annotations=[]), "lists no images"),
         (lambda c: c.update(categories=c["categories"] * 2), "3 of 6 categories repeat an id"),
         (lambda c: c.update(annotations=[7]), "annotations[0] is 7: expected object, got int"),
