@@ -203,9 +203,15 @@ def _compressed(mask: RunLengths, height: int, width: int, where: str) -> RunLen
     if len(mask.counts) > RUNS:
         raise UserError(f"{where}: segmentation: counts are longer than {RUNS:,}")
     if isinstance(mask.counts, str):
-        if not _NUMBER.fullmatch(mask.counts):
-            raise UserError(f"{where}: segmentation: counts are not COCO's compressed text")
-        lengths = runs.toUncompressedRLE([to_rle(mask, height, width)])[0]["counts"]
+        try:
+            if not _NUMBER.fullmatch(mask.counts):
+                raise ValueError
+            lengths = runs.toUncompressedRLE([to_rle(mask, height, width)])[0]["counts"]
+        except (ValueError, RuntimeError):  # the library's versions differ
+            raise UserError(
+                f"{where}: segmentation: counts are not COCO's compressed text for an image of"
+                f" {height * width} pixels"
+            ) from None
     else:
         lengths = mask.counts
     if (filled := sum(lengths)) != height * width or len(lengths) > filled + 1:
