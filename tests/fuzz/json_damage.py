@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 from tests.fuzz.damage import Random, damage
@@ -28,6 +29,13 @@ def alter(content: Any, random: Random) -> bytes:
     text = text.replace(f'"{HUGE}"', "7" * 5000).replace(f'"{DEEP}"', "[" * 100_000)
     mark = "\ufeff" if random.integers(20) == 0 else ""
     return (mark + text).encode()
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file in place: ext4 writes at once, slowly, what was cut to nothing before."""
+    with path.open("r+b") as file:
+        file.write(content)
+        file.truncate()
 
 
 def _at_a_place(content: Any, random: Random) -> None:

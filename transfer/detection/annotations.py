@@ -6,6 +6,7 @@ Letters: H W an image's stored height and width in pixels.
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
@@ -81,14 +82,22 @@ class Annotation(Struct):
     category_id: _Id
     bbox: Annotated[list[_Coordinate], Meta(min_length=4, max_length=4)]
     """x, y, width, height."""
-    area: _Area
     segmentation: Segmentation
-    iscrowd: Literal[0, 1] | bool = 0
+    area: _Area | None = None
+    """In pixels; `read_annotations` takes the mask's where the file has none."""
+    iscrowd: Literal[0, 1] | bool | None = 0
     id: _AnyInt | float | Annotated[str, Meta(max_length=99)] | None = None
     """For messages only."""
 
 
-class Annotations(Struct):
+class _File(Struct):
+    images: list[ImageEntry]
+    categories: list[Category]
+    annotations: list[Annotation]
+
+
+@dataclass(frozen=True)
+class Annotations:
     """A file's content. The ids of images and of categories are unique. Each annotation is of an
     image and a category that the file lists.
     """
@@ -97,11 +106,13 @@ class Annotations(Struct):
     categories: list[Category]
     """In the order of their ids."""
     annotations: list[Annotation]
+    derived: int
+    """The number of annotations without an area in the file."""
 
 
 def read_annotations(path: Path) -> Annotations:
     """The file's content. Raises UserError if it is not of the format, or exceeds a limit."""
-    content = read_json(path, Annotations, ANNOTATION_BYTES, "COCO instance annotations")
+    content = read_json(path, _File, ANNOTATION_BYTES, "COCO instance annotations")
     images = {image.id: image for image in content.images}
     categories = {category.id for category in content.categories}
     _check_ids(path, "images", [image.id for image in content.images])
@@ -123,8 +134,12 @@ def read_annotations(path: Path) -> Annotations:
             f"that is not among the {len(categories)} categories (the first: {unknown[0]})"
         )
     _check_amounts(path, content.annotations)
+    without_area = [one for one in content.annotations if one.area is None]
+    for one in without_area:
+        mask = to_rle(one.segmentation, images[one.image_id].height, images[one.image_id].width)
+        one.area = float(rle.area(mask))
     content.categories.sort(key=lambda category: category.id)
-    return content
+    return Annotations(content.images, content.categories, content.annotations, len(without_area))
 
 
 def _check_ids(path: Path, entries: str, ids: list[int]) -> None:

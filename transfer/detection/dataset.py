@@ -65,6 +65,8 @@ class CocoInstances:
         content = read_annotations(annotations)
         self.categories: dict[int, str] = {c.id: c.name for c in content.categories}
         """Names by id, in the order of the ids: label n is the n-th, counted from 1."""
+        self.derived = content.derived
+        """Objects whose area is their mask's, because the file has none."""
         self.dropped = 0
         self.records = self._records(content)
         self._check_images()
@@ -188,7 +190,8 @@ class TrainingExamples:
         self.source, self.sides, self.longest, self.flip = source, sides, longest, flip
         self.records = [record for record in source.records if len(record.boxes)]
         if not self.records:
-            raise UserError(f"{source.annotations}: no image with an object to learn from")
+            skipped = f" ({source.dropped} are skipped)" if source.dropped else ""
+            raise UserError(f"{source.annotations}: no image with an object to learn from{skipped}")
 
     def __len__(self) -> int:
         return len(self.records)

@@ -127,7 +127,7 @@ def ground_truth(source: CocoInstances) -> COCO:
     content = read_annotations(source.annotations)
     annotations = []
     for number, one in enumerate(content.annotations, start=1):
-        annotations.append({**asdict(one), "id": number, "iscrowd": int(one.iscrowd)})
+        annotations.append({**asdict(one), "id": number, "iscrowd": int(one.iscrowd or 0)})
         if isinstance(one.segmentation, RunLengths):
             annotations[-1]["segmentation"] = asdict(one.segmentation)
     return COCO(

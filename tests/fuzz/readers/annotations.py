@@ -10,7 +10,7 @@ from pycocotools import mask as published
 
 from pipeline.errors import UserError
 from tests.fuzz.damage import Random
-from tests.fuzz.json_damage import alter
+from tests.fuzz.json_damage import alter, put
 from tests.helpers.coco_sets import varied_set
 from transfer.detection.dataset import CocoInstances, Record, TrainingExamples, open_instances
 from transfer.detection.evaluate import ground_truth
@@ -24,7 +24,7 @@ class Target:
         self.content = json.loads(self.file.read_text())
 
     def try_one(self, random: Random) -> str:
-        self.file.write_bytes(alter(self.content, random))
+        put(self.file, alter(self.content, random))
         try:
             source = open_instances(
                 self.folder, "annotations/instances_{split}.json", "{split}", "train2017"

@@ -75,9 +75,9 @@ def spoilt(root: Path, change: Callable[[dict[str, Any]], Any]) -> str:
         ),
         ("annotations", "bbox", ["a", 2, 3, 4], 'bbox[0] (id 1) is "a": expected flo'),
         ("annotations", "bbox", [[1], 2, 3, 4], "bbox[0] (id 1): expected float, got array"),
-        ("annotations", "area", "x", 'is "x": expected float, got str'),
+        ("annotations", "area", "x", 'is "x": expected float | null, got str'),
         ("annotations", "area", 10**400, "is an integer of 1329 bits: number out of range"),
-        ("annotations", "iscrowd", "0", 'is "0": expected bool | int, got str'),
+        ("annotations", "iscrowd", "0", 'is "0": expected bool | int | null, got'),
         ("annotations", "iscrowd", 2, "is 2: invalid enum value 2"),
         ("annotations", "segmentation", "x", 'is "x": expected object | array, got str'),
         ("annotations", "segmentation", [], ": expected array of length >= 1"),
@@ -265,6 +265,18 @@ def test_the_largest_ids_are_scored(tmp_path: Path) -> None:
               "segmentation": mask}  # fmt: skip
     rows = {row["metric"]: row["value"] for row in score(opened(tmp_path), [result])}
     assert rows["box_ap"] == rows["mask_ap"] == 1
+
+
+def test_missing_areas_are_those_of_the_masks(tmp_path: Path) -> None:
+    """Without it whole sets of other tools are refused, though the masks say what is missing."""
+    file = varied_set(tmp_path)
+    content = json.loads(file.read_text())
+    areas = [one.pop("area") for one in content["annotations"]]
+    content["annotations"][0].update(area=None, iscrowd=None)
+    file.write_text(json.dumps(content))
+    read = read_annotations(file)
+    assert [one.area for one in read.annotations] == areas
+    assert read.derived == opened(tmp_path).derived == len(areas)
 
 
 def test_masks_survive_their_reading(tmp_path: Path) -> None:
