@@ -62,8 +62,7 @@ def summary(run: Run) -> str:
     arch, prototypes = config.get("model.arch", "?"), config.get("model.num_prototypes", "?")
     side, data = config.get("views.size", "?"), Path(str(config.get("data.path", "?"))).name
     parts = [f"{arch}, {prototypes} prototypes", f"{side}-pixel views of {data}"]
-    data = run.record.data if run.record else {}
-    if isinstance(data, dict) and isinstance(images := data.get("images"), int):
+    if run.record and isinstance(images := run.record.data.get("images"), int):
         parts[-1] += f" ({images:,} images)"
     parts.append(f"{last['step']:,.0f} steps, {last.get('epoch', math.nan):.3g} epochs")
     if "seconds" in last:

@@ -13,7 +13,7 @@ from pipeline.errors import UserError, printable
 
 RESULT_BYTES = 64 << 20
 """Bytes of a file of results: a hundred times as many as a command writes."""
-LOOSE_BYTES = 64 << 20
+LOOSE_BYTES = 32 << 20
 """Bytes of a file that may be read without its schema, which takes up to 30 times as much memory:
 to read NaN, which is no JSON, and to name a wrong value."""
 _SHOWN = 40  # characters of a value in a message
