@@ -158,7 +158,7 @@ def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
     run = Run(folder, config, lines, record, {}, {}, frozenset(named))
     for part in (*RESULTS, *PICTURES):
         path = named.get(part.name) or folder / part.file
-        if part.name not in named and not path.is_file():
+        if part.name not in named and not path.exists():
             continue
         if part in PICTURES:
             run.pictures[part.name] = path

@@ -41,7 +41,7 @@ def read_text(path: Path, most: int) -> str:
     """A file in UTF-8, with or without a byte order mark. Raises UserError."""
     try:
         if path.exists() and not path.is_file():  # a pipe without a writer would hang
-            raise UserError(f"{_name(path)}: is not a regular file")
+            raise UserError(f"{_name(path)}: not a regular file")
         with path.open("rb") as file:
             content = file.read(most + 1)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -293,7 +294,6 @@ def test_damaged_files_of_the_folder_are_named(
 ) -> None:
     """Without it one bad file of ten costs the whole page, or its section shows nonsense."""
     run = write_run(tmp_path / "run")
-    write_measurements(run)
     (run / name).write_text(content)
     call(report.main, run)
     text = Page((run / "report.html").read_text()).text
@@ -310,11 +310,20 @@ def test_damaged_files_of_the_folder_are_named(
         call(report.main, run, f"--{option}", run / name)
 
 
+def test_what_is_no_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it a pipe that nobody writes to hangs the report."""
+    run = write_run(tmp_path / "run")
+    os.mkfifo(run / "knn.json")
+    os.mkfifo(run / "views.png")
+    (run / "eval.json").mkdir()
+    call(report.main, run)
+    assert capsys.readouterr().err.count("not a regular file") == 3
+
+
 @pytest.mark.parametrize("count", [33, 256])
 def test_tables_have_a_limit(count: int, tmp_path: Path) -> None:
     """Without it a file of 30 MB makes a table of 10^10 cells."""
     run = write_run(tmp_path / "run")
-    write_measurements(run)
     key = "network" if count == 33 else "class"
     rows = [{"metric": "miou", "value": 0.5, key: str(number)} for number in range(count)]
     (run / "eval.json").write_text(json.dumps({"results": rows}))
