@@ -33,6 +33,8 @@ RUNS = 1_000_000
 have up to 10,000."""
 OBJECTS = 5_000
 """Of an image, without crowds: training takes one mask for each, of the resized image's size."""
+MASK_PIXELS = 10_000_000_000
+"""H · W of an image times its objects: loading decodes so many pixels, which takes minutes."""
 CATEGORIES = 10_000
 """A detector has layers of this width."""
 _NUMBER = re.compile("(?:[P-o]{0,6}[0-O])*")
@@ -133,7 +135,7 @@ def read_annotations(path: Path) -> Annotations:
             f"{path}: {len(unknown)} of {len(content.annotations)} annotations have a category_id "
             f"that is not among the {len(categories)} categories (the first: {unknown[0]})"
         )
-    _check_amounts(path, content.annotations)
+    _check_amounts(path, images, content.annotations)
     without_area = [one for one in content.annotations if one.area is None]
     for one in without_area:
         mask = to_rle(one.segmentation, images[one.image_id].height, images[one.image_id].width)
@@ -164,7 +166,9 @@ def _check_image(path: Path, image: ImageEntry) -> None:
         raise UserError(f"{where}: {size} are more than {PIXELS:,} pixels")
 
 
-def _check_amounts(path: Path, annotations: Iterable[Annotation]) -> None:
+def _check_amounts(
+    path: Path, images: dict[int, ImageEntry], annotations: Iterable[Annotation]
+) -> None:
     """Refuse images with so many objects or such outlines that loading them would take hours."""
     objects: Counter[int] = Counter()
     outlines: Counter[int] = Counter()
@@ -173,9 +177,12 @@ def _check_amounts(path: Path, annotations: Iterable[Annotation]) -> None:
         if not isinstance(one.segmentation, RunLengths):
             # A bound that is faster than the length: all corners in turn with the origin.
             outlines[one.image_id] += sum(2 * int(sum(map(abs, p))) for p in one.segmentation)
-    image, most = objects.most_common(1)[0] if objects else (0, 0)
-    if most > OBJECTS:
-        raise UserError(f"{path}: image {image} has {most:,} objects, at most {OBJECTS:,}")
+    for image, count in objects.items():
+        most = min(OBJECTS, MASK_PIXELS // (images[image].height * images[image].width))
+        if count > most:
+            raise UserError(
+                f"{path}: image {image} has {count:,} objects, at most {most:,} for its size"
+            )
     long = {image for image, bound in outlines.items() if bound > OUTLINES}
     outlines.clear()
     for one in annotations:

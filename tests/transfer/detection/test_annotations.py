@@ -149,6 +149,13 @@ def many(content: dict[str, Any]) -> None:
     ]
 
 
+def crowded(content: dict[str, Any]) -> None:
+    """A large image whose masks, of a few bytes each, take a minute to decode."""
+    content["images"][0].update(height=10_000, width=10_000)
+    shape = {"size": [10_000, 10_000], "counts": [10, 10**8 - 10]}
+    content["annotations"] = [annotation(1, 7, BOX, shape)] * 101
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -191,8 +198,9 @@ def many(content: dict[str, Any]) -> None:
         (many, "image 1: segmentation: outlines of more than 2,000,000 pixels (the last read: a"),
         (
             lambda c: c["annotations"].extend([first(c)] * 5000),
-            "image 1 has 5,001 objects, at most 5,000",
+            "image 1 has 5,001 objects, at most 5,000 for its size",
         ),
+        (crowded, "image 1 has 101 objects, at most 100 for its size"),
         (
             lambda c: c["categories"].extend({"id": 100 + n, "name": "x"} for n in range(10_000)),
             "10,003 categories, at most 10,000",
