@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from evaluation.datasets.images import open_image
+from pipeline.errors import UserError
 from tools.report.results import PICTURES, RESULTS
 from train.run.provenance import write_bytes
 
@@ -32,13 +33,15 @@ def render(template: str, **values: Any) -> str:
 
 def write_page(path: Path, text: str) -> None:
     """Write a page and report its size."""
-    content = text.encode()
+    content = text.encode(errors="replace")  # half a surrogate pair in a name
     write_bytes(path, content)
     print(f"wrote {path} ({len(content) / 1e3:,.0f} kB)")
 
 
 def picture(path: Path) -> tuple[int, int, str]:
     """A picture as WebP: (width, height, content in base64). Raises UserError."""
+    if path.exists() and not path.is_file():  # a pipe without a writer would hang
+        raise UserError(f"{path}: not a regular file")
     image = open_image(path).convert("RGB")
     image.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

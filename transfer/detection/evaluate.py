@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evaluation.datasets.squares import DECODE_THREADS
 from pipeline.parallel import ordered_map
-from transfer.detection.annotations import read_annotations
+from transfer.detection.annotations import RunLengths, read_annotations
 from transfer.detection.dataset import CocoInstances, Record, pixels_of, resized
 from transfer.detection.model import HALF_PIXEL
 from transfer.task import Row
@@ -125,10 +125,11 @@ def ground_truth(source: CocoInstances) -> COCO:
     because the evaluator reads a 0 as "no object". Raises UserError.
     """
     content = read_annotations(source.annotations)
-    annotations = [
-        {**asdict(one), "id": number, "iscrowd": int(one.iscrowd)}
-        for number, one in enumerate(content.annotations, start=1)
-    ]
+    annotations = []
+    for number, one in enumerate(content.annotations, start=1):
+        annotations.append({**asdict(one), "id": number, "iscrowd": int(one.iscrowd or 0)})
+        if isinstance(one.segmentation, RunLengths):
+            annotations[-1]["segmentation"] = asdict(one.segmentation)
     return COCO(
         {
             "images": [asdict(image) for image in content.images],
