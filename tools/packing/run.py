@@ -342,6 +342,6 @@ def _report_bad(job: Job, bad: dict[int, str], out: Path, on_error: str) -> None
         raise UserError(f"1 of {total:,} images is bad, {out} is not written: {lines[0]} ({hint})")
     head = f"{len(bad):,} of {total:,} images are bad, {out} is not written ({hint}):"
     if len(bad) > MAX_NAMED:
-        listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        listing.write_text("\n".join(lines) + "\n", "utf-8", "backslashreplace")
         lines[MAX_NAMED:] = [f"and {len(bad) - MAX_NAMED:,} more: {listing} lists all"]
     raise UserError("\n  ".join([head, *lines]))

@@ -8,7 +8,9 @@ signature.
 import contextlib
 import io
 import json
+import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +19,9 @@ from PIL import Image
 from zlib_ng.zlib_ng import crc32
 
 from pipeline.beton import Beton
+from pipeline.beton_writer import BetonWriter
 from pipeline.errors import UserError
+from pipeline.ffcv_format import MIN_PAGE
 from pipeline.manifest import manifest_path
 from tests.fuzz.damage import NUMBERS, Random, damage
 from tools.packing import run as packing
@@ -49,7 +53,13 @@ class Target:
 
     def _packed(self) -> tuple[bytes, bytes]:
         """Pack with the command's code; the bytes of the beton and of its manifest."""
-        with mock.patch.object(packing, "BATCH_IMAGES", 2), _quiet():
+        small = partial(BetonWriter, page_size=MIN_PAGE)
+        with (
+            mock.patch.object(packing, "BATCH_IMAGES", 2),
+            mock.patch.object(packing, "BetonWriter", small),
+            mock.patch.object(os, "fsync", lambda file: None),  # slow, and no power fails here
+            _quiet(),
+        ):
             packing.pack(self.job, self.out, "skip")
         return self.out.read_bytes(), manifest_path(self.out).read_bytes()
 

@@ -1,5 +1,7 @@
 """Merging shards."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,16 @@ def test_many_missing_shards(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes().replace(b'"of": 2', b'"of": 2000000000'))
     with pytest.raises(UserError, match=r"missing shards of 2000000000: 3, 4, .*, 22, …$"):
         merge_job(paths)
+
+
+def test_a_shard_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it an error of the shard's disk is reported as one of the output's."""
+    paths = two_shards(tmp_path)
+    job = merge_job(paths)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        assert job.load(3, 4) == [f"cannot be read from {paths[1]}: Input/output error"]
