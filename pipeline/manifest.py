@@ -15,6 +15,7 @@ A record: name, bytes stored, CRC-32 of the stored bytes as 8 hexadecimal digits
 the SHA-256 of the whole document with 64 zeros instead of the digest.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -110,7 +111,7 @@ class Manifest:
             with _open(path) as file:
                 head = b"".join(_until_records(file)) + b'"records": []}'
             if not head.startswith(_FORMAT):
-                raise UserError(f"{path}: not a manifest of format {FORMAT}")
+                raise ValueError("it begins with other text")
             manifest = decoded(head, _HEAD)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from error
@@ -239,8 +240,9 @@ _HEAD, _RECORD = Decoder(Manifest), Decoder(Record)
 
 
 def _open(path: Path) -> BinaryIO:
+    """Open a regular file. Raises OSError."""
     if path.exists() and not path.is_file():  # a pipe would block
-        raise UserError(f"{path}: not a file")
+        raise OSError(errno.EINVAL, "not a file")
     return path.open("rb")
 
 

@@ -129,8 +129,14 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     """Without it a pipe blocks the command for ever."""
     os.mkfifo(tmp_path / "pipe")
     for name, reason in (("pipe", "not a file"), (".", "not a file"), ("none", "No such file")):
-        with pytest.raises(UserError, match=reason):
+        with pytest.raises(UserError) as error:
             Manifest.read(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}: {reason}")
+    (tmp_path / "other").write_text('{"format": 2,\n"records": [\n]}\n')
+    with pytest.raises(UserError) as error:
+        Manifest.read(tmp_path / "other")
+    reason = "not a manifest of format 3: it begins with other text"
+    assert str(error.value) == f"{tmp_path / 'other'}: {reason}"
 
 
 def write_document(path: Path, content: dict) -> None:

@@ -97,7 +97,7 @@ def _say(message: str) -> None:
 
 def is_interrupted(out: Path) -> bool:
     """Whether an earlier run that writes `out` did not finish."""
-    return journal_path(out).exists()
+    return journal_path(out).is_file()
 
 
 def is_complete(out: Path, job: Job) -> bool:

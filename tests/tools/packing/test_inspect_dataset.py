@@ -205,6 +205,28 @@ def test_a_damaged_line_of_the_manifest_is_a_problem(
         os.truncate(beton, beton.stat().st_size - 100)
 
 
+def test_a_manifest_that_is_no_file(beton: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it a broken link reads like a beton without a manifest, and a pipe blocks."""
+    path = manifest_path(beton)
+    for make, reason in (
+        (lambda: path.symlink_to("nowhere"), "No such file"),
+        (lambda: os.mkfifo(path), "not a file"),
+    ):
+        path.unlink()
+        make()
+        assert inspect(beton, "--verify") == 1
+        assert bad_lines(capsys)[0].startswith(f"bad: {path}: {reason}")
+
+
+def test_names_are_escaped(beton: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it a manifest changes the terminal on which its summary is printed."""
+    write_manifest(beton, NAMES, source="a\x1b[2J", tool="b\x1b[2J")
+    assert inspect(beton) == 0
+    said = capsys.readouterr().out
+    assert said.replace("\n", "").isprintable()
+    assert "packed from 'a\\x1b[2J'" in said
+
+
 def test_inputs_are_not_replaced(beton: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """FILE.beton.json looks like a good path for --json, but it would replace the checksums."""
     before = beton.read_bytes(), manifest_path(beton).read_bytes()

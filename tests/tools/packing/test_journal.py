@@ -165,3 +165,6 @@ def test_nothing_is_kept_where_nothing_can_be_written(tmp_path: Path) -> None:
         run("folder", root, Path("/proc/x.beton"))
     assert str(error.value).startswith("cannot write /proc/x.beton: ")
     assert "kept" not in str(error.value)
+    (tmp_path / "o.beton.partial.journal").mkdir()
+    with pytest.raises(UserError, match=r"o\.beton: Is a directory$"):
+        run("folder", root, tmp_path / "o.beton")
