@@ -135,19 +135,18 @@ class Manifest:
         """
         if self.path is None:
             raise ValueError("this manifest was not read from a file")
-        digest, count = hashlib.sha256(), 0
+        digest, count, line = hashlib.sha256(), 0, b""
         try:
             with _open(self.path) as file:
                 noted, blank = (_DIGEST % value.encode() for value in (self.digest, _NO_DIGEST))
                 for line in _until_records(file):
                     digest.update(blank if line == noted else line)
                 digest.update(_RECORDS)
-                for line in itertools.islice(_lines(file), self.count + 1):
+                for line in _lines(file):
                     digest.update(line)
-                    if line == _END:
+                    if line == _END or count == self.count:
                         break
-                    record = decoded(line.rstrip(b",\n"), _RECORD)
-                    yield record
+                    yield decoded(line.rstrip(b",\n"), _RECORD)
                     count += 1
                 digest.update(file.read(1))  # bytes after the end change the digest
         except OSError as error:
@@ -155,7 +154,7 @@ class Manifest:
         except ValueError as error:
             reason = f"the line of record {count:,} is damaged: {error}"
             raise UserError(f"{self.path}: {reason}") from error
-        if count != self.count or digest.hexdigest() != self.digest:
+        if (line, count, digest.hexdigest()) != (_END, self.count, self.digest):
             raise UserError(f"{self.path}: it does not match its digest")
 
     def name(self, i: int) -> str:
