@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.manifest import manifest_path
 from tools.packing import scenes
+from tools.packing.archives import MAX_FILES
 from tools.packing.budget import SAMPLE, choose
 from tools.packing.images import Storage
 from tools.packing.job import job_of, shard_path
@@ -20,6 +21,9 @@ from tools.packing.read import read_image
 from tools.packing.run import Summary, is_complete, is_interrupted, pack
 from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source
 from train.run.cli import CommandParser, check_writable, run
+
+MAX_WORKERS = 1024
+"""Threads. Each has up to four batches in memory."""
 
 EPILOG = """examples:
   python -m tools.build_dataset coco --root /data/coco --out coco.beton
@@ -172,7 +176,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             default=default,
             help=f"{kind} scenes (default {default})",
         )
-    command.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
+    command.add_argument("--seed", type=_seed, default=0, help="seed of the generator (default 0)")
     _add_storage(command)
     command = _add_command(commands, "merge", "Merge the shards that --shard made into one beton.")
     command.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="all shards")
@@ -191,7 +195,7 @@ def _add_command(
     )
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="beton to write")
     command.add_argument(
-        "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
+        "--workers", type=_threads, default=len(os.sched_getaffinity(0)), metavar="N",
         help="threads (default: all cores)",
     )  # fmt: skip
     command.add_argument("--force", action="store_true", help="replace an existing FILE")
@@ -230,13 +234,35 @@ def _add_storage(command: CommandParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    value = _whole(text)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    if value > MAX_FILES:
+        raise argparse.ArgumentTypeError(f"{text}: at most {MAX_FILES:,}")
+    return value
+
+
+def _threads(text: str) -> int:
+    value = _positive(text)
+    if value > MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text}: at most {MAX_WORKERS:,}")
+    return value
+
+
+def _whole(text: str) -> int:
+    """The value of up to 18 digits; -1 for any other text."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of up to 18 digits")
+    return value
 
 
 def _quality(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
+    if not 1 <= _whole(text) <= 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not from 1 to 100")
     return int(text)
 
@@ -246,11 +272,14 @@ def _bytes(text: str) -> int:
     if not match or (match[3] and not match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 40GB")
     factor = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * factor)
+    value = float(match[1]) * factor
+    if value > 1e18:
+        raise argparse.ArgumentTypeError("more than 1e18 bytes")
+    return int(value)
 
 
 def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    match = re.fullmatch(r"([0-9]{1,18})/([0-9]{1,18})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
     return int(match[1]), int(match[2])

@@ -266,12 +266,12 @@ def _check_tables(beton: Beton, manifest: Manifest) -> list[Problem]:
         problems.append((file, SIZES_CHANGED))
     if not np.array_equal(beton.index, np.arange(len(beton))):
         problems.append((file, "the images' numbers are damaged"))
-    if (offset := _stray_byte(beton)) is not None:
+    if (offset := stray_byte(beton)) is not None:
         problems.append((file, f"byte {offset}, which belongs to no image, was changed"))
     return problems
 
 
-def _stray_byte(beton: Beton) -> int | None:
+def stray_byte(beton: Beton) -> int | None:
     """Offset of the first unused byte that is not zero."""
     head = np.frombuffer(os.pread(beton.file, beton.data, 0), np.uint8)
     if (stray := np.flatnonzero(head[~_used(beton)])).size:

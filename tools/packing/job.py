@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.manifest import Option, Shard
 from tools.packing.images import Packed, Storage
 from tools.packing.read import load
 from tools.packing.sources import Source
@@ -19,7 +20,7 @@ class Job:
 
     kind: str
     """The source's name, for the manifest."""
-    options: dict[str, Any]
+    options: dict[str, Option]
     """All settings that decide the beton's content."""
     names: Sequence[str]
     load: Callable[[int, int], list[Packed | str]]
@@ -28,7 +29,7 @@ class Job:
     """Covers everything that decides the beton's content, except the bytes of the images."""
     labels: Sequence[int] | None = None
     classes: list[str] | None = None
-    shard: dict[str, Any] | None = None
+    shard: Shard | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Name and reason of each image that the shards already skipped, when shards are merged."""
     remedy: str = "--on-error skip excludes them"
@@ -55,7 +56,7 @@ def job_of(kind: str, source: Source, storage: Storage, shard: tuple[int, int] |
         f"{listing} {_location_digest(source)} {number}/{shards}",
         None if source.labels is None else source.labels[first:last],
         source.classes,
-        {"number": number, "of": shards, "listing": listing} if shard else None,
+        Shard(number, shards, listing) if shard else None,
     )
 
 

@@ -126,7 +126,8 @@ def header(changes: Mapping[int, bytes]) -> bytes:
         ({124: b"-1         \0"}, "damaged header at byte 1024"),
         ({124: b"99999999999\0"}, "damaged header at byte 1024"),
         ({124: b"00000001000\0", 156: b"x"}, "damaged: an extended header"),
-        ({156: b"M"}, "sparse, or of an unknown kind"),
+        ({156: b"M"}, "of an unknown kind"),
+        ({156: b"S"}, "sparse: unpack"),
     ],
 )
 def test_wrong_tar_headers(tmp_path: Path, changes: dict[int, bytes], fault: str) -> None:

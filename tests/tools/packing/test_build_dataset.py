@@ -401,10 +401,26 @@ def test_help_of_each_source(kind: str, capsys: pytest.CaptureFixture[str]) -> N
         ["--budget", "40 apples"],
         ["--shard", "0/4"],
         ["--shard", "5/4"],
+        ["--shard", "1/" + "9" * 5000],
+        ["--budget", "9" * 400 + "GB"],
+        ["--workers", "1000000"],
+        ["--max-side", "9" * 5000],
     ],
 )
 def test_impossible_options(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Without the check, Pillow would silently clip a quality of 0."""
+    """Without it Pillow silently clips a quality of 0, a long number ends in a traceback, and a
+    million threads have all images in memory.
+    """
     with pytest.raises(SystemExit, match="2"):
         build_dataset.main(["coco", "--root", ".", "--out", "x", *option])
+    assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--seed", "-1"], ["--seed", "x"], ["--count", "9" * 20]])
+def test_impossible_options_of_the_sample(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it these end in a traceback of the random generator or of the progress bar."""
+    with pytest.raises(SystemExit, match="2"):
+        build_dataset.main(["sample", "--out", "x", *option])
     assert option[0] in capsys.readouterr().err
