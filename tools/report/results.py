@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from pipeline.errors import UserError
 from train.pretrained import read_record
 from train.run.checkpoint import Record, find
 from train.run.provenance import read_json
 from train.run.settings import flatten
+from train.run.text import LARGEST_YAML, read_text, read_yaml
 
 Line = Mapping[str, float]
 """A line of metrics.jsonl."""
@@ -141,12 +140,9 @@ def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.yaml of a run as nested values. Raises UserError."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: not the folder of a run") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{path}: not YAML") from None
+    if not path.exists():
+        raise UserError(f"{path}: No such file or directory: not the folder of a run")
+    content = read_yaml(read_text(path, LARGEST_YAML), path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no configuration")
     return content

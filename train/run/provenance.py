@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import UserError
+from train.run.text import LARGEST_JSON, read_text
 
 PACKAGES = (
     "torch", "torchvision", "numpy", "numba", "pillow", "ffcv", "kornia", "triton", "accelerate",
@@ -67,10 +68,9 @@ def provenance() -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises UserError."""
+    text = read_text(path, LARGEST_JSON)
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
