@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
-import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from pipeline.bounds import Bound
 from pipeline.errors import UserError
+from train.run import text
 from train.run.text import DEEPEST, LARGEST_YAML, read_text, read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -93,11 +93,11 @@ class Settings(Generic[Config]):
         argv = sys.argv[1:] if argv is None else argv
         if {"-h", "--help"} & set(argv):
             self._help.print_help()
-            sys.exit()
+            sys.exit(0)
         given = self._typed([*_leaves(under or {}), *self._given(argv)])
         if "--print_config" in argv:
-            print(_dump(_nested(self._defaults() | _values(given))), end="")
-            sys.exit()
+            print(text.to_yaml(_plain(_nested(self._defaults() | _values(given)))), end="")
+            sys.exit(0)
         return self._build(given), {name: _values(given).get(name) for name in self.options}
 
     def from_dict(self, values: Mapping[str, Any]) -> Config:
@@ -122,12 +122,12 @@ class Settings(Generic[Config]):
             epilog=self.epilog,
             print_config=None,
         )
-        text = "YAML file with any of the values below."
-        parser.add_argument("--config", metavar="FILE", help=text)
-        text = "Print the configuration after applying all other arguments and exit."
-        parser.add_argument("--print_config", action="store_true", help=text)
-        for name, (metavar, text) in self.options.items():
-            parser.add_argument(f"--{name}", type=_TEXT, metavar=metavar, help=text)
+        about = "YAML file with any of the values below."
+        parser.add_argument("--config", metavar="FILE", help=about)
+        about = "Print the configuration after applying all other arguments and exit."
+        parser.add_argument("--print_config", action="store_true", help=about)
+        for name, (metavar, about) in self.options.items():
+            parser.add_argument(f"--{name}", type=_TEXT, metavar=metavar, help=about)
         parser.add_class_arguments(self.kind, None)
         for action in parser._actions:
             field = self._fields.get(action.dest)
@@ -186,8 +186,9 @@ class Settings(Generic[Config]):
         if missing := [
             k for k, field in self._fields.items() if k not in known and _required(field)
         ]:
-            keys = ", ".join(missing)
-            raise UserError(f"missing: {keys}; set each in the --config file or as --KEY VALUE")
+            keys = f"missing: {', '.join(missing)}"
+            where = "set each in the --config file or as --KEY VALUE"
+            raise UserError(f"{_source('', given)}{keys}; {where}")
         nested = _nested(
             {key: value for key, value in _values(given).items() if key in self._fields}
         )
@@ -203,7 +204,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The text of a --config file that describes this configuration."""
-    return _dump(to_dict(config))
+    return text.to_yaml(to_dict(config))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -225,10 +226,6 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
 
 
-def _dump(values: Any) -> str:
-    return str(yaml.safe_dump(_plain(values), sort_keys=False))
-
-
 def _built(
     kind: Callable[..., Config], values: Mapping[str, Any], prefix: str, given: Mapping[str, _Given]
 ) -> Config:
@@ -236,8 +233,13 @@ def _built(
         return kind(**values)
     except ValueError as error:  # it begins with the name of the field
         key = f"{prefix}{str(error).partition(' ')[0]}"
-        source = given[key].source if key in given else ""
-        raise UserError(f"{source}{prefix}{error}") from None
+        raise UserError(f"{_source(key, given)}{prefix}{error}") from None
+
+
+def _source(key: str, given: Mapping[str, _Given]) -> str:
+    """The file that gives the key; if none does, the file of all other values, if it is one."""
+    sources = {given[key].source} if key in given else {each.source for each in given.values()}
+    return sources.pop() if len(sources) == 1 else ""
 
 
 def _required(field: Field[Any]) -> bool:

@@ -64,6 +64,11 @@ def read_yaml(text: str, name: object) -> Any:
         raise UserError(f"{name}: {printable(' '.join(reason.split())[:200])}") from None
 
 
+def to_yaml(values: Any) -> str:
+    """A text that `read_yaml` reads back as equal values."""
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False))
+
+
 _FLOAT, _TIMESTAMP = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
 
 
@@ -84,15 +89,17 @@ class _Loader(yaml.SafeLoader):  # not in C, where deep nesting ends in a segmen
         return value
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around the text 1e3, which the reader would take for a number."""
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(
-        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
+_float = re.compile(
+    r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
 )
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(_FLOAT, _float, list("-+0123456789."))
 
 
 def _check_events(events: Iterator[Any]) -> None:
