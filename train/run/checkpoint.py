@@ -350,7 +350,8 @@ def _check_record(record: Record, checkpoint: Path, settings: Settings[Any]) -> 
     step = checkpoint.name.removeprefix("step_")
     if record.step < 0 or (step.isdecimal() and int(step) != record.step):
         raise ValueError(f"it says that its step is {record.step}")
-    if not record.data.keys() >= {"images", "fingerprint"}:
+    identity = [type(record.data.get(name)) for name in ("images", "fingerprint")]
+    if identity != [int, str]:
         raise ValueError("it does not name its data")
     numbers = [record.seconds, *(value for row in record.meter for value in row)]
     if len({len(row) for row in record.meter}) > 1 or not all(map(math.isfinite, numbers)):
