@@ -28,7 +28,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from train.run.background import Background
 from train.run.settings import Settings
 from train.run.text import read_text
@@ -339,8 +339,9 @@ def _reading(path: Path) -> Iterator[None]:
     except _UNREADABLE as error:
         if isinstance(error, FileNotFoundError):
             raise Damaged(f"{path}: no such file") from None
-        reason = " ".join(str(error).split())[:200]
-        raise Damaged(f"{path}: damaged, or of another model ({reason})") from None
+        is_pickle = isinstance(error, pickle.UnpicklingError)  # torch's own text has paragraphs
+        reason = "its pickle cannot be read" if is_pickle else " ".join(str(error).split())[:200]
+        raise Damaged(f"{path}: damaged, or of another model ({printable(reason)})") from None
 
 
 def _check_record(record: Record, checkpoint: Path, settings: Settings[Any]) -> None:

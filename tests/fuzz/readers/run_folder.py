@@ -112,7 +112,7 @@ class Target:
         record = checkpoint.read_record(folder, SETTINGS)
         checkpoint.restore(folder, record, self.model, self.optimizer, None)
         weights = {name: value.tolist() for name, value in self.model.state_dict().items()}
-        momenta = [state["momentum_buffer"].tolist() for state in self.optimizer.state.values()]
+        momenta = [str(state) for state in self.optimizer.state.values()]
         return record, weights, momenta
 
     @staticmethod
