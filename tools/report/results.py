@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import msgspec
-import yaml
 
 from pipeline.errors import UserError
 from tools.report import schema
 from tools.report.schema import Cost, Costs, Measured, Rate, Rates, Score, Scores, Use, Uses
 from train.pretrained import read_record
 from train.run.checkpoint import Record, find
-from train.run.json_file import read_json, read_text
+from train.run.json_file import read_json
 from train.run.settings import flatten
+from train.run.text import LARGEST_YAML, read_text, read_yaml
 
 Line = Mapping[str, float]
 """A line of metrics.jsonl: `schema.Line`."""
 
-CONFIG_BYTES = 64 << 10
-"""Bytes of config.yaml, ten times as many as a run writes. YAML of this size takes a second."""
 LOG_BYTES, LOG_LINES = 256 << 20, 1_000_000
 """Bytes and lines of metrics.jsonl: so many lines take half a minute and 1 GB."""
 MOST_NETWORKS, MOST_CLASSES = 32, 255
@@ -175,24 +173,10 @@ def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
 def read_config(path: Path) -> dict[str, Any]:
     """config.yaml of a run as nested values. Raises UserError."""
     _check_is_there(path)
-    try:
-        content = yaml.load(read_text(path, CONFIG_BYTES), _WithoutAliases)
-    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not YAML of a run") from None
+    content = read_yaml(read_text(path, LARGEST_YAML), path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no configuration")
     return content
-
-
-class _WithoutAliases(yaml.SafeLoader):
-    """A few aliases of aliases can stand for billions of values."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from pipeline.errors import UserError, printable
+from train.run.text import read_text
 
 RESULT_BYTES = 64 << 20
 """Bytes of a file of results: a hundred times as many as a command writes."""
@@ -35,26 +36,6 @@ def read_json(
     Raises UserError.
     """
     return decode_json(path, read_text(path, most), kind, what)
-
-
-def read_text(path: Path, most: int) -> str:
-    """A file in UTF-8, with or without a byte order mark. Raises UserError."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe without a writer would hang
-            raise UserError(f"{_name(path)}: not a regular file")
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-    except OSError as error:
-        raise UserError(f"{_name(path)}: {error.strerror}") from None
-    except ValueError as error:  # NUL in the name
-        raise UserError(f"{_name(path)}: {error}") from None
-    if len(content) > most:
-        size = path.stat().st_size
-        raise UserError(f"{_name(path)}: too large: {size:,} bytes, at most {most:,} are read")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{_name(path)}: not UTF-8 (byte {error.start})") from None
 
 
 def decode_json(path: Path, text: str, kind: type[Content], what: str) -> Content:

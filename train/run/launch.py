@@ -1,9 +1,11 @@
 """How a process joins its run: the other processes, its device, the lock of the run's folder."""
 
+import atexit
 import fcntl
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TypeVar
@@ -72,7 +74,8 @@ def launch(
 
 
 def lock(run_dir: Path) -> IO[str]:
-    """Lock a run's folder. The operating system removes the lock when the process ends.
+    """Lock a run's folder. The operating system removes the lock when the process ends; a folder
+    that then holds nothing else is deleted: the start was refused.
 
     Raises UserError if another process trains there, for example the first start of a requeued job.
     """
@@ -84,7 +87,15 @@ def lock(run_dir: Path) -> IO[str]:
         raise UserError(f"{run_dir}: another process is training there") from None
     except OSError as error:
         raise UserError(f"log.dir: {run_dir}: {error.strerror}") from None
+    atexit.register(_delete_if_unused, run_dir.absolute())
     return file
+
+
+def _delete_if_unused(run_dir: Path) -> None:
+    with suppress(OSError):  # another process writes there, or the folder is gone
+        if [file.name for file in run_dir.iterdir()] == [".lock"]:
+            (run_dir / ".lock").unlink()
+            run_dir.rmdir()
 
 
 def to_device(model: Model, accelerator: Accelerator) -> Model:

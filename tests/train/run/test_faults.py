@@ -337,6 +337,8 @@ def empty_momenta(file: Path) -> None:
         ("run.json", partial(rewrite, data={})),
         ("run.json", partial(rewrite, config={})),
         ("run.json", partial(rewrite, sha256={}, step=10**9)),
+        ("run.json", partial(rewrite, sha256={})),
+        ("run.json", partial(rewrite, meter=[[1.0]])),
     ],
 )
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
