@@ -86,7 +86,7 @@ def inflate(data: bytes, limit: int) -> bytes:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     content = inflater.decompress(data, limit)
     if not inflater.eof:
-        raise zlib.error("damaged, or larger than 1 GiB")
+        raise zlib.error(f"damaged, or larger than {limit:,} bytes")
     return content
 
 
