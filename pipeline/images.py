@@ -64,7 +64,7 @@ class Limits:
     max_bytes: int = 100_000_000
     """Of the file. A JPEG of 100 million pixels has 30 to 60 MB."""
     max_pixels: int = 100_000_000
-    """Width times height. Decoding takes up to 20 bytes of memory for each."""
+    """Width times height. Decoding takes up to 30 bytes of memory for each."""
 
     def check_bytes(self, size: int) -> None:
         """Raises BadImage."""
