@@ -14,3 +14,7 @@ def require(holds: bool, name: str, value: object, meaning: str) -> None:
 def printable(name: str) -> str:
     """A file's name for a message, escaped if it would break the line or its encoding."""
     return name if name.isprintable() else ascii(name)
+
+
+class BadImage(ValueError):
+    """A file that is no picture, or a damaged one. The message says why, without its name."""

@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.beton import MAX_PIXELS
 from pipeline.errors import UserError
+from pipeline.images import Limits
 from pipeline.manifest import manifest_path
 from tools.packing import scenes
 from tools.packing.archives import MAX_FILES
-from tools.packing.budget import SAMPLE, choose
+from tools.packing.budget import choose
 from tools.packing.images import Storage
 from tools.packing.job import job_of, shard_path
-from tools.packing.jpeg import BadImage
 from tools.packing.lists import listed
 from tools.packing.merge import merge_job
-from tools.packing.read import read_image
 from tools.packing.run import Summary, is_complete, is_interrupted, pack
 from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source
 from train.run.cli import CommandParser, check_writable, run
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.source == "merge":
         job = merge_job(args.shards)
     else:
-        storage = _storage(args)
+        storage, limits = _storage(args), Limits(args.max_bytes, args.max_pixels)
         source = _source(args, out)
         if expected := KNOWN_COUNTS.get(args.source):
             _warn_of_count(source, args.source, expected)
         if args.store == "auto":
-            storage = fit(source, args.budget, storage, args.workers)
-        job = job_of(args.source, source, storage, args.shard)
+            storage = fit(source, args.budget, storage, args.workers, limits)
+        job = job_of(args.source, source, storage, args.shard, limits)
     if is_complete(out, job):
         print(f"{out} is complete")
         return
@@ -79,25 +79,18 @@ def check_output(out: Path, force: bool) -> None:
         raise UserError(f"--out {out}: exists; --force replaces it")
 
 
-def fit(source: Source, budget: int, base: Storage, workers: int) -> Storage:
+def fit(source: Source, budget: int, base: Storage, workers: int, limits: Limits) -> Storage:
     """Choose and print the storage with the largest side that fits `budget` bytes, from a sample.
 
     Raises:
         UserError: if no storage fits.
     """
-    count = min(SAMPLE, len(source))
-    files = []
-    for i in range(count):
-        try:
-            files.append(read_image(source, i * len(source) // count))
-        except BadImage:
-            continue
-    choice = choose(files, len(source), budget, base, workers)
+    choice = choose(source, budget, base, workers, limits)
     storage = choice.storage
     side = f" --max-side {storage.max_side}" if storage.max_side else ""
     print(
         f"--store {storage.store}{side}: about {choice.bytes / 1e9:.2f} of {budget / 1e9:.2f} GB;"
-        f" one core decodes {choice.images_per_s:,.0f} images/s ({len(files)} images sampled)"
+        f" one core decodes {choice.images_per_s:,.0f} images/s ({choice.images} images sampled)"
     )
     return storage
 
@@ -217,6 +210,14 @@ def _add_storage(command: CommandParser) -> None:
         "--quality", type=_quality, metavar="Q", help="JPEG quality of encoded images (default 95)"
     )
     command.add_argument(
+        "--max-pixels", type=_pixels, default=Limits.max_pixels, metavar="N",
+        help=f"refuse larger images (default {Limits.max_pixels:,}, at most {MAX_PIXELS:,})",
+    )  # fmt: skip
+    command.add_argument(
+        "--max-bytes", type=_bytes, default=Limits.max_bytes, metavar="SIZE",
+        help=f"refuse larger image files (default {Limits.max_bytes // 10**6}MB)",
+    )  # fmt: skip
+    command.add_argument(
         "--budget", type=_bytes, metavar="SIZE", help="size for --store auto: 40GB, 500MB, 1.5TB"
     )
     command.add_argument(
@@ -259,6 +260,12 @@ def _seed(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of up to 18 digits")
     return value
+
+
+def _pixels(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 1 to {MAX_PIXELS}")
+    return int(text)
 
 
 def _quality(text: str) -> int:

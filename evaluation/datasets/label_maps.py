@@ -13,8 +13,8 @@ from msgspec import Meta, Struct
 from PIL import Image
 
 from evaluation.datasets.coco_classes import CLASSES as COCO_CLASSES
-from evaluation.datasets.images import open_image
 from pipeline.errors import UserError, printable
+from pipeline.images import named, open_stored, read_file
 from train.run.json_file import read_json
 
 VOID = 255
@@ -72,10 +72,18 @@ class MapKind:
                 f"{path}: not a {self.name}: its pixels are {image.mode}, not {self.pixels}"
             )
 
+    def check_header(self, path: Path, size: tuple[int, int]) -> None:
+        """Raise UserError where `check` does. Decodes no pixels."""
+        with named(path):
+            image = open_stored(read_file(path))
+        self.check(path, image, size)
+
     def open(self, path: Path, size: tuple[int, int]) -> Image.Image:
         """The decoded label map at `path`. Raises UserError where `check` does."""
-        image = open_image(path)
-        self.check(path, image, size)
+        with named(path):
+            image = open_stored(read_file(path))
+            self.check(path, image, size)
+            image.load()
         return image
 
 

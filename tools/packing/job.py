@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.images import LIMITS, Limits
 from pipeline.manifest import Option, Shard
 from tools.packing.images import Packed, Storage
 from tools.packing.read import load
@@ -24,7 +25,8 @@ class Job:
     """All settings that decide the beton's content."""
     names: Sequence[str]
     load: Callable[[int, int], list[Packed | str]]
-    """Reads images `start` to `stop`; for a bad image it returns the reason. Runs on threads."""
+    """Reads images `start` to `stop`, or the first of them; for a bad image it returns the reason.
+    Runs on threads."""
     digest: str
     """Covers everything that decides the beton's content, except the bytes of the images."""
     labels: Sequence[int] | None = None
@@ -36,7 +38,13 @@ class Job:
     """How to deal with bad images, for the error message."""
 
 
-def job_of(kind: str, source: Source, storage: Storage, shard: tuple[int, int] | None) -> Job:
+def job_of(
+    kind: str,
+    source: Source,
+    storage: Storage,
+    shard: tuple[int, int] | None,
+    limits: Limits = LIMITS,
+) -> Job:
     """The job of packing a source, or shard i of n of it.
 
     Raises:
@@ -52,7 +60,7 @@ def job_of(kind: str, source: Source, storage: Storage, shard: tuple[int, int] |
         kind,
         options,
         source.names[first:last] if shard else source.names,
-        lambda start, stop: load(source, storage, first + start, first + stop),
+        lambda start, stop: load(source, storage, first + start, first + stop, limits),
         f"{listing} {_location_digest(source)} {number}/{shards}",
         None if source.labels is None else source.labels[first:last],
         source.classes,

@@ -34,7 +34,8 @@ from tools.packing.progress import progress
 
 MAX_NAMED = 20  # bad images in an error message; FILE.beton.bad.txt names all of them
 SYNC_BYTES = 256 << 20  # written between two syncs; a power cut loses at most about this much
-BATCH_BYTES = 2 << 20  # about; a thread reads one batch at a time, and 4 per thread are in memory
+BATCH_BYTES = 2 << 20  # about; a thread reads one batch at a time
+BATCHES_AHEAD = 2  # per thread in memory
 BATCH_IMAGES = 32
 
 
@@ -160,9 +161,13 @@ class _Run:
             progress("packing", total, done=len(self.how)) as bar,
         ):
             syncing: Future[int] | None = None
-            for packed in ordered_map(lambda span: self.job.load(*span), self._spans(), workers):
+            loaded = ordered_map(self._load, self._spans(), workers, BATCHES_AHEAD)
+            for stop, packed in loaded:
+                before = len(self.how)
                 self._store(packed)
-                bar.update(len(packed))
+                while len(self.how) < stop:  # a large image ended the batch
+                    self._store(self.job.load(len(self.how), stop))
+                bar.update(stop - before)
                 size = f"{(self.writer.end - began) / 1e9:.2f} GB"
                 bar.set_postfix_str(f"{size}, {len(self.bad)} bad", refresh=False)
                 if syncing and syncing.done():
@@ -171,6 +176,10 @@ class _Run:
                 if not syncing and self.writer.end - synced > SYNC_BYTES:
                     synced = self.writer.end
                     syncing = background.submit(self._sync, self.journal.length())
+
+    def _load(self, span: tuple[int, int]) -> tuple[int, list[Packed | str]]:
+        """The last number of a batch + 1, and its images, as far as they were read."""
+        return span[1], self.job.load(*span)
 
     def finish(self, on_error: str, workers: int) -> int:
         """Complete, verify and publish the beton and its manifest; returns the beton's bytes."""

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from evaluation.datasets.images import open_image
-from pipeline.errors import UserError
+from pipeline.images import load_rgb
 from tools.report.results import PICTURES, RESULTS
 from train.run.provenance import write_bytes
 
@@ -40,9 +39,7 @@ def write_page(path: Path, text: str) -> None:
 
 def picture(path: Path) -> tuple[int, int, str]:
     """A picture as WebP: (width, height, content in base64). Raises UserError."""
-    if path.exists() and not path.is_file():  # a pipe without a writer would hang
-        raise UserError(f"{path}: not a regular file")
-    image = open_image(path).convert("RGB")
+    image = Image.fromarray(load_rgb(path))
     image.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=82)

@@ -18,8 +18,8 @@ from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluation.datasets.images import open_image, readable
 from pipeline.errors import UserError, printable
+from pipeline.images import load_rgb, load_size
 from transfer.detection.annotations import (
     Annotation,
     Annotations,
@@ -77,11 +77,11 @@ class CocoInstances:
             return file_digest(file, "sha256").hexdigest()
 
     def load(self, record: Record) -> Image.Image:
-        """The RGB image. Raises UserError if its size is not the size in the annotations."""
+        """The upright RGB image. Raises UserError unless it has the size in the annotations."""
         path = self.images / record.name
-        image = open_image(path)
-        self._check_size(path, image, record)
-        return image.convert("RGB")
+        pixels = load_rgb(path)
+        self._check_size(path, (pixels.shape[1], pixels.shape[0]), record)
+        return Image.fromarray(pixels)
 
     def check_headers(self) -> None:
         """Raise UserError for the first file that is not an image of the size in the annotations.
@@ -89,8 +89,7 @@ class CocoInstances:
         """
         for record in self.records:
             path = self.images / record.name
-            with readable(path), Image.open(path) as image:
-                self._check_size(path, image, record)
+            self._check_size(path, load_size(path), record)
 
     def masks(self, record: Record, height: int, width: int) -> NDArray[np.uint8]:
         """The objects' masks, resized: [N, height, width]. Only one has its full size at a time."""
@@ -129,10 +128,10 @@ class CocoInstances:
             segmentations=pickle.dumps([o.segmentation for o in kept]),
         )
 
-    def _check_size(self, path: Path, image: Image.Image, record: Record) -> None:
-        if image.size != (record.width, record.height):
+    def _check_size(self, path: Path, size: tuple[int, int], record: Record) -> None:
+        if size != (record.width, record.height):
             raise UserError(
-                f"{path}: {image.width}×{image.height} pixels, but {self.annotations.name} says"
+                f"{path}: {size[0]}×{size[1]} pixels, but {self.annotations.name} says"
                 f" {record.width}×{record.height}"
             )
 

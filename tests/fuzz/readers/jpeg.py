@@ -11,12 +11,13 @@ from PIL import Image
 
 from pipeline.beton import Beton
 from pipeline.beton_writer import BetonWriter, Sample
+from pipeline.errors import BadImage
 from pipeline.ffcv_format import JPEG
+from pipeline.jpeg import jpeg_header
 from pipeline.turbojpeg import Decoder
 from tests.fuzz.damage import Random, damage
 from tests.helpers.jpegs import HEIGHT, WIDTH, jpeg, pool, segments
-from tools.packing.images import BadImage, Packed, Storage, pack_image
-from tools.packing.jpeg import jpeg_header
+from tools.packing.images import Packed, Storage, pack_image
 
 LARGE = 1 << 21
 """Pixels: a stream that claims more is only packed, not compared, so that an input stays fast."""

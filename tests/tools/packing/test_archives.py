@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
+from pipeline.errors import BadImage, UserError
 from tests.tools.packing.test_build_dataset import fill, run
 from tests.tools.packing.test_run import same
 from tools.packing.archives import members
-from tools.packing.jpeg import BadImage
 from tools.packing.read import read_image
 from tools.packing.sources import SOURCES
 

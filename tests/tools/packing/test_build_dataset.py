@@ -14,13 +14,12 @@ from ffcv.libffcv import imdecode
 from ffcv.reader import Reader
 from PIL import Image, ImageOps
 
-from pipeline.errors import UserError
+from pipeline.errors import BadImage, UserError
+from pipeline.images import read_file
 from pipeline.manifest import Manifest
 from tests.helpers.betons import photograph
 from tests.pipeline.test_beton_writer import jpeg, ramp, stored
 from tools import build_dataset
-from tools.packing.jpeg import BadImage
-from tools.packing.read import read_file
 from tools.packing.sources import SOURCES
 
 
@@ -166,7 +165,7 @@ CONVERTED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "d.jpg": (lambda path: save(path, picture().convert("CMYK"), quality=95), "CMYK"),
     "e.webp": (lambda path: save(path, lossless=True), "WEBP"),
     "f.JPEG": (lambda path: save(path, format="PNG"), "PNG"),
-    "g.gif": (animated, "GIF, first of 2 frames"),
+    "g.gif": (animated, "GIF, first of several frames"),
     "h.jpg": (lambda path: rotated(path, 6), "orientation 6"),
     "i.jpg": (lambda path: rotated(path, 3), "orientation 3"),
 }
@@ -302,7 +301,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
         ("none.jpg", "No such file"),
         ("pipe.jpg", "not a regular file"),
         ("loop.jpg", "Too many levels of symbolic links"),
-        ("folder.jpg", "not a regular file"),
+        ("folder.jpg", "Is a directory"),
     ):
         with pytest.raises(BadImage, match=reason):
             read_file(str(tmp_path / name))

@@ -14,13 +14,14 @@ from PIL import Image
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.beton_writer import BetonWriter, Sample
 from pipeline.decode import CanvasLoader, CropLoader, RecordLoader
+from pipeline.errors import BadImage
 from pipeline.jpeg_parts import HUFFMAN, QUANTISATION, SCANS, missing_parts
 from pipeline.turbojpeg import Decoder
 from pipeline.views import ViewConfig
 from tests.helpers import jpegs
 from tests.helpers.jpegs import HEIGHT, WIDTH, jpeg, pool, without
 from tools.packing.check import verify
-from tools.packing.images import BadImage, Storage, pack_image
+from tools.packing.images import Storage, pack_image
 
 POOL = pool()
 NAMES = sorted(POOL)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.errors import UserError
 from tests.helpers.coco_sets import (
@@ -182,3 +183,18 @@ def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
     write_coco(tmp_path, "train2017", [(50, 60)], [])
     with pytest.raises(UserError, match="no image with an object"):
         examples(opened(tmp_path), 50)
+
+
+def test_a_turned_photograph_is_read_as_it_was_annotated(tmp_path: Path) -> None:
+    """COCO's sizes and boxes are those of the picture that a viewer shows. Without it the objects
+    of a phone's photographs are looked for beside them.
+    """
+    write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, polygon(BOX))])
+    file = tmp_path / "train2017" / "000000000001.png"
+    upright = Image.open(file).convert("RGB")
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, exif=tag)
+    source = opened(tmp_path)
+    source.check_headers()
+    np.testing.assert_array_equal(np.asarray(source.load(source.records[0])), np.asarray(upright))
