@@ -35,6 +35,7 @@ from pipeline.jpeg import (
     obstacles,
     without_metadata,
 )
+from pipeline.jpeg_parts import SCANS, missing_parts
 from pipeline.orientation import exif_orientation, turned, turned_size, xmp_orientation
 from pipeline.png import SIGNATURE, pixels_only, read_png
 
@@ -138,7 +139,8 @@ def decode(
         return _decode_other(data, limits)
     pixels = None
     halve = max_side and max(header.height, header.width) >= 2 * max_side
-    if not halve and header.components != CMYK_COMPONENTS:
+    complete = not missing_parts(data) & SCANS  # Pillow decides what the others show
+    if complete and not halve and header.components != CMYK_COMPONENTS:
         pixels = decode_jpeg(data, header)
     if pixels is None:
         with _opened(io.BytesIO(without_metadata(data, header)), limits) as image:

@@ -10,9 +10,8 @@ import zlib
 from collections import defaultdict
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import BadImage, UserError
 from tests.fuzz.damage import NUMBERS, Random, damage
-from tools.packing.jpeg import BadImage
 from tools.packing.read import read_image
 from tools.packing.sources import SOURCES
 
