@@ -332,4 +332,4 @@ def _report_bad(job: Job, bad: dict[int, str], out: Path, on_error: str) -> None
     if len(bad) > MAX_NAMED:
         listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
         lines[MAX_NAMED:] = [f"and {len(bad) - MAX_NAMED:,} more: {listing} lists all"]
-    raise UserError("\n  ".join([head, *lines]))
+    raise UserError(head, lines)
