@@ -7,6 +7,7 @@ see a type, a size or a pointer of the file.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterable
 from pickletools import genops
 from types import FunctionType, MethodType
@@ -356,6 +357,11 @@ def whole_numbers(shape: Any) -> tuple[int, ...]:
     if len(shape) > DIMENSIONS or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
         raise Refused("a tensor with an impossible shape")
     return shape
+
+
+def room(shape: Iterable[int], itemsize: int) -> int:
+    """The bytes of a tensor; a side of 0 counts as 1: what is made of the others would overflow."""
+    return math.prod(side or 1 for side in shape) * itemsize
 
 
 def _key(value: Any) -> Any:

@@ -17,7 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.pickle_machine import NotDense, Pending, Refused, Source, plain, whole_numbers
+from train.pickle_machine import (
+    TENSORS,
+    NotDense,
+    Pending,
+    Refused,
+    Source,
+    plain,
+    room,
+    whole_numbers,
+)
 from train.pickled_arrays import ArrayMachine
 
 PICKLE_BYTES = 256 << 20
@@ -156,7 +165,7 @@ class _TorchMachine(ArrayMachine):
             return NotDense()
         if dtype != storage.dtype and (storage.root or torch.bool in (dtype, storage.dtype)):
             raise Refused("a tensor of another type than its storage")
-        self.take(size * dtype.itemsize, tensors=1)
+        self.take(room(shape, dtype.itemsize), tensors=1)
         end = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         if size and end * dtype.itemsize > storage.nbytes:
             raise Refused("a tensor that is larger than its storage")
@@ -238,6 +247,8 @@ def _read_zip(file: IO[bytes]) -> Any:
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[5] > DIRECTORY_BYTES:  # before a million entries are made of it
         raise Refused(f"a table of {end[5]:,} bytes, the limit is {DIRECTORY_BYTES:,}")
+    if end and end[4] > TENSORS + 100:  # each storage is a record
+        raise Refused(f"{end[4]:,} records, the limit is {TENSORS:,}")
     with zipfile.ZipFile(file) as archive:
         entry = next(name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"])
         top = entry.removesuffix("data.pkl")

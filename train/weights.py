@@ -22,7 +22,7 @@ from model.encoder import Encoder
 from model.names import ENCODERS, Branch, arch_of, backbone_of, branches_of, with_counts
 from pipeline.errors import UserError, check_regular, printable
 from train.config import RunConfig, from_dict
-from train.pickle_machine import BYTES, TENSORS, NotDense
+from train.pickle_machine import BYTES, TENSORS, NotDense, room
 from train.pickles import read_pickle
 from train.pretrained import load_model, read_record
 from train.run.checkpoint import Record, check_weights, find, is_checkpoint
@@ -251,7 +251,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         names = list(file.keys())
         if len(names) > TENSORS:
             raise UserError(f"{path}: {len(names):,} tensors, the limit is {TENSORS:,}")
-        return {name: file.get_tensor(name) for name in names}, _ours(file.metadata() or {})
+        content = {name: file.get_tensor(name) for name in names}
+        if any(room(value.shape, value.itemsize) > BYTES for value in content.values()):
+            raise UserError(f"{path}: a tensor with an impossible shape")
+        return content, _ours(file.metadata() or {})
 
 
 def _ours(metadata: Mapping[Any, Any]) -> dict[str, str]:

@@ -143,6 +143,7 @@ def test_arrays_of_each_protocol_and_numpy(protocol: int, module: str, tmp_path:
         assert name == "number" or found[name].flags.writeable
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_tensors_that_are_not_dense_are_named(tmp_path: Path) -> None:
     """Without it one quantised or sparse tensor of a file hides which one it is."""
     odd = {

@@ -330,7 +330,6 @@ def test_no_code_is_executed(suffix: str, encoder: dict[str, Tensor], tmp_path: 
     assert same(read_backbone(tmp_path / "fine.pth").weights, encoder)
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
     """Each error is one line that names the file and the problem."""
     file = tmp_path / "w.pth"
