@@ -177,7 +177,8 @@ def check(value: Any) -> None:
         room = value.untyped_storage().nbytes() // value.itemsize
         assert value.numel() == 0 or (min(value.stride(), default=0) >= 0 and reach < room)
         if value.numel():
-            value.reshape(-1).contiguous().view(torch.uint8).sum()
+            flat = value.reshape(-1).clone(memory_format=torch.contiguous_format)
+            flat.view(torch.uint8).sum()
     else:
         plain = (
             str,
