@@ -354,4 +354,4 @@ def _report_bad(job: Job, bad: dict[int, str], out: Path, on_error: str) -> None
     if len(bad) > MAX_NAMED:
         listing.write_text("\n".join(lines) + "\n", "utf-8", "backslashreplace")
         lines[MAX_NAMED:] = [f"and {len(bad) - MAX_NAMED:,} more: {listing} lists all"]
-    raise UserError("\n  ".join([head, *lines]))
+    raise UserError(head, lines)

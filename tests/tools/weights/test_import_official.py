@@ -322,6 +322,10 @@ def test_bad_files(model: SlotCon, imported: Path, tmp_path: Path) -> None:
         ({"center": torch.full((1, 4), 1e300, dtype=torch.float64)}, "center is not finite"),
         ({"encoder_k.bn1.bias": torch.ones(3)}, "of another shape: encoder_k.bn1.bias"),
         ({"projector_k.mlp.0.weight": None}, "projector_k.mlp.0.weight"),
+        ({"projector_k.mlp.0.weight": torch.ones(2**40, 0)}, "w.pth: "),
+        ({"projector_k.mlp.0.weight": torch.ones(2**60, 0)}, "w.pth: "),
+        ({"projector_k.mlp.0.weight": torch.tensor(1.0)}, "dim_hidden"),
+        ({"grouping_k.slot_embed.weight": torch.ones(2**40, 0)}, "w.pth: "),
         (
             {f"encoder_k.layer4.1.conv{n}.weight": None for n in (1, 2)},
             "its encoder is none of resnet18",
@@ -345,6 +349,7 @@ def test_bad_weights(changes: dict[str, Any], message: str, model: SlotCon) -> N
         ({"seed": 1.5}, "train.seed must be a whole number"),
         ({"batch_size": 3.5}, "train.batch_size must be a whole number"),
         ({"epochs": "800"}, "'str'"),
+        ({"batch_size": "text", "world_size": 10**12}, "train.batch_size must be a whole number"),
     ],
 )
 def test_bad_settings(args: dict[str, Any], key: str) -> None:
