@@ -17,14 +17,14 @@ from pipeline.errors import UserError
 LONGEST_LINE = 1 << 20
 """Bytes. A line with the scores of 1,000 classes takes about 60 kB; a longer one is damaged."""
 
-_Value = int | float | list[dict[str, int | float | str]]  # a figure, or the rows of an evaluation
+_Value = float | list[dict[str, float | str]]  # a figure, or the rows of an evaluation
 
 
 class _Line(msgspec.Struct):
     """The keys that a line of metrics.jsonl must have; see also `_Value`."""
 
     step: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-    results: list[dict[str, int | float | str]] | None = None
+    results: list[dict[str, float | str]] | None = None
 
 
 class Journal:

@@ -216,8 +216,10 @@ class Run:
         """
         self._check_losses(averages)
         self._check(checkpoint.all_finite(model, self.accelerator), "a weight is not finite")
+        if self.is_main and self._disk_problem():
+            return
         self._saved = self.step
-        if not self.is_main or self._disk_problem():
+        if not self.is_main:
             return
         self.watchdog.beat()
         with self.stopwatch.paused():
