@@ -293,7 +293,8 @@ class Run:
             failed = error
         self.watchdog.beat()
         if self._journal and (problem := self._journal.problem()):  # it says more
-            raise UserError(f"{problem}; step {self.step}, last checkpoint: step {self._saved}")
+            last = f"step {self._saved}" + (", which is not whole" if failed else "")
+            raise UserError(f"{problem}; step {self.step}, last checkpoint: {last}")
         if failed:
             raise failed
 

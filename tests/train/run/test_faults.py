@@ -451,9 +451,9 @@ def test_a_lost_tracker_is_one_line(
     expected = r"log\.trackers: .*(the server is gone|no answer for \d s)"
     if method == "start":
         with pytest.raises(UserError, match=expected):
-            impatient(config, 3 if seconds else 60)
+            impatient(config, 8 if seconds else 60)
         return
-    impatient(config, 3 if seconds else 60).train()
+    impatient(config, 8 if seconds else 60).train()
     assert [line["step"] for line in curve(config)] == [1, 2] and newest(config).name == "step_2"
     said = capsys.readouterr().err
     assert re.fullmatch(f"warning: {expected}.*; the run goes on without it\n", said)

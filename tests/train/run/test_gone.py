@@ -66,7 +66,12 @@ def test_a_folder_that_is_gone_ends_the_run(
     config = with_tensorboard(beton, tmp_path)
     folder = run_dir(config)
     training = trainer(config)
-    monkeypatch.setattr(Meter, "add", after_steps(step, lambda: act(folder)))
+
+    def take_away() -> None:
+        training.run.wait_for_disk()
+        act(folder)
+
+    monkeypatch.setattr(Meter, "add", after_steps(step, take_away))
     with pytest.raises(UserError) as gone:
         training.train()
     line, saved = str(gone.value), 3 if step == 4 else 0
@@ -92,7 +97,7 @@ def test_a_full_disk_under_the_curve_ends_the_run(
     opened = Path.open
 
     def open_or_fail(path: Path, *mode: str, **options: Any) -> Any:
-        if path.name == "metrics.jsonl" and training.run.step == 4:
+        if mode == ("ab",) and training.run.step == 4:
             full()
         return opened(path, *mode, **options)
 
