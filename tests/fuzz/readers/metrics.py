@@ -97,9 +97,9 @@ class Target:
         except UserError as error:
             assert str(self.path) in str(error) and str(error).isprintable(), repr(str(error))
             return
-        assert [line["step"] for line in lines] == [
-            json.loads(line)["step"] for line in kept.splitlines() if line
-        ]
+        steps = [json.loads(line)["step"] for line in kept.split(b"\n") if line]
+        read = [line["step"] for line in lines]  # a last line with an impossible time is skipped
+        assert read in (steps, steps[:-1])
 
 
 def _is_part(some: Iterable[bytes], of: Iterable[bytes]) -> bool:
