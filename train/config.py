@@ -188,7 +188,7 @@ class LogConfig(Bounded):
     chance."""
     timeout_minutes: float = field(default=10, metadata=positive(100_000))
     """Timeout of a process that waits for other processes, the disk or a tracker. It then ends with
-    an error."""
+    an error, or goes on without the tracker."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from tests.helpers.betons import varied, write_beton
+from tests.helpers.killed import killed
 from tests.helpers.manifests import damage
 from tests.helpers.training import (
     TIMES,
@@ -120,14 +121,28 @@ def test_killed_in_mid_step_and_resumed_is_exact(
     disk must be enough to repeat steps 5 and 6 bit for bit, and no line may appear twice."""
     config = replace(whole, log=replace(whole.log, dir=str(tmp_path)))
     monkeypatch.setenv("KILL_AT", "13")
-    killed = launch(config)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ended = launch(config)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     newest = checkpoint.latest(run_dir(config))
     assert newest and newest.name == "step_4" and len(curve(config)) == 2
     with (run_dir(config) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a torn line, as after a power cut
     trainer(config, "auto").train()
     assert_same_run(config, whole)
+
+
+def train(config: RunConfig, resume: str | None = None) -> None:
+    trainer(config, resume).train()
+
+
+@pytest.mark.parametrize("at", [17, 38])
+def test_killed_elsewhere_the_curve_is_the_same(whole: RunConfig, tmp_path: Path, at: int) -> None:
+    """SIGKILL before the log line of step 6, and when the last checkpoint is just written.
+    Without it a resumed run has another curve than one that was never killed."""
+    config = replace(whole, log=replace(whole.log, dir=str(tmp_path)))
+    assert killed(at, train, config)
+    train(config, "auto")
+    assert curve(config) == curve(whole)
 
 
 def test_stopping_early_and_resuming_is_exact(whole: RunConfig, tmp_path: Path) -> None:

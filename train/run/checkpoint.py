@@ -196,7 +196,8 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Re
     with _writing(partial, run_dir):
         for leftover in folder.glob("*.partial"):
             shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # without the run's folder, which may have been renamed
+        partial.mkdir()
         weights = {name: value.contiguous() for name, value in state[_MODEL].items()}
         save_file(weights, partial / _MODEL, {"format": "pt"})
         for name in (_OPTIMIZER, _SCALER):
@@ -214,6 +215,7 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Re
         partial.replace(whole)
         _link(folder / "latest", whole.name)
         _flush(folder)
+        _flush(run_dir)
         for old in retention.outdated(whole_ones(run_dir)):
             _discard(old)
 

@@ -13,7 +13,7 @@ from train.run.signals import StopSignals
 EXIT_CODES = """exit codes:
   0    done
   1    the training diverged or collapsed, or another of its processes is lost
-  2    bad input, or a disk, a tracker or an image fails
+  2    bad input, or a disk or an image fails
   75   stopped by SIGTERM or SIGUSR1, with a checkpoint: start the same command again with
        --resume auto (a second signal ends the run at once, without a checkpoint)
   130  interrupted from the keyboard, without a checkpoint

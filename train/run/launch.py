@@ -1,6 +1,5 @@
 """How a process joins its run: the other processes, its device, the lock of the run's folder."""
 
-import atexit
 import fcntl
 import os
 import warnings
@@ -79,21 +78,24 @@ def lock(run_dir: Path) -> IO[str]:
 
     Raises UserError if another process trains there, for example the first start of a requeued job.
     """
+    path = run_dir / ".lock"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file  # `unlock` of another process has not removed it
     except BlockingIOError:
         raise UserError(f"{run_dir}: another process is training there") from None
     except OSError as error:
         raise UserError(f"log.dir: {run_dir}: {error.strerror}") from None
-    atexit.register(_delete_if_unused, run_dir.absolute())
-    return file
 
 
-def _delete_if_unused(run_dir: Path) -> None:
-    with suppress(OSError):  # another process writes there, or the folder is gone
-        if [file.name for file in run_dir.iterdir()] == [".lock"]:
+def unlock(run_dir: Path, file: IO[str]) -> None:
+    """Remove a folder that holds nothing but its lock `file`."""
+    with file, suppress(OSError):
+        if [entry.name for entry in run_dir.iterdir()] == [".lock"]:
             (run_dir / ".lock").unlink()
             run_dir.rmdir()
 
