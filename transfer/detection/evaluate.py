@@ -97,7 +97,7 @@ def paste(mask: Tensor, box: NDArray[np.float32], height: int, width: int) -> ND
     y = (torch.arange(y1, y2) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     values = F.grid_sample(mask[None, None], grid[None].to(mask), align_corners=False)[0, 0]
-    image[y1:y2, x1:x2] = values >= 0.5
+    image[y1:y2, x1:x2] = (values >= 0.5).numpy()
     return image
 
 
