@@ -167,7 +167,9 @@ def test_command_explains_itself(
     All commands run in this process: fresh ones would spend a minute importing torch.
     """
     monkeypatch.setattr(sys, "argv", [module, "--help"])
-    monkeypatch.delitem(sys.modules, module, raising=False)  # as in a fresh process
+    # As in a fresh process; a package itself must stay, or it would lose its modules.
+    executed = f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module
+    monkeypatch.delitem(sys.modules, executed, raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert ended.value.code == 0

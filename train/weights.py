@@ -243,10 +243,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """As `read_file`. The library checks that the shapes fit the file."""
     with path.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
+    size = path.stat().st_size
+    if header > size - 8:
+        raise UserError(f"{path}: not a file of weights, or cut short")
     if header > HEADER_BYTES:
         raise UserError(f"{path}: a header of {header:,} bytes, the limit is {HEADER_BYTES:,}")
-    if (size := path.stat().st_size - header) > BYTES:
-        raise UserError(f"{path}: tensors of {size:,} bytes, the limit is {BYTES:,}")
+    if size - header > BYTES:
+        raise UserError(f"{path}: tensors of {size - header:,} bytes, the limit is {BYTES:,}")
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
         if len(names) > TENSORS:

@@ -229,7 +229,8 @@ def test_orders_and_host_crops_train_and_resume(beton: Path, tmp_path: Path, ord
 def test_divergence_stops_before_a_checkpoint(beton: Path, tmp_path: Path) -> None:
     """A learning rate of 1e25 makes the second step infinite: the run must say so and must not
     change step 1."""
-    config = small_run(beton, tmp_path, base_lr=1e25)
+    config = small_run(beton, tmp_path)
+    object.__setattr__(config.train, "base_lr", 1e25)  # beyond the setting's bound
     config = replace(config, log=replace(config.log, every=100, checkpoint_every=1))
     with pytest.raises(Diverged, match=r"not finite at step \d+; last good checkpoint: .*step_\d+"):
         trainer(config).train()

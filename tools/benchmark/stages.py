@@ -49,7 +49,10 @@ def repeated(beton: "Beton", count: int) -> "Beton":
     longer = copy.copy(beton)
     longer.file = os.dup(beton.file)  # both betons close their file
     times = -(-count // len(beton))
-    longer.records = np.tile(beton.records, (times, 1))
+    longer.records, longer.checksums = (
+        np.tile(beton.records, (times, 1)),
+        np.tile(beton.checksums, times),
+    )
     longer.height, longer.width = np.tile(beton.height, times), np.tile(beton.width, times)
     longer.index = np.arange(len(longer.records))
     longer.label = None

@@ -37,7 +37,8 @@ def read_text(path: Path, limit: int) -> str:
             raise
         raise UserError(f"{name}: {error}") from None  # NUL in the name
     if len(content) > limit:
-        raise UserError(f"{name}: too large: more than {limit:,} bytes")
+        size = max(path.stat().st_size, len(content))
+        raise UserError(f"{name}: too large: {size:,} bytes, at most {limit:,} are read")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

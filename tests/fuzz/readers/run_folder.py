@@ -44,6 +44,7 @@ class Target:
             "optimizer.bin": self.optimizer.state_dict(),
             "scaler.pt": None,
         }
+        self.run.mkdir()
         checkpoint.write(self.run, record, state, Retention(1, 0, 10))
         self.config = self.run / "config.yaml"
         self.yaml = to_yaml(config).encode()

@@ -317,7 +317,8 @@ def test_what_is_no_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     os.mkfifo(run / "views.png")
     (run / "eval.json").mkdir()
     call(report.main, run)
-    assert capsys.readouterr().err.count("not a regular file") == 3
+    said = capsys.readouterr().err
+    assert said.count("not a regular file") == 2 and said.count("Is a directory") == 1
 
 
 @pytest.mark.parametrize("count", [33, 256])
@@ -334,12 +335,10 @@ def test_tables_have_a_limit(count: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("a: &a [1]\nb: *a", "not YAML of a run"),
-        ("a: " + "1" * 5000, "not YAML of a run"),
-        ("a: !!int ''", "not YAML of a run"),
-        ("a: !!bool x", "not YAML of a run"),
-        ("[" * 5000, "not YAML of a run"),
-        ("a: " + "b" * 70_000, "too large: 70,003 bytes, at most 65,536"),
+        ("a: " + "1" * 5000, "no integer of 64 bits"),
+        ("a: !!bool x", "only plain values are read"),
+        ("[" * 5000, "more than 20 lists and mappings"),
+        ("a: " + "b" * 300_000, "too large: 300,003 bytes, at most 262,144"),
         ("[]", "holds no configuration"),
     ],
 )
@@ -356,7 +355,7 @@ def test_odd_settings_have_a_page(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "config.yaml").write_text(
         'name: "\\ud800"\n1: {2: 2020-01-01}\ntrain: {epochs: ten}\ndata: {path: [3]}\n'
-        "model: {num_prototypes: 1" + "0" * 400 + ", arch: !!binary aa==}\n"
+        "model: {num_prototypes: 18446744073709551615, arch: [{}]}\n"
     )
     (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1e-300, "seconds": 9e11}\n')
     call(report.main, run)

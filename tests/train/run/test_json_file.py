@@ -88,7 +88,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, message in (
         ("pipe", "not a regular file"),
-        (".", "not a regular file"),
+        (".", "Is a directory"),
         ("none", "No such file"),
         ("a\0b", "null byte"),
     ):

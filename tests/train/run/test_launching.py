@@ -123,16 +123,3 @@ def test_a_process_lost_at_the_start(
         pretrain.main()
     assert ended.value.code == 1
     assert capfd.readouterr().err.startswith("error: mine: another process has ended")
-
-
-def test_a_refused_start_leaves_no_folder(tmp_path: Path) -> None:
-    """Without it a wrong path leaves the folder of a run that never was, with a lock in it."""
-    code = (
-        "from pathlib import Path; from train.run.launch import lock\n"
-        "refused, begun = lock(Path('runs/refused')), lock(Path('runs/begun'))\n"
-        "Path('runs/begun/config.yaml').touch()"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
-    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["begun"]
-    assert (tmp_path / "runs/begun/.lock").exists()
