@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from tools.report import schema
 from tools.report.schema import Cost, Costs, Measured, Rate, Rates, Score, Scores, Use, Uses
 from train.pretrained import read_record
-from train.run.checkpoint import Record, find
+from train.run.checkpoint import Record, latest
 from train.run.json_file import read_json
 from train.run.settings import flatten
 from train.run.text import LARGEST_YAML, read_text, read_yaml
@@ -148,12 +148,14 @@ def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
     config, lines = read_config(folder / "config.yaml"), read_lines(folder / "metrics.jsonl")
-    try:
-        record = read_record(find(folder))
-    except UserError:
-        record = None
     named = {name: path for name, path in given.items() if path}
-    run = Run(folder, config, lines, record, {}, {}, frozenset(named))
+    record, damaged = None, []
+    if checkpoint := latest(folder):
+        try:
+            record = read_record(checkpoint)
+        except UserError as error:
+            damaged.append(str(error))
+    run = Run(folder, config, lines, record, {}, {}, frozenset(named), damaged)
     for part in (*RESULTS, *PICTURES):
         path = named.get(part.name) or folder / part.file
         if part.name not in named and not path.exists():

@@ -427,3 +427,13 @@ def test_numbers_and_lists_as_text() -> None:
         "1.2 M",
     ]
     assert listed({"cores": 2, "memory_gib": 8.0, "gpus": []}) == "cores 2, memory in GiB 8.0"
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it the page leaves out machine and data without a word."""
+    run = write_run(tmp_path / "run")
+    (run / "checkpoints/step_1").mkdir(parents=True)
+    (run / "checkpoints/step_1/run.json").write_text("{}")
+    call(report.main, run)
+    for place in (Page((run / "report.html").read_text()).text, capsys.readouterr().err):
+        assert "step_1/run.json: " in place
