@@ -156,6 +156,10 @@ class RecordLoader(ABC):
         decoder: Decoder = self._thread.decoder
         return decoder
 
+    def _held(self, size: int) -> int:
+        """Bytes that a buffer takes: PyTorch rounds pinned ones up to a power of two."""
+        return 1 << (size - 1).bit_length() if self.pin else size
+
     def _buffer(self, slot: int, shape: tuple[int, ...]) -> Tensor:
         size = math.prod(shape)
         if self._ring[slot].numel() < size:
@@ -175,7 +179,8 @@ class CanvasLoader(RecordLoader):
     """Whole images: pixels [B, Hmax, Wmax, 3], image b in the top left corner of its canvas."""
 
     def worst_case(self, images: int) -> int:
-        return (_AHEAD + 1) * images * int(self.beton.height.max() * self.beton.width.max()) * 3
+        largest = images * int(self.beton.height.max() * self.beton.width.max()) * 3
+        return (_AHEAD + 1) * self._held(largest)
 
     def _shape(self, epoch: int, which: np.ndarray) -> tuple[int, ...]:
         height, width = self.beton.height[which].max(), self.beton.width[which].max()
@@ -215,7 +220,8 @@ class CropLoader(RecordLoader):
 
     def worst_case(self, images: int) -> int:
         largest = int((self.beton.height * self.beton.width).max()) * 3
-        return (_AHEAD + 1) * images * 2 * self.views.size**2 * 3 + self.threads * largest
+        pixels = images * 2 * self.views.size**2 * 3
+        return (_AHEAD + 1) * self._held(pixels) + self.threads * largest
 
     def _shape(self, epoch: int, which: np.ndarray) -> tuple[int, ...]:
         side = self.size_of(epoch)

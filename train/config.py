@@ -74,7 +74,8 @@ class DataConfig(Bounded):
     """Size of a quasi-random window in 1e9 bytes of the file. Two windows should fit in memory. A
     larger window puts fewer neighbours in the file into the same step."""
     threads: int = field(default=0, metadata=at_least(0, MOST_PROCESSES))
-    """Decoding threads of each process; 0 = an equal share of the cores of its machine."""
+    """Decoding threads of each process; 0 = an equal share of the cores of its machine, with a GPU
+    less the one that launches the GPU's work."""
     on_corrupt: OnCorrupt = "stop"
     """If an image cannot be decoded: "stop" names it and ends the run; "replace" names it once and
     uses the next image of the beton instead."""

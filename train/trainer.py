@@ -100,7 +100,7 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             accumulation=efficiency.accumulation,
-            threads=data.threads or share_of_cores(),
+            threads=data.threads or share_of_cores(self.accelerator.device),
             on_corrupt=data.on_corrupt,
             max_replaced=data.max_replaced,
         )

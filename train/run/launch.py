@@ -110,6 +110,9 @@ def to_device(model: Model, accelerator: Accelerator) -> Model:
     return model.to(device)
 
 
-def share_of_cores() -> int:
-    """The cores of this machine, divided by the processes that were launched on it."""
-    return max(1, len(os.sched_getaffinity(0)) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))
+def share_of_cores(device: torch.device) -> int:
+    """The cores of this machine, divided by the processes that were launched on it. With a GPU one
+    of them is left to the thread that launches its work.
+    """
+    share = len(os.sched_getaffinity(0)) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
+    return max(1, share - (device.type == "cuda"))
