@@ -21,9 +21,12 @@ from pipeline.errors import printable
 BYTES = 4 << 30
 """Most bytes of the tensors of one file, as stored and with their shapes filled. SlotCon's largest
 checkpoint, a ResNet-152 with its optimiser, has 0.8 GiB."""
+SPARE, INFLATION = 64 << 20, 20
+"""Most bytes of the tensors of a small file, and more of them for each byte of a larger one. A file
+of a megabyte can name the same bytes a thousand times, or hold gigabytes of zeros compressed."""
 TENSORS = 20_000
 """Most tensors of one file. SlotCon's checkpoint has 700."""
-VALUES = 4_000_000
+VALUES = 2_000_000
 """Most operations of a pickle (a tensor takes 35), and most values in what it makes; 16 characters
 count as a value. A bomb of lists that share lists counts as what it would be without sharing."""
 DEPTH = 100
@@ -54,9 +57,10 @@ class Pending:
 
 
 class Machine:
-    """Runs pickles. The limits are those of all of them together."""
+    """Runs the pickles of a file of `size` bytes. The limits are those of all of them together."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self._limit = min(BYTES, SPARE + INFLATION * size)
         self.names: dict[str, Any] = {
             "collections.OrderedDict": self._dict,
             "collections.Counter": self._dict,
@@ -187,8 +191,9 @@ class Machine:
         self._tensors += tensors
         if self._tensors > TENSORS:
             raise Refused(f"more than {TENSORS:,} tensors")
-        if self._bytes > BYTES:
-            raise Refused(f"tensors of {self._bytes / 2**30:,.1f} GiB, the limit is {BYTES >> 30}")
+        if self._bytes > self._limit:
+            made, limit = (f"{size / 2**20:,.0f} MiB" for size in (self._bytes, self._limit))
+            raise Refused(f"tensors of {made} and more, the limit for this file is {limit}")
 
     # --- stand-ins ---
 

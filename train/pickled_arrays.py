@@ -15,8 +15,8 @@ class ArrayMachine(Machine):
     type of a plain kind, a shape, and exactly the bytes that they need.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
         self.names |= {"numpy.ndarray": self._ndarray, "numpy.dtype": plain_dtype}
         for core in ("core", "_core"):  # NumPy 1 and 2
             self.names |= {

@@ -32,7 +32,8 @@ def read_pickle(path: Path) -> Any:
         if path.suffix != ".pkl":
             return read_torch(path)
         with path.open("rb") as file:
-            return plain(ArrayMachine().load(Source(file, path.stat().st_size)))
+            size = path.stat().st_size
+            return plain(ArrayMachine(size).load(Source(file, size)))
     except Refused as error:
         raise UserError(f"{path}: refused: {error}") from None
 

@@ -96,8 +96,8 @@ class _Strided:
 class _TorchMachine(ArrayMachine):
     """Also knows the names of tensors and storages."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
         self.storages: dict[str, _Storage] = {}
         self._parts: dict[str, _Storage] = {}
         self.persistent = self._storage
@@ -240,10 +240,10 @@ def read_torch(path: Path) -> Any:
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
         file.seek(0)
-        return _read_zip(file) if zipped else _read_row(file, size)
+        return _read_zip(file, size) if zipped else _read_row(file, size)
 
 
-def _read_zip(file: IO[bytes]) -> Any:
+def _read_zip(file: IO[bytes], size: int) -> Any:
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[5] > DIRECTORY_BYTES:  # before a million entries are made of it
         raise Refused(f"a table of {end[5]:,} bytes, the limit is {DIRECTORY_BYTES:,}")
@@ -252,7 +252,7 @@ def _read_zip(file: IO[bytes]) -> Any:
     with zipfile.ZipFile(file) as archive:
         entry = next(name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"])
         top = entry.removesuffix("data.pkl")
-        machine = _TorchMachine()
+        machine = _TorchMachine(size)
         content = machine.load(io.BytesIO(_record(archive, entry, PICKLE_BYTES).tobytes()))
         swapped = f"{top}byteorder" in archive.NameToInfo and (
             _record(archive, f"{top}byteorder", 10).tobytes() == b"big"
@@ -283,7 +283,7 @@ def _read_row(file: IO[bytes], size: int) -> Any:
     """Five pickles (a number, the version, the machine, the content, the storages' order), then of
     each storage its size and its elements.
     """
-    source, machine = Source(file, size), _TorchMachine()
+    source, machine = Source(file, size), _TorchMachine(size)
     if [machine.load(source), machine.load(source)] != [_MAGIC, _PROTOCOL]:
         raise EOFError
     machine.load(source)

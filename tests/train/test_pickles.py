@@ -239,14 +239,14 @@ def strided(
 @pytest.mark.parametrize(
     ("claim", "reason"),
     [
-        (((16 << 30,), (0,)), "64.0 GiB, the limit is 4"),
-        (((1 << 40, 1 << 40), (0, 0)), "GiB, the limit is 4"),
+        (((16 << 30,), (0,)), "65,536 MiB and more, the limit for this file is 64 MiB"),
+        (((1 << 40, 1 << 40), (0, 0)), "MiB and more, the limit for this file is"),
         (((2,), (1,)), "larger than its storage"),
         (((1,), (1,), 1), "larger than its storage"),
         (((1,), (1,), -1), "impossible shape"),
         (((2,), (-1,), 1, 2), "impossible shape"),
         (((1,), (1,), 0, 2), "of another size than its record"),
-        (((1,), (1,), 0, 2**31 - 1), "GiB, the limit is 4"),
+        (((1,), (1,), 0, 2**31 - 1), "MiB and more, the limit for this file is"),
         (((1,) , (1, 1)), "damaged"),
     ],
 )  # fmt: skip
@@ -299,8 +299,11 @@ def test_many_tensors_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_headers_of_safetensors(length: int, tmp_path: Path) -> None:
     """Without it a length from the file decides how much memory a reader takes."""
     data = struct.pack("<Q", length) + b"{}"
-    message = refusal(tmp_path, data, ".safetensors")
-    assert ("the limit is" in message) == (length > 16 << 20)
+    assert "not a file of weights, or cut short" in refusal(tmp_path, data, ".safetensors")
+    if 16 << 20 < length < 1 << 30:
+        os.truncate(tmp_path / "w.safetensors", 2 * length)
+        with pytest.raises(UserError, match="the limit is 16,777,216"):
+            read_file(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".safetensors", ""])
@@ -314,3 +317,21 @@ def test_a_pipe_is_no_file_of_weights(suffix: str, tmp_path: Path) -> None:
         read_file(Path("/dev/zero"))
     with pytest.raises(UserError, match="Is a directory"):
         read_file(tmp_path)
+
+
+class Shared:
+    """An array that the pickle makes of the same bytes as the others."""
+
+    def __reduce__(self) -> Any:
+        return np.ndarray, ((1 << 20,), "|u1", DATA)
+
+
+DATA = bytes(1 << 20)
+
+
+def test_bytes_that_are_used_again_and_again(tmp_path: Path) -> None:
+    """Without it a file of one megabyte makes gigabytes of arrays."""
+    few = written(tmp_path, pickle.dumps([Shared() for _ in range(3)]), ".pkl")
+    assert len(read_pickle(few)) == 3
+    many = pickle.dumps([Shared() for _ in range(100)])
+    assert "the limit for this file is 84 MiB" in refusal(tmp_path, many)

@@ -9,6 +9,7 @@ ever imported, run, or opened as a further file.
 import argparse
 import difflib
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -321,6 +322,7 @@ def _as_type(value: Any, kind: Any) -> Any:
     if isinstance(value, str) and kind is not dict:
         if value == "null" and type(None) in args:
             return None
+        os.fsencode(value)  # a ValueError for half of a pair of characters, which no file can hold
         if len(value) > LONGEST or "\0" in value:
             raise ValueError
         in_words = str in args or isinstance(

@@ -411,3 +411,9 @@ def test_later_values_win_whatever_their_road(tmp_path: Path) -> None:
     under = {"name": "z", "data": {"path": "z"}, "train": {"seed": 5, "momentum": 0.5}}
     config = SETTINGS.load(argv, under)[0]
     assert (config.name, config.train.seed, config.train.momentum) == ("x", 1, 0.5)
+
+
+def test_half_of_a_pair_of_characters_is_refused(tmp_path: Path) -> None:
+    """Without it a path that no file can have ends in a traceback of the operating system's."""
+    (tmp_path / "half.yaml").write_text('name: x\ndata: {path: "a\\uD800b"}\n')
+    assert "data.path must be text" in refusal(["--config", str(tmp_path / "half.yaml")])
