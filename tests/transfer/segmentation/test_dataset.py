@@ -175,7 +175,7 @@ def test_training_images_are_not_scored(folder: DataConfig, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (np.zeros((*SHAPE, 3)), "not a label map: its pixels are RGB, not class ids"),
+        (np.eye(3)[np.zeros(SHAPE, int)], "not a label map: its pixels are RGB colours"),
         (np.full(SHAPE, 3), "class id 3 is not in the table of 3 classes"),
         (np.zeros((5, 6)), "label map of 6×5 pixels for an image of 6×4"),
     ],
