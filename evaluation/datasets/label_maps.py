@@ -139,9 +139,10 @@ class IdReader:
         seen = np.flatnonzero(self.seen).tolist()
         notes = [note for other in self.others if (note := other.suspected(seen))]
         classes = [c for c in np.unique(self.table[seen]).tolist() if c != VOID]
-        if len(classes) == 1:
-            name = f"class {classes[0]}" if self.names is None else self.names[classes[0]]
-            notes.append(f"all labelled pixels have one class: {name}")
+        names = self.names or [f"class {c}" for c in range(self.num_classes)]
+        if len(classes) == 1 or (self.names and 0 < 2 * len(classes) <= len(names)):
+            some = ", ".join(names[c] for c in classes[:5]) + ", …" * (len(classes) > 5)
+            notes.append(f"the labels show only {len(classes)} of {len(names)} classes: {some}")
         return notes
 
     def _ids(self, path: Path, image: Image.Image, bits: int) -> np.ndarray:
