@@ -216,14 +216,13 @@ def voc(request: Request, more_labels: str = "") -> LabelledImages:
         ]
     if not request.lists:
         pairs = [each for each in pairs if each[1].is_file()] or pairs
-    from_one = Numbering(
-        frozenset(range(len(VOC) + 1)),
-        "VOC's maps hold 0 (background) to 20, and 255 for void; are these numbered from 1?",
-        # The Semantic Boundaries Dataset marks no borders as void.
-        expected=frozenset(() if more_labels else (VOID,)),
-    )
+    advice = "VOC's maps hold 0 (background) to 20, and 255 for void; are these numbered from 1?"
+    ids, void = range(1, len(VOC) + 1), frozenset((VOID,))
+    numberings = [Numbering(void.union(ids), advice, expected=frozenset((0,)))]
+    if not more_labels:  # the Semantic Boundaries Dataset marks no borders as void
+        numberings.append(Numbering(frozenset((0, *ids)), advice, expected=void))
     table = table_of(range(len(VOC)), (VOID,))
-    reader = IdReader(VOC, table, colours=voc_colours(), others=[from_one])
+    reader = IdReader(VOC, table, colours=voc_colours(), others=numberings)
     return LabelledImages(pairs, reader, labels)
 
 

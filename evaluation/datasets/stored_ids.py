@@ -78,7 +78,7 @@ def _from_palette(
     palette = palette_of(image)
     if pixels.max() >= len(palette):
         return pixels  # the others have no colour
-    if colours is not None:
+    if colours is not None and len(np.unique(palette, axis=0)) == len(palette):
         ids = _by_colour(palette[pixels], colours)
         if ids is not None:
             return ids

@@ -66,6 +66,8 @@ def notes_of(data: LabelledImages) -> str:
         ("coco-stuff-182", [(1, 157), (2, 60)], "no id 0 occurs: .* need dataset coco-stuff"),
         ("cityscapes", [(0, 1, 13, 255), (2, 18)], "none of the ids 19 to 33 occurs: train ids"),
         ("voc", [(0, 1, 16), (0, 1, 4)], "no id 255 occurs: .* numbered from 1"),
+        ("voc", [(1, 16, 255)], "no id 0 occurs: .* numbered from 1"),
+        ("voc-aug", [(1, 16)], "no id 0 occurs: .* numbered from 1"),
         ("ade20k", [(0, 1, 255), (149,)], "the id 255 occurs: .* numbered from 0"),
         ("folder", [(1, 2), (1, 255)], "no id 0 occurs: class ids run from 0 to 2"),
     ],

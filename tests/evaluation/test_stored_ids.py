@@ -189,6 +189,8 @@ def test_vocs_colours_say_the_ids(read: Read) -> None:
         by = reader(21, colours=colours)
         np.testing.assert_array_equal(read(data, by), ids)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(official))), ids)
+    black = saved(coloured(FOUR, [0] * 12))
+    np.testing.assert_array_equal(read(black, reader(21, colours=colours)), FOUR)
 
 
 def test_palettes_of_a_set_agree(tmp_path: Path) -> None:
