@@ -1,6 +1,7 @@
 """Options, checks and result files that the commands share."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,17 @@ def write_results(
     rows: list[dict[str, Any]],
     columns: Sequence[Column],
     squares: LabelledSquares,
+    *others: LabelledImages,
 ) -> None:
-    """Write the files --json and --picture. Raises UserError."""
+    """Write the files --json and --picture, and say what is odd about the label maps. Raises
+    UserError.
+    """
+    notes = [note for data in (squares.images, *others) for note in data.notes()]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if args.json:
-        write_json(args.json, provenance() | {"results": rows, "summary": summarise(rows)})
+        content = {"results": rows, "summary": summarise(rows)}
+        write_json(args.json, provenance() | content | ({"notes": notes} if notes else {}))
     if args.picture:
         data = squares.images
         samples = read_samples(squares, samples_of(args, data))

@@ -215,7 +215,7 @@ def main() -> None:
         if len(results) < len(args.seeds):
             note += " (one result for all seeds: the memory holds all cells)"
         print_scores(network.name, [result.score for result in results], note)
-    write_results(args, rows, columns, val)
+    write_results(args, rows, columns, val, train.images)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Letters: H W a stored image's height and width, in pixels.
 """
 
+import io
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from msgspec import Meta, Struct
 from PIL import Image
 
 from evaluation.datasets.coco_classes import CLASSES as COCO_CLASSES
+from evaluation.datasets.numbering import Numbering
+from evaluation.datasets.stored_ids import MODES, REMEDY, has_channels, ids_of, palette_of
 from pipeline.errors import UserError, printable
 from pipeline.images import named, open_stored, read_file
+from pipeline.png import read_png
 from train.run.json_file import read_json
 
 VOID = 255
@@ -58,60 +62,111 @@ class MapKind:
     pixels: str
     """The meaning of a pixel, for messages."""
 
-    def check(self, path: Path, image: Image.Image, size: tuple[int, int]) -> None:
-        """Raise UserError unless `image`, read from `path`, is of this kind and has the `size`
-        (width, height) of its photograph. Reads only the header.
+    def open(self, path: Path, size: tuple[int, int]) -> tuple[Image.Image, int]:
+        """The label map at `path`, not yet decoded, and the bits of a channel.
+
+        Raises UserError unless it is a PNG of this kind that has the `size` (width, height) of its
+        photograph.
         """
+        with named(path):
+            data = read_file(path)
+            image = open_stored(data)
         if image.size != size:
             raise UserError(
                 f"{path}: label map of {image.width}×{image.height} pixels"
                 f" for an image of {size[0]}×{size[1]}"
             )
+        if image.format != "PNG":
+            raise UserError(f"{path}: not a {self.name}: a {image.format} file, not a PNG")
         if image.mode not in self.modes:
             raise UserError(
                 f"{path}: not a {self.name}: its pixels are {image.mode}, not {self.pixels}"
             )
-
-    def check_header(self, path: Path, size: tuple[int, int]) -> None:
-        """Raise UserError where `check` does. Decodes no pixels."""
-        with named(path):
-            image = open_stored(read_file(path))
-        self.check(path, image, size)
-
-    def open(self, path: Path, size: tuple[int, int]) -> Image.Image:
-        """The decoded label map at `path`. Raises UserError where `check` does."""
-        with named(path):
-            image = open_stored(read_file(path))
-            self.check(path, image, size)
-            image.load()
-        return image
+        return image, read_png(io.BytesIO(data)).bits
 
 
 class IdReader:
-    """Reads PNGs of one channel of ids. `table` int64 [256] gives each id's class, VOID or UNKNOWN.
+    """Reads PNGs of ids. `table` int64 [256] gives each id's class, VOID or UNKNOWN.
 
-    `names` are the classes' names by class id; None if nothing names them.
+    `names` are the classes' names by class id; None if nothing names them. `colours` as in
+    `stored_ids.ids_of`. `others` are numberings that such maps are often in, instead of this one.
     """
 
-    kind = MapKind("label map", frozenset(("1", "L", "P", "I", "I;16")), "class ids")
+    kind = MapKind("label map", MODES, "class ids")
 
-    def __init__(self, names: Sequence[str] | None, table: np.ndarray) -> None:
+    def __init__(
+        self,
+        names: Sequence[str] | None,
+        table: np.ndarray,
+        *,
+        colours: np.ndarray | None = None,
+        others: Sequence[Numbering] = (),
+    ) -> None:
         self.names, self.table = None if names is None else list(names), table
         self.num_classes = VOID if names is None else len(names)
+        self.colours, self.others = colours, others
+        self.seen = np.zeros(len(table), bool)
+        """Ids in the label maps that were read so far."""
+        self._palettes: dict[int, tuple[tuple[int, ...], Path]] = {}
+
+    def check_header(self, path: Path, size: tuple[int, int]) -> None:
+        """Raise UserError if the label map at `path` is no PNG of ids, or has not the `size`
+        (width, height) of its photograph. Decodes pixels only of a file of several channels.
+        """
+        image, bits = self.kind.open(path, size)
+        if has_channels(image):
+            self._ids(path, image, bits)
 
     def read(self, path: Path, height: int, width: int) -> np.ndarray:
         """The label map at `path` as uint8 [H, W] class ids, void as 255. Raises UserError if its
-        size is not the image's or an id has no class.
+        size is not the image's, an id has no class, or its pixels are no ids or ambiguous.
         """
-        ids = np.asarray(self.kind.open(path, (width, height))).astype(np.int64)
-        inside = (ids >= 0) & (ids < len(self.table))
-        classes = np.where(inside, self.table[np.where(inside, ids, 0)], UNKNOWN)
-        if (classes == UNKNOWN).any():
-            first = int(ids[classes == UNKNOWN][0])
+        ids = self._ids(path, *self.kind.open(path, (width, height)))
+        used = np.flatnonzero(np.bincount(ids.ravel()))
+        inside = used[used < len(self.table)]
+        unknown = [*inside[self.table[inside] == UNKNOWN], *used[len(inside) :]]
+        if unknown:
+            first = int(unknown[0])
+            hint = next((f": {other.advice}" for other in self.others if first in other.ids), "")
             raise UserError(
-                f"{path}: class id {first} is not in the table of {self.num_classes} classes"
+                f"{path}: class id {first} is not in the table of {self.num_classes} classes{hint}"
             )
-        return classes.astype(np.uint8)
+        self.seen[inside] = True
+        return self.table.astype(np.uint8)[ids]
+
+    def notes(self) -> list[str]:
+        """What is odd about the ids of all label maps that were read: a line each."""
+        seen = np.flatnonzero(self.seen).tolist()
+        notes = [note for other in self.others if (note := other.suspected(seen))]
+        classes = [c for c in np.unique(self.table[seen]).tolist() if c != VOID]
+        names = self.names or [f"class {c}" for c in range(self.num_classes)]
+        if len(classes) == 1 or (self.names and 0 < 2 * len(classes) <= len(names)):
+            some = ", ".join(names[c] for c in classes[:5]) + ", …" * (len(classes) > 5)
+            notes.append(f"the labels show only {len(classes)} of {len(names)} classes: {some}")
+        return notes
+
+    def _ids(self, path: Path, image: Image.Image, bits: int) -> np.ndarray:
+        with named(path):
+            ids = ids_of(image, bits, self.table != UNKNOWN, self.colours)
+        if image.mode == "P" and self.colours is None:
+            self._check_palette(path, image, ids)
+        return ids
+
+    def _check_palette(self, path: Path, image: Image.Image, ids: np.ndarray) -> None:
+        """Raise UserError if an id has another colour than in an earlier label map: a program that
+        made one of them smaller has renumbered its palette, and the ids are lost.
+        """
+        palette = palette_of(image)
+        if (palette == palette[:, :1]).all():
+            return
+        for i in np.flatnonzero(np.bincount(ids.ravel(), minlength=len(palette))).tolist():
+            colour = tuple(palette[i].tolist()) if i < len(palette) else ()
+            first, other = self._palettes.setdefault(i, (colour, path))
+            if first != colour:
+                raise UserError(
+                    f"{path}: palette colour {i} is {colour}, in {other.name} {first}: its colours"
+                    f" were renumbered: {REMEDY}"
+                )
 
 
 class PanopticReader:
@@ -123,7 +178,7 @@ class PanopticReader:
     the two data sets therefore differ.
     """
 
-    kind = MapKind("panoptic PNG", frozenset(("RGB", "RGBA")), "RGB")
+    kind = MapKind("panoptic PNG", frozenset(("RGB", "RGBA", "P", "L", "1")), "RGB")
 
     def __init__(self, file: Path, paths: Sequence[Path]) -> None:
         """Raises UserError unless `file` describes all label maps in `paths`."""
@@ -136,17 +191,28 @@ class PanopticReader:
                 f" (not {missing[0]})"
             )
 
+    def check_header(self, path: Path, size: tuple[int, int]) -> None:
+        """As `IdReader.check_header`, without decoding pixels."""
+        self.kind.open(path, size)
+
     def read(self, path: Path, height: int, width: int) -> np.ndarray:
-        """As `IdReader.read`."""
-        image = self.kind.open(path, (width, height))
-        colours = np.asarray(image.convert("RGB")).astype(np.int64)
+        """As `IdReader.read`. The colours count, also those of a palette or of greys."""
+        image, _ = self.kind.open(path, (width, height))
+        with named(path):
+            colours = np.asarray(image.convert("RGB")).astype(np.int64)
         numbers, position = np.unique(colours @ np.array([1, 256, 65536]), return_inverse=True)
         class_of = self.segments[path.name]
         unknown = [n for n in numbers.tolist() if n not in class_of]
+        if unknown and image.mode in ("1", "L"):
+            raise UserError(f"{path}: not a panoptic PNG: its pixels are {image.mode}, not RGB")
         if unknown:
             raise UserError(f"{path}: segment {unknown[0]} is not in {self.file}")
         classes = np.array([class_of[n] for n in numbers.tolist()], np.uint8)
         return classes[position].reshape(height, width)
+
+    def notes(self) -> list[str]:
+        """None: segments have no numbering that could be another."""
+        return []
 
 
 LabelReader = IdReader | PanopticReader

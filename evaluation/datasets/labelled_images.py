@@ -50,12 +50,16 @@ class LabelledImages:
         """Label map `i` as uint8 [H, W], void as 255. Raises UserError unless it fits the image."""
         return self.reader.read(self.label_paths[i], height, width)
 
+    def notes(self) -> list[str]:
+        """What is odd about the label maps read so far: a line each, with their folder."""
+        return [f"{self.source}: {note}" for note in self.reader.notes()]
+
     def check_headers(self) -> None:
-        """Raise UserError for the first label map whose header shows the wrong image mode, or
-        a size that differs from its image's. Reads no pixels.
+        """Raise UserError for the first label map whose header shows that it holds no ids, or a
+        size that differs from its image's. Reads no pixels but those of maps of several channels.
         """
         for image, labels in zip(self.paths, self.label_paths, strict=True):
-            self.reader.kind.check_header(labels, load_size(image))
+            self.reader.check_header(labels, load_size(image))
 
     def check_labels(self) -> None:
         """Read all label maps. Raises UserError for the first one that cannot be used, and if no

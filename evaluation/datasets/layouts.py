@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from evaluation.datasets.coco_classes import CLASSES as COCO_CLASSES
-from evaluation.datasets.coco_classes import stuff_map_table
+from evaluation.datasets.coco_classes import coarse_classes, stuff_map_table
 from evaluation.datasets.label_maps import (
     UNKNOWN,
     VOID,
@@ -20,7 +22,9 @@ from evaluation.datasets.label_maps import (
     table_of,
 )
 from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.numbering import Numbering
 from evaluation.datasets.pairs import Pair, pair, read_lines, select
+from evaluation.datasets.stored_ids import voc_colours
 from pipeline.errors import UserError
 
 CAMVID = [
@@ -112,15 +116,42 @@ def folder(request: Request) -> LabelledImages:
     names = find_classes(request.classes, labels)
     ids = range(VOID if names is None else len(names))
     void = (VOID,) if request.void is None else request.void
-    return LabelledImages(pairs, IdReader(names, table_of(ids, void)), labels)
+    others = []
+    if names is not None and 0 not in void:
+        advice = f"class ids run from 0 to {len(names) - 1}; are these numbered from 1?"
+        wrong = frozenset((*range(1, len(names) + 1), *void))
+        others = [Numbering(wrong, advice, expected=frozenset((0,)))]
+    return LabelledImages(pairs, IdReader(names, table_of(ids, void), others=others), labels)
 
 
 def coco_stuff(request: Request) -> LabelledImages:
-    """COCO-Stuff: ROOT/val2017/*.jpg and ROOT/stuffthingmaps/val2017/*.png, in 27 classes."""
+    """COCO-Stuff: ROOT/val2017/*.jpg and ROOT/stuffthingmaps/val2017/*.png, in 27 classes. The maps
+    hold COCO's ids minus 1, and 255 for void.
+    """
+    other = Numbering(
+        frozenset((0, *coarse_classes())),
+        "maps numbered 1 to 182, with 0 for void, need dataset coco-stuff-182",
+        expected=frozenset((VOID,)),
+    )
+    return _coco_stuff(request, stuff_map_table(UNKNOWN), other)
+
+
+def coco_stuff_182(request: Request) -> LabelledImages:
+    """COCO-Stuff whose maps hold COCO's ids, 1 to 182, and 0 for void."""
+    other = Numbering(
+        frozenset((VOID, *(number - 1 for number in coarse_classes()))),
+        "maps numbered 0 to 181, with 255 for void, need dataset coco-stuff",
+        expected=frozenset((0,)),
+    )
+    table = np.roll(stuff_map_table(UNKNOWN), 1)
+    return _coco_stuff(request, table, other)
+
+
+def _coco_stuff(request: Request, table: np.ndarray, other: Numbering) -> LabelledImages:
     part = f"{request.split}2017"
     folders = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations")
     pairs, labels = request.pairs((part, f"images/{part}"), [f"{name}/{part}" for name in folders])
-    return LabelledImages(pairs, IdReader(COCO_CLASSES, stuff_map_table(UNKNOWN)), labels)
+    return LabelledImages(pairs, IdReader(COCO_CLASSES, table, others=[other]), labels)
 
 
 def coco_panoptic(request: Request) -> LabelledImages:
@@ -146,7 +177,8 @@ def camvid(request: Request) -> LabelledImages:
     """CamVid (SegNet's split): ROOT/val/*.png and ROOT/valannot/*.png; id 11 is void."""
     pairs, labels = request.pairs([request.split], [f"{request.split}annot"])
     table = table_of(range(len(CAMVID)), void=(len(CAMVID), VOID))
-    return LabelledImages(pairs, IdReader(CAMVID, table), labels)
+    others = [Numbering(frozenset((len(CAMVID) + 1,)), "ids run from 0 (sky) to 11 (void)")]
+    return LabelledImages(pairs, IdReader(CAMVID, table, others=others), labels)
 
 
 def cityscapes(request: Request) -> LabelledImages:
@@ -156,7 +188,13 @@ def cityscapes(request: Request) -> LabelledImages:
     folders = [f"leftImg8bit/{request.split}"], [f"gtFine/{request.split}"]
     pairs, labels = request.pairs(*folders, "_leftImg8bit", "_gtFine_labelIds.png")
     table = table_of(CITYSCAPES, void=[*(set(range(34)) - set(CITYSCAPES)), VOID])
-    return LabelledImages(pairs, IdReader([*CITYSCAPES.values()], table), labels)
+    train_ids = Numbering(
+        frozenset((*range(len(CITYSCAPES)), VOID)),
+        "train ids (0 to 18) in place of label ids (0 to 33)?",
+        expected=frozenset(range(len(CITYSCAPES), 34)),
+    )
+    reader = IdReader([*CITYSCAPES.values()], table, others=[train_ids])
+    return LabelledImages(pairs, reader, labels)
 
 
 def voc(request: Request, more_labels: str = "") -> LabelledImages:
@@ -178,7 +216,14 @@ def voc(request: Request, more_labels: str = "") -> LabelledImages:
         ]
     if not request.lists:
         pairs = [each for each in pairs if each[1].is_file()] or pairs
-    return LabelledImages(pairs, IdReader(VOC, table_of(range(len(VOC)), (VOID,))), labels)
+    advice = "VOC's maps hold 0 (background) to 20, and 255 for void; are these numbered from 1?"
+    ids, void = range(1, len(VOC) + 1), frozenset((VOID,))
+    numberings = [Numbering(void.union(ids), advice, expected=frozenset((0,)))]
+    if not more_labels:  # the Semantic Boundaries Dataset marks no borders as void
+        numberings.append(Numbering(frozenset((0, *ids)), advice, expected=void))
+    table = table_of(range(len(VOC)), (VOID,))
+    reader = IdReader(VOC, table, colours=voc_colours(), others=numberings)
+    return LabelledImages(pairs, reader, labels)
 
 
 def voc_aug(request: Request) -> LabelledImages:
@@ -214,7 +259,12 @@ def ade20k(request: Request) -> LabelledImages:
     if request.root and (file := request.root / "objectInfo150.txt").is_file():
         names = read_object_info(file)
     table = table_of(range(1, ADE20K_CLASSES + 1), void=(0, VOID))
-    return LabelledImages(pairs, IdReader(names, table), labels)
+    from_zero = Numbering(
+        frozenset((*range(ADE20K_CLASSES), VOID)),
+        "ADE20K's maps hold 1 to 150, and 0 for void; are these numbered from 0, void 255?",
+        unexpected=frozenset((VOID,)),
+    )
+    return LabelledImages(pairs, IdReader(names, table, others=[from_zero]), labels)
 
 
 def read_object_info(path: Path) -> list[str]:
@@ -232,6 +282,7 @@ def read_object_info(path: Path) -> list[str]:
 LAYOUTS: dict[str, Callable[[Request], LabelledImages]] = {
     "folder": folder,
     "coco-stuff": coco_stuff,
+    "coco-stuff-182": coco_stuff_182,
     "coco-panoptic": coco_panoptic,
     "camvid": camvid,
     "cityscapes": cityscapes,

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.datasets.images import FolderImages
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.formats import IMAGE_SUFFIXES
+from train.run.text import read_text
+
+LIST_BYTES = 64 << 20
+"""Of a list of images: a million long paths."""
 
 Pair = tuple[Path, Path]
 """An image, and the path that its label map should have."""
@@ -92,13 +96,13 @@ def require_labels(pairs: Sequence[Pair], labels: Path) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, stripped, without empty ones. Raises UserError."""
-    try:
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path}: not a text file") from None
+    """The lines of a text file, stripped, without empty ones. It is UTF-8, where bytes that are
+    none stay as in the names of files, or UTF-16 with a byte order mark. Raises UserError.
+    """
+    text = read_text(path, LIST_BYTES, errors="surrogateescape")
+    if "\0" in text:
+        raise UserError(f"{printable(str(path))}: not a text file: save it as UTF-8")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _columns(line: str) -> tuple[str, str | None]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evaluation.datasets.coco_classes import CLASSES, STUFF, THINGS, coarse_classes
 from evaluation.datasets.labelled_images import LabelledImages
@@ -104,6 +105,13 @@ def panoptic(root: Path, segments: list[dict[str, int]], colours: np.ndarray) ->
     return file
 
 
+def palette_of_colours(colours: np.ndarray) -> Image.Image:
+    """The image [H, W, 3] as an optimiser stores it: its few colours in a palette."""
+    image = Image.fromarray(colours.astype(np.uint8)).quantize(256)
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colours)
+    return image
+
+
 def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
     """R + 256 G + 65536 B: all channels count, food can be a thing or stuff, and 0 is void."""
     numbers = [7, 256, 65536 * 3 + 256 * 2 + 1]
@@ -121,6 +129,15 @@ def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
     panoptic(tmp_path, segments[:2], colours)
     with pytest.raises(UserError, match=r"segment 197121 is not in .*panoptic_val2017\.json"):
         only(open_labelled("coco-panoptic", root=tmp_path))
+    for image in (palette_of_colours(colours), Image.fromarray(colours.astype(np.uint8))):
+        panoptic(tmp_path, segments, colours)
+        image.save(tmp_path / "annotations/panoptic_val2017/000000000139.png")
+        np.testing.assert_array_equal(
+            only(open_labelled("coco-panoptic", root=tmp_path)), grid(*names, 255)
+        )
+    panoptic(tmp_path, segments[:2], colours)
+    save_png(tmp_path / "annotations/panoptic_val2017/000000000139.png", grid(0))  # all is void
+    assert (only(open_labelled("coco-panoptic", root=tmp_path)) == 255).all()
     save_png(tmp_path / "annotations/panoptic_val2017/000000000139.png", grid(7))
     with pytest.raises(UserError, match="not a panoptic PNG: its pixels are L"):
         only(open_labelled("coco-panoptic", root=tmp_path))
@@ -224,6 +241,50 @@ def test_list_chooses_and_orders(tmp_path: Path) -> None:
         open_labelled("folder", **folders, listed=listed)
     with pytest.raises(UserError, match="No such file"):
         open_labelled("folder", **folders, listed=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "latin-1"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lists_in_the_encodings_of_windows(encoding: str, end: str, tmp_path: Path) -> None:
+    """Without it the first name of a list from an editor, or all from PowerShell, are unknown."""
+    for name in ("a", "b", "c"):
+        photograph(tmp_path / f"images/{name}.png")
+        save_png(tmp_path / f"labels/{name}.png", grid(0, 1))
+    listed, classes = tmp_path / "list.txt", tmp_path / "names.json"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    listed.write_bytes(f"{mark}c{end}a{end}".encode(encoding))
+    classes.write_bytes(f'{mark}["dark", "bright"]{end}'.encode(encoding))
+    folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
+    data = open_labelled("folder", **folders, listed=listed, classes=classes)
+    assert [path.stem for path in data.paths] == ["c", "a"]
+    assert data.names == ["dark", "bright"]
+
+
+def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Without it the message shows bytes, or hides the reason behind a missing image."""
+    photograph(tmp_path / "images/a.png")
+    save_png(tmp_path / "labels/a.png", grid(0))
+    folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
+    listed = tmp_path / "list.txt"
+    for content, message in (
+        ("a\n".encode("utf-16-le"), "not a text file: save it as UTF-8"),
+        (b"\xff\xfea", r"not UTF-16.* \(byte 2\)"),
+    ):
+        listed.write_bytes(content)
+        with pytest.raises(UserError, match=rf"list\.txt: {message}"):
+            open_labelled("folder", **folders, listed=listed)
+
+
+def test_a_list_names_files_that_are_not_utf8(tmp_path: Path) -> None:
+    """Without it images with such names can be scored, but not chosen."""
+    name = b"gr\xfcn".decode(errors="surrogateescape")
+    for other in (name, "b"):
+        photograph(tmp_path / f"images/{other}.png")
+        save_png(tmp_path / f"labels/{other}.png", grid(0))
+    (tmp_path / "list.txt").write_bytes(b"gr\xfcn.png\n")
+    folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
+    data = open_labelled("folder", **folders, listed=tmp_path / "list.txt")
+    assert [path.stem for path in data.paths] == [name]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -144,7 +144,7 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         opened(classes=tmp_path / "one.json").labels(0, 64, 64)
     with pytest.raises(UserError, match=r"000\.png: label map of 64×64 pixels for an image of 9×8"):
         opened().labels(0, 8, 9)
-    Image.new("RGB", (64, 64)).save(labels_folder / "000.png")
+    Image.new("RGB", (64, 64), "red").save(labels_folder / "000.png")
     with pytest.raises(UserError, match="not a label map: its pixels are RGB"):
         opened().labels(0, 64, 64)
     (labels_folder / "000.png").write_bytes(b"nonsense")

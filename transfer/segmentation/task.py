@@ -1,5 +1,7 @@
 """Semantic segmentation as a task for `transfer.trainer`."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +19,8 @@ from transfer.segmentation.evaluate import confusion_of, examples, score_rows
 from transfer.segmentation.model import FCN
 from transfer.task import Row
 
+_FIRST = os.environ.get("RANK", "0") == "0"  # only this process prints notes
+
 Example = tuple[np.ndarray, np.ndarray]
 """Pixels uint8 [S, S, 3], labels uint8 [S, S]."""
 
@@ -29,6 +33,8 @@ class Segmentation:
     def __init__(self, config: SegmentationConfig) -> None:
         self.config = config
         self.train, self.val = open_sets(config.data)
+        for note in self.val.notes() if _FIRST else ():
+            print(f"note: {note}", file=sys.stderr)
         encoder, self.init = build_backbone(config.init)
         self.model: nn.Module = FCN(encoder, self.train.num_classes, config.model)
         self.data, self.scored = (

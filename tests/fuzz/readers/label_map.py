@@ -46,7 +46,7 @@ class Target:
         return outcomes[1]
 
     def _header(self) -> str:
-        self.reader.kind.check_header(self.path, (WIDTH, HEIGHT))
+        self.reader.check_header(self.path, (WIDTH, HEIGHT))
         return "read"
 
     def _pixels(self) -> str:

@@ -75,10 +75,12 @@ def test_ade20k_takes_names_from_its_table(tmp_path: Path) -> None:
     ade20k(tmp_path)
     table = tmp_path / "objectInfo150.txt"
     rows = [f"{n}\t0.1\t5\t1\t0\t" + ("wall" if n == 1 else f"n{n}, x") for n in range(1, 151)]
-    table.write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "\n".join(rows) + "\n")
-    names = open_labelled("ade20k", root=tmp_path).names
-    assert names is not None
-    assert names[:2] == ["wall", "n2"]
+    text = "Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "\n".join(rows) + "\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        table.write_bytes(text.encode(encoding))
+        names = open_labelled("ade20k", root=tmp_path).names
+        assert names is not None
+        assert names[:2] == ["wall", "n2"]
     table.write_text("Idx\n" + "\n".join(rows[1:]))
     with pytest.raises(UserError, match="expected ADE20K's table of 150 classes"):
         open_labelled("ade20k", root=tmp_path)
@@ -175,7 +177,7 @@ def test_training_images_are_not_scored(folder: DataConfig, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (np.zeros((*SHAPE, 3)), "not a label map: its pixels are RGB, not class ids"),
+        (np.eye(3)[np.zeros(SHAPE, int)], "not a label map: its pixels are RGB colours"),
         (np.full(SHAPE, 3), "class id 3 is not in the table of 3 classes"),
         (np.zeros((5, 6)), "label map of 6×5 pixels for an image of 6×4"),
     ],

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 
 from pipeline.errors import UserError
@@ -241,6 +243,16 @@ def test_a_bad_validation_label_map_is_refused_at_once(tmp_path: Path) -> None:
     save_png(tmp_path / "set/val/labels/val01.png", torch.full((48, 64), 9).numpy())
     with pytest.raises(UserError, match=r"val01\.png: class id 9 is not in the table of 3"):
         Segmentation(small_config(tmp_path / "set", tmp_path))
+
+
+def test_an_odd_numbering_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it maps numbered from 1 are learned and scored without a word."""
+    write_folder_set(tmp_path / "set", 1, 1)
+    for path in sorted((tmp_path / "set/val/labels").iterdir()):
+        ids = np.asarray(Image.open(path))
+        Image.fromarray(np.where(ids == 0, 1, ids).astype(np.uint8)).save(path)
+    Segmentation(small_config(tmp_path / "set", tmp_path))
+    assert "no id 0 occurs: class ids run from 0 to 2;" in capsys.readouterr().err
 
 
 def test_the_validation_part_is_scored_at_its_size(tmp_path: Path) -> None:
