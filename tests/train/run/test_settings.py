@@ -291,7 +291,7 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Is a directory"):
         read_text(tmp_path, 10)
     file = tmp_path / "run.yaml"
-    file.write_bytes("name: x".encode("utf-16"))
+    file.write_bytes("name: é".encode("latin-1"))
     assert "run.yaml: not UTF-8" in refusal(["--config", str(file)])
     file.write_bytes(b"\xef\xbb\xbfname: x\ndata: {path: y}\n")
     assert SETTINGS.load(["--config", str(file)])[0].name == "x"
