@@ -1,6 +1,7 @@
 """Label maps of each data set are read in the layout that its authors define."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,42 @@ def test_list_chooses_and_orders(tmp_path: Path) -> None:
         open_labelled("folder", **folders, listed=listed)
     with pytest.raises(UserError, match="No such file"):
         open_labelled("folder", **folders, listed=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_and_classes_as_windows_saves_them(encoding: str, tmp_path: Path) -> None:
+    """Without it the first image of a list "is not there": a byte order mark stands before it."""
+    for name in ("ä", "b"):
+        photograph(tmp_path / f"images/{name}.jpg")
+        save_png(tmp_path / f"labels/{name}.png", grid(0))
+    listed, classes = tmp_path / "list.txt", tmp_path / "classes.json"
+    listed.write_text("ä\r\nb\r\n", encoding)
+    classes.write_text('["road"]', encoding)
+    folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
+    data = open_labelled("folder", **folders, listed=listed, classes=classes)
+    assert ([path.stem for path in data.paths], data.names) == (["ä", "b"], ["road"])
+
+
+def test_a_list_of_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """Without it images with names from a Chinese or Japanese Windows cannot be chosen."""
+    name = os.fsdecode("照片".encode("gbk"))
+    photograph(tmp_path / f"images/{name}.png")
+    save_png(tmp_path / f"labels/{name}.png", grid(0))
+    (tmp_path / "list.txt").write_bytes(os.fsencode(name))
+    folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
+    assert len(open_labelled("folder", **folders, listed=tmp_path / "list.txt")) == 1
+
+
+def test_images_without_the_ending_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it images of other names are left out of the score without a word."""
+    photograph(tmp_path / "leftImg8bit/val/a/a_leftImg8bit.png")
+    photograph(tmp_path / "leftImg8bit/val/a/b.png")
+    save_png(tmp_path / "gtFine/val/a/a_gtFine_labelIds.png", grid(7))
+    assert len(open_labelled("cityscapes", root=tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("val; left aside: 1 images not called *_leftImg8bit\n")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,6 @@
 """Texts from files: of a limited size, and YAML that cannot grow, run or hide anything."""
 
+import codecs
 import re
 import stat
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ DEEPEST = 20
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The content of a file in UTF-8, with or without a byte order mark, of at most `limit` bytes.
-    Reads a pipe only in /dev, where a shell puts it. Raises UserError.
+    """The content of a file of at most `limit` bytes, in UTF-8 with or without a byte order mark,
+    or in UTF-16 with one. Reads a pipe only in /dev, where a shell puts it. Raises UserError.
     """
     name = printable(str(path))
     try:
@@ -39,7 +40,8 @@ def read_text(path: Path, limit: int) -> str:
     if len(content) > limit:
         raise UserError(f"{name}: too large: more than {limit:,} bytes")
     try:
-        return content.decode("utf-8-sig")
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 (byte {error.start})") from None
 
