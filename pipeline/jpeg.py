@@ -108,7 +108,8 @@ def obstacles(data: bytes, header: JpegHeader, check: str) -> tuple[bytes, list[
     if not header.height or not header.width:
         raise BadImage(f"{header.width}x{header.height} pixels")
     state = scans(data, header)
-    if state != WHOLE or data.endswith(_SAMSUNG):  # an end marker in the trailer does not count
+    if state != WHOLE or check == "decode" or data.endswith(_SAMSUNG):
+        # A marker in the trailer is not the picture's.
         trailer = _TRAILER.search(data, header.scan)
         picture = data[: trailer.start()] if trailer else data
         state = scans(picture, header)
@@ -139,7 +140,7 @@ def _with_end(picture: bytes, header: JpegHeader) -> bytes:
     decoder that reads the marker too early says so.
     """
     whole = picture + b"\xff\xd9"
-    complete = scans(whole, header) == WHOLE and not missing_parts(whole)
+    complete = scans(whole, header) == WHOLE and not missing_parts(whole) & SCANS
     if not complete or _decoder_complaint(whole, header):
         raise BadImage("truncated JPEG: its end-of-image marker is missing")
     return whole

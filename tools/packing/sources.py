@@ -127,6 +127,11 @@ def imagenet(root: Path) -> Source:
         of_class = sorted(name for name, stem in packed.items() if stem == wnid)
         _add_class(source, wnid, wnid in unpacked, of_class)
         source.labels.extend([label] * (len(source) - len(source.labels)))  # type: ignore
+    if source.sidecars[".cls"]:
+        raise UserError(
+            f"{folder}: holds .cls files beside its images, as a WebDataset does: its archives are"
+            " no classes; `folder` packs the images without labels"
+        )
     return _require_any(source)
 
 

@@ -270,6 +270,14 @@ def test_labels_beside_images_are_noticed(
     assert "warning: 1 .cls, 1 .json, 1 .txt beside images of their names are not read" in said
 
 
+def test_a_webdataset_is_no_imagenet(tmp_path: Path) -> None:
+    """Without it the number of the shard becomes the label."""
+    for shard in range(2):
+        tar(tmp_path / f"train/in-{shard}.tar", {"0.jpg": b"", "0.cls": b"7"})
+    with pytest.raises(UserError, match=r"train: holds \.cls files .*no classes; `folder` packs"):
+        SOURCES["imagenet"](tmp_path)
+
+
 def test_roots_that_are_no_folders(tmp_path: Path) -> None:
     """One line each. A folder 600 levels deep must not exceed Python's recursion limit."""
     (tmp_path / "f").touch()

@@ -181,6 +181,18 @@ def test_a_trailer_in_place_of_the_end_marker(trailer: str, options: dict[str, A
     assert np.array_equal(raw.data, pillow(whole))
 
 
+def test_frames_of_webcams() -> None:
+    """Without it frames of a Motion JPEG that lack their tables and the marker are refused, or one
+    that ends within the marker.
+    """
+    packed = pack_image(without(jpeg(7), jpegs.HUFFMAN)[:-2], Storage())
+    assert packed.how == "converted: end-of-image marker added, no Huffman tables"
+    assert np.array_equal(packed.data, pillow(jpeg(7)))
+    assert pack_image(jpeg(7)[:-1], Storage()).how == "converted: end-of-image marker added"
+    with pytest.raises(BadImage):
+        pack_image(without(jpeg(7), jpegs.QUANTISATION)[:-2], Storage())
+
+
 @pytest.mark.parametrize("trailer", TRAILERS)
 @pytest.mark.parametrize("options", PICTURES, ids=str)
 def test_a_truncated_picture_with_a_trailer_is_refused(
