@@ -99,15 +99,16 @@ def load_size(path: Path) -> tuple[int, int]:
 
 def read_rgb(data: bytes, limits: Limits = LIMITS) -> Pixels:
     """The pixels of the bytes of an image file. Raises BadImage."""
-    header, _ = examine(data, limits)
+    data, header, _ = examine(data, limits)
     return decode(data, header, limits)[0]
 
 
 def examine(
     data: bytes, limits: Limits = LIMITS, check: str = "structure"
-) -> tuple[JpegHeader | None, list[str]]:
-    """The header of a JPEG, and the reasons why FFCV would not decode it correctly. None for
-    another format, which `decode` examines.
+) -> tuple[bytes, JpegHeader | None, list[str]]:
+    """The bytes to decode, the header of a JPEG, and the reasons why FFCV would not decode the file
+    correctly. No header for another format, which `decode` examines. The bytes are `data`, or those
+    of a JPEG whose picture is complete but for its end-of-image marker, with this marker.
 
     Raises:
         BadImage: if the JPEG is damaged or beyond the limits.
@@ -117,9 +118,10 @@ def examine(
     limits.check_bytes(len(data))
     header = jpeg_header(data)
     if header is None:
-        return None, []
+        return data, None, []
     limits.check_pixels(header.width, header.height)
-    return header, obstacles(data, header, check)
+    data, reasons = obstacles(data, header, check)
+    return data, header, reasons
 
 
 def decode(

@@ -2,8 +2,10 @@
 
 A file that was cut short has no end-of-image marker. A file with a hole, or with another file
 inside, has markers that no scan contains, or long runs of zeros. The check runs at several GB/s.
+A picture that is complete but for its end-of-image marker gets one.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 
@@ -26,6 +28,15 @@ _COLOUR_SEGMENTS = (0xE0, 0xEE)  # JFIF and Adobe say how colours are stored
 CMYK_COMPONENTS = 4
 _SHRINK = 8
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
+
+_SAMSUNG = b"SEFT"
+_TRAILER = re.compile(
+    rb"\0\0..([\x03-\x40])\0\0\0[A-Za-z][A-Za-z0-9_]{2}|"  # Samsung: two zeros, type, length, name
+    rb"SEFH.\0\0\0|MotionPhoto_Data|\0\0\0[\x08-\x40]ftyp",  # its table; videos
+    re.DOTALL,
+)
+"""Where a trailer begins that phones append, some in place of the end-of-image marker."""
+END_ADDED = "end-of-image marker added"
 
 WHOLE, DOUBTFUL, CUT = range(3)
 """Results of `scans`: complete; only decoding can decide; no end-of-image marker."""
@@ -86,18 +97,26 @@ def scans(data: bytes, header: JpegHeader) -> int:
     return int(_walk(np.frombuffer(data, np.uint8), header.scan))
 
 
-def obstacles(data: bytes, header: JpegHeader, check: str) -> list[str]:
-    """Reasons why FFCV would not decode this JPEG correctly; empty if it does.
+def obstacles(data: bytes, header: JpegHeader, check: str) -> tuple[bytes, list[str]]:
+    """Reasons why FFCV would not decode this JPEG correctly; none if it does. They are of the
+    returned bytes: `data`, or a complete picture in them with the end-of-image marker that it lacks
+    or that a phone has replaced by a trailer.
 
     Raises:
         BadImage: if the JPEG is damaged.
     """
     if not header.height or not header.width:
         raise BadImage(f"{header.width}x{header.height} pixels")
-    state, found = scans(data, header), []
-    if state == CUT:
-        raise BadImage("truncated JPEG: its end-of-image marker is missing")
-    missing = missing_parts(data)
+    state = scans(data, header)
+    if state != WHOLE or check == "decode" or data.endswith(_SAMSUNG):
+        # A marker in the trailer is not the picture's.
+        trailer = _TRAILER.search(data, header.scan)
+        picture = data[: trailer.start()] if trailer else data
+        state = scans(picture, header)
+        if state == CUT:
+            whole = _with_end(picture, header)
+            return whole, [END_ADDED, *obstacles(whole, header, check)[1]]
+    found, missing = [], missing_parts(data)
     if state == DOUBTFUL or check == "decode" or not header.plain or missing:
         complaint = _decoder_complaint(data, header)
         if missing & (QUANTISATION | HUFFMAN) and complaint:
@@ -113,7 +132,18 @@ def obstacles(data: bytes, header: JpegHeader, check: str) -> list[str]:
         found.append("CMYK")
     if header.orientation != 1:
         found.append(f"orientation {header.orientation}")
-    return found
+    return data, found
+
+
+def _with_end(picture: bytes, header: JpegHeader) -> bytes:
+    """The JPEG with an end-of-image marker. Raises BadImage if this is not all that it lacks: a
+    decoder that reads the marker too early says so.
+    """
+    whole = picture + b"\xff\xd9"
+    complete = scans(whole, header) == WHOLE and not missing_parts(whole) & SCANS
+    if not complete or _decoder_complaint(whole, header):
+        raise BadImage("truncated JPEG: its end-of-image marker is missing")
+    return whole
 
 
 def decode_jpeg(data: bytes, header: JpegHeader) -> NDArray[np.uint8] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.beton import MAX_PIXELS
 from pipeline.errors import UserError
+from pipeline.folders import say_found
 from pipeline.images import Limits
 from pipeline.manifest import manifest_path
 from tools.packing import scenes
@@ -103,9 +104,14 @@ def _source(args: argparse.Namespace, out: Path) -> Source:
     if args.source == "list":
         return listed(args.list, args.root)
     source = SOURCES[args.source](args.root)
-    if source.ignored:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.ignored.most_common(8))
-        print(f"skipped files that are not images: {kinds}", file=sys.stderr)
+    say_found(len(source) - len(source.faults), source.root, source.left)
+    if source.sidecars:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.sidecars.most_common(8))
+        print(
+            f"warning: {kinds} beside images of their names are not read: the beton gets no labels"
+            " or captions from them; `list` takes labels from a CSV file of path,label",
+            file=sys.stderr,
+        )
     return source
 
 

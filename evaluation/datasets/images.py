@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.beton import Beton
 from pipeline.errors import UserError
+from pipeline.folders import as_url, aside, find_images, is_folder, say_found
 from pipeline.formats import IMAGE_SUFFIXES
 from pipeline.images import load_rgb
 
@@ -54,13 +55,13 @@ class FolderImages:
     """The images under a folder, sorted by path. Raises UserError if there are none."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
         self.folder = folder
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.paths, self.left = find_images(folder)
+        """`left`: how many files and folders were left aside, by reason."""
         if not self.paths:
             raise UserError(
                 f"{folder}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})"
+                f"{aside(self.left)}"
             )
 
     def __len__(self) -> int:
@@ -71,8 +72,12 @@ class FolderImages:
 
 
 def open_images(path: Path) -> ImageSource:
-    """The images of a .beton file or of a folder. Raises UserError."""
-    return FolderImages(path) if path.is_dir() else BetonImages(path)
+    """The images of a .beton file, or of a folder, whose number is printed. Raises UserError."""
+    if not is_folder(path) and not as_url(str(path)):
+        return BetonImages(path)
+    images = FolderImages(path)
+    say_found(len(images), path, images.left)
+    return images
 
 
 def spread(count: int, at_most: int | None) -> np.ndarray:

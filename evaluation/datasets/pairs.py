@@ -7,11 +7,9 @@ from pathlib import Path
 
 from evaluation.datasets.images import FolderImages
 from pipeline.errors import UserError, printable
+from pipeline.folders import require_root, say_found
 from pipeline.formats import IMAGE_SUFFIXES
-from train.run.text import read_text
-
-LIST_BYTES = 64 << 20
-"""Of a list of images: a million long paths."""
+from pipeline.lines import text_lines
 
 Pair = tuple[Path, Path]
 """An image, and the path that its label map should have."""
@@ -24,19 +22,21 @@ def pair(
 
     The label map has the name of the image with `label_ending` in place of `image_ending` and the
     suffix. Raises UserError if a folder is missing, if no image has the ending, or if two images
-    would share a label map.
+    would share a label map. Prints the number of images.
     """
-    paths = FolderImages(images).paths
-    if not labels.is_dir():
-        raise UserError(f"{labels}: no such folder")
+    found = FolderImages(images)
+    require_root(labels)
 
     def label_of(path: Path) -> Path:
         name = path.stem.removesuffix(image_ending) + label_ending
         return labels / path.relative_to(images).with_name(name)
 
-    pairs = [(path, label_of(path)) for path in paths if path.stem.endswith(image_ending)]
+    pairs = [(path, label_of(path)) for path in found.paths if path.stem.endswith(image_ending)]
     if not pairs:
-        raise UserError(f"{images}: expected images called *{image_ending}, found {paths[0].name}")
+        name = printable(found.paths[0].name)
+        raise UserError(f"{images}: expected images called *{image_ending}, found {name}")
+    if others := len(found.paths) - len(pairs):
+        found.left[f"images not called *{image_ending}"] += others
     image_of = {label: image for image, label in pairs}
     for image, label in pairs:
         if image_of[label] != image:
@@ -44,6 +44,7 @@ def pair(
                 f"{labels}: {label.name} would belong to both {image.name} and"
                 f" {image_of[label].name}"
             )
+    say_found(len(pairs), images, found.left)
     return pairs
 
 
@@ -96,13 +97,8 @@ def require_labels(pairs: Sequence[Pair], labels: Path) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, stripped, without empty ones. It is UTF-8, where bytes that are
-    none stay as in the names of files, or UTF-16 with a byte order mark. Raises UserError.
-    """
-    text = read_text(path, LIST_BYTES, errors="surrogateescape")
-    if "\0" in text:
-        raise UserError(f"{printable(str(path))}: not a text file: save it as UTF-8")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    """The lines of a text file, stripped, without empty ones. Raises UserError."""
+    return [line.strip() for line in text_lines(path) if line.strip()]
 
 
 def _columns(line: str) -> tuple[str, str | None]:

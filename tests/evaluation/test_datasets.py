@@ -267,8 +267,8 @@ def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
     folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
     listed = tmp_path / "list.txt"
     for content, message in (
-        ("a\n".encode("utf-16-le"), "not a text file: save it as UTF-8"),
-        (b"\xff\xfea", r"not UTF-16.* \(byte 2\)"),
+        ("a\n".encode("utf-16-le"), "line 1: a NUL byte; save it as UTF-8 text"),
+        (b"\xff\xfea", "damaged UTF-16 text"),
     ):
         listed.write_bytes(content)
         with pytest.raises(UserError, match=rf"list\.txt: {message}"):
@@ -285,6 +285,18 @@ def test_a_list_names_files_that_are_not_utf8(tmp_path: Path) -> None:
     folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
     data = open_labelled("folder", **folders, listed=tmp_path / "list.txt")
     assert [path.stem for path in data.paths] == [name]
+
+
+def test_images_without_the_ending_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it images of other names are left out of the score without a word."""
+    photograph(tmp_path / "leftImg8bit/val/a/a_leftImg8bit.png")
+    photograph(tmp_path / "leftImg8bit/val/a/b.png")
+    save_png(tmp_path / "gtFine/val/a/a_gtFine_labelIds.png", grid(7))
+    assert len(open_labelled("cityscapes", root=tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("val; left aside: 1 images not called *_leftImg8bit\n")
 
 
 @pytest.mark.parametrize("kind", KINDS)

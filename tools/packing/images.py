@@ -17,6 +17,7 @@ from zlib_ng.zlib_ng import crc32
 from pipeline.errors import BadImage
 from pipeline.ffcv_format import MAX_SIDE
 from pipeline.images import LIMITS, Limits, Pixels, decode, examine
+from pipeline.jpeg import END_ADDED
 from pipeline.manifest import CONVERTED, ORIGINAL, SCALED
 from pipeline.resize import resize
 
@@ -57,17 +58,19 @@ class Packed(NamedTuple):
 def pack_image(data: bytes, storage: Storage, limits: Limits = LIMITS) -> Packed:
     """Check the bytes of an image file and convert them to their stored form.
 
-    A JPEG that FFCV decodes correctly stays unchanged. Any other image becomes upright RGB, stored
+    A JPEG that FFCV decodes correctly stays unchanged, or only gets the end-of-image marker that it
+    lacks. Any other image becomes upright RGB, stored
     as pixels without loss, or as JPEG with `storage.store` "jpeg".
 
     Raises:
         BadImage: if the file is damaged, beyond the limits, or not an image that can be stored.
     """
-    header, reasons = examine(data, limits, storage.check)
+    data, header, reasons = examine(data, limits, storage.check)
     side = storage.max_side
     too_large = header and side and max(header.height, header.width) > side
-    if header and not (reasons or too_large) and storage.store != "raw":
-        return Packed(data, header.height, header.width, crc32(data), ORIGINAL)
+    how = CONVERTED + ", ".join(reasons) if reasons else ORIGINAL
+    if header and reasons in ([], [END_ADDED]) and not too_large and storage.store != "raw":
+        return Packed(data, header.height, header.width, crc32(data), how)
     pixels, changes = decode(data, header, limits, side)
     reasons += changes
     how = CONVERTED + ", ".join(reasons or ["decoded"])

@@ -1,20 +1,20 @@
 """A source from a list of files: a path on each line, or CSV with path and label."""
 
-import codecs
 import csv
-import io
 import os
 import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import UserError
-from tools.packing.files import bounded, require_root
+from pipeline.errors import UserError, printable
+from pipeline.folders import as_url, require_root
+from pipeline.formats import IMAGE_SUFFIXES
+from pipeline.lines import MAX_LINE, text_lines
+from tools.packing.files import bounded
 from tools.packing.sources import Source, mark_duplicates
 
-MAX_LINE = 1 << 16
-"""Characters. A path has at most 4,096 bytes; a longer line is another kind of file."""
+EXPECTED = "expected a path on each line, or .csv or .tsv of path or path,label"
 
 
 def listed(path: Path, root: Path | None = None) -> Source:
@@ -23,12 +23,17 @@ def listed(path: Path, root: Path | None = None) -> Source:
     Paths are relative to `root`, by default the list's folder. If all labels are whole numbers,
     they are kept. Else they are class names, and the label is the rank of the name.
     """
-    rows = list(bounded(_rows(path), path))
-    if not rows:
-        raise UserError(f"{path}: names no files")
     if root:
         require_root(root)
     source = Source(root or path.parent)
+    rows: list[tuple[str, str | None]] = []
+    for line, name, label in bounded(_rows(path), path):
+        odd = _is_odd(name, label) or not (rows or name.lower().endswith(IMAGE_SUFFIXES))
+        if odd and not os.path.lexists(source.root / name):
+            raise UserError(f"{path}: line {line}: {_described(name, label)}")
+        rows.append((name, label))
+    if not rows:
+        raise UserError(f"{path}: names no files")
     source.add_files(os.path.normpath(name) for name, _ in rows)
     labels = [label for _, label in rows if label is not None]
     if labels and len(labels) < len(rows):
@@ -40,20 +45,63 @@ def listed(path: Path, root: Path | None = None) -> Source:
     return mark_duplicates(source, lambda name: os.path.normpath(join(top, name)))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Path and label of each line; None without a label."""
+def _rows(path: Path) -> Iterator[tuple[int, str, str | None]]:
+    """Number, path and label of each line; None without a label."""
     if path.suffix.lower() not in (".csv", ".tsv"):
-        yield from ((line.rstrip("\r\n"), None) for line in _lines(path) if line.strip())
+        for line, text in enumerate(text_lines(path, EXPECTED), 1):
+            if text.strip():
+                yield line, text.rstrip("\r\n"), None
         return
     for number, (line, row) in enumerate(_table(path)):
-        if number == 0 and row[0].strip().lower() in _HEADINGS:
+        if number == 0 and _is_heading(path, row):
             continue
         if not row[0] or len(row) > 2:
-            raise UserError(f"{path}: line {line}: expected path or path,label")
+            shown = printable(",".join(row)[:80])
+            raise UserError(f"{path}: line {line}: expected path or path,label, found {shown}")
         label = row[1].strip() if len(row) == 2 else None
         if label == "":
             raise UserError(f"{path}: line {line}: an empty label")
-        yield row[0], label
+        yield line, row[0], label
+
+
+def _is_heading(path: Path, row: list[str]) -> bool:
+    """Whether the first row names the columns. Raises UserError if these are other columns."""
+    names = [cell.strip().lower() for cell in row]
+    paths = [name in _HEADINGS for name in names]
+    if paths[0] and len(row) <= 2 and not any(paths[1:]):
+        return True
+    if any(paths):
+        shown = printable(",".join(row)[:80])
+        raise UserError(
+            f"{path}: line 1: its columns are {shown}: expected path or path,label, in this order"
+        )
+    return False
+
+
+def _is_odd(name: str, label: str | None) -> bool:
+    """Whether a row probably is no path, or no path and label."""
+    if name.lower().endswith(IMAGE_SUFFIXES):  # the usual case
+        return "://" in name
+    return bool(
+        _SECOND_COLUMN.search(name)
+        or as_url(name)
+        or name.lstrip()[:1] in ("{", "[")
+        or (label or "").lower().endswith(IMAGE_SUFFIXES)
+    )
+
+
+def _described(name: str, label: str | None) -> str:
+    """What an odd row is, and what was expected."""
+    shown = printable(name[:80])
+    if url := as_url(name):
+        return f"{printable(url[:80])} is a URL: download the images, and list their paths"
+    if name.lstrip()[:1] in ("{", "["):
+        return f"JSON, not a path: {EXPECTED}"
+    if (label or "").lower().endswith(IMAGE_SUFFIXES):
+        return f"{shown},{printable(label or '')}: a label and a path? Expected path,label"
+    if _SECOND_COLUMN.search(name):
+        return f"{shown}: a path and a label? {EXPECTED}"
+    return f"there is no file {shown}: {EXPECTED}"
 
 
 def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -62,7 +110,7 @@ def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
 
     def lines() -> Iterator[str]:
         nonlocal length
-        for line in _lines(path):
+        for line in text_lines(path, EXPECTED):
             if (length := length + len(line)) > MAX_LINE:
                 raise UserError(f"{path}: line {table.line_num}: more than {MAX_LINE:,} characters")
             yield line
@@ -77,31 +125,15 @@ def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}: line {table.line_num}: {error}") from error
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their line ends. The file is UTF-8, and invalid bytes are kept;
-    or UTF-16 with a byte order mark, as PowerShell writes by default.
-    """
-    try:
-        # Without O_NONBLOCK a pipe that no program writes to would block for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(descriptor, True)
-        with os.fdopen(descriptor, "rb") as file:
-            wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
-            text = io.TextIOWrapper(file, encoding, errors, newline="")
-            for number, line in enumerate(iter(lambda: text.readline(MAX_LINE + 1), ""), 1):
-                if "\0" in line:
-                    raise UserError(f"{path}: line {number}: a NUL byte; save it as UTF-8 text")
-                if len(line) > MAX_LINE:
-                    raise UserError(f"{path}: line {number}: more than {MAX_LINE:,} characters")
-                yield line
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except UnicodeError as error:
-        raise UserError(f"{path}: damaged UTF-16 text: {error}") from error
-
-
-_HEADINGS = ("path", "file", "filename", "file_name", "image", "name")
+_HEADINGS = (
+    *("path", "file", "filename", "file_name", "image", "name", "filepath", "file_path", "img"),
+    *("image_path", "img_path", "image_name", "img_name", "imagepath", "fname", "images"),
+)
+_SECOND_COLUMN = re.compile(
+    rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})[\"']?[\s,;|]+[^\s/]+\s*$|^[^/]*[,;\t][^/]*$",
+    re.IGNORECASE,
+)
+"""A path and something after it, or cells without a path."""
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 

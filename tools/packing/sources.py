@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline import folders
 from pipeline.errors import UserError, printable
 from pipeline.formats import IMAGE_SUFFIXES
 from tools.packing import archives, files
@@ -17,6 +18,11 @@ from tools.packing.archives import Member
 
 KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 """Number of images in the data sets of published results."""
+SIDECARS = frozenset((
+    *(".cls", ".cap", ".caption", ".csv", ".id", ".index", ".json", ".label", ".labels", ".npy"),
+    *(".pickle", ".pkl", ".pyd", ".target", ".txt", ".xml", ".yaml", ".yml"),
+))  # fmt: skip
+"""Suffixes of files that hold labels or captions, beside an image of the same name."""
 
 
 @dataclass
@@ -36,8 +42,10 @@ class Source:
     """The label of each image; None if the data set has none."""
     faults: dict[int, str] = field(default_factory=dict)
     """Number of each unusable image, archive or folder, and the reason."""
-    ignored: Counter[str] = field(default_factory=Counter)
-    """Number of files with each suffix that is not an image's. They are skipped."""
+    left: folders.Left = field(default_factory=folders.Left)
+    """Number of files and folders that were left aside, by reason."""
+    sidecars: Counter[str] = field(default_factory=Counter)
+    """Of these, files that say something of an image, by suffix: labels or captions."""
     containers: list[Path] = field(default_factory=list)
     """The archives."""
     container: array = field(default_factory=lambda: array("i"))
@@ -100,23 +108,30 @@ def imagenet(root: Path) -> Source:
     The label is the rank of the wnid in sorted order.
     """
     whole = root / "ILSVRC2012_img_train.tar"
-    if not files.is_folder(root / "train") and files.is_file(whole):
+    if not folders.is_folder(root / "train") and folders.is_file(whole):
         return _imagenet_of_one_tar(root, whole)
     folder = files.require_folder(root, "train", "<wnid>/*.JPEG")
-    entries = list(files.entries(folder))
-    folders = {entry.name for entry in entries if files.is_dir(entry)}
+    source = Source(root, classes=[], labels=array("q"))
+    entries = list(files.entries(folder, source.left))
+    unpacked = {entry.name for entry in entries if folders.is_dir(entry)}
     packed = {entry.name: files.stem(entry.name) for entry in entries if files.is_archive(entry)}
-    classes = sorted(folders | set(packed.values()))
-    if not classes:
+    for name in {entry.name for entry in entries} - unpacked - packed.keys():
+        source.left["images in no class"] += folders.is_image(name, source.left)
+    source.classes = sorted(unpacked | set(packed.values()))
+    if not source.classes:
         raise UserError(
             f"{folder}: expected a folder per class, <wnid>/*.JPEG, or <wnid>.tar;"
             f" {files.contents(folder)}"
         )
-    source = Source(root, classes=classes, labels=array("q"))
-    for label, wnid in enumerate(classes):
+    for label, wnid in enumerate(source.classes):
         of_class = sorted(name for name, stem in packed.items() if stem == wnid)
-        _add_class(source, wnid, wnid in folders, of_class)
+        _add_class(source, wnid, wnid in unpacked, of_class)
         source.labels.extend([label] * (len(source) - len(source.labels)))  # type: ignore
+    if source.sidecars[".cls"]:
+        raise UserError(
+            f"{folder}: holds .cls files beside its images, as a WebDataset does: its archives are"
+            " no classes; `folder` packs the images without labels"
+        )
     return _require_any(source)
 
 
@@ -126,8 +141,8 @@ def bdd100k(root: Path) -> Source:
     Its name is ROOT/100k_images_train.zip, or ROOT/bdd100k_images_100k.zip in older downloads.
     """
     zips = [root / "100k_images_train.zip", root / "bdd100k_images_100k.zip"]
-    archive = next((path for path in zips if files.is_file(path)), None)
-    if archive is None or files.is_folder(root / "images"):
+    archive = next((path for path in zips if folders.is_file(path)), None)
+    if archive is None or folders.is_folder(root / "images"):
         return _flat(root, "images/100k/train")
     source = Source(root)
     _add_archive(source, archive, r"(?:(?:.*/)?train/)?([^/]+)", "images/100k/train")
@@ -142,7 +157,7 @@ def openimages(root: Path) -> Source:
 
 def folder(root: Path) -> Source:
     """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path."""
-    files.require_root(root)
+    folders.require_root(root)
     return _tree(root, "", "image files")
 
 
@@ -160,8 +175,8 @@ def _flat(root: Path, *names: str) -> Source:
     source = Source(root)
     for name in names:
         packed = [root / (name + suffix) for suffix in archives.SUFFIXES]
-        archive = next((path for path in packed if files.is_file(path)), None)
-        if archive and not files.is_folder(root / name):
+        archive = next((path for path in packed if folders.is_file(path)), None)
+        if archive and not folders.is_folder(root / name):
             # Such files contain train2017/x.jpg, x.jpg or ./x.jpg: only the last part counts.
             _add_archive(source, archive, r"(?:.*/)?([^/]+)", name)
         else:
@@ -186,8 +201,13 @@ def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> 
 def _add_folder(source: Source, name: str, content: str) -> None:
     """Add the images directly in ROOT/name, sorted."""
     folder, before = files.require_folder(source.root, name, content), len(source)
-    names = (entry.name for entry in files.entries(folder) if not files.is_dir(entry))
-    source.add_files(sorted(f"{name}/{file}" for file in names if _is_chosen(source, file)))
+    names = []
+    for entry in files.entries(folder, source.left):
+        if folders.is_dir(entry):
+            source.left["folders, not searched"] += 1
+        elif folders.is_image(entry.name, source.left):
+            names.append(f"{name}/{entry.name}")
+    source.add_files(sorted(names))
     if len(source) == before:
         raise UserError(f"{folder}: expected image files; {files.contents(folder)}")
 
@@ -201,10 +221,12 @@ def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
     chosen = []
     for member in files.bounded(_members(source, path), path):
         match = re.fullmatch(pattern, member.name)
-        if not files.is_image_name(member.name):
+        if not member.name.lower().endswith(IMAGE_SUFFIXES):
             chosen.append(member._replace(name=f"{top}/{member.name}".rstrip("/")))
         elif match:
             chosen.append(member._replace(name="/".join([folder, *match.groups()])))
+        else:
+            source.left[f"images in other folders of {top}"] += 1
     source.add_archive(path, sorted(chosen))
     if len(source) == before:
         raise UserError(f"{path}: holds no image files where they are expected")
@@ -213,12 +235,17 @@ def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
 
 def _members(source: Source, path: Path) -> Iterator[Member]:
     """The images in an archive, and the faults of the archive and of the archives in it."""
+    samples = _Samples(source.sidecars)
     for member in archives.members(path):
-        if not member.name or (member.fault and archives.is_archive(member.name)):
-            if not files.is_hidden(member.name):
-                yield member
-        elif _is_chosen(source, member.name):
+        if reason := folders.why_left_aside(member.name):
+            source.left[reason] += 1
+        elif not member.name or (member.fault and archives.is_archive(member.name)):
             yield member
+        else:
+            is_image = folders.is_image(member.name, source.left)
+            samples.note(member.name, is_image)
+            if is_image:
+                yield member
 
 
 def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
@@ -241,11 +268,13 @@ def _tree(root: Path, start: str, expected: str) -> Source:
     source = Source(root)
     names: list[str] = []
     reasons: dict[str, str] = {}  # apart: a pair for each name would take much memory
-    for name, reason in files.bounded(files.walk(root, start), root):
+    for name, reason in files.bounded(folders.walk(root, source.left, start), root):
         names.append(name)
         if reason:
             reasons[name] = reason
+    samples = _Samples(source.sidecars)
     for name in sorted(names):
+        is_image = False
         if name in reasons:
             source.add_fault(name, reasons[name])
         elif name.lower().endswith(archives.UNREAD):
@@ -256,8 +285,10 @@ def _tree(root: Path, start: str, expected: str) -> Source:
                 for member in _members(source, root / name)
             )
             source.add_archive(root / name, sorted(files.bounded(chosen, root / name)))
-        elif _is_chosen(source, name):
-            source.add_files([name])
+        else:
+            is_image = folders.is_image(name, source.left)
+            source.add_files([name] * is_image)
+        samples.note(name, is_image)
     if not len(source):
         raise UserError(
             f"{root}: expected {expected} ({' '.join(IMAGE_SUFFIXES)}); {files.contents(root)}"
@@ -287,15 +318,25 @@ def mark_duplicates(
     return source
 
 
-def _is_chosen(source: Source, path: str) -> bool:
-    """Whether a file is an image by its suffix. Counts the other files.
-
-    A broken link is an image, so that packing names it.
+class _Samples:
+    """Counts files that say something of an image: 17.cls and 17.json beside 17.jpg, as in the tar
+    files of WebDataset. The files of a sample follow each other.
     """
-    if files.is_hidden(path):
-        return False
-    if path.lower().endswith(IMAGE_SUFFIXES):
-        return True
-    suffix = re.search(r"\.[a-z0-9]{1,8}$", path.lower())
-    source.ignored[suffix[0] if suffix else "of other names"] += 1
-    return False
+
+    def __init__(self, sidecars: Counter[str]) -> None:
+        self.sidecars, self._key, self._image, self._waiting = sidecars, "", False, Counter[str]()
+
+    def note(self, path: str, is_image: bool) -> None:
+        """The next file. A sample's name ends at the first dot of its files' names."""
+        suffix = "" if is_image else path[path.rfind(".") :].lower()
+        if not is_image and suffix not in SIDECARS:
+            return
+        key = path[: path.find(".", path.rfind("/") + 1)]
+        if key != self._key:
+            self._key, self._image, self._waiting = key, False, Counter()
+        if is_image:
+            self._image = True
+            self.sidecars.update(self._waiting)
+            self._waiting.clear()
+        else:
+            (self.sidecars if self._image else self._waiting)[suffix] += 1

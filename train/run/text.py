@@ -20,10 +20,9 @@ DEEPEST = 20
 """Lists and mappings inside each other in a text of YAML. Parsers read them by recursion."""
 
 
-def read_text(path: Path, limit: int, errors: str = "strict") -> str:
-    """The content of a file of at most `limit` bytes: UTF-8, with or without a byte order mark, or
-    UTF-16 with one, as PowerShell writes. `errors` as in `bytes.decode`, for UTF-8. Reads a pipe
-    only in /dev, where a shell puts it. Raises UserError.
+def read_text(path: Path, limit: int) -> str:
+    """The content of a file of at most `limit` bytes, in UTF-8 with or without a byte order mark,
+    or in UTF-16 with one. Reads a pipe only in /dev, where a shell puts it. Raises UserError.
     """
     name = printable(str(path))
     try:
@@ -42,9 +41,8 @@ def read_text(path: Path, limit: int, errors: str = "strict") -> str:
         size = max(path.stat().st_size, len(content))
         raise UserError(f"{name}: too large: {size:,} bytes, at most {limit:,} are read")
     try:
-        if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return content.decode("utf-16")
-        return content.decode("utf-8-sig", errors)
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not {error.encoding.upper()} (byte {error.start})") from None
 

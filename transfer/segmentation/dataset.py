@@ -60,7 +60,7 @@ def fingerprint(data: LabelledImages) -> str:
     lines = [*(data.names or []), ""]
     for image, labels in zip(data.paths, data.label_paths, strict=True):
         lines.append(f"{image.name} {labels.stat().st_size}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _path(name: str | None) -> Path | None:

@@ -13,7 +13,8 @@ from pipeline.beton import Beton
 from pipeline.beton_writer import BetonWriter, Sample
 from pipeline.errors import BadImage
 from pipeline.ffcv_format import JPEG
-from pipeline.jpeg import jpeg_header
+from pipeline.images import examine
+from pipeline.jpeg import END_ADDED, jpeg_header
 from pipeline.turbojpeg import Decoder
 from tests.fuzz.damage import Random, damage
 from tests.helpers.jpegs import HEIGHT, WIDTH, jpeg, pool, segments
@@ -65,6 +66,13 @@ class Target:
         if sides and sides[0] * sides[1] > LARGE:
             return "large"
         by_structure, by_decoding = (_pack(stream, check) for check in ("structure", "decode"))
+        for packed, check in ((by_decoding, "decode"), (by_structure, "structure")):
+            if packed and END_ADDED in packed.how:
+                whole, _, _ = examine(stream, check=check)
+                assert stream.startswith(whole[:-2]), "more than the end marker was added"
+                again = _pack(whole, check)
+                assert again is not None and np.array_equal(packed.data, again.data)
+                return self.try_stream(whole, random)
         truth = _pillow(stream)
         alone, reason = self._among_good_ones(stream, sides or (HEIGHT, WIDTH), random)
         if by_structure is None:

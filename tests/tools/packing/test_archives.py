@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline.errors import BadImage, UserError
 from tests.tools.packing.test_build_dataset import fill, run
@@ -227,13 +228,54 @@ def test_archives_have_the_names_of_their_unpacked_folders(tmp_path: Path) -> No
     source, packed = SOURCES["folder"](tmp_path / "in"), SOURCES["folder"](tmp_path / "packed")
     assert source.names == ["a.jpg", "c/e\\f.jpg", "h.JFIF"]
     assert packed.names == [f"{top}/{name}" for top in ("t.tar", "z.zip") for name in source.names]
-    assert source.ignored == {".heic": 1, "of other names": 1}
-    assert packed.ignored == {".heic": 2, "of other names": 2}
+    assert source.left == {".heic": 1, "of other names": 1, "hidden": 2}
+    assert packed.left == {".heic": 2, "of other names": 2, "hidden": 4}
     windows = zipfile.ZipInfo("c\\x.jpg")
     windows.create_system = 0
     with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
         archive.writestr(windows, b"")
     assert [member.name for member in members(tmp_path / "w.zip")] == ["c/x.jpg"]
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_labels_beside_images_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unpacked: bool
+) -> None:
+    """Without it a WebDataset's labels are lost and only a count of suffixes says so."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    names = [
+        "a/0.cls",
+        "a/0.jpg",
+        "a/0.json",
+        "a/1.png",
+        "a/1.seg.txt",
+        "b.cls",
+        "c.d.png",
+        "e.mov",
+    ]
+    files = dict.fromkeys(names, picture.getvalue())
+    tar(tmp_path / "in.tar", files)
+    root = tmp_path / "in"
+    root.mkdir()
+    if unpacked:
+        with tarfile.open(tmp_path / "in.tar") as archive:
+            archive.extractall(root, filter="data")
+    else:
+        (tmp_path / "in.tar").rename(root / "in.tar")
+    run("folder", root, tmp_path / "o.beton")
+    said = capsys.readouterr().err
+    assert "found 3 images" in said
+    assert "left aside: 2 .cls, 1 .json, 1 .txt, 1 .mov\n" in said
+    assert "warning: 1 .cls, 1 .json, 1 .txt beside images of their names are not read" in said
+
+
+def test_a_webdataset_is_no_imagenet(tmp_path: Path) -> None:
+    """Without it the number of the shard becomes the label."""
+    for shard in range(2):
+        tar(tmp_path / f"train/in-{shard}.tar", {"0.jpg": b"", "0.cls": b"7"})
+    with pytest.raises(UserError, match=r"train: holds \.cls files .*no classes; `folder` packs"):
+        SOURCES["imagenet"](tmp_path)
 
 
 def test_roots_that_are_no_folders(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import folders
 from pipeline.errors import UserError
 from tests.tools.packing.test_archives import header, tar, zipped
 from tests.tools.packing.test_build_dataset import fill, run
 from tests.tools.packing.test_run import same
-from tools.packing import archives, files
+from tools.packing import archives
 from tools.packing.archives import inflate, members
 from tools.packing.read import read_image
 from tools.packing.sources import SOURCES
@@ -195,7 +196,7 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_folders_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten links on each of twenty levels make more paths than any disk has folders."""
-    monkeypatch.setattr(files, "MAX_FOLDERS", 500)
+    monkeypatch.setattr(folders, "MAX_FOLDERS", 500)
     for level in range(20):
         (tmp_path / f"in/{level}").mkdir(parents=True)
         for i in range(10):

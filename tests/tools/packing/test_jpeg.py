@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pipeline.beton import Beton, CorruptRecord
 from pipeline.beton_writer import BetonWriter, Sample
 from pipeline.decode import CanvasLoader, CropLoader, RecordLoader
 from pipeline.errors import BadImage
+from pipeline.images import read_rgb
 from pipeline.jpeg_parts import HUFFMAN, QUANTISATION, SCANS, missing_parts
 from pipeline.turbojpeg import Decoder
 from pipeline.views import ViewConfig
@@ -147,6 +149,63 @@ def test_stream_without_tables_is_named_or_made_whole() -> None:
     packed = pack_image(without(jpeg(7), jpegs.HUFFMAN), Storage())
     assert packed.how == "converted: no Huffman tables"
     assert np.array_equal(packed.data, pillow(jpeg(7)))
+
+
+BLOCK = b"\0\0\x01\x0a\x0e\0\0\0Image_UTC_Data1500000000000"
+TRAILERS = {
+    "nothing": b"",
+    "Samsung": BLOCK + bytes(range(256)) * 9 + b"SEFHe\0\0\0SEFT",
+    "with an end marker inside": BLOCK + b"\1\xff\xd9\2" + b"SEFHe\0\0\0SEFT",
+    "with a picture inside": BLOCK + jpeg(8) + b"SEFHe\0\0\0SEFT",
+    "with zeros inside": BLOCK + bytes(5000) + b"SEFHe\0\0\0SEFT",
+    "a video": b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 9,
+}
+PICTURES: list[dict[str, Any]] = [
+    {}, {"progressive": True}, {"mode": "L"}, {"restart_marker_blocks": 2}, {"quality": 100},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("trailer", TRAILERS)
+@pytest.mark.parametrize("options", PICTURES, ids=str)
+def test_a_trailer_in_place_of_the_end_marker(trailer: str, options: dict[str, Any]) -> None:
+    """Without it whole photographs of phones are refused as truncated, or copied with a trailer
+    that training's decoder refuses.
+    """
+    whole = jpeg(1, **options)
+    packed = pack_image(whole[:-2] + TRAILERS[trailer], Storage())
+    assert (packed.data, packed.how) == (whole, "converted: end-of-image marker added")
+    after = pack_image(whole + TRAILERS[trailer], Storage())
+    assert (after.data, after.how) == (whole + TRAILERS[trailer], "original")
+    assert np.array_equal(read_rgb(whole[:-2] + TRAILERS[trailer]), pillow(whole))
+    raw = pack_image(whole[:-2] + TRAILERS[trailer], Storage(store="raw"))
+    assert np.array_equal(raw.data, pillow(whole))
+
+
+def test_frames_of_webcams() -> None:
+    """Without it frames of a Motion JPEG that lack their tables and the marker are refused, or one
+    that ends within the marker.
+    """
+    packed = pack_image(without(jpeg(7), jpegs.HUFFMAN)[:-2], Storage())
+    assert packed.how == "converted: end-of-image marker added, no Huffman tables"
+    assert np.array_equal(packed.data, pillow(jpeg(7)))
+    assert pack_image(jpeg(7)[:-1], Storage()).how == "converted: end-of-image marker added"
+    with pytest.raises(BadImage):
+        pack_image(without(jpeg(7), jpegs.QUANTISATION)[:-2], Storage())
+
+
+@pytest.mark.parametrize("trailer", TRAILERS)
+@pytest.mark.parametrize("options", PICTURES, ids=str)
+def test_a_truncated_picture_with_a_trailer_is_refused(
+    trailer: str, options: dict[str, Any]
+) -> None:
+    """Without it the lower part of a picture is grey, or the phone's video as pixels."""
+    whole = jpeg(1, **options)
+    for cut in [*range(1, 40), *range(40, len(whole) - whole.rindex(b"\xff\xda"), 17)]:
+        try:
+            packed = pack_image(whole[: -2 - cut] + TRAILERS[trailer], Storage())
+        except BadImage:
+            continue
+        assert np.array_equal(pillow(bytes(packed.data)), pillow(whole)), cut
 
 
 @pytest.mark.parametrize("workers", [1, 2])

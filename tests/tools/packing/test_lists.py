@@ -90,6 +90,18 @@ def test_a_list_is_packed(tmp_path: Path) -> None:
         ("l.csv", f"a.jpg,1\nb.jpg,{10**20}\n", f"label {10**20}: numbers must be whole"),
         ("l.txt", "a.jpg\nb\0.jpg\n", "line 2: a NUL byte"),
         ("none.txt", None, "No such file"),
+        ("l.txt", "https://h/a.jpg\n", "line 1: https://h/a.jpg is a URL: download"),
+        ("l.csv", "a.jpg,1\ns3://h/b,2\n", "line 2: s3://h/b is a URL: download"),
+        ("l.parquet", "PAR1\x15", "l.parquet: a Parquet file; expected a path on each line"),
+        ("l.jsonl", '{"path": "a.jpg"}\n', "line 1: JSON, not a path: expected a path on"),
+        ("l.json", '[\n  "a.jpg"\n]\n', "line 1: JSON, not a path: expected a path on"),
+        ("l.csv", "label,path\n1,a.jpg\n", "line 1: its columns are label,path: expected path"),
+        ("l.csv", "id,path,label\n1,a.jpg,2\n", "its columns are id,path,label: expected path"),
+        ("l.csv", "cat,a.jpg\n", "line 1: cat,a.jpg: a label and a path? Expected path,label"),
+        ("l.csv", "key,category\na.jpg,1\n", "line 1: there is no file key: expected"),
+        ("l.csv", "a.jpg;1\n", "line 1: a.jpg;1: a path and a label? expected a path on"),
+        ("l.txt", "a.jpg 1\n", "line 1: a.jpg 1: a path and a label? expected a path on"),
+        ("l.txt", "path,label\na.jpg,1\n", "line 1: path,label: a path and a label? expected"),
     ],
 )
 def test_bad_lists(tmp_path: Path, name: str, text: str | None, message: str) -> None:
@@ -99,6 +111,13 @@ def test_bad_lists(tmp_path: Path, name: str, text: str | None, message: str) ->
     with pytest.raises(UserError) as error:
         listed(tmp_path / name)
     assert message in str(error.value)
+
+
+def test_odd_names_of_files_that_exist(tmp_path: Path) -> None:
+    """Without it a file is refused because its name looks like two columns, a heading or JSON."""
+    names = ["path", "a.jpg 1", "{b}", "c,d", "[e"]
+    fill(tmp_path, *names)
+    assert lists(tmp_path / "l.txt", "\n".join(names)).names == names
 
 
 @pytest.mark.parametrize("name", ["l.txt", "l.csv"])

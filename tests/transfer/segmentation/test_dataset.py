@@ -1,6 +1,7 @@
 """The data sets of a segmentation run in their official layouts, and refused input."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +213,16 @@ def test_fingerprint_depends_on_the_set_not_on_its_folder(
     (tmp_path / "one.txt").write_text("train01\n")
     fewer = replace(copy, train_list=str(tmp_path / "one.txt"))
     assert fingerprint(open_sets(fewer)[0]) != first
+
+
+def test_fingerprint_of_names_that_are_not_utf8(folder: DataConfig, tmp_path: Path) -> None:
+    """Without it a set with names from a Chinese or Japanese Windows ends in a traceback."""
+    first = fingerprint(open_sets(folder)[0])
+    write_folder_set(tmp_path / "copy", 2, 1, SHAPE)
+    for part in ("images", "labels"):
+        path = next((tmp_path / f"copy/train/{part}").glob("*01.png"))
+        path.rename(path.with_name(os.fsdecode("照片.png".encode("gbk"))))
+    assert fingerprint(open_sets(folder_config(tmp_path / "copy"))[0]) != first
 
 
 def test_voc_aug_reads_lists_of_images_and_label_maps(tmp_path: Path) -> None:
