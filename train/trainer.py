@@ -52,6 +52,7 @@ class Trainer:
             signals,
             timeout_minutes=log.timeout_minutes,
             trackers=log.trackers,
+            accumulation=config.efficiency.accumulation,
         )
         self.accelerator = self.run.accelerator
 
