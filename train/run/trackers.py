@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
@@ -55,14 +56,30 @@ class Trackers:
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Queue one log line for the thread."""
         if self._active:
-            self._thread.submit(lambda: self._each("log", dict(values), step=step))
+            self._thread.submit(lambda: self._each(lambda one: one.log(dict(values), step=step)))
             if problem := self._thread.problem():
                 self._give_up(problem)
+
+    def take_pictures(self) -> bool:
+        """Whether a tracker takes pictures."""
+        trackers = self._accelerator.trackers
+        return self._active and any(hasattr(tracker, "log_images") for tracker in trackers)
+
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Queue a picture uint8 [H, W, 3] for the trackers that take pictures."""
+
+        def show(tracker: GeneralTracker) -> None:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({name: pixels[None]}, step=step, **layout)
+
+        if self._active:
+            self._thread.submit(lambda: self._each(show))
 
     def finish(self) -> None:
         """Wait until all is written."""
         if self._active:
-            self._thread.submit(lambda: self._each("finish"))
+            self._thread.submit(lambda: self._each(lambda one: one.finish()))
             try:
                 self._thread.wait()
             except UserError as error:
@@ -118,10 +135,10 @@ class Trackers:
         if ids:
             write_bytes(self._file, json.dumps(self._ids | ids).encode())
 
-    def _each(self, method: str, *values: Any, **options: Any) -> None:
+    def _each(self, act: Callable[[GeneralTracker], None]) -> None:
         for tracker in list(self._accelerator.trackers):
             try:
-                getattr(tracker, method)(*values, **options)
+                act(tracker)
             except Exception as error:
                 self._accelerator.trackers.remove(tracker)
                 tell(
