@@ -37,7 +37,7 @@ _EXAMPLES = """examples:
   python -m train.pretrain --config configs/demo_cpu.yaml --train.epochs 2 --name trial
   torchrun --nproc_per_node 8 -m train.pretrain --config configs/imagenet_r50_200ep.yaml
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml \\
-      --config configs/ablations/k1024.yaml     # a later file wins
+      --config configs/ablations/k1024.yaml     # a later file wins, and options over both
   python -m train.pretrain --config configs/demo_cpu.yaml --print_config
 
 A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the trackers' files.
@@ -169,7 +169,8 @@ class LogConfig(Bounded):
     trackers: tuple[str, ...] = field(
         default=("tensorboard",), metadata=some_of(sorted(LOGGER_TYPE_TO_CLASS))
     )
-    """Accelerate's trackers by name; empty for none. metrics.jsonl is always written."""
+    """Accelerate's trackers by name: wandb, or [wandb, mlflow]; [] for none. metrics.jsonl is
+    always written."""
     checkpoint_every: int = field(default=1000, metadata=at_least(0))
     """Steps between two checkpoints; 0 = only the last step, which always gets one."""
     keep: int = field(default=3, metadata=at_least(1))

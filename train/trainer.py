@@ -9,11 +9,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from model import SlotCon, prepare
 from model.encoder import cells_of
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
@@ -52,6 +55,7 @@ class Trainer:
             signals,
             timeout_minutes=log.timeout_minutes,
             trackers=log.trackers,
+            accumulation=config.efficiency.accumulation,
         )
         self.accelerator = self.run.accelerator
 
@@ -188,6 +192,8 @@ class Trainer:
             self.run.watchdog.beat()
             with self.run.stopwatch.waiting():
                 batch = next(batches)
+            if self.run.step == micro == 0 and self.run.trackers.take_pictures():
+                self.run.trackers.picture("views", _pixels(batch.views[:, :8]), step=0)
             last = micro == count - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 output = self.model(batch.views, batch.overlap, batch.flipped, micro_batches=count)
@@ -302,3 +308,13 @@ class Trainer:
 
 def _describe(data: dict[str, Any]) -> str:
     return f"{data['images']} images, fingerprint {data['fingerprint'][:12]}"
+
+
+def _pixels(views: Tensor) -> np.ndarray:
+    """Normalised views [2, B, 3, S, S] as one picture uint8 [2·S, B·S, 3]: a row for each view."""
+    scale = torch.tensor((IMAGENET_MEAN, IMAGENET_STD), device=views.device)
+    mean, std = scale[:, None, None, :, None, None].float()
+    colours = (views.float() * std + mean).clamp(0, 1).mul(255).round().byte()
+    rows, count, _, side, _ = views.shape
+    flat = colours.permute(0, 3, 1, 4, 2).reshape(rows * side, count * side, 3)
+    return flat.cpu().numpy()

@@ -31,6 +31,48 @@ def test_command_line_wins_over_file_over_defaults(tmp_path: Path) -> None:
     assert config.train.batch_size == 512 and resume == "auto"
 
 
+def test_the_command_line_wins_wherever_it_stands(tmp_path: Path) -> None:
+    """Without it `--train.epochs 2 --config FILE` trains the file's epochs into the file's run."""
+    first, second, part = (tmp_path / f"{name}.yaml" for name in ("first", "second", "part"))
+    first.write_text("name: a\ndata: {path: x}\ntrain: {epochs: 7, seed: 3, batch_size: 8}\n")
+    second.write_text("train: {epochs: 9, seed: 4, warmup_epochs: 1}\n")
+    part.write_text("eta: 0.5\nseed: 5\n")
+    files = [f"--config={first}", "--config", str(second), "--train", str(part)]
+    own = ["--train.epochs", "2", "--name", "trial", "--train", "{warmup_epochs: 0}"]
+    middle = [*files[:1], *own, *files[1:]]
+    for argv in (own + files, files + own, middle):
+        config, _ = load_config(argv)
+        train = config.train
+        assert (config.name, train.epochs, train.warmup_epochs) == ("trial", 2, 0)
+        assert (train.seed, train.batch_size, train.eta) == (5, 8, 0.5)  # a later file wins
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("train: {epochs: 3}\ntrain: {seed: 1}\n", "line 4: train is given a second time"),
+        ("train: {epochs: 3, epochs: 4}\n", "line 3: epochs is given a second time"),
+        ('train: {epochs: 3, "epochs": 4}\n', "line 3: epochs is given a second time"),
+        ("train: {epochs: 3}\ntrain.epochs: 4\n", "train.epochs is given 2 times"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    """Without it the first value is lost without a word."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"name: a\ndata: {{path: x}}\n{content}")
+    message = refusal(["--config", str(file)])
+    assert str(file) in message and says in message and "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["wandb", "[wandb]", '["wandb"]'])
+def test_one_tracker_needs_no_brackets(tmp_path: Path, value: str) -> None:
+    """Without it the commonest choice of a tracker is refused."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"log: {{trackers: {value}}}\n")
+    assert load_config([*BASE, "--log.trackers", value])[0].log.trackers == ("wandb",)
+    assert load_config([*BASE, "--config", str(file)])[0].log.trackers == ("wandb",)
+
+
 def test_round_trip(tmp_path: Path) -> None:
     """A checkpoint and config.yaml must give the same configuration again."""
     config, _ = load_config(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from tests.helpers.betons import varied, write_beton
@@ -31,7 +32,7 @@ from train.metrics import Meter
 from train.pretrained import load_model
 from train.run import checkpoint
 from train.run.ends import Diverged
-from train.trainer import Trainer
+from train.trainer import Trainer, _pixels
 
 METERED = (
     "loss",
@@ -344,6 +345,20 @@ def test_tensorboard_gets_the_curve_once(
     assert [point.step for point in points] == [3, 6]
     losses = [line["loss"] for line in curve(config)]
     np.testing.assert_allclose([point.value for point in points], losses, rtol=1e-6)
+    (views,) = events.Images("views")
+    assert (views.step, views.width, views.height) == (0, 4 * 64, 2 * 64)
+
+
+def test_pictures_of_views_show_the_images() -> None:
+    """A wrong order of axes, or without the mean, would show a tracker's user noise."""
+    pixels = torch.randint(0, 256, (2, 3, 5, 5, 3), dtype=torch.uint8)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    views = ((pixels / 255 - mean) / std).permute(0, 1, 4, 2, 3)
+    picture = _pixels(views)
+    assert picture.shape == (10, 15, 3)
+    for view, image in ((0, 0), (1, 2)):
+        part = picture[5 * view : 5 * view + 5, 5 * image : 5 * image + 5]
+        np.testing.assert_array_equal(part, pixels[view, image].numpy())
 
 
 def test_corrupt_image_stops_the_run_or_is_replaced(

@@ -17,22 +17,33 @@ from accelerate import (
     InitProcessGroupKwargs,
 )
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import get_int_from_env, parse_flag_from_env
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    get_int_from_env,
+)
 from torch import nn
 
 from pipeline.errors import UserError
+from train.run.environment import check_environment, is_set
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def launch(
-    run_dir: Path, precision: str, trackers: Sequence[str], timeout_minutes: float
+    run_dir: Path,
+    precision: str,
+    trackers: Sequence[str],
+    timeout_minutes: float,
+    accumulation: int = 1,
 ) -> Accelerator:
     """Form a group with the other processes; each waits up to `timeout_minutes` for the others.
 
-    `precision` is efficiency.precision; the `trackers` write to `run_dir`. Raises UserError.
+    `precision` is efficiency.precision, `accumulation` the trainer's own micro-batches of a step;
+    the `trackers` write to `run_dir`. Raises UserError, also if the environment says otherwise.
     """
-    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_gpu = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
+    check_environment(precision, accumulation, on_gpu)
     if precision == "fp16" and not on_gpu:
         raise UserError("efficiency.precision: fp16 needs a CUDA GPU; use bf16 or no")
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -44,12 +55,20 @@ def launch(
             raise UserError(f"log.trackers: the package of {tracker} is not installed")
     # torch 2.15 has a new name for this option; Accelerate still uses the old one.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
     # On GPUs the watchdog comes first: NCCL would end the process with pages of traces.
     patience = timedelta(minutes=timeout_minutes * (2 if on_gpu else 1))
     accelerator = Accelerator(
         cpu=not on_gpu,  # or processes that torchrun starts on CPUs would not form a group
         mixed_precision=precision,
+        # Both are our own part. Given here, they are not read from the environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(
+            backend="no",
+            mode="default",
+            fullgraph=False,
+            dynamic=False,
+            use_regional_compilation=False,
+        ),
         log_with=list(trackers) or None,
         project_dir=run_dir,
         kwargs_handlers=[
@@ -59,10 +78,6 @@ def launch(
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
-    if launcher != precision:
-        accelerator.print(
-            f"note: efficiency.precision {precision} wins over accelerate's {launcher}"
-        )
     known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in known:
         raise UserError(

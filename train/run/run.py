@@ -22,7 +22,7 @@ from train.run.launch import launch, lock, unlock
 from train.run.log import Journal, Stopwatch, tell
 from train.run.provenance import provenance, write_bytes
 from train.run.resume import candidates, restore_first_whole
-from train.run.settings import Settings, flatten, to_dict, to_yaml
+from train.run.settings import Settings, to_dict, to_yaml
 from train.run.signals import StopSignals
 from train.run.trackers import Trackers
 from train.run.watchdog import Watchdog
@@ -46,18 +46,20 @@ class Run:
         *,
         timeout_minutes: float,
         trackers: tuple[str, ...] = (),
+        accumulation: int = 1,
     ) -> None:
         """Find the checkpoints to resume from, join the other processes, lock the folder.
 
         `config`: read by `settings`, with `name`, `log.dir` and `efficiency.precision`. `resume`:
         None (a new run), "auto" or the path of a checkpoint or run. `timeout_minutes`: how long to
-        wait for other processes, the disk and the `trackers`. Raises UserError.
+        wait for other processes, the disk and the `trackers`. `accumulation`: micro-batches of a
+        step. Raises UserError.
         """
         self._config, self._patience_s = config, 60 * timeout_minutes
         self.folder = Path(config.log.dir) / config.name
         self._origins = candidates(config, settings, self.folder, resume)
         precision = config.efficiency.precision
-        self.accelerator = launch(self.folder, precision, trackers, timeout_minutes)
+        self.accelerator = launch(self.folder, precision, trackers, timeout_minutes, accumulation)
         self.is_main = self.accelerator.is_main_process
         if self.is_main:
             made = not self.folder.exists()
@@ -113,8 +115,9 @@ class Run:
             f"{self.folder}: {data}, {last_step} steps{done}; {model}, {processes} x {device}, "
             f"precision {self._config.efficiency.precision}"
         )
-        settings = flatten(to_dict(self._config))
-        self.trackers = Trackers(self.accelerator, settings, self.step, self._patience_s)
+        self.trackers = Trackers(
+            self.accelerator, self.folder, self._config, self.step, self._patience_s
+        )
 
     @contextmanager
     def alive(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from functools import cached_property
@@ -144,8 +145,13 @@ class Settings(Generic[Config]):
         options: dict[str, Any] = dict.fromkeys(self.options)
         return options | {k: None if _required(f) else f.default for k, f in leaves.items()}
 
-    def _given(self, argv: list[str]) -> Iterator[_Given]:
-        """Keys and values of a command line and of its files. Raises UserError."""
+    def _given(self, argv: list[str]) -> list[_Given]:
+        """Keys and values of the files of a command line, then its own: they win over the files,
+        wherever they stand. Raises UserError.
+        """
+        return sorted(self._in_order(argv), key=lambda given: not given.source)
+
+    def _in_order(self, argv: list[str]) -> Iterator[_Given]:
         words = iter(argv)
         for word in words:
             key, equals, value = word.removeprefix("--").partition("=")
@@ -280,7 +286,11 @@ def _read(option: str, source: str) -> Iterator[_Given]:
             raise UserError(f"--{option}: {error}") from None
         if not isinstance(values, Mapping):
             raise UserError(f"{name} holds no keys and values")
-    yield from _leaves(values, prefix, name and f"{source}: ")
+    given = list(_leaves(values, prefix, name and f"{source}: "))
+    for key, count in Counter(each.key for each in given).items():
+        if count > 1:  # in two spellings, which the parser of YAML takes for two keys
+            raise UserError(f"{name or f'--{option}'}: {_shown(key)} is given {count} times")
+    yield from given
 
 
 def _leaves(values: Mapping[Any, Any], prefix: str = "", source: str = "") -> Iterator[_Given]:
@@ -330,6 +340,8 @@ def _as_type(value: Any, kind: Any) -> Any:
         )  # str | None, Literal["no"]
         is_text = kind is str or (in_words and get_origin(kind) is not tuple)
         value = value if is_text else read_yaml(value, "")
+        if kind == tuple[str, ...] and isinstance(value, str):
+            value = [value]  # a list of one
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
