@@ -334,5 +334,5 @@ def bounds(segmentation: Segmentation) -> tuple[float, float, float, float]:
     if isinstance(segmentation, RunLengths):
         x, y, width, height = rle.toBbox(to_rle(segmentation, *segmentation.size)).tolist()
         return x, y, x + width, y + height
-    xs, ys = ([n for part in segmentation for n in part[first::2]] for first in (0, 1))
-    return min(xs), min(ys), max(xs), max(ys)
+    xs, ys = ([part[first::2] for part in segmentation] for first in (0, 1))
+    return min(map(min, xs)), min(map(min, ys)), max(map(max, xs)), max(map(max, ys))
