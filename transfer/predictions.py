@@ -45,6 +45,8 @@ def new_predictions(path: Path | None, accelerator: Accelerator) -> Iterator[Pat
 
 
 def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
