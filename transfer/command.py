@@ -69,6 +69,8 @@ def run_task(
         arguments = sys.argv[1:] if argv is None else argv
         evaluated = _evaluated(arguments)
         trained_with = checkpoint.read_record(evaluated, settings).config if evaluated else {}
+        if evaluated:  # writes into a run only if asked to
+            trained_with = {**trained_with, "log": {**trained_with["log"], "predictions": False}}
         config, options = settings.load(arguments, trained_with)
         out = Path(options["json"]) if options["json"] else None
         if options["evaluate"] and not evaluated:

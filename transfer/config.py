@@ -128,6 +128,9 @@ class LogConfig(Bounded):
     """Steps between two checkpoints; 0 = only the last step, which always gets one."""
     keep: int = field(default=1, metadata=at_least(1))
     """How many of the newest checkpoints to keep."""
+    predictions: bool = False
+    """Write what the trained model says about the scored images to RUN/predictions/: detections as
+    COCO's results, label maps as PNGs of the data set's ids."""
     dir: str = field(default="runs", metadata={"the name of a folder": bool})
     """Folder of all runs; this one writes to DIR/NAME."""
 

@@ -19,6 +19,7 @@ from train.run.watchdog import Watchdog
 from transfer import statistics
 from transfer.config import Config, TransferConfig, without_weights
 from transfer.examples import Order, batches
+from transfer.predictions import FOLDER, new_predictions
 from transfer.result import RESULT, result, summary
 from transfer.step import beat_in_forward, place, seed_step
 from transfer.task import Row, Task
@@ -28,10 +29,16 @@ TIMEOUT_MINUTES = 60.0
 
 
 def score(
-    task: Task, config: TransferConfig, accelerator: Accelerator, order: Order, step: int
+    task: Task,
+    config: TransferConfig,
+    accelerator: Accelerator,
+    order: Order,
+    step: int,
+    predictions: Path | None = None,
 ) -> list[Row]:
     """Evaluate the task's model after `step` steps. With `optim.precise_bn`, BatchNorm uses the
-    statistics of that many next batches. Raises UserError.
+    statistics of that many next batches. `predictions` becomes a folder with what the model says.
+    Raises UserError.
     """
     model = task.model
     statistics.share(model)
@@ -46,8 +53,12 @@ def score(
     def evaluated() -> list[Row]:
         model.eval()
         try:
-            with torch.no_grad(), accelerator.autocast():
-                return task.evaluate(model, accelerator)
+            with (
+                torch.no_grad(),
+                accelerator.autocast(),
+                new_predictions(predictions, accelerator) as folder,
+            ):
+                return task.evaluate(model, accelerator, folder)
         finally:
             model.train()
 
@@ -67,9 +78,13 @@ def evaluation(
 ) -> Callable[[], None]:
     """Load and check everything; return a function that scores the checkpoint `origin`.
 
-    This function writes nothing but `out`: result.json without the cost. Both raise UserError, and
-    the function also LostProcess.
+    This function writes nothing but `out`, result.json without the cost, and with
+    log.predictions the run's folder of predictions. Both raise UserError, and the function also
+    LostProcess.
     """
+    predictions = origin.parents[1] / FOLDER if config.log.predictions else None
+    if predictions:
+        check_writable("--log.predictions", predictions / "1")
     if out:
         check_writable("--json", out, origin.parents[1] / RESULT)
     record = checkpoint.read_record(origin, settings)
@@ -86,7 +101,7 @@ def evaluation(
 
     def evaluate() -> None:
         with watchdog, naming(str(origin)):
-            rows = score(task, config, accelerator, order, record.step)
+            rows = score(task, config, accelerator, order, record.step, predictions)
         content = result(task, config, record.provenance["init"], record.step, rows)
         if accelerator.is_main_process:
             print(f"{origin}: {summary(rows)}")

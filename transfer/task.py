@@ -1,5 +1,6 @@
 """What the trainer needs from a task."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
@@ -43,9 +44,12 @@ class Task(Protocol):
         """A batch: tensors in dicts, lists and tuples. The trainer moves it to the device."""
         ...
 
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> list[Row]:
+    def evaluate(
+        self, model: nn.Module, accelerator: Accelerator, predictions: Path | None = None
+    ) -> list[Row]:
         """Score `model`, which is in evaluation mode. The caller switches gradients off, and
         autocast on for mixed precision. Each process does its share; all return all rows.
+        `predictions` is a folder that gets what the model says, in the benchmark's format.
 
         Raises UserError.
         """

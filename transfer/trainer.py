@@ -22,6 +22,7 @@ from transfer.config import Config, without_weights
 from transfer.examples import Order, batches
 from transfer.losses import LossMeter
 from transfer.optimizer import build_optimizer
+from transfer.predictions import FOLDER
 from transfer.result import RESULT, cost, result, summary
 from transfer.schedule import learning_rate
 from transfer.scoring import TIMEOUT_MINUTES, check_data, score
@@ -83,7 +84,8 @@ class Trainer:
             ) as ahead:
                 self._train(ahead)
             run.wait_for_disk()
-            self._finish(self._evaluate())
+            kept = run.folder / FOLDER if self.config.log.predictions else None
+            self._finish(self._evaluate(kept))
 
     def _train(self, ahead: Iterator[Any]) -> None:
         """From the present step to the last one; `ahead` yields the batches of these steps."""
@@ -140,10 +142,10 @@ class Trainer:
         meter.clear()
         return Reason(reason)
 
-    def _evaluate(self) -> list[Row]:
-        run = self.run
+    def _evaluate(self, predictions: Path | None = None) -> list[Row]:
+        run, order = self.run, self.order
         with run.stopwatch.paused():
-            rows = score(self.task, self.config, self.accelerator, self.order, run.step)
+            rows = score(self.task, self.config, self.accelerator, order, run.step, predictions)
             line = f"step {run.step}/{run.last_step}  {summary(rows)}"
             run.write({"step": run.step, "results": rows}, line)
         return rows

@@ -123,7 +123,9 @@ class TinyTask:
     def collate(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.stack([each[name] for each in examples]) for name in examples[0]}
 
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> list[Row]:
+    def evaluate(
+        self, model: nn.Module, accelerator: Accelerator, predictions: Path | None = None
+    ) -> list[Row]:
         assert not model.training and not torch.is_grad_enabled()
         assert torch.is_autocast_enabled("cpu") == (self.config.efficiency.precision != "no")
         rank, world = accelerator.process_index, accelerator.num_processes

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from pipeline.errors import UserError
@@ -125,9 +124,9 @@ def test_scores_use_precise_statistics(tmp_path: Path, monkeypatch: pytest.Monke
     counts = []
     evaluate = TinyTask.evaluate
 
-    def noted(task: TinyTask, model: torch.nn.Module, accelerator: Accelerator) -> list[Row]:
+    def noted(task: TinyTask, model: torch.nn.Module, *rest: Any) -> list[Row]:
         counts.append(int(model.get_buffer("features.1.num_batches_tracked")))
-        return evaluate(task, model, accelerator)
+        return evaluate(task, model, *rest)
 
     monkeypatch.setattr(TinyTask, "evaluate", noted)
     config = tiny_config(tmp_path, precise_bn=2)

@@ -3,9 +3,10 @@
 Letters: H W an image's stored height and width in pixels.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from faster_coco_eval import mask_api_new_cpp as runs
 from faster_coco_eval.core import mask as rle
 from msgspec import Meta, Struct
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from train.run.json_file import read_json
 
 ANNOTATION_BYTES = 4 << 30
@@ -42,7 +43,7 @@ _NUMBER = re.compile("(?:[P-o]{0,6}[0-O])*")
 _AnyInt = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _Id = Annotated[int, Meta(ge=0, le=2**53)]  # the evaluator holds ids as float64
 _Text = Annotated[str, Meta(min_length=1, max_length=4096)]  # as Linux' paths
-_Side = Annotated[int, Meta(ge=1, le=FARTHEST)]
+_Side = Annotated[int, Meta(ge=1, le=FARTHEST)] | Annotated[float, Meta(ge=1, le=FARTHEST)]
 _Coordinate = Annotated[float, Meta(ge=-FARTHEST, le=FARTHEST)]
 _Area = Annotated[float, Meta(ge=-(FARTHEST**2), le=FARTHEST**2)]
 _Count = Annotated[int, Meta(ge=0, le=FARTHEST**2)]
@@ -57,17 +58,36 @@ class RunLengths(Struct):
     """As COCO's compressed text, which `read_annotations` returns, or as numbers."""
 
 
-Segmentation = Annotated[list[list[_Coordinate]], Meta(min_length=1)] | RunLengths
+Segmentation = list[list[_Coordinate]] | RunLengths
 """Polygons, x y x y …; or run lengths."""
+Box = Annotated[list[_Coordinate], Meta(min_length=4, max_length=4)]
+"""x, y, width, height."""
+
+
+class _ImageInFile(Struct):
+    id: _Id
+    file_name: _Text
+    height: _Side
+    width: _Side
+
+
+class _AnnotationInFile(Struct):
+    image_id: _Id
+    category_id: _Id
+    bbox: Box | None = None
+    segmentation: list[list[_Coordinate] | _Coordinate] | RunLengths | None = None
+    area: _Area | None = None
+    iscrowd: Literal[0, 1] | bool | None = 0
+    id: _AnyInt | float | Annotated[str, Meta(max_length=99)] | None = None
 
 
 class ImageEntry(Struct):
     """An image."""
 
-    id: _Id
-    file_name: _Text
-    height: _Side
-    width: _Side
+    id: int
+    file_name: str
+    height: int
+    width: int
 
 
 class Category(Struct):
@@ -80,22 +100,22 @@ class Category(Struct):
 class Annotation(Struct):
     """An object, or a crowd of objects."""
 
-    image_id: _Id
-    category_id: _Id
-    bbox: Annotated[list[_Coordinate], Meta(min_length=4, max_length=4)]
-    """x, y, width, height."""
-    segmentation: Segmentation
-    area: _Area | None = None
-    """In pixels; `read_annotations` takes the mask's where the file has none."""
-    iscrowd: Literal[0, 1] | bool | None = 0
-    id: _AnyInt | float | Annotated[str, Meta(max_length=99)] | None = None
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    segmentation: Segmentation | None
+    """None: the object has no mask."""
+    area: float
+    """In pixels."""
+    iscrowd: bool
+    id: int | float | str | None
     """For messages only."""
 
 
 class _File(Struct):
-    images: list[ImageEntry]
+    images: list[_ImageInFile]
     categories: list[Category]
-    annotations: list[Annotation]
+    annotations: list[_AnnotationInFile]
 
 
 @dataclass(frozen=True)
@@ -108,62 +128,104 @@ class Annotations:
     categories: list[Category]
     """In the order of their ids."""
     annotations: list[Annotation]
-    derived: int
-    """The number of annotations without an area in the file."""
+    areas: int
+    """Annotations without an area in the file: it is the mask's or, without a mask, the box's."""
+    boxes: int
+    """Annotations without a box in the file: it is the mask's."""
 
 
 def read_annotations(path: Path) -> Annotations:
     """The file's content. Raises UserError if it is not of the format, or exceeds a limit."""
     content = read_json(path, _File, ANNOTATION_BYTES, "COCO instance annotations")
-    images = {image.id: image for image in content.images}
+    _check_unique(path, "images", "an id", [image.id for image in content.images])
+    names = [PurePath(image.file_name) for image in content.images]
+    _check_unique(path, "images", "a file_name", names)
+    _check_unique(path, "categories", "an id", [category.id for category in content.categories])
+    images = {image.id: _image(path, image) for image in content.images}
     categories = {category.id for category in content.categories}
-    _check_ids(path, "images", [image.id for image in content.images])
-    _check_ids(path, "categories", [category.id for category in content.categories])
     if len(categories) > CATEGORIES:
         raise UserError(f"{path}: {len(categories):,} categories, at most {CATEGORIES:,}")
-    for image in content.images:
-        _check_image(path, image)
+    annotations: list[Annotation] = []
     for number, one in enumerate(content.annotations):
         where = f"{path}: annotations[{number}]" + ("" if one.id is None else f" (id {one.id!r})")
         if one.image_id not in images:
             raise UserError(f"{where} is of image {one.image_id}, which the file does not list")
-        image = images[one.image_id]
-        one.segmentation = _checked(one.segmentation, image.height, image.width, where)
-    unknown = [a.category_id for a in content.annotations if a.category_id not in categories]
+        annotations.append(_annotation(one, images[one.image_id], where))
+    unknown = [a.category_id for a in annotations if a.category_id not in categories]
     if unknown:
         raise UserError(
-            f"{path}: {len(unknown)} of {len(content.annotations)} annotations have a category_id "
+            f"{path}: {len(unknown)} of {len(annotations)} annotations have a category_id "
             f"that is not among the {len(categories)} categories (the first: {unknown[0]})"
         )
-    _check_amounts(path, images, content.annotations)
-    without_area = [one for one in content.annotations if one.area is None]
-    for one in without_area:
-        mask = to_rle(one.segmentation, images[one.image_id].height, images[one.image_id].width)
-        one.area = float(rle.area(mask))
+    _check_amounts(path, images, annotations)
+    _check_pixels(path, annotations)
+    without_box = [one for one in annotations if not one.bbox]
+    without_area = [one for one in annotations if math.isnan(one.area)]
+    for incomplete in (*without_box, *without_area):
+        _derive(incomplete, images[incomplete.image_id])
     content.categories.sort(key=lambda category: category.id)
-    return Annotations(content.images, content.categories, content.annotations, len(without_area))
+    return Annotations(
+        [*images.values()], content.categories, annotations, len(without_area), len(without_box)
+    )
 
 
-def _check_ids(path: Path, entries: str, ids: list[int]) -> None:
-    if not ids:
+def _annotation(one: _AnnotationInFile, image: ImageEntry, where: str) -> Annotation:
+    """The annotation with its mask checked. Without a box in the file the box is empty; without an
+    area, the area is NaN. Raises UserError.
+    """
+    mask = _checked(one.segmentation, image.height, image.width, where)
+    if mask is None and one.bbox is None:
+        raise UserError(f"{where} has neither bbox nor segmentation")
+    area = math.nan if one.area is None else one.area
+    crowd = bool(one.iscrowd)
+    return Annotation(one.image_id, one.category_id, one.bbox or [], mask, area, crowd, one.id)
+
+
+def _derive(one: Annotation, image: ImageEntry) -> None:
+    """Set the box and the area that the file lacks."""
+    if one.segmentation is None:
+        one.area = one.bbox[2] * one.bbox[3]
+        return
+    mask = to_rle(one.segmentation, image.height, image.width)
+    if not one.bbox:
+        one.bbox = rle.toBbox(mask).tolist()
+    if math.isnan(one.area):
+        one.area = float(rle.area(mask))
+
+
+def _check_unique(path: Path, entries: str, field: str, values: Sequence[Hashable]) -> None:
+    if not values:
         raise UserError(f"{path}: lists no {entries}")
-    (first, count), *_ = Counter(ids).most_common(1)
+    (first, count), *_ = Counter(values).most_common(1)
     if count > 1:
-        repeated = len(ids) - len(set(ids))
+        repeated = len(values) - len(set(values))
         raise UserError(
-            f"{path}: {repeated} of {len(ids)} {entries} repeat an id (the first: {first})"
+            f"{path}: {repeated} of {len(values)} {entries} repeat {field}"
+            f" (the first: {printable(str(first))})"
         )
 
 
-def _check_image(path: Path, image: ImageEntry) -> None:
+def _image(path: Path, image: _ImageInFile) -> ImageEntry:
     """Refuse names outside the folder of images, and images that cannot be opened."""
     where = f"{path}: image {image.id}"
     name = PurePath(image.file_name)
     if name.is_absolute() or ".." in name.parts:
         raise UserError(f"{where}: file_name {image.file_name!a} leaves the folder of images")
-    if image.height * image.width > PIXELS:
-        size = f"{image.width}×{image.height}"
-        raise UserError(f"{where}: {size} are more than {PIXELS:,} pixels")
+    height, width = int(image.height), int(image.width)
+    if (height, width) != (image.height, image.width):
+        raise UserError(f"{where}: height or width is no whole number of pixels")
+    if height * width > PIXELS:
+        raise UserError(f"{where}: {width}×{height} are more than {PIXELS:,} pixels")
+    return ImageEntry(image.id, image.file_name, height, width)
+
+
+def _check_pixels(path: Path, annotations: Sequence[Annotation]) -> None:
+    """Refuse boxes that are relative to the image: all of them would lie in one pixel."""
+    boxes = [one.bbox for one in annotations if one.bbox]
+    if boxes and all(min(b) >= 0 and b[0] + b[2] <= 1 and b[1] + b[3] <= 1 for b in boxes):
+        raise UserError(
+            f"{path}: all boxes lie within 0..1: expected x, y, width, height in pixels"
+        )
 
 
 def _check_amounts(
@@ -174,7 +236,7 @@ def _check_amounts(
     outlines: Counter[int] = Counter()
     for one in annotations:
         objects[one.image_id] += not one.iscrowd
-        if not isinstance(one.segmentation, RunLengths):
+        if isinstance(one.segmentation, list):
             # A bound that is faster than the length: all corners in turn with the origin.
             outlines[one.image_id] += sum(2 * int(sum(map(abs, p))) for p in one.segmentation)
     for image, count in objects.items():
@@ -186,7 +248,7 @@ def _check_amounts(
     long = {image for image, bound in outlines.items() if bound > OUTLINES}
     outlines.clear()
     for one in annotations:
-        if one.image_id in long and not isinstance(one.segmentation, RunLengths):
+        if one.image_id in long and isinstance(one.segmentation, list):
             outlines[one.image_id] += sum(map(_outline, one.segmentation))
             if outlines[one.image_id] > OUTLINES:
                 raise UserError(
@@ -201,16 +263,28 @@ def _outline(polygon: list[float]) -> int:
     return int(np.abs(corners - np.roll(corners, 1, axis=0)).sum())
 
 
-def _checked(segmentation: Segmentation, height: int, width: int, where: str) -> Segmentation:
-    """Polygons of at least three points, or run lengths of the whole image. Raises UserError."""
+def _checked(
+    segmentation: list[list[float] | float] | RunLengths | None,
+    height: int,
+    width: int,
+    where: str,
+) -> Segmentation | None:
+    """Polygons of at least three points, or run lengths of the whole image. None: no mask. A list
+    of numbers is one polygon. Raises UserError.
+    """
     if isinstance(segmentation, RunLengths):
         return _compressed(segmentation, height, width, where)
-    if any(len(polygon) % 2 for polygon in segmentation):
+    polygons = [part for part in segmentation or [] if isinstance(part, list)]
+    numbers = [part for part in segmentation or [] if not isinstance(part, list)]
+    if numbers and (polygons or len(numbers) < 6):
+        raise UserError(f"{where}: segmentation: numbers that are no polygon")
+    polygons = [numbers] if numbers else polygons
+    if not any(polygons):
+        return None
+    if any(len(polygon) % 2 for polygon in polygons):
         raise UserError(f"{where}: segmentation: a polygon with an odd number of coordinates")
-    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-    return polygons or _compressed(
-        RunLengths((height, width), [height * width]), height, width, where
-    )
+    drawn = [polygon for polygon in polygons if len(polygon) >= 6]
+    return drawn or _compressed(RunLengths((height, width), [height * width]), height, width, where)
 
 
 def _compressed(mask: RunLengths, height: int, width: int, where: str) -> RunLengths:
@@ -253,8 +327,12 @@ def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any
     return runs_of
 
 
-def encloses(segmentation: Segmentation) -> bool:
-    """Whether run lengths hold any pixel. Polygons are assumed to."""
-    if not isinstance(segmentation, RunLengths):
-        return True
-    return bool(rle.area(to_rle(segmentation, *segmentation.size)) > 0)
+def bounds(segmentation: Segmentation) -> tuple[float, float, float, float]:
+    """x1 y1 x2 y2 of a mask, in pixels. Those of polygons may lie outside the image. Zeros if run
+    lengths hold no pixel.
+    """
+    if isinstance(segmentation, RunLengths):
+        x, y, width, height = rle.toBbox(to_rle(segmentation, *segmentation.size)).tolist()
+        return x, y, x + width, y + height
+    xs, ys = ([part[first::2] for part in segmentation] for first in (0, 1))
+    return min(map(min, xs)), min(map(min, ys)), max(map(max, xs)), max(map(max, ys))

@@ -77,6 +77,8 @@ class ModelConfig(Bounded):
     roi_points: int = field(default=0, metadata=at_least(0, 100))
     """Sampling points of each bin of a region, in each direction; 0: adapted to the bin's size in
     cells."""
+    masks: bool = True
+    """Learn and score masks; false: boxes alone, for sets without masks."""
     box_convs: int = field(default=4, metadata=at_least(0, _MOST_LAYERS))
     """Convolutions of the box head, each with a norm."""
     box_features: int = field(default=1024, metadata=at_least(1, WIDEST))

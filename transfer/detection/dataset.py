@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +25,16 @@ from transfer.detection.annotations import (
     Annotation,
     Annotations,
     ImageEntry,
-    encloses,
+    bounds,
     read_annotations,
     to_rle,
 )
 
 HAIRLINE = 1e-5
 """Of an image's side: float32 rounds away what is thinner when boxes are resized and mirrored."""
+SLACK = 2
+"""Pixels by which a box may differ from its mask's bounds, or reach out of the image: tools round
+and count pixels differently."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,11 @@ class Record:
     """[N, 4]; inside the image, of positive size."""
     labels: NDArray[np.int64]
     """[N], 1 … C."""
+    masked: NDArray[np.bool_]
+    """[N]: whether the object has a mask."""
     segmentations: bytes
-    """The list of the N segmentations, pickled: as Python objects, COCO's would take gigabytes in
-    each process that loads images."""
+    """The list of the N segmentations, None without a mask, pickled: as Python objects, COCO's
+    would take gigabytes in each process that loads images."""
 
 
 class CocoInstances:
@@ -65,9 +71,13 @@ class CocoInstances:
         content = read_annotations(annotations)
         self.categories: dict[int, str] = {c.id: c.name for c in content.categories}
         """Names by id, in the order of the ids: label n is the n-th, counted from 1."""
-        self.derived = content.derived
-        """Objects whose area is their mask's, because the file has none."""
-        self.dropped = 0
+        self.areas, self.boxes = content.areas, content.boxes
+        """Objects whose area or box is derived, because the file has none."""
+        self.maskless = {one.image_id for one in content.annotations if one.segmentation is None}
+        """Ids of images with an object or a crowd without a mask."""
+        self.dropped = self.contradicting = self.outside = 0
+        """Objects that training skips; whose box is not that of their mask; or whose box reaches
+        out of the image."""
         self.records = self._records(content)
         self._check_images()
 
@@ -75,6 +85,10 @@ class CocoInstances:
         """SHA-256 of the annotation file."""
         with self.annotations.open("rb") as file:
             return file_digest(file, "sha256").hexdigest()
+
+    def paths(self) -> list[Path]:
+        """The image files."""
+        return [self.images / record.name for record in self.records]
 
     def load(self, record: Record) -> Image.Image:
         """The upright RGB image. Raises UserError unless it has the size in the annotations."""
@@ -92,10 +106,14 @@ class CocoInstances:
             self._check_size(path, load_size(path), record)
 
     def masks(self, record: Record, height: int, width: int) -> NDArray[np.uint8]:
-        """The objects' masks, resized: [N, height, width]. Only one has its full size at a time."""
-        masks = np.empty((len(record.boxes), height, width), np.uint8)
+        """The objects' masks, resized: [N, height, width], 0 where an object has none. Only one has
+        its full size at a time.
+        """
+        masks = np.zeros((len(record.boxes), height, width), np.uint8)
         for mask, one in zip(masks, pickle.loads(record.segmentations), strict=True):
-            mask[:] = nearest(rle.decode(to_rle(one, record.height, record.width)), height, width)
+            if one is not None:
+                whole = rle.decode(to_rle(one, record.height, record.width))
+                mask[:] = nearest(whole, height, width)
         return masks
 
     def _records(self, content: Annotations) -> list[Record]:
@@ -112,10 +130,16 @@ class CocoInstances:
         height, width = image.height, image.width
         corners = np.array([o.bbox for o in objects], np.float64).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
-        boxes = corners.clip(0, [width, height, width, height]).astype(np.float32)
+        inside = corners.clip(0, [width, height, width, height])
+        self.outside += int((np.abs(corners - inside) > SLACK).any(axis=1).sum())
+        boxes = inside.astype(np.float32)
         least = np.array([HAIRLINE * width, HAIRLINE * height], np.float32)
         good = np.all(boxes[:, 2:] - boxes[:, :2] > least, axis=1)
-        good &= np.array([encloses(o.segmentation) for o in objects], bool)
+        masked = np.array([o.segmentation is not None for o in objects], bool)
+        shown = np.array([bounds(o.segmentation) for o in objects if o.segmentation is not None])
+        shown = shown.reshape(-1, 4)
+        self.contradicting += int(contradict(inside[masked], shown).sum())
+        good[masked] &= (shown[:, 2:] > shown[:, :2]).all(axis=1)
         self.dropped += int((~good).sum())
         kept = [o for o, keep in zip(objects, good.tolist(), strict=True) if keep]
         return Record(
@@ -125,6 +149,7 @@ class CocoInstances:
             width=width,
             boxes=boxes[good],
             labels=np.array([labels[o.category_id] for o in kept], np.int64),
+            masked=masked[good],
             segmentations=pickle.dumps([o.segmentation for o in kept]),
         )
 
@@ -177,26 +202,51 @@ def resized(height: int, width: int, side: int, longest: int) -> tuple[int, int]
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def contradict(boxes: NDArray[np.float64], masks: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[N]: whether boxes [N, 4] and the bounds of their masks [N, 4] share less than half of what
+    both cover, and differ by more than `SLACK` on a side.
+    """
+    first, last = np.maximum(boxes, masks)[:, :2], np.minimum(boxes, masks)[:, 2:]
+    shared = (last - first).clip(0).prod(axis=1)
+    both = sum((each[:, 2:] - each[:, :2]).clip(0).prod(axis=1) for each in (boxes, masks))
+    far = (np.abs(boxes - masks) > SLACK).any(axis=1)
+    return far & (shared < 0.5 * (both - shared))
+
+
 class TrainingExamples:
     """Images with objects, resized and mirrored at random."""
 
     def __init__(
-        self, source: CocoInstances, sides: Sequence[int], longest: int, flip: float
+        self,
+        source: CocoInstances,
+        sides: Sequence[int],
+        longest: int,
+        flip: float,
+        masks: bool = True,
     ) -> None:
         """`sides`: shorter sides to draw from; `longest`: limit of the longer side; `flip`:
-        probability of mirroring. Raises UserError if no image has an object.
+        probability of mirroring; `masks`: whether examples have masks. Raises UserError if no image
+        has an object, or with `masks` no object a mask.
         """
         self.source, self.sides, self.longest, self.flip = source, sides, longest, flip
+        self.with_masks = masks
         self.records = [record for record in source.records if len(record.boxes)]
         if not self.records:
             skipped = f" ({source.dropped} are skipped)" if source.dropped else ""
             raise UserError(f"{source.annotations}: no image with an object to learn from{skipped}")
 
+        if masks and not any(record.masked.any() for record in self.records):
+            raise UserError(
+                f"{source.annotations}: no object has a mask: give --model.masks false to learn"
+                " and score boxes alone"
+            )
+
     def __len__(self) -> int:
         return len(self.records)
 
     def load(self, index: int, generator: np.random.Generator) -> dict[str, torch.Tensor]:
-        """image uint8 [3, h, w], boxes float32 [N, 4], labels int64 [N], masks uint8 [N, h, w].
+        """image uint8 [3, h, w], boxes float32 [N, 4], labels int64 [N]; and unless masks are left
+        out, masks uint8 [N, h, w] and masked bool [N], whether an object has one.
 
         Raises UserError.
         """
@@ -205,18 +255,21 @@ class TrainingExamples:
         mirror = generator.random() < self.flip
         height, width = resized(record.height, record.width, side, self.longest)
         pixels = pixels_of(self.source.load(record), height, width)
-        masks = self.source.masks(record, height, width)
         scale = np.array([width / record.width, height / record.height] * 2, np.float32)
         boxes = record.boxes * scale
         if mirror:
-            pixels, masks = pixels[:, :, ::-1], masks[:, :, ::-1]
+            pixels = pixels[:, :, ::-1]
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-        return {
-            "image": torch.from_numpy(np.ascontiguousarray(pixels)),
-            "boxes": torch.from_numpy(boxes),
-            "labels": torch.from_numpy(record.labels),
-            "masks": torch.from_numpy(np.ascontiguousarray(masks)),
+        arrays: dict[str, NDArray[Any]] = {
+            "image": pixels,
+            "boxes": boxes,
+            "labels": record.labels,
         }
+        if self.with_masks:
+            masks = self.source.masks(record, height, width)
+            arrays["masks"] = masks[:, :, ::-1] if mirror else masks
+            arrays["masked"] = record.masked
+        return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
 
 
 def pixels_of(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:

@@ -3,8 +3,10 @@
 Letters: D detections of an image, H W its stored height and width, M the side of a predicted mask.
 """
 
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from evaluation.datasets.squares import DECODE_THREADS
 from pipeline.parallel import ordered_map
+from train.run.provenance import write_bytes
 from transfer.detection.annotations import RunLengths, read_annotations
 from transfer.detection.dataset import CocoInstances, Record, pixels_of, resized
 from transfer.detection.model import HALF_PIXEL
@@ -26,16 +29,25 @@ from transfer.task import Row
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """In the evaluator's order."""
+KINDS = (("box", "bbox", "bbox"), ("mask", "segmentation", "segm"))
+"""What is scored: our name, the field of a result, the evaluator's name."""
 CocoResult = dict[str, Any]
 """One detection in COCO's format: image_id, category_id, bbox [x, y, width, height] in pixels of
-the stored image, score, segmentation (run lengths)."""
+the stored image, score, and of a detector with masks segmentation (run lengths)."""
 
 
 def evaluate(
-    model: nn.Module, source: CocoInstances, side: int, longest: int, accelerator: Accelerator
+    model: nn.Module,
+    source: CocoInstances,
+    side: int,
+    longest: int,
+    accelerator: Accelerator,
+    masks: bool = True,
+    predictions: Path | None = None,
 ) -> list[Row]:
     """Score a detector on all images of `source`, resized by `resized`. The caller sets evaluation
-    mode and disables gradients. Each process scores its share; all return all rows.
+    mode and disables gradients. Each process scores its share; all return all rows. `masks`:
+    whether the detector has masks; `predictions`: a folder for the detections.
 
     Raises UserError.
     """
@@ -55,8 +67,12 @@ def evaluate(
         (detections,) = model({"images": [image.to(accelerator.device)]})
         results += to_results(detections, record, image.shape[1:], categories)
     results = gather_object(results)
-    rows = [score(source, results) if accelerator.is_main_process else []]
-    return broadcast_object_list(rows)[0]
+    rows: list[Row] = []
+    if accelerator.is_main_process:
+        rows = score(source, results, masks)
+        if predictions:
+            write_results(predictions, results, masks)
+    return broadcast_object_list([rows])[0]
 
 
 def to_results(
@@ -64,26 +80,28 @@ def to_results(
 ) -> list[CocoResult]:
     """The detections of one image in COCO's format: boxes and masks move from `size`, the (height,
     width) of the network's input, to the stored size. Masks are encoded one at a time, so that
-    memory holds only one at full size.
+    memory holds only one at full size. A detector without masks gives none.
     """
     scale = torch.tensor([record.width / size[1], record.height / size[0]] * 2)
     boxes = detections["boxes"].float().cpu()
     mask_boxes = ((boxes + HALF_PIXEL) * scale).numpy()
     corners = (boxes * scale).numpy().astype(np.float64)
-    masks = detections["masks"].float().cpu()
     labels, scores = detections["labels"].tolist(), detections["scores"].tolist()
-    return [
+    results = [
         {
             "image_id": record.id,
             "category_id": categories[label - 1],
             "bbox": [*corner[:2], *(corner[2:] - corner[:2])],
             "score": confidence,
-            "segmentation": rle.encode(paste(mask[0], mask_box, record.height, record.width)),
         }
-        for corner, mask_box, mask, label, confidence in zip(
-            corners, mask_boxes, masks, labels, scores, strict=True
-        )
+        for corner, label, confidence in zip(corners, labels, scores, strict=True)
     ]
+    if "masks" in detections:
+        masks = detections["masks"].float().cpu()
+        for one, box, mask in zip(results, mask_boxes, masks, strict=True):
+            pasted = paste(mask[0], box, record.height, record.width)
+            one["segmentation"] = rle.encode(pasted)
+    return results
 
 
 def paste(mask: Tensor, box: NDArray[np.float32], height: int, width: int) -> NDArray[np.uint8]:
@@ -101,23 +119,48 @@ def paste(mask: Tensor, box: NDArray[np.float32], height: int, width: int) -> ND
     return image
 
 
-def score(source: CocoInstances, results: list[CocoResult]) -> list[Row]:
-    """Rows box_ap … mask_ap_large with values in 0..1. Sizes without any object have no row.
+def score(source: CocoInstances, results: list[CocoResult], masks: bool = True) -> list[Row]:
+    """Rows box_ap … mask_ap_large with values in 0..1. Sizes without any object have no row. Masks
+    are scored on the images whose objects all have one.
 
     Raises UserError.
     """
     truth = ground_truth(source)
     rows = []
-    for name, kind, field in (("box", "bbox", "bbox"), ("mask", "segm", "segmentation")):
-        # Given a box and a mask, the evaluator would use the area of the box for the mask.
-        keys = ("image_id", "category_id", "score", field)
-        loaded = truth.loadRes([{key: one[key] for key in keys} for one in results])
-        evaluator = COCOeval_faster(truth, loaded, kind)
+    for name, field, kind in KINDS if masks else KINDS[:1]:
+        evaluator = COCOeval_faster(truth, truth.loadRes(_only(results, field)), kind)
+        if name == "mask" and source.maskless:
+            evaluator.params.imgIds = sorted(set(truth.getImgIds()) - source.maskless)
+            if not evaluator.params.imgIds:
+                break
         evaluator.run()
         for metric, value in zip(METRICS, evaluator.stats, strict=False):
             if value >= 0:
                 rows.append({"metric": f"{name}_{metric}", "value": float(value)})
     return rows
+
+
+def write_results(folder: Path, results: list[CocoResult], masks: bool = True) -> None:
+    """Write bbox.json and, with `masks`, segm.json: lists of results as COCO's server and loadRes
+    of pycocotools read them. Raises UserError.
+    """
+    for _, field, kind in KINDS if masks else KINDS[:1]:
+        found = _only(results, field)
+        for one in found:
+            if field == "bbox":
+                one["bbox"] = [float(number) for number in one["bbox"]]
+            else:
+                size, counts = one["segmentation"]["size"], one["segmentation"]["counts"]
+                one["segmentation"] = {"size": size, "counts": counts.decode()}
+        write_bytes(folder / f"{kind}.json", msgspec.json.encode(found))
+
+
+def _only(results: list[CocoResult], field: str) -> list[CocoResult]:
+    """The results with boxes or masks alone. Given both, the evaluator would use the area of the
+    box for the mask.
+    """
+    keys = ("image_id", "category_id", "score", field)
+    return [{key: one[key] for key in keys} for one in results]
 
 
 def ground_truth(source: CocoInstances) -> COCO:
@@ -127,7 +170,7 @@ def ground_truth(source: CocoInstances) -> COCO:
     content = read_annotations(source.annotations)
     annotations = []
     for number, one in enumerate(content.annotations, start=1):
-        annotations.append({**asdict(one), "id": number, "iscrowd": int(one.iscrowd or 0)})
+        annotations.append({**asdict(one), "id": number, "iscrowd": int(one.iscrowd)})
         if isinstance(one.segmentation, RunLengths):
             annotations[-1]["segmentation"] = asdict(one.segmentation)
     return COCO(

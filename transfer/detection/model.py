@@ -26,7 +26,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
@@ -62,13 +62,14 @@ class Detector(nn.Module):
 
         Args:
             batch: "images", a list of B uint8 [3, h, w] RGB, and for training "targets", a list of
-                B dicts of boxes float32 [N, 4], x1 y1 x2 y2 in pixels, labels int64 [N], 1 … C, and
-                masks uint8 [N, h, w], N ≥ 1.
+                B dicts of boxes float32 [N, 4], x1 y1 x2 y2 in pixels, labels int64 [N], 1 … C, N ≥
+                1; and if it learns masks, masks uint8 [N, h, w] and masked bool [N], whether an
+                object has one.
 
         Returns:
             Scalars, whose sum is the loss; or B dicts of boxes [D, 4], labels [D], scores [D],
-            the best first, and masks [D, 1, M, M], the probability that a cell of the box belongs
-            to the object.
+            the best first, and if it learns masks, masks [D, 1, M, M], the probability that a cell
+            of the box belongs to the object.
         """
         images = _normalised(batch["images"])
         features = self.backbone(images.tensors)
@@ -76,6 +77,59 @@ class Detector(nn.Module):
         proposals, proposal_losses = self.rpn(images, features, targets)
         detections, losses = self.roi_heads(features, proposals, images.image_sizes, targets)
         return {**proposal_losses, **losses} if self.training else detections
+
+
+class Heads(RoIHeads):
+    """torchvision's heads. Objects without a mask train the box head; the mask loss leaves them
+    out.
+    """
+
+    def has_mask(self) -> bool:
+        """False in training, so that torchvision computes no mask loss."""
+        return not self.training and self.mask_head is not None
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """See torchvision."""
+        found, losses = super().forward(features, proposals, image_shapes, targets)
+        if targets is not None and self.mask_head is not None:
+            losses["loss_mask"] = self._mask_loss(features, image_shapes, targets)
+        return found, losses
+
+    def select_training_samples(
+        self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
+    ) -> tuple[list[Tensor], ...]:
+        """See torchvision. Keeps the regions, the object of each and its label for the masks."""
+        samples: tuple[list[Tensor], ...] = super().select_training_samples(proposals, targets)
+        self._samples = samples[:3]
+        return samples
+
+    def _mask_loss(
+        self,
+        features: dict[str, Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+    ) -> Tensor:
+        regions, objects, labels = self._samples
+        masked = [t["masked"][o] for t, o in zip(targets, objects, strict=True)]
+        rows = [torch.where((n > 0) & m)[0] for n, m in zip(labels, masked, strict=True)]
+        none = not sum(map(len, rows))
+        if none:  # the head still runs, because other processes wait for its norms and gradients
+            rows = [torch.where(n > 0)[0] for n in labels]
+        regions = [each[row] for each, row in zip(regions, rows, strict=True)]
+        objects = [each[row] for each, row in zip(objects, rows, strict=True)]
+        pooled = self.mask_roi_pool(features, regions, image_shapes)
+        logits: Tensor = self.mask_predictor(self.mask_head(pooled))
+        if none:
+            return logits.sum() * 0
+        masks, labels = ([t[name] for t in targets] for name in ("masks", "labels"))
+        loss: Tensor = maskrcnn_loss(logits, regions, masks, labels, objects)
+        return loss
 
 
 def _normalised(images: list[Tensor]) -> ImageList:
@@ -118,7 +172,7 @@ def _proposals(config: ModelConfig) -> RegionProposalNetwork:
     )
 
 
-def _heads(classes: int, config: ModelConfig) -> RoIHeads:
+def _heads(classes: int, config: ModelConfig) -> Heads:
     channels, points = config.channels, config.roi_points
     box_head = FastRCNNConvFCHead(
         (channels, BOX_SIDE, BOX_SIDE),
@@ -126,10 +180,18 @@ def _heads(classes: int, config: ModelConfig) -> RoIHeads:
         [config.box_features],
         norm_layer=nn.BatchNorm2d,
     )
-    heads = RoIHeads(
+    predictor = FastRCNNPredictor(config.box_features, classes)
+    masks: dict[str, nn.Module] = {}
+    if config.masks:
+        masks["mask_roi_pool"] = _regions(MASK_SIDE, points)
+        masks["mask_head"] = MaskRCNNHeads(
+            channels, [channels] * config.mask_convs, 1, nn.BatchNorm2d
+        )
+        masks["mask_predictor"] = MaskRCNNPredictor(channels, channels, classes)
+    heads = Heads(
         _regions(BOX_SIDE, points),
         box_head,
-        FastRCNNPredictor(config.box_features, classes),
+        predictor,
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=config.roi_samples,
@@ -138,9 +200,7 @@ def _heads(classes: int, config: ModelConfig) -> RoIHeads:
         score_thresh=config.score_threshold,
         nms_thresh=0.5,
         detections_per_img=config.detections,
-        mask_roi_pool=_regions(MASK_SIDE, points),
-        mask_head=MaskRCNNHeads(channels, [channels] * config.mask_convs, 1, nn.BatchNorm2d),
-        mask_predictor=MaskRCNNPredictor(channels, channels, classes),
+        **masks,
     )
     _initialise(heads)
     return heads
@@ -158,21 +218,19 @@ def _regions(side: int, points: int) -> MultiScaleRoIAlign:
     return pool
 
 
-def _initialise(heads: RoIHeads) -> None:
+def _initialise(heads: Heads) -> None:
     """Draw detectron2's initial weights where torchvision's differ."""
     for layer in heads.box_head:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
-    last = (
-        (heads.box_predictor.cls_score, 0.01),
-        (heads.box_predictor.bbox_pred, 0.001),
-        (heads.mask_predictor.mask_fcn_logits, 0.001),
-    )
+    last = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
+    if heads.mask_predictor is not None:
+        last.append((heads.mask_predictor.mask_fcn_logits, 0.001))
+        nn.init.zeros_(heads.mask_predictor.conv5_mask.bias)
     for layer, deviation in last:
         nn.init.normal_(layer.weight, std=deviation)
         nn.init.zeros_(layer.bias)
-    nn.init.zeros_(heads.mask_predictor.conv5_mask.bias)
 
 
 def _before_boxes(detector: Detector) -> Iterator[nn.Module]:
@@ -183,7 +241,8 @@ def _before_boxes(detector: Detector) -> Iterator[nn.Module]:
     yield detector.backbone
     yield detector.rpn.head
     yield detector.roi_heads.box_predictor
-    yield detector.roi_heads.mask_predictor
+    if detector.roi_heads.mask_predictor is not None:
+        yield detector.roi_heads.mask_predictor
 
 
 def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transfer.detection.dataset import CocoInstances, TrainingExamples, open_ins
 from transfer.detection.evaluate import evaluate
 from transfer.detection.model import Detector
 from transfer.examples import generator
+from transfer.shared import check_apart
 from transfer.task import Row
 
 _FIRST = os.environ.get("RANK", "0") == "0"  # only this process prints notes
@@ -34,25 +36,24 @@ class Detection:
             )
         if not any(len(record.boxes) for record in self.val.records):
             raise UserError(f"{self.val.annotations}: no object to score")
+        same = self.val.annotations.samefile(train.annotations)  # by choice
+        if not same:
+            check_apart(train.paths(), self.val.paths(), self.val.annotations)
         self.val.check_headers()
         self.config = config
-        self.examples = TrainingExamples(train, data.train_sides, data.longest_side, data.flip)
+        masks = config.model.masks
+        self.examples = TrainingExamples(
+            train, data.train_sides, data.longest_side, data.flip, masks
+        )
+        if _FIRST:
+            for note in [*_oddities(train), *([] if same else _oddities(self.val))]:
+                print(f"note: {note}", file=sys.stderr)
+            for note in _left_out(train, self.val, masks):
+                print(f"note: {note}", file=sys.stderr)
         encoder, self.init = build_backbone(config.init)
         self.model: nn.Module = Detector(encoder, len(train.categories), config.model)
         self.data = _identity(train, len(self.examples))
         self.scored = _identity(self.val, len(self.val.records))
-        if self.val.derived and _FIRST:
-            print(
-                f"note: {self.val.annotations}: {self.val.derived} objects have no area: their"
-                " masks' areas decide whether they are small, medium or large",
-                file=sys.stderr,
-            )
-        if train.dropped and _FIRST:
-            print(
-                f"note: {train.annotations}: training skips {train.dropped} objects: their boxes"
-                " or masks have no area within the image",
-                file=sys.stderr,
-            )
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -66,10 +67,64 @@ class Detection:
         targets = [{k: v for k, v in one.items() if k != "image"} for one in examples]
         return {"images": [one["image"] for one in examples], "targets": targets}
 
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> list[Row]:
-        """COCO's average precision on the validation split. Raises UserError."""
+    def evaluate(
+        self, model: nn.Module, accelerator: Accelerator, predictions: Path | None = None
+    ) -> list[Row]:
+        """COCO's average precision on the validation split. `predictions` gets the detections as
+        COCO's results, bbox.json and segm.json. Raises UserError.
+        """
         data = self.config.data
-        return evaluate(model, self.val, data.val_side, data.longest_side, accelerator)
+        return evaluate(
+            model,
+            self.val,
+            data.val_side,
+            data.longest_side,
+            accelerator,
+            self.config.model.masks,
+            predictions,
+        )
+
+
+def _oddities(source: CocoInstances) -> Iterator[str]:
+    """What is odd about a set's objects."""
+    if source.boxes:
+        yield (
+            f"{source.annotations}: {source.boxes} objects have no box: it is that of their masks"
+        )
+    if source.contradicting:
+        yield (
+            f"{source.annotations}: {source.contradicting} boxes share less than half with the"
+            " bounds of their masks: are they x, y, width, height?"
+        )
+    if source.outside:
+        yield (
+            f"{source.annotations}: {source.outside} boxes reach out of their image and are cut:"
+            " are they x, y, width, height?"
+        )
+
+
+def _left_out(train: CocoInstances, val: CocoInstances, masks: bool) -> Iterator[str]:
+    """What training and scores leave out, or derive."""
+    if train.dropped:
+        yield (
+            f"{train.annotations}: training skips {train.dropped} objects: their boxes or masks"
+            " have no area within the image"
+        )
+    if masks and (without := sum(int((~each.masked).sum()) for each in train.records)):
+        yield (
+            f"{train.annotations}: {without} of {sum(len(r.boxes) for r in train.records)} objects"
+            " have no mask: they teach boxes alone"
+        )
+    if val.areas:
+        yield (
+            f"{val.annotations}: {val.areas} objects have no area: that of their masks, or"
+            " else boxes, decides whether they are small, medium or large"
+        )
+    if masks and val.maskless:
+        yield (
+            f"{val.annotations}: mask AP leaves out {len(val.maskless)} of"
+            f" {len(val.records)} images: objects there have no mask"
+        )
 
 
 def _identity(source: CocoInstances, images: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.open import open_labelled
 from pipeline.errors import UserError
 from transfer.segmentation.config import DataConfig
+from transfer.shared import check_apart
 
 
 def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
@@ -25,9 +26,8 @@ def open_sets(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
         )
     if train.names != val.names:
         raise UserError(f"{train.source}: has other classes than {val.source}")
-    common = {path.resolve() for path in train.paths} & {path.resolve() for path in val.paths}
-    if common:
-        raise UserError(f"{min(common)}: is in the training set and in the validation set")
+    learned, scored = ([path.resolve() for path in part.paths] for part in (train, val))
+    check_apart(learned, scored, val.source)
     train.check_headers()
     val.check_labels()
     return train, val

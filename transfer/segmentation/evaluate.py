@@ -31,6 +31,8 @@ class Example:
     """uint8 [h, w, 3] of the resized image."""
     labels: np.ndarray
     """uint8 [H, W] of the stored image; 255 is void."""
+    index: int
+    """The image's number in its set."""
 
 
 def examples(
@@ -45,7 +47,7 @@ def examples(
         pixels = data.load(i)
         resized = resize(pixels, fit(pixels.shape, size))
         labels = data.labels(i, *pixels.shape[:2])
-        return Example(torch.from_numpy(resized.copy()), labels)
+        return Example(torch.from_numpy(resized.copy()), labels, i)
 
     return ordered_map(load, indices, threads)
 
@@ -81,9 +83,11 @@ def confusion_of(
     num_classes: int,
     inference: InferenceConfig,
     device: torch.device,
+    keep: Callable[[int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """The confusion matrix of all examples: int64 [C, C] (predicted, true), C = `num_classes`.
-    `model` must be in evaluation mode on `device`.
+    `model` must be in evaluation mode on `device`. `keep` is called with each image's number and
+    predicted classes, int64 [H, W].
     """
     confusion = np.zeros((num_classes, num_classes), np.int64)
     for example in examples:
@@ -94,6 +98,8 @@ def confusion_of(
             logits = model.scores(pixels)
         height, width = example.labels.shape
         predicted = assign(logits, (height, width), model.align_corners)[0].cpu().numpy()
+        if keep:
+            keep(example.index, predicted)
         confusion += confusion_matrix(predicted, example.labels, num_classes, num_classes)
     return confusion
 

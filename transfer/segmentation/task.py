@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transfer.segmentation.config import SegmentationConfig
 from transfer.segmentation.dataset import fingerprint, open_sets
 from transfer.segmentation.evaluate import confusion_of, examples, score_rows
 from transfer.segmentation.model import FCN
+from transfer.segmentation.predictions import LabelWriter
 from transfer.task import Row
 
 _FIRST = os.environ.get("RANK", "0") == "0"  # only this process prints notes
@@ -65,17 +67,20 @@ class Segmentation:
             "labels": torch.from_numpy(np.stack(labels)),
         }
 
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> list[Row]:
+    def evaluate(
+        self, model: nn.Module, accelerator: Accelerator, predictions: Path | None = None
+    ) -> list[Row]:
         """Score the validation set, one image at a time, because sizes differ. The confusion
-        matrices of all processes are added.
+        matrices of all processes are added. `predictions` gets a label PNG of each image.
         """
         assert isinstance(model, FCN)
         indices = range(accelerator.process_index, len(self.val), accelerator.num_processes)
         threads = max(1, self.config.efficiency.workers)
         share = examples(self.val, indices, self.config.augment.size, threads)
+        keep = LabelWriter(predictions, self.val) if predictions else None
         with _without_benchmark():
             confusion = confusion_of(
-                model, share, self.val.num_classes, self.config.inference, accelerator.device
+                model, share, self.val.num_classes, self.config.inference, accelerator.device, keep
             )
         on_device = torch.from_numpy(confusion).to(accelerator.device)
         total: Tensor = accelerator.reduce(on_device, reduction="sum")

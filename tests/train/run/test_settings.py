@@ -400,13 +400,16 @@ def test_command_lines_are_refused_in_one_line(arguments: list[str], says: str) 
     assert refusal(arguments).startswith(says)
 
 
-def test_later_values_win_whatever_their_road(tmp_path: Path) -> None:
-    """A file, a section's file and an option set the same key in the order of the command line."""
+def test_the_command_line_wins_and_then_the_later_file(tmp_path: Path) -> None:
+    """Without it an option before --config is lost, and a run is another one than was asked for."""
     (tmp_path / "all.yaml").write_text("name: x\ndata: {path: y}\ntrain: {epochs: 7, seed: 1}\n")
     (tmp_path / "train.yaml").write_text("epochs: 8\nwarmup_epochs: 2\n")
     argv = ["--train.epochs=9", "--config", str(tmp_path / "all.yaml")]
-    assert SETTINGS.load(argv)[0].train.epochs == 7
+    assert SETTINGS.load(argv)[0].train.epochs == 9
+    assert SETTINGS.load(argv[1:])[0].train.epochs == 7
     train = SETTINGS.load([*argv, "--train", str(tmp_path / "train.yaml")])[0].train
+    assert (train.epochs, train.warmup_epochs, train.seed) == (9, 2, 1)
+    train = SETTINGS.load([*argv[1:], "--train", str(tmp_path / "train.yaml")])[0].train
     assert (train.epochs, train.warmup_epochs, train.seed) == (8, 2, 1)
     under = {"name": "z", "data": {"path": "z"}, "train": {"seed": 5, "momentum": 0.5}}
     config = SETTINGS.load(argv, under)[0]

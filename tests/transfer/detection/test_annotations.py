@@ -79,8 +79,8 @@ def spoilt(root: Path, change: Callable[[dict[str, Any]], Any]) -> str:
         ("annotations", "area", 10**400, "is an integer of 1329 bits: number out of range"),
         ("annotations", "iscrowd", "0", 'is "0": expected bool | int | null, got'),
         ("annotations", "iscrowd", 2, "is 2: invalid enum value 2"),
-        ("annotations", "segmentation", "x", 'is "x": expected object | array, got str'),
-        ("annotations", "segmentation", [], ": expected array of length >= 1"),
+        ("annotations", "segmentation", "x", 'is "x": expected object | array | null, got str'),
+        ("annotations", "bbox", [], ": expected array of length >= 4"),
         (
             "annotations",
             "segmentation",
@@ -121,7 +121,7 @@ def test_wrong_values_are_named(
 
 
 @pytest.mark.parametrize(
-    ("entries", "field"), [("annotations", "segmentation"), ("images", "file_name")]
+    ("entries", "field"), [("annotations", "image_id"), ("images", "file_name")]
 )
 def test_missing_fields_are_named(entries: str, field: str, tmp_path: Path) -> None:
     """Without the check, each would be a traceback."""
@@ -164,6 +164,27 @@ def crowded(content: dict[str, Any]) -> None:
         (
             lambda c: first(c).update(segmentation=[[1, 2, 3]]),
             "annotations[0] (id 1): segmentation: a polygon with an odd number of coordinates",
+        ),
+        (
+            lambda c: first(c).update(segmentation=[1, 2, 3, 4]),
+            "annotations[0] (id 1): segmentation: numbers that are no polygon",
+        ),
+        (
+            lambda c: first(c).update(segmentation=[[1, 2, 3, 4, 5, 6], 7]),
+            "annotations[0] (id 1): segmentation: numbers that are no polygon",
+        ),
+        (
+            lambda c: first(c).update(segmentation=[[]], bbox=None),
+            "annotations[0] (id 1) has neither bbox nor segmentation",
+        ),
+        (
+            lambda c: [one.update(bbox=[0.1, 0, 0.5, 0.9]) for one in c["annotations"]],
+            "all boxes lie within 0..1: expected x, y, width, height in pixels",
+        ),
+        (lambda c: c["images"][0].update(height=48.5), "image 1: height or width is no whole"),
+        (
+            lambda c: c["images"][0].update(file_name="./" + c["images"][1]["file_name"]),
+            "1 of 6 images repeat a file_name (the first: 000000000002.png)",
         ),
         (
             lambda c: first(c).update(segmentation={"size": [9, 8], "counts": "0"}),
@@ -284,7 +305,58 @@ def test_missing_areas_are_those_of_the_masks(tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     read = read_annotations(file)
     assert [one.area for one in read.annotations] == areas
-    assert read.derived == opened(tmp_path).derived == len(areas)
+    assert read.areas == opened(tmp_path).areas == len(areas)
+
+
+def test_missing_boxes_are_those_of_the_masks(tmp_path: Path) -> None:
+    """Without it a set of masks alone is refused, though they say where the objects are."""
+    file = varied_set(tmp_path)
+    content = json.loads(file.read_text())
+    boxes = [one.pop("bbox") for one in content["annotations"]]
+    file.write_text(json.dumps(content))
+    read = read_annotations(file)
+    assert [one.bbox for one in read.annotations] == boxes
+    assert read.boxes == opened(tmp_path).boxes == len(boxes)
+
+
+@pytest.mark.parametrize("nothing", [None, [], [[]], "absent"])
+def test_objects_without_masks_keep_their_boxes(nothing: Any, tmp_path: Path) -> None:
+    """Without it sets of boxes are refused; or a box silently counts as a mask."""
+    file = varied_set(tmp_path)
+    content = json.loads(file.read_text())
+    areas = []
+    for one in content["annotations"]:
+        one["segmentation"] = nothing
+        if nothing == "absent":
+            del one["segmentation"]
+        del one["area"]
+        areas.append(one["bbox"][2] * one["bbox"][3])
+    file.write_text(json.dumps(content))
+    read = read_annotations(file)
+    assert all(one.segmentation is None for one in read.annotations)
+    assert [one.area for one in read.annotations] == areas
+    source = opened(tmp_path)
+    assert source.maskless == {1, 2, 3, 4, 5}
+    assert sum(len(each.boxes) for each in source.records) == len(areas) - 1  # a crowd
+    assert not any(each.masked.any() for each in source.records)
+
+
+def test_numbers_of_other_tools_are_read(tmp_path: Path) -> None:
+    """Without it whole sets are refused because their sizes passed through floats, or a polygon is
+    not in a list.
+    """
+    file = varied_set(tmp_path)
+    before = read_annotations(file)
+    content = json.loads(file.read_text())
+    for one in content["images"]:
+        one.update(height=float(one["height"]), width=float(one["width"]))
+    for one in content["annotations"]:
+        if isinstance(one["segmentation"], list):
+            (one["segmentation"],) = one["segmentation"]
+    file.write_text(json.dumps(content))
+    assert "48.0" in file.read_text()
+    assert read_annotations(file) == before
+    assert all(type(one.height) is int for one in read_annotations(file).images)
 
 
 def test_masks_survive_their_reading(tmp_path: Path) -> None:

@@ -127,6 +127,55 @@ def test_masks_without_area_are_skipped_and_counted(tmp_path: Path) -> None:
     assert len(ground_truth(source).anns) == 4
 
 
+def test_objects_without_masks_train_boxes(tmp_path: Path) -> None:
+    """Without it they are lost, or their boxes are learned as masks."""
+    objects = [annotation(1, 7, BOX, polygon(BOX)), annotation(1, 2, (30, 20, 9, 9), [])]
+    write_coco(tmp_path, "train2017", [(50, 60)], objects)
+    one = examples(opened(tmp_path), 50, flip=1).load(0, generator(0, 0, 0))
+    assert one["masked"].tolist() == [True, False]
+    assert len(one["boxes"]) == 2
+    assert one["masks"][0].any() and not one["masks"][1].any()
+    boxes = TrainingExamples(opened(tmp_path), (50,), 1000, 1, masks=False)
+    alone = boxes.load(0, generator(0, 0, 0))
+    assert alone.keys() == {"image", "boxes", "labels"}
+    assert all(alone[key].equal(one[key]) for key in alone)
+
+
+def test_a_set_without_masks_needs_the_setting(tmp_path: Path) -> None:
+    """Without it a mask head learns nothing, without a word."""
+    write_coco(tmp_path, "train2017", [(50, 60)], [annotation(1, 7, BOX, None)])
+    source = opened(tmp_path)
+    with pytest.raises(UserError, match=r"no object has a mask: give --model\.masks false"):
+        examples(source, 50)
+    assert len(TrainingExamples(source, (50,), 1000, 0, masks=False)) == 1
+
+
+def test_boxes_that_contradict_their_masks_are_counted(tmp_path: Path) -> None:
+    """Without it boxes of corners are learned as x, y, width, height, without a word. Tools that
+    count pixels differently do not contradict.
+    """
+    x, y, w, h = BOX
+    mask = compressed(box_mask(BOX, 50, 60))
+    boxes = [BOX, (x, y, x + w, y + h), (x + 2, y - 2, w, h), (x, y, w, 5), (40, 40, 15, 9)]
+    objects = [annotation(1, 7, BOX, s, bbox=box) for box in boxes for s in (polygon(BOX), mask)]
+    objects.append(annotation(1, 7, BOX, [], bbox=(40, 40, 15, 9)))
+    tiny = [[1, 1, 2, 1, 2, 2, 1, 2]]
+    objects.append(annotation(1, 7, BOX, tiny, bbox=(2, 2, 1, 1)))
+    write_coco(tmp_path, "train2017", [(50, 60)], objects)
+    source = opened(tmp_path)
+    assert source.contradicting == 2 * 2
+    assert source.outside == 0
+    assert source.dropped == 0
+
+
+def test_boxes_out_of_their_image_are_counted(tmp_path: Path) -> None:
+    """Without it boxes of corners that have no masks are cut without a word."""
+    boxes = [(30, 20, 60, 50), (-2, 5, 20, 30), (0, 0, 62, 52), (-3, 5, 20, 30)]
+    objects = [annotation(1, 7, BOX, None, bbox=box) for box in boxes]
+    write_coco(tmp_path, "train2017", [(50, 60)], objects)
+    assert opened(tmp_path).outside == 2
+
+
 def test_another_layout_is_described(tmp_path: Path) -> None:
     """For a wrong folder, the message says what is expected and what is there."""
     (tmp_path / "images").mkdir()

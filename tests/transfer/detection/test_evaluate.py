@@ -99,6 +99,59 @@ def test_scores_are_those_of_pycocotools(tmp_path: Path, capsys: pytest.CaptureF
         assert 0.1 < ours[0] < 0.9 and len(set(ours)) > 4  # or it would prove little
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("maskless", [False, True])
+def test_written_detections_have_the_printed_scores(
+    maskless: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Without it a benchmark's server refuses the files, or sees other detections than were scored.
+    Masks are scored without the images where an object has none.
+    """
+    pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    source, found = shaky_set(tmp_path)
+    if maskless:
+        content = json.loads(source.annotations.read_text())
+        content["annotations"][3]["segmentation"] = []
+        source.annotations.write_text(json.dumps(content))
+        source = opened(tmp_path)
+        assert source.maskless == {1}
+    rows = {row["metric"]: row["value"] for row in score(source, found)}
+    evaluation.write_results(tmp_path, found)
+    truth = COCO(str(source.annotations))
+    for name, kind in (("box", "bbox"), ("mask", "segm")):
+        theirs = COCOeval(truth, truth.loadRes(str(tmp_path / f"{kind}.json")), kind)
+        if maskless and name == "mask":
+            theirs.params.imgIds = [2, 3, 4]
+        theirs.evaluate()
+        theirs.accumulate()
+        theirs.summarize()
+        ours = [rows[f"{name}_{metric}"] for metric in evaluation.METRICS]
+        assert ours == pytest.approx(theirs.stats[:6].tolist(), abs=1e-6)
+        assert 0.1 < ours[0] < 0.9
+    written = json.loads((tmp_path / "segm.json").read_text())
+    assert len(written) == len(found)
+    assert written[0].keys() == {"image_id", "category_id", "score", "segmentation"}
+    assert isinstance(written[0]["segmentation"]["counts"], str)
+
+
+def test_boxes_alone_are_scored(tmp_path: Path) -> None:
+    """Without it a set without masks has no scores, or mask scores of boxes."""
+    source, found = shaky_set(tmp_path)
+    both = score(source, found)
+    alone = score(source, found, masks=False)
+    assert alone == [row for row in both if row["metric"].startswith("box_")]
+    content = json.loads(source.annotations.read_text())
+    for one in content["annotations"][:-1]:
+        one["segmentation"] = []
+    content["images"].pop()
+    source.annotations.write_text(json.dumps(content))
+    without = score(opened(tmp_path), [one for one in found if one["image_id"] != 4])
+    assert {row["metric"].partition("_")[0] for row in without} == {"box"}
+
+
 class Oracle(nn.Module):
     """Returns the annotated objects, in the coordinates of its input image."""
 

@@ -15,7 +15,7 @@ from transfer.backbone import build_backbone
 from transfer.config import InitConfig
 from transfer.detection.config import ModelConfig
 from transfer.detection.evaluate import paste
-from transfer.detection.model import HALF_PIXEL, Detector
+from transfer.detection.model import HALF_PIXEL, Detector, Heads
 
 SMALL = ModelConfig(
     channels=16,
@@ -51,7 +51,14 @@ def batch() -> dict[str, Any]:
         masks = torch.zeros(len(some), height, width, dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, some.int().tolist(), strict=True):
             mask[y1:y2, x1:x2] = 1
-        targets.append({"boxes": some, "labels": torch.arange(len(some)) + 1, "masks": masks})
+        targets.append(
+            {
+                "boxes": some,
+                "labels": torch.arange(len(some)) + 1,
+                "masks": masks,
+                "masked": masks.flatten(1).any(dim=1),
+            }
+        )
     return {"images": images, "targets": targets}
 
 
@@ -84,6 +91,63 @@ def test_anchors_lie_at_whole_strides() -> None:
         there = {(x, y) for x, y in level.tolist()}
         assert there >= {(x, y) for x, y in grid.tolist()}
         assert all(x % stride == 0 and y % stride == 0 for x, y in there)
+
+
+def losses(given: dict[str, Any], config: ModelConfig = SMALL) -> dict[str, torch.Tensor]:
+    model = detector(config)
+    torch.manual_seed(2)
+    return model(given)  # type: ignore[no-any-return]
+
+
+def test_the_mask_loss_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it figures of sets with all masks would change."""
+    ours = losses(batch())
+    monkeypatch.delattr(Heads, "forward")
+    monkeypatch.delattr(Heads, "has_mask")
+    theirs = losses(batch())
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_objects_without_masks_are_left_out_of_the_mask_loss() -> None:
+    """Without it their empty masks, or their boxes, are learned as masks."""
+    every, some, other = batch(), batch(), batch()
+    for given in (some, other):
+        given["targets"][1]["masked"][0] = False
+    other["targets"][1]["masks"][0] = 1
+    all_masked, left_out, same = map(losses, (every, some, other))
+    assert left_out["loss_mask"].equal(same["loss_mask"])
+    assert left_out["loss_mask"].item() not in (0, all_masked["loss_mask"].item())
+    for name in all_masked.keys() - {"loss_mask"}:
+        assert left_out[name].equal(all_masked[name])
+
+
+def test_a_batch_without_masks_costs_the_mask_head_nothing() -> None:
+    """Without it the norms of the mask head become NaN, or other processes wait for gradients."""
+    given = batch()
+    for target in given["targets"]:
+        target["masked"][:] = False
+    model = detector()
+    found = model(given)
+    assert found["loss_mask"] == 0
+    torch.stack(list(found.values())).sum().backward()
+    head = list(model.roi_heads.mask_head.parameters())
+    assert all(each.grad is not None and not each.grad.any() for each in head)
+    assert all(each.isfinite().all() for each in model.state_dict().values())
+
+
+def test_boxes_alone_need_no_mask_head() -> None:
+    """Without it a set of boxes pays for a head that learns nothing."""
+    given = batch()
+    for target in given["targets"]:
+        del target["masks"], target["masked"]
+    config = replace(SMALL, masks=False)
+    found, both = losses(given, config), losses(batch())
+    assert found.keys() == both.keys() - {"loss_mask"}
+    model = detector(config).eval()
+    assert not any("mask" in name for name in model.state_dict())
+    with torch.no_grad():
+        assert all("masks" not in one and len(one["boxes"]) for one in model(given))
 
 
 def test_regions_do_not_depend_on_earlier_batches() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,104 @@ def trained(config: DetectionConfig, resume: str | None = None) -> Path:
 
 def result(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_predictions_of_a_run_are_cocos_results(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Without it detections cannot be scored by others. An earlier scoring's files do not stay, and
+    an evaluation writes into the run only if asked to.
+    """
+    pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    config = small_config(coco, tmp_path)
+    log = replace(config.log, predictions=True, evaluate_every=2, dir=str(tmp_path / "runs"))
+    run = trained(replace(config, log=log))
+    folder = run / "predictions"
+    assert sorted(path.name for path in folder.iterdir()) == ["bbox.json", "segm.json"]
+    assert not [path for path in run.iterdir() if path.name.startswith(".predictions")]
+    rows = {row["metric"]: row["value"] for row in result(run)["results"]}
+    truth = COCO(str(coco / "annotations/instances_val2017.json"))
+    for name, kind in (("box", "bbox"), ("mask", "segm")):
+        scores = COCOeval(truth, truth.loadRes(str(folder / f"{kind}.json")), kind)
+        scores.evaluate()
+        scores.accumulate()
+        scores.summarize()
+        assert rows[f"{name}_ap"] == pytest.approx(scores.stats[0], abs=1e-6)
+    written = (folder / "segm.json").read_bytes()
+    (folder / "segm.json").write_text("of before")
+    (folder / "old.json").write_text("of before")
+    in_this_process(lambda: main(["--evaluate", str(run)]))
+    assert (folder / "old.json").exists()
+    in_this_process(lambda: main(["--evaluate", str(run), "--log.predictions", "true"]))
+    assert sorted(path.name for path in folder.iterdir()) == ["bbox.json", "segm.json"]
+    assert (folder / "segm.json").read_bytes() == written
+
+
+def test_boxes_alone_make_a_run(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it a set without masks cannot be learned; or its scores are said to be of masks."""
+    for split in ("train2017", "val2017"):
+        file = varied_set(tmp_path, split)
+        content = json.loads(file.read_text())
+        for one in content["annotations"]:
+            del one["segmentation"]
+        file.write_text(json.dumps(content))
+    config = small_config(tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"train2017\.json: no object has a mask: give --model\."):
+        build(config)
+    log = replace(config.log, predictions=True)
+    run = trained(replace(config, model=replace(config.model, masks=False), log=log))
+    assert {row["metric"].partition("_")[0] for row in result(run)["results"]} == {"box"}
+    assert [path.name for path in (run / "predictions").iterdir()] == ["bbox.json"]
+
+
+def test_training_images_are_not_scored(tmp_path: Path) -> None:
+    """Without it scores on training images look like scores of others. The same split for both is
+    a choice.
+    """
+    varied_set(tmp_path, "train2017")
+    file = varied_set(tmp_path, "val2017", images=3)
+    config = small_config(tmp_path, tmp_path)
+    build(config)
+    one = tmp_path / "val2017/000000000002.png"
+    shutil.copy(tmp_path / "train2017" / one.name, one)
+    message = r"val2017\.json: {} of the 3 images to score are in the training set .*{}\.png"
+    with pytest.raises(UserError, match=message.format(1, "0002")):
+        build(config)
+    images = replace(config.data, images="train2017")  # a folder that both share
+    with pytest.raises(UserError, match=message.format(3, "0001")):
+        build(replace(config, data=images))
+    build(replace(config, data=replace(config.data, val="train2017")))
+    one.write_bytes(b"")  # of the same name, but no copy
+    with pytest.raises(UserError, match=r"0002\.png: empty file"):
+        build(config)
+    assert file.exists()
+
+
+def test_odd_objects_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it a wrong convention of boxes, or missing masks, are learned without a word."""
+    for split in ("train2017", "val2017"):
+        file = varied_set(tmp_path, split)
+        content = json.loads(file.read_text())
+        objects = content["annotations"]
+        objects[0]["bbox"] = [-10, 0, 12, 4]
+        objects[1]["segmentation"] = []
+        del objects[2]["bbox"], objects[2]["area"]
+        file.write_text(json.dumps(content))
+    build(small_config(tmp_path, tmp_path))
+    notes = capsys.readouterr().err
+    for split in ("train2017", "val2017"):
+        assert f"{split}.json: 1 boxes share less than half with the bounds of" in notes
+        assert f"{split}.json: 1 boxes reach out of their image" in notes
+        assert f"{split}.json: 1 objects have no box" in notes
+    assert "train2017.json: 1 of 9 objects have no mask: they teach boxes alone" in notes
+    assert "val2017.json: mask AP leaves out 1 of 6 images" in notes
+    assert "val2017.json: 1 objects have no area" in notes
 
 
 @pytest.fixture(scope="module")

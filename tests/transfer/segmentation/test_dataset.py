@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,9 +168,16 @@ def test_training_images_are_not_scored(folder: DataConfig, tmp_path: Path) -> N
     """Scores on training images are not comparable."""
     both = replace(folder, val_images=folder.train_images, val_labels=folder.train_labels)
     with pytest.raises(
-        UserError, match=r"train00\.png: is in the training set and in the validation set"
+        UserError, match=r"2 of the 2 images to score are in the training set \(.*train00\.png\)"
     ):
         open_sets(both)
+    copy = tmp_path / "val/images/val00.png"
+    shutil.copy(copy, tmp_path / "train/images/val00.png")
+    shutil.copy(tmp_path / "val/labels/val00.png", tmp_path / "train/labels/val00.png")
+    with pytest.raises(UserError, match=r"1 of the 1 images to score are in the training set"):
+        open_sets(folder)
+    Image.open(copy).rotate(180).save(copy)  # another picture of the same name
+    assert len(open_sets(folder)[0]) == 3
     (tmp_path / "val/classes.json").write_text(json.dumps(["a", "b"]))
     with pytest.raises(UserError, match="has other classes than"):
         open_sets(folder)
