@@ -44,6 +44,7 @@ TITLES = {
     "branch": "Encoder",
     "run": "Run",
     "imported": "Imported from",
+    "prefix": "Prefix of the weights there",
     "step": "Optimiser steps",
     "optimizer": "Optimiser",
     "epochs": "Epochs of the schedule",

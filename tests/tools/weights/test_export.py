@@ -251,6 +251,30 @@ def test_an_export_can_be_exported_again(out: Path, tmp_path: Path) -> None:
     )
 
 
+def test_weights_of_others_keep_what_is_known(
+    model: SlotCon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it nobody knows later which of a file's networks was exported, and under which
+    licence; the command says it too, since a plain .pth has no room for it.
+    """
+    sides = {"momentum_backbone.": model.teacher, "backbone.": model.student}
+    state = {p + k: v for p, side in sides.items() for k, v in side.encoder.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "w.ckpt")
+    for to in ("detectron2", "mmseg", "torchvision", "huggingface"):
+        out = tmp_path / FILES[to]
+        call(main, tmp_path / "w.ckpt", "--to", to, "--out", out, "--license", LICENCE)
+        said = capsys.readouterr().out
+        assert "w.ckpt: took the weights below 'state_dict.momentum_backbone.', the teacher" in said
+        known = {"branch": "teacher", "prefix": "state_dict.momentum_backbone."}
+        known |= {"arch": "resnet18", "data_license": LICENCE}
+        assert known.items() <= read_backbone(out).metadata.items()
+        call(main, out, "--to", "timm", "--out", tmp_path / "again.safetensors")
+        assert "took" not in capsys.readouterr().out  # the prefix is not one of this file
+        assert known.items() <= read_backbone(tmp_path / "again.safetensors").metadata.items()
+    card = (tmp_path / FILES["huggingface"] / "README.md").read_text()
+    assert "| Prefix of the weights there | state_dict.momentum_backbone. |" in card
+
+
 def test_bad_input(
     checkpoint: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
