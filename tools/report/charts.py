@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 560, 256
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 30, 44
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 30, 40
 ROW, VALUES = 26, 96
-LETTER = 12
+LETTER = 14
 """Room for a letter of the largest text on a page, see style.css: 22 units on a narrow screen."""
 LONGEST = 48
 """Letters of a row's name above its dot; the rest of a longer one is left out."""
@@ -152,7 +152,7 @@ def dot_chart(
     lines = [line for line in (ceilings or {}).items() if SMALLEST < line[1] < LARGEST]
     lines.sort(key=lambda line: -line[1])
     top = TOP + 18.0 * len(lines)
-    row_height, start = (ROW, names) if names else (2 * ROW, RIGHT)
+    row_height, start = (ROW, names) if names else (2 * ROW, LEFT)
     bottom = top + row_height * len(rows)
     marks = decades(
         min([n for row in rows for n in row[1:]] + [n for _, n in lines], default=1.0),
