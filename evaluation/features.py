@@ -178,7 +178,7 @@ def timm_features(name: str, weights: Path | None, device: torch.device) -> Feat
     if weights is not None:
         heads = settings.get("classifier") or "head"
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
-        state = read_weights(weights)
+        state = read_weights(weights, model.state_dict())
         drop = tuple(f"{head}." for head in heads)
         load(model, {k: v for k, v in state.items() if not k.startswith(drop)}, weights)
     model = model.to(device).eval()

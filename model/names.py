@@ -11,32 +11,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.official import PREFIXES
-
 Branch = Literal["teacher", "student"]
 """Which of the two networks. The teacher averages the student's weights; others call it momentum
 encoder or key encoder."""
 
-ENCODERS: dict[Branch, tuple[str, ...]] = {
-    "teacher": (
-        "teacher.encoder.",
-        dict(PREFIXES)["teacher.encoder."],
-        "encoder_k.0.",
-        "momentum_encoder.",
-    ),
-    "student": (
-        "student.encoder.",
-        dict(PREFIXES)["student.encoder."],
-        "encoder_q.0.",
-        "base_encoder.",
-        "encoder.",
-    ),
+_MARKS: dict[Branch, re.Pattern[str]] = {
+    "teacher": re.compile(r"(?:^|(?<=[._]))(?:teacher|momentum|target|ema|key|k)(?=[._])"),
+    "student": re.compile(r"(?:^|(?<=[._]))(?:student|online|query|q|base(?=_encoder\.))(?=[._])"),
 }
-"""Prefixes of an encoder's names in files with two encoders: ours, the authors' (and MoCo's),
-DenseCL's, MoCo v3's, and PixPro's for the student."""
-WRAPPERS = ("", "backbone.")
-"""Prefixes in files with one encoder. DenseCL's files contain the student a second time, as
-`backbone.`"""
+"""Words in a prefix that tell the two networks apart: ours, the authors' and MoCo's encoder_k and
+encoder_q, MoCo v3's, BYOL's, DINO's, averages of timm and torchvision."""
+_NO_MARK = re.compile(
+    r"module|orig|mod|model|net|network|state|dict|encoder|backbone|trunk|resnet|features?|\d*"
+)
+"""Words of a prefix that say nothing about which network it is."""
 COUNT = "num_batches_tracked"
 """BatchNorm's number of batches. Only a norm with momentum None uses it, and many files lack it."""
 BLOCKS: dict[tuple[tuple[int, ...], int], str] = {
@@ -57,13 +45,41 @@ _DETECTRON2: tuple[_Rule, ...] = (
     (r"\bdownsample\.0\.", "shortcut."),
     (r"\bdownsample\.1\.", "shortcut.norm."),
 )
-_TORCHVISION: tuple[_Rule, ...] = (
+_FROM_DETECTRON2: tuple[_Rule, ...] = (
     (r"^stem\.", ""),
     (r"^res([2-5])\.", lambda match: f"layer{int(match[1]) - 1}."),
     (r"\bconv([1-3])\.norm\.", r"bn\1."),
     (r"\bshortcut\.norm\.", "downsample.1."),
     (r"\bshortcut\.", "downsample.0."),
 )
+
+_FROM_CHILDREN: tuple[_Rule, ...] = (
+    (r"^0\.", "conv1."),
+    (r"^1\.", "bn1."),
+    (r"^([4-7])\.", lambda match: f"layer{int(match[1]) - 3}."),
+)
+_FROM_TRANSFORMERS: tuple[_Rule, ...] = (
+    (r"^embedder\.embedder\.convolution\.", "conv1."),
+    (r"^embedder\.embedder\.normalization\.", "bn1."),
+    (r"^encoder\.stages\.(\d)\.layers\.", lambda match: f"layer{int(match[1]) + 1}."),
+    (r"\blayer\.(\d)\.convolution\.", lambda match: f"conv{int(match[1]) + 1}."),
+    (r"\blayer\.(\d)\.normalization\.", lambda match: f"bn{int(match[1]) + 1}."),
+    (r"\bshortcut\.convolution\.", "downsample.0."),
+    (r"\bshortcut\.normalization\.", "downsample.1."),
+)
+_LAYOUTS: tuple[tuple[str, str, tuple[_Rule, ...]], ...] = (
+    (r"(?:conv1|bn1|layer[1-4]\.\d+)\.", "layer1.0.conv1.weight", ()),
+    (r"(?:stem|res[2-5]\.\d+)\.", "res2.0.conv1.weight", _FROM_DETECTRON2),
+    (r"(?:[01]\.\w+$|[4-7]\.\d+\.[a-z])", "4.0.conv1.weight", _FROM_CHILDREN),
+    (
+        r"(?:embedder\.embedder|encoder\.stages\.\d)\.",
+        "encoder.stages.0.layers.0.layer.0.convolution.weight",
+        _FROM_TRANSFORMERS,
+    ),
+)
+"""How a ResNet names its weights: how these names begin, one that each has, and the rules to
+torchvision's names. torchvision (also timm, mmsegmentation and most others), detectron2,
+nn.Sequential of a ResNet's children (Lightly), Hugging Face's transformers."""
 
 
 def to_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,34 +95,50 @@ def to_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def from_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_detectron2`, without the counts."""
-    return {_renamed(name, _TORCHVISION): value for name, value in weights.items()}
+    return {_renamed(name, _FROM_DETECTRON2): value for name, value in weights.items()}
 
 
-def backbone_of(state: Mapping[str, Tensor], branch: Branch) -> dict[str, Tensor]:
-    """The ResNet of a state dict under torchvision's names, without its classifier; empty if the
-    state dict holds none.
-
-    `branch` chooses between two encoders. A single encoder is returned whatever its prefix.
+def resnets_in(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The ResNets whose weights have these names, by the prefix before a ResNet's own names: for
+    each the given names by torchvision's names. Classifiers and heads are left out.
     """
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    if "stem.conv1.norm.weight" in state or "backbone.bottom_up.stem.conv1.norm.weight" in state:
-        state = from_detectron2(_below(state, "backbone.bottom_up.") or state)
-    other: Branch = "student" if branch == "teacher" else "teacher"
-    for prefix in (*ENCODERS[branch], *ENCODERS[other], *WRAPPERS):
-        if prefix + "conv1.weight" in state:
-            encoder = _below(state, prefix)
-            return {name: value for name, value in encoder.items() if not name.startswith("fc.")}
-    return {}
+    names, found = list(names), dict[str, dict[str, str]]()
+    for begin, anchor, rules in _LAYOUTS:
+        start, below = re.compile(rf"(?:^|(?<=\.)){begin}"), dict[str, dict[str, str]]()
+        for name in names:
+            if match := start.search(name):
+                below.setdefault(name[: match.start()], {})[name[match.start() :]] = name
+        for prefix, inner in below.items():
+            if anchor in inner:
+                found[prefix] = {_renamed(name, rules): whole for name, whole in inner.items()}
+    return found
 
 
-def branches_of(names: Iterable[str]) -> list[Branch]:
-    """The encoders that a state dict with these names holds, as far as the prefixes show."""
-    bare = {name.removeprefix("module.") for name in names}
-    return [
-        branch
-        for branch, prefixes in ENCODERS.items()
-        if any(f"{prefix}conv1.weight" in bare for prefix in prefixes)
-    ]
+def branch_of(prefix: str) -> Branch | None:
+    """The network whose names have this prefix; None if the prefix does not say."""
+    marked = [branch for branch, mark in _MARKS.items() if mark.search(prefix.lower())]
+    return marked[0] if len(marked) == 1 else None
+
+
+def choose(prefixes: Iterable[str], branch: Branch) -> tuple[str, Branch | None] | None:
+    """Which of the networks below these prefixes `branch` is, and what it is as far as the prefix
+    says; None if no rule decides.
+
+    A single network is taken whatever it is. Of several, one is marked as the teacher, and another
+    as the student; or the other one has the same prefix without a mark (`backbone.` beside
+    `momentum_backbone.`), so it is the student.
+    """
+    sides = {prefix: branch_of(prefix) for prefix in prefixes}
+    if len(sides) == 1:
+        return next(iter(sides.items()))
+    teachers, students = ([p for p in sides if sides[p] == side] for side in _MARKS)
+    if not students:
+        students = [prefix for prefix in sides if sides[prefix] is None]
+        if [_bare(prefix) for prefix in students] != [_bare(prefix) for prefix in teachers]:
+            return None
+    if len(teachers) != 1 or len(students) != 1:
+        return None
+    return (teachers if branch == "teacher" else students)[0], branch
 
 
 def with_counts(weights: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
@@ -125,9 +157,11 @@ def arch_of(names: Iterable[str]) -> str | None:
     return BLOCKS.get((blocks, max(number for *_, number in convs)))
 
 
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries that start with `prefix`, without it."""
-    return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
+def _bare(prefix: str) -> list[str]:
+    """The words of a prefix that are neither marks nor without meaning."""
+    for mark in _MARKS.values():
+        prefix = mark.sub("", prefix.lower())
+    return [word for word in re.split(r"[._]", prefix) if not _NO_MARK.fullmatch(word)]
 
 
 def _renamed(name: str, rules: Iterable[_Rule]) -> str:

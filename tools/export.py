@@ -8,7 +8,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from tools.weights.formats import FILES, SUFFIXES, check_out, huggingface, official
 from train.run.cli import CommandParser, run
 from train.run.provenance import new_folder, write_bytes
@@ -51,7 +51,11 @@ def main() -> None:
 def read(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
     """The encoder that the options choose, with the licence in its metadata. Raises UserError."""
     backbone = read_backbone(args.checkpoint, branch="student" if args.student else "teacher")
-    return replace(backbone, metadata=backbone.metadata | licence)
+    known = backbone.metadata
+    if "prefix" in known and "arch" not in known:  # else the prefix is that of an earlier reading
+        side = f", the {known['branch']}" if "branch" in known else ""
+        print(f"{args.checkpoint}: took the weights below '{printable(known['prefix'])}'{side}")
+    return replace(backbone, metadata={"arch": backbone.arch, **known, **licence})
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from model.names import Branch
 from pipeline.errors import UserError
 from tools.weights.official import PROTOTYPES, import_backbone, import_run, read_official
 from train.run.cli import CommandParser, run
-from train.weights import read_file, state_in
+from train.weights import read_file, state_below, tensors_in
 
 EXAMPLES = """examples:
   python -m tools.import_official ckpt_epoch_800.pth --out runs/slotcon_coco
@@ -35,14 +35,14 @@ def main() -> None:
     if args.epochs is not None and args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: must be 1 or more")
     content, metadata = read_file(args.file)
-    wrapped, _ = state_in(content, args.file)
-    state = {name.removeprefix("module."): value for name, value in wrapped.items()}
+    tensors = tensors_in(content)
     stated = {"data": args.data, "epochs": args.epochs and str(args.epochs)}
-    if PROTOTYPES in state:
+    if any(name.split(".")[-3:] == PROTOTYPES.split(".") for name in tensors):
         if args.student or any(stated.values()):
             raise UserError(
                 f"--student, --data, --epochs: only for a backbone, and {args.file} holds more"
             )
+        state = state_below(tensors, PROTOTYPES, args.file, "a whole SlotCon")
         official = read_official(args.file, state, content, metadata)
         import_run(official, args.out)
         optimizer = official.args.get("optimizer", "lars")

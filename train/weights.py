@@ -6,7 +6,7 @@ pickles may hold tensors, arrays and plain values only.
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from model.encoder import Encoder
-from model.names import ENCODERS, Branch, arch_of, backbone_of, branches_of, with_counts
+from model.names import Branch, arch_of, branch_of, choose, resnets_in, with_counts
 from pipeline.errors import UserError, check_regular, printable
 from train.config import RunConfig, from_dict
 from train.pickle_machine import BYTES, TENSORS, NotDense, room
@@ -33,9 +33,9 @@ META = "meta"
 FOLDER_WEIGHTS, FOLDER_CONFIG = "model.safetensors", "config.json"
 """The files of a model on the Hugging Face Hub."""
 FACTS = {
-    "method", "arch", "branch", "run", "imported", "step", "optimizer", "epochs", "batch_size",
-    "prototypes", "view_size", "config", "data", "data_images", "data_fingerprint", "data_license",
-    "slotstream", "format",
+    "method", "arch", "branch", "run", "imported", "prefix", "step", "optimizer", "epochs",
+    "batch_size", "prototypes", "view_size", "config", "data", "data_images", "data_fingerprint",
+    "data_license", "slotstream", "format",
 }  # fmt: skip
 """The names in the metadata of files that slotstream writes, see `describe` and tools."""
 
@@ -48,6 +48,9 @@ _REAL = {
     torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 }  # fmt: skip
 """Types whose numbers float32 can hold."""
+NAME_LENGTH, NETWORKS, SHOWN = 500, 16, 6
+"""Most characters of a tensor's name: longer ones are skipped. Most copies of a network in a file.
+Most prefixes in a message."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,17 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
     """Read the encoder in `source`.
 
     Args:
-        source: a run or a checkpoint; a file or folder that tools.export writes; any state dict of
-            a ResNet under the names of torchvision, timm, detectron2, MoCo or the authors' code.
+        source: a run or a checkpoint; a file or folder that tools.export writes; any file with a
+            ResNet below any prefix, under the names of torchvision, detectron2, Hugging Face's
+            transformers or nn.Sequential (see `model.names`).
         arch: torchvision's name of the expected architecture; None: any.
         branch: which encoder to take if `source` holds two. Teacher is the default, so a file that
             holds only the student is also accepted for it.
 
     Raises:
         UserError: `source` holds no encoder, or one of another architecture, or is damaged; or
-            `branch` is "student" and `source` holds the teacher.
+            `branch` is "student" and `source` holds the teacher; or it holds several ResNets whose
+            prefixes do not say which is which.
     """
     if source.name == FOLDER_WEIGHTS and is_checkpoint(source.parent):
         source = source.parent  # its record says what the weights are
@@ -84,24 +89,29 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
         record = read_record(find(source))
         state, metadata = load_model(source)[0].state_dict(), describe(record, branch)
     else:
-        state, metadata = read_state(source, branch)
-    sides = branches_of(state)
-    if len(sides) == 2:
-        metadata = metadata | {"branch": branch}
-    elif sides:
-        metadata = metadata | {"branch": sides[0]}
+        content, metadata = read_file(source)
+        state = tensors_in(content)
+    networks = {
+        prefix: _dense({ours: state[name] for ours, name in names.items()}, source)
+        for prefix, names in resnets_in(state).items()
+    }
+    whole = {prefix: found for prefix, found in networks.items() if arch_of(found)}
+    prefix, side = _chosen(whole or networks, branch, source, "weights of a ResNet", state)
+    weights = networks[prefix]
+    if prefix and "arch" not in metadata:
+        metadata = metadata | {"prefix": prefix}
+    if side:
+        metadata = metadata | {"branch": side}
     if branch == "student" and metadata.get("branch") == "teacher":
         raise UserError(f"{source}: weights of the teacher, not of the student")
-    weights = backbone_of(state, branch)
-    if not weights:
-        raise UserError(f"{source}: no weights of a ResNet in it")
     actual = arch_of(weights)
     if arch is None and actual is None:
         raise UserError(f"{source}: damaged, or not one of torchvision's ResNets")
     if arch is not None and actual not in (None, arch):
         raise UserError(f"{source}: weights of a {actual}, not of the {arch} that is needed")
     arch = arch or str(actual)
-    return Backbone(arch, fitting(weights, arch, source), metadata)
+    place = f"{source}: below '{printable(prefix)}'" if prefix else source
+    return Backbone(arch, fitting(weights, arch, place), metadata)
 
 
 def fitting(weights: Mapping[str, Tensor], arch: str, source: object) -> dict[str, Tensor]:
@@ -150,7 +160,8 @@ def published_weights(arch: str) -> dict[str, Tensor]:
         raise UserError(
             f"{published.url} cannot be downloaded ({error}): get it elsewhere and give its file"
         ) from None
-    return fitting(backbone_of(state, "teacher"), arch, published.url)
+    weights = {ours: state[name] for ours, name in resnets_in(state)[""].items()}
+    return fitting(weights, arch, published.url)
 
 
 def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
@@ -178,43 +189,103 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
 
 
-def read_state(path: Path, branch: Branch = "teacher") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict in a file, see `state_in`, and its metadata. Raises UserError."""
-    content, metadata = read_file(path)
-    state, which = state_in(content, path, branch)
-    return state, metadata | which
-
-
-def state_in(
-    content: Any, source: Path, branch: Branch = "teacher"
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict in the content of a file, and metadata that name its branch, if known.
-
-    The content is the state dict, or holds it under one of the usual keys. Files like DINO's hold
-    one under "teacher" and one under "student"; `branch` chooses.
-
-    Raises UserError, which names `source`.
+def tensors_in(content: Any) -> dict[str, Any]:
+    """All tensors and arrays of numbers in the content of a file, whatever dictionaries they lie
+    in. Their names are the keys on the way to them, joined by dots.
     """
-    which: dict[str, str] = {}
-    for wrapper in ("state_dict", "model", branch, "teacher", "student"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            which = {"branch": wrapper} if wrapper in ENCODERS else {}
-    if not isinstance(content, dict) or not content:
+    return dict(_tensors_in(content, ""))
+
+
+def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if len(name) > NAME_LENGTH:
+        return
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _tensors_in(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind in "fiub":
+            yield name, value
+    elif isinstance(value, Tensor | NotDense):
+        yield name, value
+
+
+def state_below(
+    state: Mapping[str, Any], anchor: str, source: Path, what: str
+) -> dict[str, Tensor]:
+    """The part of `state` that holds a tensor named `anchor`, without the prefix before it: of
+    several, the teacher's. Raises UserError.
+    """
+    ends = [name for name in state if name == anchor or name.endswith(f".{anchor}")]
+    networks: dict[str, Any] = {end.removesuffix(anchor): {} for end in ends[: NETWORKS + 1]}
+    for prefix, inner in networks.items():
+        below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        inner.update(_dense(below, source))
+    return networks[_chosen(networks, "teacher", source, what, state)[0]]
+
+
+def read_weights(path: Path, expected: Iterable[str]) -> dict[str, Tensor]:
+    """The state dict, below any prefix, of a model whose names are `expected`. Raises UserError."""
+    anchor = max(expected, key=len)  # the least likely to be another model's
+    return state_below(tensors_in(read_file(path)[0]), anchor, path, "weights of this model")
+
+
+def _chosen(
+    networks: Mapping[str, Mapping[str, Tensor]],
+    branch: Branch,
+    source: Path,
+    what: str,
+    state: Mapping[str, Any],
+) -> tuple[str, Branch | None]:
+    """The prefix of the network to take, and which one it is, see `choose`. Raises UserError, which
+    names the prefixes in the file.
+    """
+    if not state:
         raise UserError(f"{source}: no weights in it")
-    state = {str(name): _tensor(value) for name, value in content.items()}
-    for name, value in state.items():
-        if not isinstance(value, Tensor | NotDense):
-            raise UserError(f"{source}: no weights in it")
+    if not networks:
+        above = dict.fromkeys(_stem(name) for name in state)
+        raise UserError(f"{source}: no {what} in it; its names begin with {_listed(above)}")
+    distinct = list[str]()
+    # One network may have two names: DenseCL's student is also `backbone.`
+    for prefix in sorted(list(networks)[: NETWORKS + 1], key=lambda prefix: not branch_of(prefix)):
+        twins = (other for other in distinct if branch_of(prefix) in (None, branch_of(other)))
+        if not any(_equal(networks[prefix], networks[other]) for other in twins):
+            distinct.append(prefix)
+    if len(networks) <= NETWORKS and (chosen := choose(distinct, branch)):
+        return chosen
+    raise UserError(
+        f"{source}: {what} below {_listed(distinct)}, and no rule says which of them to take: "
+        "give a file with one"
+    )
+
+
+def _stem(name: str) -> str:
+    """A name up to its first number."""
+    parts = name.split(".")
+    return ".".join(parts[: next((n for n, p in enumerate(parts) if p.isdigit()), -1)])
+
+
+def _listed(prefixes: Iterable[str]) -> str:
+    names = [printable(f"'{prefix}'") if prefix else "no prefix" for prefix in prefixes]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def _dense(state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    """`state` with arrays, of any byte order and strides, as tensors. Raises UserError."""
+    made = {
+        name: torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        if isinstance(value, np.ndarray)
+        else value
+        for name, value in state.items()
+    }
+    for name, value in made.items():
         if isinstance(value, NotDense) or value.dtype not in _REAL:
             raise UserError(f"{source}: {printable(name)} is not a dense tensor of real numbers")
-    return state, which
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of any model in a file, without prefixes of wrappers. Raises UserError."""
-    state, _ = read_state(path)
-    return {name.removeprefix("module.").removeprefix("backbone."): v for name, v in state.items()}
+    return made
 
 
 def read_file(path: Path) -> tuple[Any, dict[str, str]]:
@@ -285,10 +356,3 @@ def _version() -> str | None:
         return importlib.metadata.version("slotstream")
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _tensor(value: Any) -> Any:
-    """An array of numbers, of any byte order and strides, as a tensor; other values unchanged."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
-        return value
-    return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))

@@ -53,7 +53,7 @@ SHOWN = 4
 """How many differences a line names."""
 LONGEST = 300
 """Characters of a text in a table."""
-ABOUT_FILES = ("slotstream", "format", "imported", "data_license")
+ABOUT_FILES = ("slotstream", "format", "imported", "prefix", "data_license")
 """Metadata that does not identify weights: several files may hold the same weights."""
 
 

@@ -123,23 +123,31 @@ def test_bad_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--weights is for supervised"):
         open_features("pixels", None, CPU, weights=tmp_path)
     with pytest.raises(UserError, match="No such file"):
-        read_weights(tmp_path / "nowhere.pth")
+        read_weights(tmp_path / "nowhere.pth", ["weight"])
     (tmp_path / "text.pth").write_text("text")
     (tmp_path / "text.safetensors").write_text("text")
     for name in ("text.pth", "text.safetensors"):
         with pytest.raises(UserError, match="not a file of weights"):
-            read_weights(tmp_path / name)
+            read_weights(tmp_path / name, ["weight"])
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="no weights in it"):
-        read_weights(tmp_path / "list.pth")
+        read_weights(tmp_path / "list.pth", ["weight"])
     save_file({"weight": torch.ones(3, 2)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="bias is missing or unknown"):
-        load(nn.Linear(3, 3), read_weights(tmp_path / "w.safetensors"), tmp_path)
+        load(nn.Linear(3, 3), read_weights(tmp_path / "w.safetensors", ["weight"]), tmp_path)
     with pytest.raises(UserError, match=r"weight has shape \[3, 2\], not \[3, 3\]"):
-        load(nn.Linear(3, 3, bias=False), read_weights(tmp_path / "w.safetensors"), tmp_path)
+        load(
+            nn.Linear(3, 3, bias=False),
+            read_weights(tmp_path / "w.safetensors", ["weight"]),
+            tmp_path,
+        )
     save_file({"weight": torch.full((3, 2), torch.nan)}, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match="weight is not finite"):  # every arg-max of NaN is 0
-        load(nn.Linear(2, 3, bias=False), read_weights(tmp_path / "nan.safetensors"), tmp_path)
+        load(
+            nn.Linear(2, 3, bias=False),
+            read_weights(tmp_path / "nan.safetensors", ["weight"]),
+            tmp_path,
+        )
 
 
 def test_without_timm_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported import CONFIG, meta_state, trained_model
 from train.pickles import pickle_arrays, read_pickle
-from train.weights import published_weights, read_backbone, read_state
+from train.weights import published_weights, read_backbone, read_weights
 
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 
@@ -169,7 +169,8 @@ def test_of_two_encoders_the_branch_decides(
     for branch, expected in (("teacher", teacher), ("student", student)):
         found = read_backbone(tmp_path / "w.pth", branch=branch)  # type: ignore[arg-type]
         assert same(found.weights, expected)
-        assert found.metadata == {"branch": branch}
+        prefix = f"model.module.{prefixes[branch == 'student']}"
+        assert found.metadata == {"branch": branch, "prefix": prefix}
 
 
 def test_files_without_counts(encoder: dict[str, Tensor], tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_names_say_which_encoder_it_is(
 ) -> None:
     """If the names say so, a teacher is not taken for a student, and tables name the right one."""
     torch.save(wrap(encoder), tmp_path / "w.pth")
-    assert read_backbone(tmp_path / "w.pth").metadata == {"branch": "teacher"}
+    assert read_backbone(tmp_path / "w.pth").metadata["branch"] == "teacher"
     with pytest.raises(UserError, match="of the teacher, not of the student"):
         read_backbone(tmp_path / "w.pth", branch="student")
 
@@ -224,7 +225,7 @@ def test_both_of_dino(model: SlotCon, tmp_path: Path) -> None:
     for branch in ("teacher", "student"):
         found = read_backbone(tmp_path / "w.pth", branch=branch)  # type: ignore[arg-type]
         assert same(found.weights, both[branch])
-        assert found.metadata == {"branch": branch}
+        assert found.metadata == {"branch": branch, "prefix": f"{branch}."}
 
 
 def test_metadata_of_others_are_dropped(encoder: dict[str, Tensor], tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_metadata_of_others_are_dropped(encoder: dict[str, Tensor], tmp_path: Pa
     """
     theirs = {"config": "model = dict(pretrained='mine')", "env_info": "x", "epoch": 200}
     torch.save({"state_dict": encoder, "meta": theirs}, tmp_path / "w.pth")
-    assert read_backbone(tmp_path / "w.pth").metadata == {}
+    assert read_backbone(tmp_path / "w.pth").metadata == {"prefix": "state_dict."}
     save_file(encoder, tmp_path / "w.safetensors", {"format": "pt", "author": "x"})
     assert read_backbone(tmp_path / "w.safetensors").metadata == {}
 
@@ -267,8 +268,7 @@ def test_numpy_values_are_plain_values(encoder: dict[str, Tensor], tmp_path: Pat
     assert same(read_backbone(tmp_path / "w.pth").weights, encoder)
     array = np.arange(3, dtype=">f4")[::-1]
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": {"a": array}} | extras))
-    state, _ = read_state(tmp_path / "w.pkl")
-    assert state["a"].tolist() == [2, 1, 0]
+    assert read_weights(tmp_path / "w.pkl", ["a"])["a"].tolist() == [2, 1, 0]
     assert read_pickle(tmp_path / "w.pkl")["best"] == 0.7
 
 
@@ -350,7 +350,7 @@ def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100_000])
     refused("damaged, or not a file of weights")
     torch.save({"model": {"weight": torch.ones(2)}}, file)
-    refused("no weights of a ResNet")
+    refused("no weights of a ResNet in it; its names begin with 'model'$")
     torch.save({"model": {"conv1.weight": "text"}}, file)
     refused("no weights in it")
     torch.save({k: v for k, v in encoder.items() if k != "layer2.0.bn1.bias"}, file)

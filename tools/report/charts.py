@@ -14,7 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 560, 256
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 30, 40
-ROW, NAMES, VALUES = 26, 190, 96
+ROW, VALUES = 26, 96
+LETTER = 14
+"""Room for a letter of the largest text on a page, see style.css: 22 units on a narrow screen."""
+LONGEST = 48
+"""Letters of a row's name above its dot; the rest of a longer one is left out."""
 MAX_POINTS = 240
 BINS = 48
 SMALLEST, LARGEST = 1e-30, 1e30
@@ -104,25 +108,26 @@ def line_chart(
     pad = 0.06 * spread if spread > SMALLEST else max(abs(high) * 0.1, 0.1)
     low, high = (low if from_zero else low - pad), high + pad
     left, right = min(xs), max(*xs, min(xs) + max(1, 1e-9 * abs(min(xs))))
+    labels = {y: f"{y:.0%}" if percent else short(y) for y in ticks(low, high)}
+    edge = max(LEFT, 12 + LETTER * max(map(len, labels.values()), default=0))
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * (x - left) / (right - left)
+        across = edge + (WIDTH - edge - RIGHT) * (x - left) / (right - left)
         return across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low)
 
     parts = []
-    for y in ticks(low, high):
+    for y, label in labels.items():
         _, v = at(left, y)
-        label = f"{y:.0%}" if percent else short(y)
-        parts.append(_line(LEFT, v, WIDTH - RIGHT, v, "grid"))
-        parts.append(_text(LEFT - 8, v + 4, label, "tick", "end"))
+        parts.append(_line(edge, v, WIDTH - RIGHT, v, "grid"))
+        parts.append(_text(edge - 8, v + 4, label, "tick", "end"))
     for x in ticks(left, right, 5):
         u, _ = at(x, low)
         parts.append(_text(u, HEIGHT - BOTTOM + 18, short(x), "tick", "middle"))
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 5, x_name, "tick", "end"))
-    parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
+    parts.append(_line(edge, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
     if reference:
         _, v = at(left, reference[1])
-        parts.append(_line(LEFT, v, WIDTH - RIGHT, v, "reference"))
+        parts.append(_line(edge, v, WIDTH - RIGHT, v, "reference"))
         parts.append(_text(WIDTH - RIGHT, v - 5, reference[0], "tick", "end"))
     for number, points in enumerate(lines.values()):
         path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in points)
@@ -137,17 +142,18 @@ def dot_chart(
     unit: str,
     ceilings: Mapping[str, float] | None = None,
     width: float = WIDTH,
-    names: float = NAMES,
+    names: float = 0,
 ) -> str:
     """Rows (name, value, lowest, highest) as dots with their range on a logarithmic axis, without
     rows that have a number outside `SMALLEST` … `LARGEST`. `ceilings` are named vertical lines;
-    `names` is the width of the rows' names.
+    `names` is the width of a column for the rows' names. Without it each name stands above its row.
     """
     rows = [row for row in rows if all(SMALLEST < number < LARGEST for number in row[1:])]
     lines = [line for line in (ceilings or {}).items() if SMALLEST < line[1] < LARGEST]
     lines.sort(key=lambda line: -line[1])
     top = TOP + 18.0 * len(lines)
-    bottom = top + ROW * len(rows)
+    row_height, start = (ROW, names) if names else (2 * ROW, LEFT)
+    bottom = top + row_height * len(rows)
     marks = decades(
         min([n for row in rows for n in row[1:]] + [n for _, n in lines], default=1.0),
         max([n for row in rows for n in row[1:]] + [n for _, n in lines], default=1.0),
@@ -155,7 +161,7 @@ def dot_chart(
     marks = marks if len(marks) > 3 else ticks(marks[0], marks[-1])
 
     def at(value: float) -> float:
-        return names + (width - names - VALUES) * math.log(value / marks[0], marks[-1] / marks[0])
+        return start + (width - start - VALUES) * math.log(value / marks[0], marks[-1] / marks[0])
 
     parts = []
     for mark in marks:
@@ -166,8 +172,12 @@ def dot_chart(
         parts.append(_line(at(value), v - 12, at(value), bottom + 2, "reference"))
         parts.append(_text(at(value) - 6, v - 2, f"{name} {short(value)}", "tick", "end"))
     for number, (name, value, lowest, highest) in enumerate(rows):
-        v = top + ROW * (number + 0.5)
-        parts.append(_text(names - 12, v + 4, name, "name", "end"))
+        v = top + row_height * (number + 1) - ROW / 2
+        if names:
+            parts.append(_text(names - 12, v + 4, name, "name", "end"))
+        else:
+            shown = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+            parts.append(_text(0, v - 14, shown, "name", "start"))
         parts.append(_line(at(lowest), v, at(highest), v, "line s0"))
         parts.append(f'<circle class="dot s0" cx="{at(value):.1f}" cy="{v:.1f}" r="5"/>')
         parts.append(_text(width, v + 4, short(value), "name", "end"))

@@ -7,7 +7,7 @@ from train.weights import Backbone
 
 CARD = """---
 library_name: timm
-tags:
+{head}tags:
 - image-feature-extraction
 - timm
 {tags}---
@@ -38,12 +38,21 @@ labels{by}. SlotCon groups the pixels of scenes under learnt prototypes and cont
 groups (Wen et al., *Self-Supervised Visual Representation Learning with Semantic Grouping*, NeurIPS
 2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288))."""
 OTHER = "A {arch} without classifier. The table below holds all that is known of its training."
+HUB_LICENCES = {
+    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-2.0", "cc-by-2.5",
+    "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0",
+    "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0",
+    "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odbl", "odc-by", "pddl", "openrail", "unlicense",
+    "wtfpl", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0",
+}  # fmt: skip
+"""Identifiers of licences on Hugging Face's hub, the usual ones for data, images and weights."""
 TITLES = {
     "method": "Method",
     "arch": "Architecture",
     "branch": "Encoder",
     "run": "Run",
     "imported": "Imported from",
+    "prefix": "Prefix of the weights there",
     "step": "Optimiser steps",
     "optimizer": "Optimiser",
     "epochs": "Epochs of the schedule",
@@ -66,6 +75,7 @@ def model_card(backbone: Backbone) -> str:
     ours = of_slotcon(backbone)
     title = f"{backbone.arch}, {_text(known.get('run', 'weights'))}"
     return CARD.format(
+        head=_yaml_licence(known.get("data_license", "")),
         tags=SLOTCON_TAGS if ours else "",
         title=f"SlotCon {title}" if ours else title,
         about=(SLOTCON if ours else OTHER).format(
@@ -76,6 +86,17 @@ def model_card(backbone: Backbone) -> str:
         facts=facts,
         license=_text(" ".join(known.get("data_license", "not stated").split())),
     )
+
+
+def _yaml_licence(text: str) -> str:
+    """The lines of the YAML head that state a licence: one that the hub knows by its identifier,
+    or another by a name of letters, digits and points.
+    """
+    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:100]
+    if name in HUB_LICENCES:
+        return f"license: {name}\n"
+    # In quotes, since "1.0" and "no" are no text in YAML.
+    return "license: other\n" * bool(text) + f'license_name: "{name}"\n' * bool(name)
 
 
 def of_slotcon(backbone: Backbone) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import ModelConfig, SlotCon
 from model.config import ARCHITECTURES
-from model.names import Branch, arch_of, backbone_of
+from model.names import Branch, arch_of, resnets_in
 from model.official import from_official
 from pipeline.errors import UserError
 from tools.weights.official_settings import with_official_settings
@@ -88,7 +88,7 @@ def import_run(official: Official, out: Path) -> None:
 def loaded(official: Official) -> SlotCon:
     """SlotCon with these weights; its sizes follow from their shapes. Raises UserError."""
     state, source = official.state, official.source
-    arch = arch_of(backbone_of(state, "teacher"))
+    arch = arch_of(resnets_in(state).get("encoder_k.", ()))
     if arch not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"{source}: damaged, or its encoder is none of {known}")

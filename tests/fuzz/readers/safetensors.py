@@ -25,7 +25,7 @@ class Target(pickle.Target):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         tensors = {
-            "conv1.weight": torch.arange(12.0).reshape(3, 4), "half": torch.ones(3).half(),
+            "layer1.0.conv1.weight": torch.arange(12.0).reshape(3, 4), "half": torch.ones(3).half(),
             "bool": torch.tensor([True, False]), "number": torch.tensor(7),
             "brain": torch.ones(2).bfloat16(), "empty": torch.ones(0, 3),
         }  # fmt: skip

@@ -20,7 +20,8 @@ class Target(pickle.Target):
         base = torch.arange(12.0)
         content = {
             "state_dict": {
-                "conv1.weight": base.reshape(3, 4).t(), "part": base[3:7], "half": base.half(),
+                "layer1.0.conv1.weight": base.reshape(3, 4).t(), "part": base[3:7],
+                "half": base.half(),
                 "wide": torch.ones(1).expand(3), "bool": torch.tensor([True]),
                 "parameter": torch.nn.Parameter(torch.ones(2)),
                 "u16": torch.ones(2).to(torch.uint16),

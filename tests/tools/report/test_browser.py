@@ -32,21 +32,41 @@ addEventListener("load", () => setTimeout(() => {
     const box = element.getBoundingClientRect();
     return [box.width, box.height];
   });
+  const texts = [...document.querySelectorAll("svg text")].map(element => {
+    const svg = element.ownerSVGElement, frame = svg.getBoundingClientRect();
+    const box = element.getBoundingClientRect(), scale = frame.width / svg.viewBox.baseVal.width;
+    return {
+      text: element.textContent, size: parseFloat(getComputedStyle(element).fontSize) * scale,
+      cut: Math.max(frame.left - box.left, box.right - frame.right, box.bottom - frame.bottom),
+    };
+  });
+  const cells = [...document.querySelectorAll("th, td")].map(element =>
+    [element.textContent, element.scrollWidth - element.clientWidth,
+     element.getBoundingClientRect().right]);
   const found = {
-    errors, charts: sizes("svg"), pictures: sizes("img"), tables: sizes("table"),
+    errors, texts, cells, charts: sizes("svg"), pictures: sizes("img"), tables: sizes("table"),
     loaded: performance.getEntriesByType("resource").map(entry => entry.name),
     natural: [...document.images].map(image => image.naturalWidth),
     width: [document.documentElement.scrollWidth, innerWidth],
     paper: getComputedStyle(document.body).backgroundColor,
   };
-  document.body.dataset.probe = JSON.stringify(found);
+  parent.postMessage(JSON.stringify(found), "*");
 }, 100));
 </script>
 """
 
+FRAME = """<script>
+onmessage = event => document.body.setAttribute("data-probe", event.data)
+</script>
+<body><iframe src="{}" style="border: 0; width: {}px; height: 900px"></iframe></body>
+"""
+"""The browser's own window cannot be as narrow as a phone."""
+
 
 def look(page: Path, width: int = 1280, *, dark: bool = False) -> dict[str, Any]:
-    """Load a page in the browser and measure it. The script runs in a copy that allows it."""
+    """Load a page of this width in the browser and measure it. The script runs in a copy that
+    allows it.
+    """
     text = page.read_text()
     probed = page.with_suffix(".probed.html")
     policy = "default-src 'none'; script-src 'unsafe-inline'"
@@ -54,14 +74,16 @@ def look(page: Path, width: int = 1280, *, dark: bool = False) -> dict[str, Any]
     probed.write_text(
         text.replace("default-src 'none'", policy, 1).replace("<title>", PROBE + "<title>", 1)
     )
+    frame = page.with_suffix(".frame.html")
+    frame.write_text(FRAME.format(probed.name, width))
     done = subprocess.run(
         [
             str(BROWSER),
             *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
             *("--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"),
-            *(f"--user-data-dir={page.parent / 'browser'}", f"--window-size={width},900"),
+            *(f"--user-data-dir={page.parent / 'browser'}", f"--window-size={width + 20},920"),
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            probed.as_uri(),
+            frame.as_uri(),
         ],
         capture_output=True,
         text=True,
@@ -78,10 +100,11 @@ def check_page(seen: dict[str, Any]) -> None:
     assert seen["errors"] == []
     assert seen["console"] == []
     assert [url for url in seen["loaded"] if not url.startswith("data:")] == []
-    assert all(width > 300 and height > 50 for width, height in seen["charts"])
-    assert all(width > 300 and height > 50 for width, height in seen["pictures"])
+    assert all(width > 240 and height > 50 for width, height in seen["charts"])
+    assert all(width > 240 and height > 50 for width, height in seen["pictures"])
     assert all(width > 0 for width in seen["natural"])
     assert seen["width"][0] <= seen["width"][1]
+    assert [t for t in seen["texts"] if t["size"] < 10 or t["cut"] > 1] == []
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +114,28 @@ def measured_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_measurements(run)
     call(report.main, run)
     return run
+
+
+@pytest.mark.parametrize("width", [320, 400, 660, 980, 1200])
+def test_texts_and_numbers_are_whole_at_any_width(measured_run: Path, width: int) -> None:
+    """Without it names of stages lose their first letters, axes have letters of 7 pixels, and
+    tables end within a number.
+    """
+    run = measured_run.parent / "long_names"
+    if not run.exists():
+        write_run(run)
+        write_measurements(run)
+        row = {"images_per_s": 12_345.6, "slowest": 9999.0, "fastest": 1.9e6, "batch": 512}
+        names = ("pipeline", "kornia"), ("augment", "triton"), ("step", "a very long name " * 9)
+        rows = [row | {"stage": s, "backend": b, "crops": "device"} for s, b in names]
+        (run / "bench.json").write_text(json.dumps({"results": rows}))
+        call(report.main, run)
+    seen = look(run / "report.html", width)
+    check_page(seen)
+    shown = [t["text"] for t in seen["texts"]]
+    assert "pipeline · kornia · crops device" in shown
+    if width < 640:
+        assert [cell for cell in seen["cells"] if cell[1] > 0 or cell[2] > width] == []
 
 
 def test_report_in_a_browser(measured_run: Path) -> None:

@@ -24,7 +24,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
         assert part in page.text, part
     assert "views.size" not in page.text
     row = text.split("<th>trained: mIoU</th>")[1].split("</tr>")[0]
-    assert row.startswith("<td>–</td>")
+    assert row.startswith('<td data-title="other"><span>–</span></td>')
     assert "40.0%" in row
 
 

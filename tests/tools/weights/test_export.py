@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -142,6 +144,28 @@ def test_model_card_of_any_weights() -> None:
     assert "| Imported from | ckpt_epoch_800.pth |\n" in card
 
 
+@pytest.mark.parametrize(
+    ("text", "head"),
+    [
+        ("CC BY 4.0", {"license": "cc-by-4.0"}),
+        ("cc-by-nc-4.0", {"license": "cc-by-nc-4.0"}),
+        ("MIT", {"license": "mit"}),
+        ("Terms of X: 'y'\n# no", {"license": "other", "license_name": "terms-of-x-y-no"}),
+        ("自由", {"license": "other"}),
+        ("1.0", {"license": "other", "license_name": "1.0"}),
+        ("", {}),
+    ],
+)  # fmt: skip
+def test_the_licence_stands_in_the_cards_head(text: str, head: dict[str, str]) -> None:
+    """Without it the hub shows and filters the weights as without a licence. It refuses a
+    `license` that it does not know, unless it is "other" with a name.
+    """
+    card = model_card(Backbone("resnet18", {}, {"data_license": text}))
+    found = yaml.safe_load(card.split("---\n")[1])
+    assert {k: v for k, v in found.items() if k.startswith("license")} == head
+    assert found["tags"] == ["image-feature-extraction", "timm"]
+
+
 def test_metadata_do_nothing_on_the_page() -> None:
     """Without it a file of weights puts scripts, links and headings of its choice on the page that
     is published from it.
@@ -157,7 +181,11 @@ def test_metadata_do_nothing_on_the_page() -> None:
             "method": method.partition("<")[0] + "x"
         }))  # fmt: skip
         assert card.count("\n") == plain.count("\n")
-        assert card.split("# ")[0] == plain.split("# ")[0]  # the YAML head
+        heads = [
+            re.sub(r'(license_name:) "[a-z0-9.-]+"\n', r"\1\n", one).split("# ")[0]
+            for one in (card, plain)
+        ]
+        assert heads[0] == heads[1]  # the YAML head
         for part in ("<script", "[click]", "![", "**b", "`c`", " _d_", "&lt;", "\u202e"):
             assert part not in card
 
@@ -249,6 +277,30 @@ def test_an_export_can_be_exported_again(out: Path, tmp_path: Path) -> None:
     assert all(
         torch.equal(found[name], expected[name]) for name in expected if "num_batches" not in name
     )
+
+
+def test_weights_of_others_keep_what_is_known(
+    model: SlotCon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it nobody knows later which of a file's networks was exported, and under which
+    licence; the command says it too, since a plain .pth has no room for it.
+    """
+    sides = {"momentum_backbone.": model.teacher, "backbone.": model.student}
+    state = {p + k: v for p, side in sides.items() for k, v in side.encoder.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "w.ckpt")
+    for to in ("detectron2", "mmseg", "torchvision", "huggingface"):
+        out = tmp_path / FILES[to]
+        call(main, tmp_path / "w.ckpt", "--to", to, "--out", out, "--license", LICENCE)
+        said = capsys.readouterr().out
+        assert "w.ckpt: took the weights below 'state_dict.momentum_backbone.', the teacher" in said
+        known = {"branch": "teacher", "prefix": "state_dict.momentum_backbone."}
+        known |= {"arch": "resnet18", "data_license": LICENCE}
+        assert known.items() <= read_backbone(out).metadata.items()
+        call(main, out, "--to", "timm", "--out", tmp_path / "again.safetensors")
+        assert "took" not in capsys.readouterr().out  # the prefix is not one of this file
+        assert known.items() <= read_backbone(tmp_path / "again.safetensors").metadata.items()
+    card = (tmp_path / FILES["huggingface"] / "README.md").read_text()
+    assert "| Prefix of the weights there | state_dict.momentum_backbone. |" in card
 
 
 def test_bad_input(
