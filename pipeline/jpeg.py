@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from pipeline import turbojpeg
 from pipeline.errors import BadImage
-from pipeline.jpeg_parts import HUFFMAN, QUANTISATION, SCANS, missing_parts, next_marker
+from pipeline.jpeg_parts import (
+    HUFFMAN,
+    MAX_SCANS,
+    QUANTISATION,
+    SCANS,
+    TOO_MANY,
+    missing_parts,
+    next_marker,
+)
 from pipeline.orientation import exif_orientation, xmp_orientation
 
 _PLAIN_SAMPLING = (b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11", b"\x12\x11\x11")
@@ -23,6 +31,7 @@ _PLAIN_SAMPLING = (b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11", b
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # Huffman-coded: baseline, extended, progressive
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _BETWEEN_SCANS = (0xC4, _START_OF_SCAN, 0xDB, 0xDD, 0xFE)  # tables, scans, comments
+_FILL = re.compile(rb"\xff+")
 _ZEROS = 64  # bytes; compressed pixels seldom contain longer runs, unwritten disk space does
 _COLOUR_SEGMENTS = (0xE0, 0xEE)  # JFIF and Adobe say how colours are stored
 CMYK_COMPONENTS = 4
@@ -70,8 +79,8 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     exif, xmp, position = None, None, 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
+        if marker == 0xFF:  # fill bytes
+            position = _after_fill(data, position)
             continue
         body = data[position + 4 : position + 2 + int.from_bytes(data[position + 2 : position + 4])]
         if marker == _START_OF_SCAN and frame:
@@ -86,6 +95,13 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             xmp = xmp_orientation(body)
         position += len(body) + 4
     raise BadImage("truncated or damaged JPEG header")
+
+
+def _after_fill(data: bytes, position: int) -> int:
+    """Offset of the marker after the fill bytes that begin at `position`."""
+    fill = _FILL.match(data, position)
+    assert fill
+    return fill.end() - 1
 
 
 def scans(data: bytes, header: JpegHeader) -> int:
@@ -107,6 +123,8 @@ def obstacles(data: bytes, header: JpegHeader, check: str) -> tuple[bytes, list[
     """
     if not header.height or not header.width:
         raise BadImage(f"{header.width}x{header.height} pixels")
+    if (missing := missing_parts(data)) & TOO_MANY:
+        raise BadImage(f"more than {MAX_SCANS} scans")
     state = scans(data, header)
     if state != WHOLE or check == "decode" or data.endswith(_SAMSUNG):
         # A marker in the trailer is not the picture's.
@@ -116,7 +134,7 @@ def obstacles(data: bytes, header: JpegHeader, check: str) -> tuple[bytes, list[
         if state == CUT:
             whole = _with_end(picture, header)
             return whole, [END_ADDED, *obstacles(whole, header, check)[1]]
-    found, missing = [], missing_parts(data)
+    found = []
     if state == DOUBTFUL or check == "decode" or not header.plain or missing:
         complaint = _decoder_complaint(data, header)
         if missing & (QUANTISATION | HUFFMAN) and complaint:
@@ -181,8 +199,8 @@ def without_metadata(data: bytes, header: JpegHeader) -> bytes:
     """The JPEG without the segments before its first scan that decide no pixels."""
     kept, position = [data[:2]], 2
     while position < header.scan:
-        if data[position + 1] == 0xFF:  # fill byte
-            position += 1
+        if data[position + 1] == 0xFF:
+            position = _after_fill(data, position)
             continue
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4])
         if not 0xE0 <= data[position + 1] <= 0xEF or data[position + 1] in _COLOUR_SEGMENTS:

@@ -9,9 +9,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-QUANTISATION, HUFFMAN, SCANS = 1, 2, 4
+MAX_SCANS = 500
+"""Most scans of an image, as in libjpeg-turbo. Encoders write about ten."""
+QUANTISATION, HUFFMAN, SCANS, TOO_MANY = 1, 2, 4, 8
 """Bits of `missing_parts`: tables that a scan uses before the stream defines them; scans with the
-rest of a component's coefficients."""
+rest of a component's coefficients; and more than MAX_SCANS."""
 
 _PROGRESSIVE, _ARITHMETIC = (0xC2, 0xC6, 0xCA, 0xCE), (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _HUFFMAN_TABLES, _START_OF_SCAN, _END_OF_IMAGE, _QUANTISATION_TABLES = 0xC4, 0xDA, 0xD9, 0xDB
@@ -52,7 +54,7 @@ def _missing(data: NDArray[np.uint8]) -> int:
     quantisation_of = np.zeros(256, np.int64)  # the table's number, by the component's
     sent = np.full((256, 64), -1, np.int8)  # the lowest bit sent of each component's coefficients
     components = np.zeros(256, np.bool_)
-    missing, position = 0, next_marker(data, 0)
+    missing, scans, position = 0, 0, next_marker(data, 0)
     while position >= 0:
         kind = int(data[position + 1])
         begin = position + 4
@@ -73,6 +75,9 @@ def _missing(data: NDArray[np.uint8]) -> int:
                 quantisation_of[body[at]] = body[at + 2]
                 components[body[at]] = True
         elif kind == _START_OF_SCAN:
+            scans += 1
+            if scans > MAX_SCANS:
+                return TOO_MANY
             missing |= _missing_in_scan(body, kind_of_frame, tables, quantisation_of)
             _note_scan(body, kind_of_frame, sent)
             if kind_of_frame not in _PROGRESSIVE and body[:1].sum() == components.sum():

@@ -40,7 +40,9 @@ _crc32 = ctypes.CDLL(zlib_ng.__file__).zng_crc32_z
 _crc32.argtypes, _crc32.restype = [ctypes.c_uint32, _pointer, _size], ctypes.c_uint32
 
 RGB, CMYK = 0, 11  # TJPF_RGB, TJPF_CMYK
-ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT, the one PIL uses
+FLAGS = 4096 | 32768
+"""TJFLAG_ACCURATEDCT: the inverse DCT that PIL uses. TJFLAG_LIMITSCANS: more than 500 scans are an
+error; each can take as long as a whole image."""
 
 OK, SHORT_READ, WRONG_BYTES, BAD_HEADER, WRONG_SIZE, BAD_PIXELS = range(6)
 REASONS = {
@@ -87,7 +89,7 @@ class Decoder:
         _renew(self.handle)
         code = _decompress(
             int(self.handle[0]), data.ctypes.data, data.size, pixels.ctypes.data,
-            width, 0, height, colours, ACCURATE_DCT,
+            width, 0, height, colours, FLAGS,
         )  # fmt: skip
         return self.error() if code else ""
 
@@ -143,7 +145,7 @@ def decode_records(
             return b, WRONG_SIZE
         code = _decompress(
             handle[0], scratch.ctypes.data, size, canvas[b].ctypes.data,
-            -(-width // scale), canvas.shape[2] * 3, -(-height // scale), RGB, ACCURATE_DCT,
+            -(-width // scale), canvas.shape[2] * 3, -(-height // scale), RGB, FLAGS,
         )  # fmt: skip
         if code != 0:
             return b, BAD_PIXELS

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from pipeline.errors import safe_lines
 from pipeline.images import load_rgb
 from tools.report.results import PICTURES, RESULTS
 from train.run.provenance import write_bytes
@@ -60,6 +61,7 @@ def width(values: Sequence[float]) -> str:
 _TEMPLATES = Environment(
     loader=PackageLoader("tools.report"),
     autoescape=True,
+    finalize=lambda value: safe_lines(value) if type(value) is str else value,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -1,6 +1,7 @@
 """Each JPEG decodes as if it were alone, whatever was decoded before it, by every reader."""
 
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,18 @@ def test_verify_names_only_the_damaged_record(tmp_path: Path, workers: int) -> N
     names[5] = "bad: a flipped bit in a table"
     problems = verify(write(tmp_path / "x.beton", names), None, workers).problems
     assert [name for name, _ in problems] == ["record 5"]
+
+
+def test_scans_and_fill_bytes_are_bounded() -> None:
+    """Without it a small file holds packing, or a decoding thread, for minutes."""
+    whole = jpegs.jpeg(progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    many = whole[:last] + whole[last:-2] * 600 + whole[-2:]
+    with pytest.raises(BadImage, match="more than 500 scans"):
+        pack_image(many, Storage())
+    pixels = np.empty((jpegs.HEIGHT, jpegs.WIDTH, 3), np.uint8)
+    assert "500 scans" in Decoder(0).decompress(many, pixels)
+    start = time.process_time()
+    with pytest.raises(BadImage):
+        pack_image(b"\xff\xd8" + b"\xff" * 20_000_000, Storage())
+    assert time.process_time() - start < 2

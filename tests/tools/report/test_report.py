@@ -152,6 +152,19 @@ def test_texts_are_not_markup(tmp_path: Path) -> None:
         assert "<script" not in path.read_text()
 
 
+def test_control_characters_of_files_are_escaped(tmp_path: Path) -> None:
+    """Without it a page that is read in a terminal, with `cat` or a text browser, obeys a file."""
+    run, evil = write_run(tmp_path / "run"), "a\x1b[31m\u202eb"
+    config = {"name": evil, "data": {"path": evil}, "model": {"arch": evil}}
+    (run / "config.yaml").write_text(json.dumps(config))
+    rows = [{"metric": "miou", "network": evil, "value": 0.4}]
+    (run / "eval.json").write_text(json.dumps({"results": rows, "command": evil}))
+    call(report.main, run)
+    call(compare.main, run, write_run(tmp_path / "other"), "--out", tmp_path / "compare.html")
+    for path in (run / "report.html", tmp_path / "compare.html"):
+        assert not {"\x1b", "\u202e"} & set(path.read_text())
+
+
 def test_missing_parts_name_the_command_that_adds_them(tmp_path: Path) -> None:
     """A run without measurements has a page too, which shows a newcomer how to add them."""
     run = write_run(tmp_path / "run")
