@@ -4,9 +4,9 @@ import pytest
 
 from tests.fuzz.driver import READERS, fuzz
 
-INPUTS = {"beton": 1000, "configuration": 100}
+INPUTS = {"beton": 800, "configuration": 60, "results": 60}
 """Inputs of a reader, by its speed; `OTHERS` for those that are not named."""
-OTHERS = 200
+OTHERS = 150
 
 
 @pytest.mark.parametrize("reader", READERS)
