@@ -224,7 +224,7 @@ def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"\xff\xfe",
+        b"\xfd\xfe",
         b'{"loss": 1.0}',
         b'{"step": NaN}',
         b'{"step": 1, "seconds": NaN}',
