@@ -55,7 +55,8 @@ MAX_STRIPS = 1_000_000
 _HEAD = 1 << 16  # bytes in which most JPEGs' headers end
 _REASON = 120  # characters of a library's message
 _SIZES = re.compile(rb"\xff\x4f\xff\x51.{4}(.{16})", re.DOTALL)  # of a JPEG 2000 stream
-_BITS, _STRIPS = 258, (273, 324)  # tags of a TIFF: bits of a channel; offsets of strips, of tiles
+_BITS, _WHITE, _STRIPS = 258, 262, (273, 324)
+"""Tags of a TIFF: bits of a channel; 0 if zero is white; offsets of strips, of tiles."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,14 @@ def open_stored(data: bytes, limits: Limits = LIMITS) -> Image.Image:
     Raises:
         BadImage: if it cannot be opened, or is beyond the limits.
     """
+    orientation = 1
     if data[:3] == b"\xff\xd8\xff" and (header := jpeg_header(data)):
-        data = without_metadata(data, header)
+        data, orientation = without_metadata(data, header), header.orientation
     elif data.startswith(SIGNATURE):
-        data = pixels_only(data, read_png(io.BytesIO(data)))
+        png = read_png(io.BytesIO(data))
+        data, orientation = pixels_only(data, png), png.orientation
+    if orientation != 1:
+        raise BadImage(f"its metadata turn it (orientation {orientation}): store it upright")
     with _opened(io.BytesIO(data), limits, close=False) as image:
         return image
 
@@ -274,7 +279,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         stored = 16
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             stored = image.tag_v2.get(_BITS, (16,))[0]
-        image = Image.fromarray((np.asarray(image) >> (stored - 8)).astype(np.uint8))
+        values = np.asarray(image) >> (stored - 8)
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_WHITE) == 0:
+            values = 255 - values  # zero is white; Pillow inverts 8 bits alone
+        image = Image.fromarray(values.astype(np.uint8))
     if image.mode in ("I", "F"):
         raise BadImage("32-bit pixels, whose range is not known")
     if image.mode == "P" and "transparency" in image.info:

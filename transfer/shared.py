@@ -9,8 +9,8 @@ from pipeline.errors import UserError, printable
 
 
 def check_apart(train: Sequence[Path], val: Sequence[Path], source: Path) -> None:
-    """Raise UserError if an image of `val`, which `source` describes, is in `train`: the same file,
-    or one of the same name and content.
+    """Raise UserError if an image of `val`, which `source` describes, is in `train`: one of the
+    same name and content. A copy under another name is not noticed.
     """
     try:
         common = list(_shared(train, val))

@@ -414,10 +414,14 @@ def aligned(title: str, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join((title, *lines))
 
 
+_MARKUP = re.compile(r"[\\`|\[\]*~$]|\b_|_\b")
+"""What Markdown gives a meaning; an underscore has none inside a word."""
+
+
 def markdown(title: str, rows: Sequence[Sequence[str]]) -> str:
     """The table in Markdown. Texts of the files are neither markup nor HTML in it."""
     head, *lines = (
-        "| " + " | ".join(re.sub(r"([\\`|\[\]])", r"\\\1", escape(cell, False)) for cell in row)
+        "| " + " | ".join(_MARKUP.sub(r"\\\g<0>", escape(cell, False)) for cell in row)
         + " |" for row in rows
     )  # fmt: skip
     return "\n".join((f"**{title}**", "", head, "|---" * len(rows[0]) + "|", *lines))

@@ -1,5 +1,6 @@
 """The one reader of image files: its pixels, its limits, and its words for damaged files."""
 
+import io
 import os
 import struct
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from pipeline.beton import Beton
 from pipeline.errors import BadImage, UserError
@@ -287,3 +288,25 @@ print((peak() - before) / 12e6)
         )  # fmt: skip
         assert float(done.stdout) < 30, form
     assert LIMITS.max_pixels == LIMITS.max_bytes == 100_000_000
+
+
+def test_zero_is_white_in_a_grey_tiff_of_any_depth(tmp_path: Path) -> None:
+    """Without it scans of 16 bits are negatives, while those of 8 bits are not."""
+    values = np.array([[0, 20_000], [40_000, 65_535]], np.uint16)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[262] = 0
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo=tags)
+    with Image.open(tmp_path / "a.tif") as stored:
+        assert stored.tag_v2[262] == 0 and stored.mode == "I;16"
+    expected = 255 - (values >> 8)
+    assert np.array_equal(load_rgb(tmp_path / "a.tif")[..., 0], expected)
+
+
+def test_a_label_map_that_is_turned_is_refused(tmp_path: Path) -> None:
+    """Without it its labels lie upside down on a photograph with the same orientation."""
+    tag = Image.Exif()
+    tag[0x0112] = 3
+    stream = io.BytesIO()
+    Image.fromarray(np.eye(4, dtype=np.uint8)).save(stream, "PNG", exif=tag)
+    with pytest.raises(BadImage, match="orientation 3"):
+        open_stored(stream.getvalue())

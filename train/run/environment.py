@@ -30,6 +30,7 @@ _OTHERS = (
     "MASTER_PORT",
 )
 """Further numbers that Accelerate or torch reads."""
+_LOCAL_SIZE = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets."""
 
@@ -72,7 +73,11 @@ def check_environment(precision: str, accumulation: int, on_gpu: bool) -> None:
 def _check_processes(on_gpu: bool) -> None:
     """The processes are to find each other: otherwise each would train alone, or wait."""
     rank, world, local, _ = map(_number, (_RANK, _WORLD, ("LOCAL_RANK",), _OTHERS))
-    if world is None and local is None:
+    for name, least, most in (("LOCAL_WORLD_SIZE", 1, 1 << 20), ("MASTER_PORT", 1, 65535)):
+        number = _number((name,))
+        if number is not None and not least <= number <= most:
+            raise UserError(f"{name} must be {least} to {most}, not {number}")
+    if rank is world is local is None:
         # accelerate launch gives an address, but no number, to the only process that it starts
         if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
             raise UserError(
@@ -84,6 +89,8 @@ def _check_processes(on_gpu: bool) -> None:
         return
     by_mpi = not on_gpu and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
     missing = [] if by_mpi else [name for name in _TORCHRUN if not os.environ.get(name)]
+    if by_mpi and world != _number(_LOCAL_SIZE) and not os.environ.get("MASTER_ADDR"):
+        missing = ["MASTER_ADDR"]
     if missing:
         raise UserError(
             f"{', '.join(missing)}: not set, although other variables of several processes are: "

@@ -85,7 +85,7 @@ class Journal:
             if not self._path.exists():
                 tell(f"warning: {self._path} was deleted: it begins anew at step {values['step']}")
                 self._create()
-            with self._path.open("ab") as file:
+            with open(self._path, "ab", opener=_at_once) as file:
                 file.write(json.dumps(values).encode() + b"\n")
         except OSError as error:
             self._problem = UserError(f"{self._path}: cannot be written ({error.strerror})")
@@ -122,14 +122,12 @@ class Journal:
 
     def _scan(self, step: int) -> tuple[list[tuple[int, int]], int, int]:
         """Begin and end of the lines up to `step`, joined where they touch; the number of the first
-        damaged line before the last of them, and how many such lines there are. What comes later
-        is cut anyway.
+        damaged line before the last good one, and how many such lines there are. Of a file without
+        any good line up to `step`, all that cannot be read counts. A damaged end is cut anyway.
         """
         kept: list[tuple[int, int]] = []
-        others: list[int] = [
-            0,
-            0,
-        ]  # since the last good line: the number of the first, and how many
+        others = [0, 0]  # since the last line that was kept: the number of the first, and how many
+        torn = [0, 0]  # of these, those that cannot be read
         first, count, end, self.scored = 0, 0, 0, -1
         with self._path.open("rb") as file:
             for number, text in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
@@ -137,11 +135,18 @@ class Journal:
                 line = _read(text)
                 if line is None or line.step > step:
                     others = [others[0] or number, others[1] + 1]
+                    if line is None:
+                        torn = [torn[0] or number, torn[1] + 1]
+                    else:
+                        first, count, torn = first or torn[0], count + torn[1], [0, 0]
                     continue
-                first, count, others = first or others[0], count + others[1], [0, 0]
+                first, count = first or others[0], count + others[1]
+                others, torn = [0, 0], [0, 0]
                 touches = kept and kept[-1][1] == begin
                 kept.append((kept.pop()[0] if touches else begin, end))
                 self.scored = line.step if line.results else self.scored
+        if not kept and torn[1]:
+            first, count = first or torn[0], count + torn[1]
         return kept, first, count
 
     def _replace(self, kept: list[tuple[int, int]]) -> None:
@@ -159,6 +164,11 @@ class Journal:
         os.fsync(self._handle)
         beside.replace(self._path)
         os.fsync(self._handle)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens a file; a pipe that nobody reads is an error instead of a wait for ever."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def tell(line: str, stream: TextIO | None = None) -> None:

@@ -11,6 +11,7 @@ from accelerate.utils import DynamoBackend
 from pipeline.errors import UserError
 from tests import ROOT
 from tests.helpers.training import small_beton, small_run
+from train.run import environment
 from train.run.environment import check_environment
 from train.run.launch import launch
 from train.run.settings import to_yaml
@@ -152,3 +153,24 @@ def test_one_process_instead_of_two_is_said(tmp_path: Path) -> None:
     )  # fmt: skip
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert ended.returncode and len(lines) == 1 and "torchrun --nproc_per_node" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE must be 1 to"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT must be 1 to 65535"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "MASTER_ADDR: not set"),
+        ({"RANK": "1"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set"),
+    ],
+)
+def test_numbers_that_launchers_give(
+    variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it Accelerate ends in a traceback, or one of several processes trains alone."""
+    for name in (*environment._TORCHRUN, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=named):
+        check_environment("no", 1, on_gpu=False)

@@ -243,3 +243,28 @@ def test_a_full_terminal_does_not_end_a_run(
         journal.write({"step": step}, f"step {step}")
     assert [json.loads(line)["step"] for line in curve.read_text().splitlines()[4:]] == [12, 15]
     assert capfd.readouterr().err.count("standard output: No space left on device") == 1
+
+
+@pytest.mark.parametrize("bad", [[8], [3, 4, 5, 6, 7, 8], list(range(1, 21))])
+def test_damage_right_before_the_checkpoint_is_said(
+    bad: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it lines that the checkpoint had promised are lost without a word."""
+    texts = [f'{{"step": {i}, "loss": 0.5}}' for i in range(1, 21)]
+    lines = ["#" + text if i in bad else text for i, text in enumerate(texts, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    Journal(tmp_path).rewind(8)
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert kept == [text for i, text in enumerate(texts, 1) if i <= 8 and i not in bad]
+    assert f"line {bad[0]} is damaged" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl.damaged").read_text().splitlines() == lines
+
+
+def test_a_pipe_in_place_of_the_curve_is_an_error(tmp_path: Path) -> None:
+    """Without it the run waits for ever for somebody who reads the pipe."""
+    journal = Journal(tmp_path)
+    journal.rewind(0)
+    (tmp_path / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    journal.write({"step": 1, "loss": 0.5}, "")
+    assert "cannot be written" in str(journal.problem())
