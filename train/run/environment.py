@@ -87,6 +87,8 @@ def _check_processes(on_gpu: bool) -> None:
         return
     if world == 1 and local is None:
         return
+    if rank is not None and world is not None and rank >= world:
+        raise UserError(f"{_first(_RANK)} is {rank}, and {_first(_WORLD)} is {world}")
     by_mpi = not on_gpu and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
     missing = [] if by_mpi else [name for name in _TORCHRUN if not os.environ.get(name)]
     if by_mpi and world != _number(_LOCAL_SIZE) and not os.environ.get("MASTER_ADDR"):
@@ -96,8 +98,6 @@ def _check_processes(on_gpu: bool) -> None:
             f"{', '.join(missing)}: not set, although other variables of several processes are: "
             "start them with torchrun or accelerate launch"
         )
-    if rank is not None and world is not None and rank >= world:
-        raise UserError(f"{_first(_RANK)} is {rank}, and {_first(_WORLD)} is {world}")
 
 
 def _text(name: str, default: str) -> str:
