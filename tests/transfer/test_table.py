@@ -425,7 +425,7 @@ def test_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = result(tmp_path / "run", metadata=COCO | {"run": "a|b"})
     call(main, run / "result.json", "--markdown", tmp_path / "table.md")
     page = (tmp_path / "table.md").read_text()
-    assert r"| * SlotCon: a\|b | COCO | 800 |" in page
+    assert r"| \* SlotCon: a\|b | COCO | 800 |" in page
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert all(line.count("|") - line.count(r"\|") in (13, 5) for line in lines)
     printed = capsys.readouterr().out.splitlines()
