@@ -11,9 +11,14 @@ Align = Literal["assignments", "projections"]
 
 # The metadata of a field are its bounds: the words after "must be", and a test of the value.
 _Bound = dict[str, Callable[[Any], bool]]
-_COUNT: _Bound = {"a whole number of at least 1": lambda value: type(value) is int and value >= 1}
-_POSITIVE: _Bound = {"a positive number": lambda value: 0 < value < math.inf}
-_WEIGHT: _Bound = {"0 or a positive number": lambda value: 0 <= value < math.inf}
+_WIDEST, _LARGEST = 65_536, 10**9  # a square matrix of the first has 17 GB
+_SMALL: _Bound = {f"at most {_LARGEST:,}": lambda value: value <= _LARGEST}
+_COUNT: _Bound = {
+    "a whole number of at least 1": lambda value: type(value) is int and value >= 1,
+    f"at most {_WIDEST:,}": lambda value: value <= _WIDEST,
+}
+_POSITIVE: _Bound = {"a positive number": lambda value: 0 < value < math.inf} | _SMALL
+_WEIGHT: _Bound = {"0 or a positive number": lambda value: 0 <= value < math.inf} | _SMALL
 _SHARE: _Bound = {"in 0..1": lambda value: 0 <= value <= 1}
 
 

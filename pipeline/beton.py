@@ -3,9 +3,12 @@
 import hashlib
 import os
 import stat
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import (
@@ -20,7 +23,7 @@ from pipeline.ffcv_format import (
     VERSION,
     metadata_type,
 )
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, manifest_path
 from pipeline.turbojpeg import (
     BAD_HEADER,
     BAD_PIXELS,
@@ -35,6 +38,11 @@ BLOCK = 1 << 20  # bytes of the file that one read-ahead request covers
 MAX_PIXELS = 178_956_970
 """Pillow's limit for decompression bombs. Larger images are not packed, and a damaged size must not
 cause an allocation of gigabytes."""
+FINGERPRINTED = 1 << 30
+"""Bytes that `Beton.fingerprint` reads of a beton with a manifest. It takes half a second from the
+page cache."""
+SIZES_CHANGED = "the images' heights and widths are not those that were packed"
+_READ = 1 << 20  # bytes
 
 
 class CorruptRecord(UserError):
@@ -47,8 +55,9 @@ class Beton:
     Attributes: `path`; `index` int64 [N], each image's number in its source; `label` int64 [N] or
     None; `height` and `width` int64 [N] in pixels; `records` int64 [N, 5] (pointer, bytes, height,
     width, mode); `bytes`, the size of the file; `page_size` in bytes; `data` and `table`, the
-    offsets at which the records begin and end. The file stays open, so a beton that is renamed or
-    deleted while a loader runs stays readable.
+    offsets at which the records begin and end; `checksums` int64 [N], the CRC-32 that each record
+    must have when it is read, or -1, see `require_checksums`. The file stays open, so a beton that
+    is renamed or deleted while a loader runs stays readable.
 
     Raises UserError, naming the file, if it is not a beton that slotstream can read completely.
     Every pointer, count and size in the file is checked before it is used.
@@ -63,6 +72,8 @@ class Beton:
         if not stat.S_ISREG(os.fstat(self.file).st_mode):
             raise UserError(f"{self.path}: not a file")
         self.bytes = os.fstat(self.file).st_size
+        self._written = os.fstat(self.file).st_mtime_ns
+        self._fingerprint = ""
         header = self._read(HEADER, 0, 1)[0]
         if header["version"] != VERSION:
             raise UserError(
@@ -88,6 +99,7 @@ class Beton:
                 f"{self.path}: has {self.bytes - self.table - table.nbytes} bytes after its end"
             )
         self.records = self._locate(columns["image"], table)
+        self.checksums = np.full(samples, -1, np.int64)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -106,13 +118,64 @@ class Beton:
             pass
         return f"record {i}"
 
+    def require_checksums(self) -> None:
+        """From now on, each record that is read must have the checksum in the manifest beside the
+        beton. A manifest that is damaged or of another file is left out, with a warning.
+
+        Raises UserError if the images' heights and widths are not those that were packed.
+        """
+        if self.checksums[0] >= 0 or not manifest_path(self.path).exists():
+            return
+        try:
+            self.checksums = self._known_checksums()
+        except UserError as error:
+            print(f"warning: {error}: no image is compared with it", file=sys.stderr, flush=True)
+            return
+        if self.sizes_changed(Manifest.beside(self.path)):
+            raise UserError(f"{self.path}: {SIZES_CHANGED}")
+
+    def sizes_changed(self, manifest: Manifest) -> bool:
+        """Whether the table has other heights and widths than were packed, if that is known."""
+        return manifest.sizes not in ("", digest_of_sizes(self.height, self.width))
+
+    def require_unchanged(self) -> None:
+        """Raises UserError if anyone has written to the file since it was opened."""
+        now = os.fstat(self.file)
+        if (now.st_size, now.st_mtime_ns) != (self.bytes, self._written):
+            raise UserError(
+                f"{self.path}: the file was written to while it was in use: put a new beton under"
+                " a new name, or move it over the old one"
+            )
+
     def fingerprint(self) -> str:
-        """A SHA-256 that identifies this beton: of its tables and the first bytes of 64 records."""
+        """A SHA-256 that identifies this beton: of its tables and the CRC-32 of every record.
+
+        In a beton of up to `FINGERPRINTED` bytes, or without a manifest, each record is read. Of a
+        larger one as many are read, evenly spread, and the others' CRC-32 is the manifest's.
+        """
+        if not self._fingerprint:
+            known = self.checksums.copy()
+            if known[0] < 0:
+                with suppress(UserError, OSError):
+                    known = self._known_checksums()
+            step = -(-int(self.records[:, 1].sum()) // FINGERPRINTED)
+            read = np.flatnonzero((np.arange(len(self)) % step == 0) | (known < 0))
+            for i in read.tolist():
+                known[i] = self._crc32(*self.records[i, :2].tolist())
+            digest = hashlib.sha256(self.records.tobytes() + self.index.tobytes())
+            digest.update(known.tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        """Whether this is the beton's fingerprint, or the one that slotstream's first runs noted:
+        of the tables and the first bytes of 64 records.
+        """
         digest = hashlib.sha256(self.records.tobytes() + self.index.tobytes())
         for i in np.linspace(0, len(self) - 1, min(64, len(self))).astype(int):
             pointer, size = self.records[i, :2]
             digest.update(os.pread(self.file, min(size, 4096), pointer))
-        return digest.hexdigest()
+        return fingerprint in (self.fingerprint(), digest.hexdigest())
 
     def decode(self, i: int) -> np.ndarray:
         """Record `i` as uint8 [H, W, 3] RGB. Raises CorruptRecord."""
@@ -132,9 +195,15 @@ class Beton:
         """
         begin = 0
         while begin < len(which):
-            records, rest = self.records[which[begin:]], canvas[begin:]
+            rows, rest = which[begin:], canvas[begin:]
             bad, code = decode_records(
-                self.file, records, decoder.handle, decoder.scratch, rest, scale
+                self.file,
+                self.records[rows],
+                self.checksums[rows],
+                decoder.handle,
+                decoder.scratch,
+                rest,
+                scale,
             )
             if code == OK:
                 break
@@ -153,6 +222,22 @@ class Beton:
     def corrupt(self, i: int, reason: str) -> CorruptRecord:
         """The error that names record `i`."""
         return CorruptRecord(f"{self.path}: {printable(self.name(i))}: {reason}")
+
+    def _known_checksums(self) -> np.ndarray:
+        """The CRC-32 of each record by the manifest. Raises UserError if it does not match."""
+        manifest = Manifest.beside(self.path)
+        lines = [(record.bytes, int(record.crc32, 16)) for record in manifest.records()]
+        sizes, checksums = np.array(lines, np.int64).reshape(-1, 2).T
+        if manifest.bytes != self.bytes or not np.array_equal(sizes, self.records[:, 1]):
+            raise UserError(f"{manifest.path}: belongs to another beton: sizes differ")
+        return checksums
+
+    def _crc32(self, pointer: int, size: int) -> int:
+        """The CRC-32 of bytes of the file; 0 of those after its end."""
+        value = 0
+        for offset in range(0, size, _READ):
+            value = crc32(os.pread(self.file, min(_READ, size - offset), pointer + offset), value)
+        return value
 
     def _read(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
         """`count` entries of a table. Raises UserError if the file ends before them."""
@@ -200,3 +285,9 @@ class Beton:
             first = printable(self.name(int(np.flatnonzero(wrong)[0])))
             raise UserError(f"{self.path}: {first}: its entry in the table is damaged")
         return records
+
+
+def digest_of_sizes(height: np.ndarray, width: np.ndarray) -> str:
+    """A SHA-256 of all heights and widths [N], which the manifest notes."""
+    sizes = np.stack([height, width], axis=1).astype("<i8")
+    return hashlib.sha256(sizes.tobytes()).hexdigest()

@@ -19,6 +19,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.beton import digest_of_sizes
 from pipeline.errors import UserError
 from pipeline.ffcv_format import (
     ALLOCATION,
@@ -164,6 +165,11 @@ class BetonWriter:
     def sizes(self) -> NDArray[np.uint64]:
         """Bytes of each sample: uint64 [count]."""
         return self._allocations["size"][: self.count]
+
+    def digest_of_sizes(self) -> str:
+        """The SHA-256 of the samples' heights and widths that the manifest notes."""
+        image = self._metadata["f0"][: self.count]
+        return digest_of_sizes(image["height"], image["width"])
 
     def skip(self) -> None:
         """Skip the next sample."""

@@ -10,28 +10,48 @@ The metadata of a dataclass field are its bounds: words after "must be", and a t
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from pipeline.errors import require
 
-Bound = Mapping[str, Callable[[Any], bool]]
-"""The words that follow "must be", and the test of a value."""
+Bound = dict[str, Callable[[Any], bool]]
+"""The words that follow "must be", and the test of a value; all of them must hold."""
 
-POSITIVE: Bound = {"a positive number": lambda value: 0 < value < math.inf}
+LARGEST = 10**9
+"""No count, rate or weight of a run is larger. Larger ones overflow in clocks and in float32."""
+LONGEST_SIDE = 16_384
+"""Pixels: a square of this side has 0.8 GB."""
+WIDEST = 65_536
+"""Features or prototypes: a square matrix of this side has 17 GB."""
+MOST_PROCESSES = 1024
+"""Threads or processes of one process: no machine has more cores."""
+
+
+def at_most(high: float) -> Bound:
+    return {f"at most {high:,}": lambda value: value <= high}
+
+
+def positive(high: float = LARGEST) -> Bound:
+    return {"a positive number": lambda value: 0 < value < math.inf} | at_most(high)
+
+
+POSITIVE = positive()
 BELOW_1: Bound = {"at least 0 and less than 1": lambda value: 0 <= value < 1}
 UP_TO_1: Bound = {"above 0 and at most 1": lambda value: 0 < value <= 1}
 
 RANGE: Bound = {
     "two growing positive numbers": lambda pair: (
         len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf
-    )
+    ),
+    "in 0.01..100": lambda pair: pair[0] >= 0.01 and pair[1] <= 100,
 }
 
 
-def at_least(low: float) -> Bound:
-    return {"0 or more" if low == 0 else f"at least {low}": lambda value: low <= value < math.inf}
+def at_least(low: float, high: float = LARGEST) -> Bound:
+    words = "0 or more" if low == 0 else f"at least {low}"
+    return {words: lambda value: low <= value < math.inf} | at_most(high)
 
 
 def within(low: float, high: float) -> Bound:
@@ -48,8 +68,11 @@ def some_of(names: Iterable[str]) -> Bound:
 
 def optional(bound: Bound) -> Bound:
     """The same bound, for a setting that may also be null."""
-    ((meaning, holds),) = bound.items()
-    return {f"{meaning}, or null": lambda value: value is None or holds(value)}
+
+    def or_null(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: value is None or holds(value)
+
+    return {f"{meaning}, or null": or_null(holds) for meaning, holds in bound.items()}
 
 
 @dataclass(frozen=True)

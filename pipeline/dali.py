@@ -5,15 +5,15 @@ parameters and boxes as a batch of `pipeline.loader.ViewLoader`, and pixels that
 With a GPU, DALI decodes there (nvJPEG); otherwise it uses its CPU operators.
 
 DALI decodes a damaged JPEG without an error as long as its headers and its end are intact. So each
-record is checked when it is first read: its checksum must be the one in the manifest, or
-libjpeg-turbo must decode it. DALI gets its bytes only after this check.
+record is checked when it is first read: its checksum must be the one in the manifest, or, without a
+manifest, libjpeg-turbo must decode it. DALI gets its bytes only after this check. Of a JPEG without
+all its parts, which decoders complete in different ways, it gets libjpeg-turbo's pixels.
 """
 
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -27,8 +27,8 @@ from zlib_ng.zlib_ng import crc32
 from pipeline.augment import get_backend
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.errors import UserError
-from pipeline.ffcv_format import RAW
-from pipeline.manifest import Manifest
+from pipeline.ffcv_format import JPEG, RAW
+from pipeline.jpeg_parts import missing_parts
 from pipeline.source import EPOCH_HAS_ENDED, Batch, BatchSource, Replacements, draw
 from pipeline.turbojpeg import REASONS, SHORT_READ, Decoder
 from pipeline.views import ViewConfig, ViewParams
@@ -64,10 +64,10 @@ class DaliLoader(BatchSource):
     ) -> None:
         super().__init__(beton, views, batch_size, **options)
         self._colour = get_backend(backend).colour
-        self._replacements = Replacements(beton)
+        self._replacements = Replacements(beton, self.max_replaced)
         self.replaced = self._replacements.known
-        self._checksums = _checksums(beton)
         self._checked = np.zeros(len(beton), np.bool_)
+        self._incomplete = np.zeros(len(beton), np.bool_)  # JPEGs, see pipeline.jpeg_parts
         self._pool = ThreadPoolExecutor(self.threads, "read")
         self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
         self._build(self.size_of(0))
@@ -216,7 +216,7 @@ class DaliLoader(BatchSource):
         reading: deque[tuple[list[int], list[Future[_Read]]]] = deque()
         for step in range(len(shares) + _READ_AHEAD):
             if step < len(shares):
-                which = [self._current(i) for i in shares[step].tolist()]
+                which = self._replacements.apply(shares[step]).tolist()
                 slices = [which[t :: self.threads] for t in range(self.threads)]
                 reading.append((which, [self._pool.submit(self._read_all, s) for s in slices]))
             if step >= _READ_AHEAD:
@@ -241,7 +241,7 @@ class DaliLoader(BatchSource):
     def _read(self, i: int) -> tuple[_File, str]:
         """Record `i` as a file for DALI, and the reason why DALI must not get it, or ""."""
         pointer, size, height, width, mode = self.beton.records[i].tolist()
-        header = b"P6 %d %d 255\n" % (width, height) if mode == RAW else b""
+        header = _ppm(height, width) if mode == RAW else b""
         file = np.empty(len(header) + size, np.uint8)
         file[: len(header)] = np.frombuffer(header, np.uint8)
         data = file.data[len(header) :]
@@ -251,22 +251,24 @@ class DaliLoader(BatchSource):
         except OSError as error:
             return file, str(error)
         if not self._checked[i]:
-            reason = "" if crc32(data) == self._checksums[i] else self._fault(i)
-            self._checked[i] = not reason
-            return file, reason
-        return file, ""
+            self._incomplete[i] = mode == JPEG and missing_parts(file)
+            known = not self._incomplete[i] and crc32(data) == self.beton.checksums[i]
+            if reason := "" if known else self._fault(i):
+                return file, reason
+            self._checked[i] = True
+        return (self._decoded(i) if self._incomplete[i] else file), ""
+
+    def _decoded(self, i: int) -> _File:
+        """Record `i` as libjpeg-turbo decodes it, as a PPM."""
+        pixels = self.beton.decode(i)
+        header = _ppm(*pixels.shape[:2])
+        return np.concatenate([np.frombuffer(header, np.uint8), pixels.reshape(-1)])
 
     def _fault(self, i: int) -> str:
         """The reason why libjpeg-turbo cannot decode record `i`, or ""."""
         canvas = np.empty((1, self.beton.height[i], self.beton.width[i], 3), np.uint8)
         decoder = Decoder(int(self.beton.records[i, 1]))
         return self.beton.try_decode(np.array([i]), canvas, decoder)[1]
-
-    def _current(self, i: int) -> int:
-        """Record `i`, or its replacement; if that has gone bad since, the next replacement."""
-        while i in self.replaced:
-            i = self.replaced[i]
-        return i
 
     def _replacement(self, i: int, reason: str) -> int:
         """The replacement of record `i`. Raises CorruptRecord if `on_corrupt` is "stop"."""
@@ -275,14 +277,9 @@ class DaliLoader(BatchSource):
         return self._replacements.find(i, reason)
 
 
-def _checksums(beton: Beton) -> NDArray[np.int64]:
-    """The CRC-32 of each record by the beton's manifest; -1 without a matching manifest."""
-    checksums = np.full(len(beton), -1)
-    with suppress(UserError, ValueError):
-        known = [int(record.crc32, 16) for record in Manifest.beside(beton.path).records()]
-        if len(known) == len(beton):
-            checksums[:] = known
-    return checksums
+def _ppm(height: int, width: int) -> bytes:
+    """The header of a PPM, which raw RGB follows."""
+    return b"P6 %d %d 255\n" % (width, height)
 
 
 class _Job(NamedTuple):

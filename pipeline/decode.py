@@ -34,17 +34,23 @@ class RecordLoader(ABC):
     The pixels are in a small ring of buffers, pinned if `pin` is set. Buffers are reused and grow
     to the largest batch so far. A subclass defines the shape of the pixels and writes them.
 
-    A record that cannot be decoded ends the iteration (`on_corrupt` "stop") or is replaced.
+    A record that cannot be decoded ends the iteration (`on_corrupt` "stop") or is replaced, see
+    `pipeline.source.Replacements`.
     """
 
     def __init__(
-        self, beton: Beton, threads: int, pin: bool, on_corrupt: OnCorrupt = "stop"
+        self,
+        beton: Beton,
+        threads: int,
+        pin: bool,
+        on_corrupt: OnCorrupt = "stop",
+        max_replaced: float = 1.0,
     ) -> None:
         self.beton = beton
         self.threads = threads
         self.pin = pin
         self.on_corrupt = on_corrupt
-        self.replacements = Replacements(beton)
+        self.replacements = Replacements(beton, max_replaced)
         self._thread = threading.local()  # each thread's decoder and canvas
         self._pool = ThreadPoolExecutor(threads, "decode")
         self._ring = [torch.empty(0, dtype=torch.uint8) for _ in range(_AHEAD + 1)]
@@ -150,6 +156,10 @@ class RecordLoader(ABC):
         decoder: Decoder = self._thread.decoder
         return decoder
 
+    def _held(self, size: int) -> int:
+        """Bytes that a buffer takes: PyTorch rounds pinned ones up to a power of two."""
+        return 1 << (size - 1).bit_length() if self.pin else size
+
     def _buffer(self, slot: int, shape: tuple[int, ...]) -> Tensor:
         size = math.prod(shape)
         if self._ring[slot].numel() < size:
@@ -169,7 +179,8 @@ class CanvasLoader(RecordLoader):
     """Whole images: pixels [B, Hmax, Wmax, 3], image b in the top left corner of its canvas."""
 
     def worst_case(self, images: int) -> int:
-        return (_AHEAD + 1) * images * int(self.beton.height.max() * self.beton.width.max()) * 3
+        largest = images * int(self.beton.height.max() * self.beton.width.max()) * 3
+        return (_AHEAD + 1) * self._held(largest)
 
     def _shape(self, epoch: int, which: np.ndarray) -> tuple[int, ...]:
         height, width = self.beton.height[which].max(), self.beton.width[which].max()
@@ -198,17 +209,19 @@ class CropLoader(RecordLoader):
         threads: int,
         pin: bool,
         on_corrupt: OnCorrupt = "stop",
+        max_replaced: float = 1.0,
         *,
         views: ViewConfig,
         seed: int,
         size_of: Callable[[int], int],
     ) -> None:
-        super().__init__(beton, threads, pin, on_corrupt)
+        super().__init__(beton, threads, pin, on_corrupt, max_replaced)
         self.views, self.seed, self.size_of = views, seed, size_of
 
     def worst_case(self, images: int) -> int:
         largest = int((self.beton.height * self.beton.width).max()) * 3
-        return (_AHEAD + 1) * images * 2 * self.views.size**2 * 3 + self.threads * largest
+        pixels = images * 2 * self.views.size**2 * 3
+        return (_AHEAD + 1) * self._held(pixels) + self.threads * largest
 
     def _shape(self, epoch: int, which: np.ndarray) -> tuple[int, ...]:
         side = self.size_of(epoch)

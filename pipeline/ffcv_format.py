@@ -6,6 +6,7 @@ ffcv itself is not imported. The import takes seconds and 0.8 GB, and silently s
 Numba to one thread for the whole process. On two cores this halves the speed of a training step.
 """
 
+from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,10 +53,20 @@ def metadata_type(names: list[str]) -> np.dtype:
 
 
 def library() -> str:
-    """The path of ffcv's extension. It links libturbojpeg, and so gives access to its symbols."""
-    spec = find_spec("ffcv")
+    """A library with libturbojpeg's functions: ffcv's extension, which links it; without ffcv, the
+    system's libturbojpeg, or the one in a package called turbojpeg. Raises ImportError.
+    """
+    folders = [path for path in map(_package, ("ffcv", "turbojpeg")) if path]
+    patterns = ("_libffcv*.so", "../turbojpeg.libs/libturbojpeg*.so*")
+    paths = [path for folder in folders for each in patterns for path in sorted(folder.glob(each))]
+    found = str(paths[0]) if paths else find_library("turbojpeg")
+    if found is None:
+        raise ImportError("neither ffcv nor libturbojpeg is installed: see docs/install.md")
+    return found
+
+
+def _package(name: str) -> Path | None:
+    """The folder of an installed package, which is not imported."""
+    spec = find_spec(name)
     folders = (spec and spec.submodule_search_locations) or []
-    paths = [path for folder in folders for path in Path(folder).glob("_libffcv*.so")]
-    if not paths:
-        raise ImportError("ffcv's native library is not installed: see docs/install.md")
-    return str(paths[0])
+    return next(map(Path, folders), None)

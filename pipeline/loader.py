@@ -67,7 +67,7 @@ class ViewLoader(BatchSource):
         self._backend = get_backend(backend)
         on_gpu = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
-        arguments = (beton, self.threads, on_gpu, self.on_corrupt)
+        arguments = (beton, self.threads, on_gpu, self.on_corrupt, self.max_replaced)
         self._records: RecordLoader = (
             CropLoader(*arguments, views=views, seed=self.seed, size_of=self.size_of)
             if crops == "host"

@@ -15,14 +15,19 @@ A record: name, bytes stored, CRC-32 of the stored bytes as 8 hexadecimal digits
 the SHA-256 of the whole document with 64 zeros instead of the digest.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, BinaryIO, NamedTuple, TypeVar
+
+import msgspec
+from msgspec import Meta
+from msgspec.json import Decoder
 
 from pipeline.errors import UserError
 from pipeline.ffcv_format import VERSION
@@ -31,10 +36,21 @@ FORMAT = 3
 TOOL = "slotstream 0.1.0"
 ORIGINAL, SCALED, CONVERTED = "original", "scaled", "converted: "
 
+MAX_LINE = 16 << 20
+"""Bytes. A record has some hundred; the longest line lists all class names."""
+MAX_HEAD = 128 << 20
+"""Bytes before the records: more than a million skipped images. Reading them takes at most twenty
+times as much memory."""
+
 _DIGEST = b'"digest": "%b",\n'
 _NO_DIGEST = "0" * 64
 _RECORDS = b'"records": [\n'
 _END = b"]}\n"
+_FORMAT = b'{"format": %d,' % FORMAT
+
+T = TypeVar("T")
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Option = str | int | float | bool | None
 
 
 class Record(NamedTuple):
@@ -42,10 +58,20 @@ class Record(NamedTuple):
 
     name: str
     """The image's path below its source's root, with forward slashes; unique in a beton."""
-    bytes: int
-    crc32: str
+    bytes: Count
+    crc32: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}\Z")]
     how: str
-    label: int | None = None
+    label: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+
+
+@dataclass
+class Shard:
+    """Which part of a data set a beton is."""
+
+    number: Annotated[int, Meta(ge=1)]
+    of: Annotated[int, Meta(ge=1, lt=1 << 31)]
+    listing: str
+    """Digest of the settings and images that all parts share."""
 
 
 @dataclass
@@ -54,50 +80,53 @@ class Manifest:
 
     source: str
     """The name of the source: coco, imagenet, folder, …"""
-    options: dict[str, Any]
+    options: dict[str, Option]
     """All options that determine the content of the beton."""
-    count: int
+    count: Count
     """Records in the beton."""
-    bytes: int
+    bytes: Count
     """Size of the beton."""
     classes: list[str] | None = None
     """Class names in the order of the labels; None for a beton without labels."""
-    stored: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, Count] = field(default_factory=dict)
     """Records by storage: original and jpeg are JPEG streams, raw are pixels."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Name and reason of each skipped image, in the order of the source."""
-    shard: dict[str, Any] | None = None
-    """For a part of a data set: its number, the number of parts, and the digest of the settings and
-    images that all parts share."""
-    digest: str = ""
+    shard: Shard | None = None
+    """None for a whole data set."""
+    digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] = _NO_DIGEST
     tool: str = TOOL
     beton_version: int = VERSION
+    sizes: str = ""
+    """A SHA-256 of all heights and widths, which no record's checksum covers; "" in a manifest of
+    an earlier slotstream."""
     path: Path | None = None
     """The file from which this was read."""
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path) -> "Manifest":
         """Everything before the records.
 
         Raises:
             UserError: if `path` cannot be read or is not a manifest of format 3.
         """
         try:
-            with path.open("rb") as file:
-                head = json.loads(b"".join(_until_records(file)) + b'"records": []}')
-            if not isinstance(head, dict) or head.get("format") != FORMAT:
-                raise ValueError
-            known = {item.name for item in fields(cls)} - {"path"}
-            manifest = cls(**{key: head[key] for key in known & head.keys()}, path=path)
-            manifest._check_types()
+            with _open(path) as file:
+                head = b"".join(_until_records(file)) + b'"records": []}'
+            if not head.startswith(_FORMAT):
+                raise ValueError("it begins with other text")
+            manifest = decoded(head, _HEAD)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from error
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path}: not a manifest of format {FORMAT}") from error
+        except msgspec.MsgspecError as error:
+            raise UserError(f"{path}: damaged: {error}") from error
+        except ValueError as error:
+            raise UserError(f"{path}: not a manifest of format {FORMAT}: {error}") from error
+        manifest.path = path
         return manifest
 
     @classmethod
-    def beside(cls, beton: Path) -> Self:
+    def beside(cls, beton: Path) -> "Manifest":
         """The manifest of `beton`. Raises UserError."""
         return cls.read(manifest_path(beton))
 
@@ -109,25 +138,26 @@ class Manifest:
         """
         if self.path is None:
             raise ValueError("this manifest was not read from a file")
-        digest, count = hashlib.sha256(), 0
+        digest, count, line = hashlib.sha256(), 0, b""
         try:
-            with self.path.open("rb") as file:
+            with _open(self.path) as file:
                 noted, blank = (_DIGEST % value.encode() for value in (self.digest, _NO_DIGEST))
                 for line in _until_records(file):
                     digest.update(blank if line == noted else line)
                 digest.update(_RECORDS)
-                for line in file:
+                for line in _lines(file):
                     digest.update(line)
-                    if line == _END:
+                    if line == _END or count == self.count:
                         break
-                    yield _record(line)
+                    yield decoded(line.rstrip(b",\n"), _RECORD)
                     count += 1
                 digest.update(file.read(1))  # bytes after the end change the digest
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{self.path}: the line of record {count:,} is damaged") from error
-        if count != self.count or digest.hexdigest() != self.digest:
+        except ValueError as error:
+            reason = f"the line of record {count:,} is damaged: {error}"
+            raise UserError(f"{self.path}: {reason}") from error
+        if (line, count, digest.hexdigest()) != (_END, self.count, self.digest):
             raise UserError(f"{self.path}: it does not match its digest")
 
     def name(self, i: int) -> str:
@@ -139,19 +169,24 @@ class Manifest:
         if self.path is None:
             raise ValueError("this manifest was not read from a file")
         try:
-            with self.path.open("rb") as file:
+            with _open(self.path) as file:
                 for _ in _until_records(file):
                     pass
-                line = next(itertools.islice(file, i, None), b"")
-                return str(json.loads(line.rstrip(b",\n"))[0])
+                line = next(itertools.islice(_lines(file), i, None), b"")
+                return decoded(line.rstrip(b",\n"), _RECORD).name
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(f"{self.path}: the line of record {i:,} is damaged") from error
+        except ValueError as error:
+            reason = f"the line of record {i:,} is damaged: {error}"
+            raise UserError(f"{self.path}: {reason}") from error
 
     def write(self, path: Path, records: Iterable[Record]) -> None:
         """Write the manifest to `path`, completely or not at all, and set its digest."""
         self.digest = _NO_DIGEST
+        if len(_head(self)) > MAX_HEAD:
+            raise UserError(
+                f"{path}: too many skipped images: more than {MAX_HEAD:,} bytes of names"
+            )
         digest, partial = hashlib.sha256(), path.with_name(path.name + ".partial")
         with partial.open("wb", buffering=1 << 20) as file:
             for part in _parts(self, records):
@@ -164,18 +199,6 @@ class Manifest:
             os.fsync(file.fileno())
         partial.replace(path)
         self.path = path
-
-    def _check_types(self) -> None:
-        """Raises ValueError or TypeError if a value has a wrong type."""
-        if not all(type(value) is int for value in (self.count, self.bytes)):
-            raise ValueError
-        if not (isinstance(self.options, dict) and isinstance(self.shard, dict | None)):
-            raise ValueError
-        if self.classes is not None and not all(isinstance(name, str) for name in self.classes):
-            raise ValueError
-        self.stored = {str(kind): int(count) for kind, count in dict(self.stored).items()}
-        self.skipped = [(str(name), str(reason)) for name, reason in self.skipped]
-        self.digest, self.tool, self.source = str(self.digest), str(self.tool), str(self.source)
 
 
 def _parts(manifest: Manifest, records: Iterable[Record]) -> Iterator[bytes]:
@@ -204,27 +227,44 @@ def manifest_path(beton: Path) -> Path:
     return beton.with_name(beton.name + ".json")
 
 
-def _until_records(file: Iterable[bytes]) -> Iterator[bytes]:
+def decoded(text: bytes, decoder: Decoder[T]) -> T:
+    """JSON as the decoder's type. Raises ValueError."""
+    try:
+        if b"\\ud" not in text:
+            return decoder.decode(text)
+        # A name that is not UTF-8 has lone surrogates, which msgspec's own parser refuses.
+        return msgspec.convert(json.loads(text), decoder.type)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+_HEAD, _RECORD = Decoder(Manifest), Decoder(Record)
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a regular file. Raises OSError."""
+    if path.exists() and not path.is_file():  # a pipe would block
+        raise OSError(errno.EINVAL, "not a file")
+    return path.open("rb")
+
+
+def _until_records(file: BinaryIO) -> Iterator[bytes]:
     """The lines before the first record."""
-    for line in file:
+    size = 0
+    for line in _lines(file):
         if line == _RECORDS:
             return
+        if (size := size + len(line)) > MAX_HEAD:
+            raise ValueError(f"more than {MAX_HEAD:,} bytes before the records")
         yield line
     raise ValueError("no records")
 
 
-def _record(line: bytes) -> Record:
-    """The record in a line. Raises ValueError, TypeError or RecursionError if it is damaged."""
-    record = Record(*json.loads(line.rstrip(b",\n")))
-    texts = (record.name, record.crc32, record.how)
-    label = 0 if record.label is None else record.label
-    if not all(isinstance(text, str) for text in texts) or len(bytes.fromhex(record.crc32)) != 4:
-        raise ValueError
-    if type(record.bytes) is not int or not 0 <= record.bytes < 1 << 63:
-        raise ValueError
-    if type(label) is not int or not -(1 << 63) <= label < 1 << 63:
-        raise ValueError
-    return record
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise ValueError(f"a line of {MAX_LINE:,} bytes or more")
+        yield line
 
 
 def _line(record: Record) -> bytes:

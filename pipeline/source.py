@@ -26,6 +26,8 @@ from pipeline.views import ViewConfig, ViewParams, sample_views
 
 EPOCH_HAS_ENDED = "this epoch has ended: its loader has begun another one"
 
+_FIRST = 1000  # images of which the share of bad ones is first taken; one bad one proves nothing
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -51,9 +53,13 @@ class BatchSource(ABC):
     a step. The last, partial step of an epoch is dropped, so that all ranks yield equally many
     batches. For `order` and `window_bytes` see `pipeline.order`. `size_of` gives the side of the
     views in an epoch; the default is `views.size`. `threads` threads decode. For `on_corrupt` see
-    `pipeline.choices`; the index and views of a batch are those of the replacement.
+    `pipeline.choices`; the index and views of a batch are those of the replacement. More than
+    `max_replaced` of the images read is an error.
 
-    Raises UserError if the batch cannot be divided equally, or if the set is smaller than a batch.
+    A record must have the checksum in the manifest beside the beton, if there is one.
+
+    Raises UserError if the batch cannot be divided equally, if the set is smaller than a batch, or
+    if anyone has written to the file since it was opened.
     """
 
     replaced: dict[int, int]
@@ -77,14 +83,17 @@ class BatchSource(ABC):
         accumulation: int = 1,
         threads: int = 1,
         on_corrupt: OnCorrupt = "stop",
+        max_replaced: float = 0.05,
     ) -> None:
+        beton.require_unchanged()
+        beton.require_checksums()
         self.steps_per_epoch = steps_per_epoch(beton, batch_size, world, accumulation)
         self.beton, self.views, self.batch_size, self.seed = beton, views, batch_size, seed
         self.order, self.window_bytes = order, window_bytes
         self.size_of = size_of or (lambda epoch: views.size)
         self.device, self.dtype = device, dtype
         self.rank, self.world, self.accumulation = rank, world, accumulation
-        self.threads, self.on_corrupt = threads, on_corrupt
+        self.threads, self.on_corrupt, self.max_replaced = threads, on_corrupt, max_replaced
         self._ahead = ReadAhead(beton) if order == "quasi-random" else None
 
     @abstractmethod
@@ -93,9 +102,11 @@ class BatchSource(ABC):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of `epoch` from step `start` on: `accumulation` for each step.
-        Beginning an epoch ends the previous one. Raises ValueError if the epoch has no such step.
+        Beginning an epoch ends the previous one. Raises ValueError if the epoch has no such step,
+        and UserError, before and after all batches, if anyone has written to the file.
         """
         require(0 <= start <= self.steps_per_epoch, "start", start, "a step of the epoch")
+        self.beton.require_unchanged()
         shares, first = self.shares(epoch), start * self.accumulation
         if self._ahead:
             blocks, windows = block_order(self.beton, self.seed, epoch, self.window_bytes)
@@ -104,6 +115,7 @@ class BatchSource(ABC):
             if self._ahead:
                 self._ahead.reach(batches_read / len(shares))
             yield batch
+        self.beton.require_unchanged()
 
     @property
     def images_per_batch(self) -> int:
@@ -158,33 +170,48 @@ class Replacements:
     """Replaces records that cannot be decoded by the next record of the file that can be decoded.
     The replacement depends on nothing else, so it is the same on every rank and in every run.
 
-    `known` maps each bad record so far to its replacement; each is reported once, on stderr.
+    `known` maps each bad record so far to its replacement; each is reported once, on stderr. If
+    more than a share `limit` of the images read so far is replaced, this is an error.
     """
 
-    def __init__(self, beton: Beton) -> None:
-        self.beton = beton
+    def __init__(self, beton: Beton, limit: float) -> None:
+        self.beton, self.limit = beton, limit
         self.known: dict[int, int] = {}
+        self._read = 0
+        self._replaced: set[int] = set()  # of the records read; a search looks at others too
+        self._first = ""
 
     def apply(self, which: np.ndarray) -> np.ndarray:
-        """`which`, with its known bad records replaced."""
-        return np.array([self.known.get(i, i) for i in which.tolist()]) if self.known else which
+        """`which` int64 [B], which is read next, with its known bad records replaced."""
+        self._read += len(which)
+        if not self.known:
+            return which
+        self._replaced.update(self.known.keys() & which.tolist())
+        self._check()
+        return np.array([self._current(i) for i in which.tolist()])
 
     def find(self, i: int, reason: str) -> int:
         """The replacement of record `i`, which is bad for `reason`. The search continues with the
-        first record after the last one. Raises CorruptRecord if no record can be decoded.
+        first record after the last one. Raises CorruptRecord if no record can be decoded, or if too
+        many are bad.
         """
+        self._replaced.add(i)
+        self._first = self._first or f"{printable(self.beton.name(i))}: {reason}"
+        self._check()
         if i in self.known:  # an earlier batch has replaced it while this one was being decoded
-            return self.known[i]
+            return self._current(i)
         bad = {i: reason}
         decoder = Decoder(int(self.beton.records[:, 1].max()))
         for j in itertools.chain(range(i + 1, len(self.beton)), range(i)):
-            stand_in = self.known.get(j, j)
+            stand_in = self._current(j)
             shape = (1, self.beton.height[stand_in], self.beton.width[stand_in], 3)
             pixels = np.empty(shape, np.uint8)
             _, reason = self.beton.try_decode(np.array([stand_in]), pixels, decoder)
             if not reason:
                 break
             bad[j] = reason
+            if self.limit < 1 and len(bad) > self.limit * len(self.beton):
+                raise self._too_many(len(bad), len(self.beton), "images")
         else:
             raise CorruptRecord(f"{self.beton.path}: no record can be decoded")
         name = printable(self.beton.name(stand_in))
@@ -193,3 +220,22 @@ class Replacements:
             error = self.beton.corrupt(k, why)
             print(f"warning: {error}; {name} replaces it", file=sys.stderr, flush=True)
         return stand_in
+
+    def _current(self, i: int) -> int:
+        """Record `i`, or its replacement; if that has gone bad since, the next replacement."""
+        while i in self.known:
+            i = self.known[i]
+        return i
+
+    def _check(self) -> None:
+        """Raises CorruptRecord if too many records were replaced."""
+        bad, images = len(self._replaced), len(self.beton)
+        if bad > self.limit * min(max(self._read, _FIRST), images):
+            raise self._too_many(bad, min(self._read, images), "images read so far")
+
+    def _too_many(self, bad: int, images: int, which: str) -> CorruptRecord:
+        return CorruptRecord(
+            f"{self.beton.path}: at least {bad:,} of {images:,} {which} are bad"
+            f" ({bad / images:.1%}; data.max_replaced: {self.limit:g});"
+            f" the first one is {self._first}"
+        )

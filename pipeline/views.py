@@ -33,7 +33,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.bounds import POSITIVE, RANGE, UP_TO_1, Bound, Bounded, within
+from pipeline.bounds import POSITIVE, RANGE, UP_TO_1, Bound, Bounded, at_least, at_most, within
 from pipeline.errors import require
 
 _TRIES = 10  # as in torchvision's RandomResizedCrop and in the authors' sampler
@@ -51,14 +51,15 @@ class ViewConfig(Bounded):
     """How a pair of views is drawn; the defaults are SlotCon's."""
 
     size: int = field(
-        default=224, metadata={"a whole number >= 1": lambda size: size >= 1 and size % 1 == 0}
+        default=224,
+        metadata={"a whole number >= 1": lambda size: size >= 1 and size % 1 == 0} | at_most(4096),
     )
     """Side of a view in pixels."""
     min_scale: float = field(default=0.08, metadata=UP_TO_1)
     """Smallest crop, as a share of the image's area."""
     max_scale: float = 1.0
     """Largest crop, as a share of the image's area."""
-    min_aspect: float = field(default=3 / 4, metadata=POSITIVE)
+    min_aspect: float = field(default=3 / 4, metadata=POSITIVE | at_least(0.001))
     """Smallest width / height of a crop; the aspect is log-uniform."""
     max_aspect: float = 4 / 3
     """Largest width / height of a crop."""
@@ -96,10 +97,10 @@ class ViewConfig(Bounded):
             self.min_scale <= self.max_scale <= 1, "max_scale", self.max_scale, "in min_scale..1"
         )
         require(
-            self.min_aspect <= self.max_aspect < math.inf,
+            self.min_aspect <= self.max_aspect <= 1000,
             "max_aspect",
             self.max_aspect,
-            "at least min_aspect",
+            "at least min_aspect and at most 1,000",
         )
 
 

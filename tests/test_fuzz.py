@@ -4,9 +4,9 @@ import pytest
 
 from tests.fuzz.driver import READERS, fuzz
 
-INPUTS = {"beton": 2000}
+INPUTS = {"beton": 1000, "configuration": 100}
 """Inputs of a reader, by its speed; `OTHERS` for those that are not named."""
-OTHERS = 300
+OTHERS = 200
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transfer": {
         "evaluation", "evaluation.datasets", "train", "train.run", "model", "pipeline",
     },
-    "tools.report": {"evaluation.datasets", "train", "train.run", "pipeline"},
+    "tools.report": {"train", "train.run", "pipeline"},
     "tools.packing": {"tools.report", "train.run", "pipeline"},
     "tools.benchmark": {"tools.report", "train", "train.run", "model", "pipeline"},
     "tools.weights": {"train", "train.run", "model", "pipeline"},

@@ -7,19 +7,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.beton import MAX_PIXELS
 from pipeline.errors import UserError
+from pipeline.images import Limits
 from pipeline.manifest import manifest_path
 from tools.packing import scenes
-from tools.packing.budget import SAMPLE, choose
+from tools.packing.archives import MAX_FILES
+from tools.packing.budget import choose
 from tools.packing.images import Storage
 from tools.packing.job import job_of, shard_path
-from tools.packing.jpeg import BadImage
 from tools.packing.lists import listed
 from tools.packing.merge import merge_job
-from tools.packing.read import read_image
 from tools.packing.run import Summary, is_complete, is_interrupted, pack
 from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source
 from train.run.cli import CommandParser, check_writable, run
+
+MAX_WORKERS = 1024
+"""Threads. Each has up to four batches in memory."""
 
 EPILOG = """examples:
   python -m tools.build_dataset coco --root /data/coco --out coco.beton
@@ -53,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.source == "merge":
         job = merge_job(args.shards)
     else:
-        storage = _storage(args)
+        storage, limits = _storage(args), Limits(args.max_bytes, args.max_pixels)
         source = _source(args, out)
         if expected := KNOWN_COUNTS.get(args.source):
             _warn_of_count(source, args.source, expected)
         if args.store == "auto":
-            storage = fit(source, args.budget, storage, args.workers)
-        job = job_of(args.source, source, storage, args.shard)
+            storage = fit(source, args.budget, storage, args.workers, limits)
+        job = job_of(args.source, source, storage, args.shard, limits)
     if is_complete(out, job):
         print(f"{out} is complete")
         return
@@ -75,25 +79,18 @@ def check_output(out: Path, force: bool) -> None:
         raise UserError(f"--out {out}: exists; --force replaces it")
 
 
-def fit(source: Source, budget: int, base: Storage, workers: int) -> Storage:
+def fit(source: Source, budget: int, base: Storage, workers: int, limits: Limits) -> Storage:
     """Choose and print the storage with the largest side that fits `budget` bytes, from a sample.
 
     Raises:
         UserError: if no storage fits.
     """
-    count = min(SAMPLE, len(source))
-    files = []
-    for i in range(count):
-        try:
-            files.append(read_image(source, i * len(source) // count))
-        except BadImage:
-            continue
-    choice = choose(files, len(source), budget, base, workers)
+    choice = choose(source, budget, base, workers, limits)
     storage = choice.storage
     side = f" --max-side {storage.max_side}" if storage.max_side else ""
     print(
         f"--store {storage.store}{side}: about {choice.bytes / 1e9:.2f} of {budget / 1e9:.2f} GB;"
-        f" one core decodes {choice.images_per_s:,.0f} images/s ({len(files)} images sampled)"
+        f" one core decodes {choice.images_per_s:,.0f} images/s ({choice.images} images sampled)"
     )
     return storage
 
@@ -172,7 +169,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             default=default,
             help=f"{kind} scenes (default {default})",
         )
-    command.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
+    command.add_argument("--seed", type=_seed, default=0, help="seed of the generator (default 0)")
     _add_storage(command)
     command = _add_command(commands, "merge", "Merge the shards that --shard made into one beton.")
     command.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="all shards")
@@ -191,7 +188,7 @@ def _add_command(
     )
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="beton to write")
     command.add_argument(
-        "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
+        "--workers", type=_threads, default=len(os.sched_getaffinity(0)), metavar="N",
         help="threads (default: all cores)",
     )  # fmt: skip
     command.add_argument("--force", action="store_true", help="replace an existing FILE")
@@ -213,6 +210,14 @@ def _add_storage(command: CommandParser) -> None:
         "--quality", type=_quality, metavar="Q", help="JPEG quality of encoded images (default 95)"
     )
     command.add_argument(
+        "--max-pixels", type=_pixels, default=Limits.max_pixels, metavar="N",
+        help=f"refuse larger images (default {Limits.max_pixels:,}, at most {MAX_PIXELS:,})",
+    )  # fmt: skip
+    command.add_argument(
+        "--max-bytes", type=_bytes, default=Limits.max_bytes, metavar="SIZE",
+        help=f"refuse larger image files (default {Limits.max_bytes // 10**6}MB)",
+    )  # fmt: skip
+    command.add_argument(
         "--budget", type=_bytes, metavar="SIZE", help="size for --store auto: 40GB, 500MB, 1.5TB"
     )
     command.add_argument(
@@ -230,13 +235,41 @@ def _add_storage(command: CommandParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    value = _whole(text)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if value > MAX_FILES:
+        raise argparse.ArgumentTypeError(f"{text}: at most {MAX_FILES:,}")
+    return value
+
+
+def _threads(text: str) -> int:
+    value = _positive(text)
+    if value > MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text}: at most {MAX_WORKERS:,}")
+    return value
+
+
+def _whole(text: str) -> int:
+    """The value of up to 18 digits; -1 for any other text."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of up to 18 digits")
+    return value
+
+
+def _pixels(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 1 to {MAX_PIXELS}")
     return int(text)
 
 
 def _quality(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
+    if not 1 <= _whole(text) <= 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not from 1 to 100")
     return int(text)
 
@@ -246,11 +279,14 @@ def _bytes(text: str) -> int:
     if not match or (match[3] and not match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 40GB")
     factor = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * factor)
+    value = float(match[1]) * factor
+    if value > 1e18:
+        raise argparse.ArgumentTypeError("more than 1e18 bytes")
+    return int(value)
 
 
 def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    match = re.fullmatch(r"([0-9]{1,18})/([0-9]{1,18})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
     return int(match[1]), int(match[2])

@@ -2,6 +2,7 @@
 scores side by side, and the settings in which they differ.
 """
 
+import sys
 from pathlib import Path
 
 from tools.report.comparison import build, read_runs
@@ -19,7 +20,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the page to write (.html)")
     args = parser.parse_args()
     check_writable("--out", args.out)
-    write_page(args.out, build(read_runs(args.runs)))
+    runs = read_runs(args.runs)
+    write_page(args.out, build(runs))
+    for one in runs.values():
+        for line in one.damaged:
+            print(f"warning: not shown: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def summarise(beton: Beton, manifest: Manifest | None, damage: str = "") -> dict
 
 def print_summary(beton: Beton, summary: dict[str, Any]) -> None:
     """Print the summary as text."""
-    how = f", packed from {summary['source']}" if summary["source"] else ""
+    how = f", packed from {printable(summary['source'])}" if summary["source"] else ""
     print(f"{beton.path}: {len(beton):,} images, {size_text(beton.bytes)}{how}")
     print(f"  {'':14}" + "".join(f"{name:>10}" for name in ("min", "5 %", "median", "95 %", "max")))
     for name, key, form in (
@@ -142,12 +142,12 @@ def _manifest_state(beton: Beton, manifest: Manifest | None) -> str:
         return f"damaged: {error}"
     if not np.array_equal(sizes, beton.records[:, 1]) or manifest.bytes != beton.bytes:
         return "belongs to another beton: sizes differ"
-    return f"digest ok, {manifest.digest[:16]}…, by {manifest.tool}"
+    return f"digest ok, {manifest.digest[:16]}…, by {printable(manifest.tool)}"
 
 
 def _manifest(file: Path) -> tuple[Manifest | None, str]:
     """The manifest beside `file` or None, and its damage or ""."""
-    if not manifest_path(file).exists():
+    if not os.path.lexists(manifest_path(file)):  # a broken link is damage
         return None, ""
     try:
         return Manifest.beside(file), ""

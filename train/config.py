@@ -13,7 +13,18 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from model import ModelConfig
 from pipeline.augment import BACKENDS
-from pipeline.bounds import BELOW_1, POSITIVE, Bounded, at_least, one_of, optional, some_of, within
+from pipeline.bounds import (
+    BELOW_1,
+    MOST_PROCESSES,
+    POSITIVE,
+    Bounded,
+    at_least,
+    one_of,
+    optional,
+    positive,
+    some_of,
+    within,
+)
 from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
@@ -62,20 +73,24 @@ class DataConfig(Bounded):
     window_gb: float = field(default=4.0, metadata=POSITIVE)
     """Size of a quasi-random window in 1e9 bytes of the file. Two windows should fit in memory. A
     larger window puts fewer neighbours in the file into the same step."""
-    threads: int = field(default=0, metadata=at_least(0))
-    """Decoding threads of each process; 0 = an equal share of the cores of its machine."""
+    threads: int = field(default=0, metadata=at_least(0, MOST_PROCESSES))
+    """Decoding threads of each process; 0 = an equal share of the cores of its machine, with a GPU
+    less the one that launches the GPU's work."""
     on_corrupt: OnCorrupt = "stop"
     """If an image cannot be decoded: "stop" names it and ends the run; "replace" names it once and
     uses the next image of the beton instead."""
+    max_replaced: float = field(default=0.05, metadata=within(0, 1))
+    """With "replace": share of the images that may be replaced. More ends the run: the data are
+    damaged. It counts from the first 1,000 images that a process reads, or a smaller set, on."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(Bounded):
     """The optimisation; defaults are the authors' for COCO (arXiv 2205.15288, section 4.1)."""
 
-    epochs: int = field(default=800, metadata=at_least(1))
+    epochs: int = field(default=800, metadata=at_least(1, 10**6))
     """Passes over the images; learning rate and teacher momentum are spread over all of them."""
-    batch_size: int = field(default=512, metadata=at_least(1))
+    batch_size: int = field(default=512, metadata=at_least(1, 10**6))
     """Images of one optimiser step, over all processes and micro-batches."""
     base_lr: float = field(default=1.0, metadata=POSITIVE)
     """Peak learning rate for 256 images a step; it scales with the batch size."""
@@ -172,9 +187,9 @@ class LogConfig(Bounded):
     the warm-up: two log lines in a row with fewer than two active slots an image, or with an
     entropy of prototype usage below a quarter of its maximum; ten with a grouping loss at
     chance."""
-    timeout_minutes: float = field(default=10, metadata=POSITIVE)
+    timeout_minutes: float = field(default=10, metadata=positive(100_000))
     """Timeout of a process that waits for other processes, the disk or a tracker. It then ends with
-    an error."""
+    an error, or goes on without the tracker."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ class Reading(NamedTuple):
 
     averages: dict[str, float]
     """By name; empty if nothing was added."""
+    batches: int
+    """Micro-batches in the averages, of all processes."""
     skipped: int
     """Steps since the last `clear` that the optimiser has skipped."""
     reason: int
@@ -73,7 +75,7 @@ class Meter:
         *totals, count = sums.sum(dim=0).tolist()
         averages = {n: total / count for n, total in zip(self.names, totals, strict=True) if count}
         largest, skipped, pairs = (int(value) for value in others.amax(dim=0))
-        return Reading(averages, skipped, largest, usage.sum(dim=0), pairs)
+        return Reading(averages, round(count), skipped, largest, usage.sum(dim=0), pairs)
 
     def clear(self) -> None:
         """Start the next log line."""
@@ -82,13 +84,19 @@ class Meter:
             self._skipped.zero_()
 
     def state(self) -> list[list[float]]:
-        """For each process its sums, the number of micro-batches in them, and the usage."""
-        state: list[list[float]] = self._gathered(self._values).tolist()
+        """For each process its sums, the number of micro-batches in them, the usage, and the steps
+        skipped.
+        """
+        skipped = self._values.new_zeros(1)
+        if self._skipped is not None:
+            skipped += self._skipped
+        state: list[list[float]] = self._gathered(torch.cat([self._values, skipped])).tolist()
         return state
 
     def load(self, state: list[list[float]]) -> None:
         """Continue from `state`. With another number of processes each takes an equal part of it.
-        A state of other values is ignored. Older checkpoints hold no usage: it begins at zero.
+        A state of other values is ignored. Older checkpoints hold no usage, or no skipped steps:
+        these begin at zero.
         """
         self.clear()
         saved = torch.tensor(state, dtype=torch.float64)
@@ -99,9 +107,13 @@ class Meter:
             values = saved[self._accelerator.process_index]
         else:  # dividing sums and counts by the same number keeps the averages
             values = saved.mean(dim=0)
-            values[self._sizes[0] :] *= len(state) / processes
+            usage = slice(self._sizes[0], sum(self._sizes))
+            values[usage] *= len(state) / processes
+        values, skipped = values[: len(self._values)], values[len(self._values) :]
         if len(values) in (len(self._sums), len(self._values)):
             self._values[: len(values)] = values.to(self._values)
+            if self._skipped is not None and len(skipped):
+                self._skipped.fill_(skipped[0])
 
     def _gathered(self, values: Tensor) -> Tensor:
         """[processes, values]"""

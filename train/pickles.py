@@ -1,15 +1,13 @@
-"""Reads pickles of other projects without executing code in them; writes pickles of arrays.
+"""Reads pickles and files of torch without executing code in them; writes them.
 
-A pickle can call any Python function by its name. Here it may only name the constructors of tensors
-and arrays, and argparse's Namespace, which holds the settings of the authors' code.
+What is read holds dicts, lists, plain values, argparse's Namespaces (the settings of the authors'
+code), arrays and dense tensors on the CPU, and nothing else. `train.pickle_machine` states the
+limits.
 """
 
-import argparse
 import io
 import pickle
-import re
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +15,26 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-
-_ALLOWED: dict[str, Callable[..., Any]] = {
-    **{
-        f"numpy.{core}.{module}.{name}": getattr(getattr(np._core, module), name)  # type: ignore[attr-defined]
-        for core in ("core", "_core")  # NumPy 1 and 2
-        for module, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    },
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "collections.OrderedDict": OrderedDict,
-    "builtins.bytearray": bytearray,
-    "__builtin__.bytearray": bytearray,
-    "_codecs.encode": lambda text, encoding: str(text).encode("latin1"),  # bytes in protocol 2
-}
-
-_DTYPES = [type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"]
-_TORCH_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace,
-    *_DTYPES,
-    *((made, name) for name, made in _ALLOWED.items()),
-]
-"""The same for torch, which also needs the classes of NumPy's types."""
+from train.pickle_machine import Refused, Source, plain
+from train.pickled_arrays import ArrayMachine
+from train.torch_files import read_torch
 
 
-class Foreign(pickle.UnpicklingError):
-    """A pickle names a class or function that is not allowed."""
+def read_pickle(path: Path) -> Any:
+    """The content of a .pkl file of arrays, or of a file of torch's (any other suffix).
 
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[f"{module}.{name}"]
-        except KeyError:
-            raise Foreign(f"{module}.{name}") from None
+    Raises:
+        UserError: the file holds what is not allowed or more than a limit; the message says what.
+        OSError: the file cannot be read.
+        Exception: almost any other one, if the file is damaged.
+    """
+    try:
+        if path.suffix != ".pkl":
+            return read_torch(path)
+        with path.open("rb") as file:
+            return plain(ArrayMachine().load(Source(file, path.stat().st_size)))
+    except Refused as error:
+        raise UserError(f"{path}: refused: {error}") from None
 
 
 class _ArrayPickler(pickle.Pickler):
@@ -66,29 +46,7 @@ class _ArrayPickler(pickle.Pickler):
         return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
 
 
-def read_pickle(path: Path) -> Any:
-    """The content of a .pkl file of arrays, or of a file of torch's (any other suffix).
-
-    Raises:
-        UserError: the file names a class or function that is not allowed; the message says which.
-        OSError: the file cannot be read.
-        Exception: almost any other one, if the file is damaged.
-    """
-    try:
-        if path.suffix == ".pkl":
-            with path.open("rb") as file:
-                return _ArrayUnpickler(file, encoding="latin1").load()
-        with torch.serialization.safe_globals(_TORCH_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
-        name = str(error) if isinstance(error, Foreign) else foreign and foreign[1]
-        if name is None:
-            raise
-        raise UserError(f"{path}: refused: holds more than weights: it names {name}") from None
-
-
-def pickle_arrays(content: dict[str, Any]) -> bytes:
+def pickle_arrays(content: Mapping[str, Any]) -> bytes:
     """Pickle `content` (dicts, lists, plain values, arrays) for `read_pickle` and any NumPy."""
     buffer = io.BytesIO()
     _ArrayPickler(buffer, protocol=4).dump(content)

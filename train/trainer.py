@@ -100,8 +100,9 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             accumulation=efficiency.accumulation,
-            threads=data.threads or share_of_cores(),
+            threads=data.threads or share_of_cores(self.accelerator.device),
             on_corrupt=data.on_corrupt,
+            max_replaced=data.max_replaced,
         )
 
     def _check_batch_statistics(self) -> None:
@@ -146,8 +147,8 @@ class Trainer:
         """Train up to the last step, which gets a checkpoint.
 
         Raises Diverged; Collapsed; Stopped, after a signal and its checkpoint; LostProcess;
-        UserError if a disk, a tracker or an image fails; EndedElsewhere if another process raises
-        it. The watchdog ends the process itself.
+        UserError if a disk or an image fails; EndedElsewhere if another process raises it. The
+        watchdog ends the process itself.
         """
         with self.run.alive():
             while self.run.step < self.run.last_step:
@@ -218,8 +219,9 @@ class Trainer:
         reading = self.meter.read(run.reason_to_end(), duplicates)
         if not self.static_slots:
             reading.averages.pop("dropped_pairs")  # always zero
-        begin = run.step - run.stopwatch.steps
-        speed = run.measure(reading.averages, reading.skipped, train.batch_size)
+        count = self.config.efficiency.accumulation * self.accelerator.num_processes
+        steps = reading.batches // count
+        speed = run.measure(reading.averages, steps, reading.skipped, train.batch_size)
         lr, momentum = self._schedule(run.step - 1)
         values = {
             "step": run.step,
@@ -235,7 +237,7 @@ class Trainer:
         if self.config.data.on_corrupt == "replace":
             values["replaced"] = len(set(gather_object(list(self.loader.replaced))))
         run.log(values, progress_line(values, train.epochs, run.last_step, train.batch_size))
-        self._check_collapse(begin, values)
+        self._check_collapse(run.step - steps, values)
         self.meter.clear()
         return Reason(reading.reason)
 
@@ -283,7 +285,8 @@ class Trainer:
     def _restore(self, origin: Path) -> None:
         """Raises UserError, or Damaged, and then has changed nothing."""
         record = checkpoint.read_record(origin, SETTINGS)
-        if record.data != self._data():
+        fingerprint = record.data["fingerprint"]
+        if record.data["images"] != len(self.beton) or not self.beton.has_fingerprint(fingerprint):
             raise UserError(
                 f"data.path: {self.beton.path} is not the data of {origin} "
                 f"({_describe(self._data())}; it was {_describe(record.data)})"

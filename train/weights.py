@@ -20,8 +20,9 @@ from torch import Tensor
 
 from model.encoder import Encoder
 from model.names import ENCODERS, Branch, arch_of, backbone_of, branches_of, with_counts
-from pipeline.errors import UserError, printable
+from pipeline.errors import UserError, check_regular, printable
 from train.config import RunConfig, from_dict
+from train.pickle_machine import BYTES, TENSORS, NotDense, room
 from train.pickles import read_pickle
 from train.pretrained import load_model, read_record
 from train.run.checkpoint import Record, check_weights, find, is_checkpoint
@@ -37,6 +38,16 @@ FACTS = {
     "slotstream", "format",
 }  # fmt: skip
 """The names in the metadata of files that slotstream writes, see `describe` and tools."""
+
+
+HEADER_BYTES = 16 << 20
+"""Most bytes of the header of a .safetensors file: names, shapes and metadata, 800 a tensor."""
+_REAL = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+}  # fmt: skip
+"""Types whose numbers float32 can hold."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +204,9 @@ def state_in(
         raise UserError(f"{source}: no weights in it")
     state = {str(name): _tensor(value) for name, value in content.items()}
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor | NotDense):
             raise UserError(f"{source}: no weights in it")
-        if not _dense(value):
+        if isinstance(value, NotDense) or value.dtype not in _REAL:
             raise UserError(f"{source}: {printable(name)} is not a dense tensor of real numbers")
     return state, which
 
@@ -209,18 +220,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def read_file(path: Path) -> tuple[Any, dict[str, str]]:
     """The content and the metadata of a .safetensors file, a .pkl of arrays, or a file of torch's.
 
-    Raises UserError, also for a pickle that holds more than tensors, arrays and plain values.
+    Raises UserError, also for a pickle that holds more than tensors, arrays and plain values, and
+    for more tensors or bytes than `train.pickle_machine` allows.
     """
     try:
-        with path.open("rb"):  # the OSError of safetensors gives no reason
-            pass
+        check_regular(path)
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                content = {name: file.get_tensor(name) for name in names}
-                return content, _ours(file.metadata() or {})
+            return _read_safetensors(path)
         content = read_pickle(path)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
@@ -231,6 +239,27 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
     return content, _ours(metadata) if isinstance(metadata, dict) else {}
 
 
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_file`. The library checks that the shapes fit the file."""
+    with path.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    size = path.stat().st_size
+    if header > size - 8:
+        raise UserError(f"{path}: not a file of weights, or cut short")
+    if header > HEADER_BYTES:
+        raise UserError(f"{path}: a header of {header:,} bytes, the limit is {HEADER_BYTES:,}")
+    if size - header > BYTES:
+        raise UserError(f"{path}: tensors of {size - header:,} bytes, the limit is {BYTES:,}")
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        if len(names) > TENSORS:
+            raise UserError(f"{path}: {len(names):,} tensors, the limit is {TENSORS:,}")
+        content = {name: file.get_tensor(name) for name in names}
+        if any(room(value.shape, value.itemsize) > BYTES for value in content.values()):
+            raise UserError(f"{path}: a tensor with an impossible shape")
+        return content, _ours(file.metadata() or {})
+
+
 def _ours(metadata: Mapping[Any, Any]) -> dict[str, str]:
     """The entries of `metadata` that slotstream wrote; all its files have `arch`.
 
@@ -238,7 +267,7 @@ def _ours(metadata: Mapping[Any, Any]) -> dict[str, str]:
     (its `config` is Python source).
     """
     known = FACTS if "arch" in metadata else set()
-    return {name: str(value) for name, value in metadata.items() if name in known}
+    return {n: v for n, v in metadata.items() if n in known and isinstance(v, str)}
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:
@@ -263,11 +292,3 @@ def _tensor(value: Any) -> Any:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
         return value
     return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-
-
-def _dense(value: Tensor) -> bool:
-    """Whether a tensor stores a real number for each element. Sparse, quantised, complex and meta
-    tensors cannot be converted, or lose a part.
-    """
-    odd = value.is_meta or value.is_quantized or value.is_complex()
-    return value.layout is torch.strided and not odd

@@ -1,6 +1,5 @@
 """What both transfer commands share."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,10 +68,8 @@ def run_task(
     def prepare(signals: StopSignals) -> Callable[[], None]:
         arguments = sys.argv[1:] if argv is None else argv
         evaluated = _evaluated(arguments)
-        if evaluated:
-            trained_with = checkpoint.read_record(evaluated, settings).config
-            arguments = ["--config", json.dumps(trained_with), *arguments]
-        config, options = settings.load(arguments)
+        trained_with = checkpoint.read_record(evaluated, settings).config if evaluated else {}
+        config, options = settings.load(arguments, trained_with)
         out = Path(options["json"]) if options["json"] else None
         if options["evaluate"] and not evaluated:
             raise UserError("evaluate: belongs on the command line, not in a --config file")

@@ -7,7 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from model.config import ARCHITECTURES
-from pipeline.bounds import BELOW_1, POSITIVE, Bounded, at_least, one_of, optional, within
+from pipeline.bounds import (
+    BELOW_1,
+    MOST_PROCESSES,
+    POSITIVE,
+    UP_TO_1,
+    Bounded,
+    at_least,
+    one_of,
+    optional,
+    within,
+)
 from pipeline.errors import require
 from train.run.settings import RUN_NAME, SEED
 
@@ -37,7 +47,7 @@ class OptimConfig(Bounded):
 
     steps: int = field(metadata=at_least(1))
     """Steps of the whole schedule."""
-    batch_size: int = field(metadata=at_least(1))
+    batch_size: int = field(metadata=at_least(1, 10**6))
     """Images of one step, over all processes."""
     lr: float = field(metadata=POSITIVE)
     """Learning rate after the warm-up. It does not scale with the batch size."""
@@ -52,7 +62,7 @@ class OptimConfig(Bounded):
     down to min_lr."""
     milestones: tuple[int, ...] = ()
     """"step" only: the first step of each lower learning rate."""
-    gamma: float = field(default=0.1, metadata=POSITIVE)
+    gamma: float = field(default=0.1, metadata=UP_TO_1)
     """"step" only: factor at each milestone."""
     power: float = field(default=0.9, metadata=POSITIVE)
     """"poly" only: 1 is a straight line."""
@@ -101,7 +111,7 @@ class EfficiencyConfig(Bounded):
     must be set from the start of the run."""
     channels_last: bool = True
     """Keep weights and activations in channels-last layout."""
-    workers: int = field(default=2, metadata=at_least(0))
+    workers: int = field(default=2, metadata=at_least(0, MOST_PROCESSES))
     """Processes that read and augment images for each training process; 0: the training process
     does it."""
 

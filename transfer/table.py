@@ -8,19 +8,23 @@ A run appears in one of these tables if
 All other runs follow in a separate table that says what differs.
 """
 
-import json
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
 
 from pipeline.errors import UserError, printable
 from train.run.cli import CommandParser, check_writable, run
-from train.run.provenance import provenance, read_json, write_bytes, write_json
+from train.run.json_file import Settings, Text, read_json
+from train.run.provenance import provenance, write_bytes, write_json
 from train.run.settings import flatten, to_dict
 from transfer.command import settings_of
 from transfer.detection.config import DetectionConfig
@@ -47,6 +51,8 @@ TOLERANCE = 0.02
 """Accepted relative difference in a number of images: a few files may be missing."""
 SHOWN = 4
 """How many differences a line names."""
+LONGEST = 300
+"""Characters of a text in a table."""
 ABOUT_FILES = ("slotstream", "format", "imported", "data_license")
 """Metadata that does not identify weights: several files may hold the same weights."""
 
@@ -91,6 +97,56 @@ class Result:
         return any(map(self.fits, PUBLISHED.tables))
 
 
+_Count = Annotated[int, Meta(ge=0, le=10**15)]
+_Fact = Annotated[str, Meta(max_length=100_000)] | _Count | float | bool | None  # or a whole config
+
+
+class Init(Struct):
+    """The initial weights, as a result.json describes them."""
+
+    kind: Text
+    weights: Text = ""
+    branch: Text | None = None
+    metadata: dict[Text, _Fact] = {}
+
+
+class Schedule(Struct):
+    """The planned training."""
+
+    steps: _Count
+
+
+class Scored(Struct):
+    """The scored images."""
+
+    images: _Count
+    fingerprint: Text
+
+
+class Row(Struct):
+    """A result."""
+
+    metric: Text
+    value: Annotated[float, Meta(ge=0, le=1)]
+    name: Text | None = msgspec.field(name="class", default=None)
+    """Of a class."""
+
+
+class Content(Struct):
+    """What the table needs from a result.json."""
+
+    name: Text
+    task: Text
+    dataset: Text
+    images: _Count
+    scored: Scored
+    schedule: Schedule
+    init: Init
+    step: _Count
+    results: list[Row]
+    config: Settings
+
+
 def main() -> None:
     parser = CommandParser(
         prog="python -m transfer.table", description=__doc__, epilog=EXAMPLES, allow_abbrev=False
@@ -124,49 +180,41 @@ def read_result(file: Path) -> Result:
     """The result in `file`; a run that is still training has none. Raises UserError."""
     if not file.exists() and file.with_name("config.yaml").exists():
         return Result(file, file.parent.name, (f"has no {file.name}",))
-    content = read_json(file)
-    try:
-        dataset, task, rows = content["dataset"], content["task"], content["results"]
-        if not isinstance(dataset, str):
-            raise TypeError(f"dataset {dataset!r}")
-        recipe = PUBLISHED.recipes.get(dataset)
-        if recipe and recipe.task != task:
-            recipe = None
-        metrics = {str(r["metric"]): 100 * float(r["value"]) for r in rows if "class" not in r}
-        for metric, value in metrics.items():
-            if not 0 <= value <= 100:
-                raise ValueError(f"{metric} is not in 0..1")
-        return Result(
-            file,
-            str(content["name"]),
-            tuple(differences(content, recipe)),
-            backbone_of(content["init"]),
-            dataset,
-            int(content["config"]["optim"]["seed"]),
-            str(content["scored"]["fingerprint"]) if recipe else "",
-            metrics,
-        )
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: not the result of a transfer ({error!r})") from None
+    content = read_json(file, Content, what="the result of a transfer")
+    recipe = PUBLISHED.recipes.get(content.dataset)
+    if recipe and recipe.task != content.task:
+        recipe = None
+    settings = flatten(content.config)
+    if not isinstance(seed := settings.get("optim.seed"), int):
+        raise UserError(f"{file}: config.optim.seed is {cell(seed)}: expected int")
+    return Result(
+        file,
+        content.name,
+        tuple(differences(content, settings, recipe)),
+        backbone_of(content.init),
+        content.dataset,
+        seed,
+        content.scored.fingerprint if recipe else "",
+        {row.metric: 100 * row.value for row in content.results if row.name is None},
+    )
 
 
-def differences(content: Mapping[str, Any], recipe: Recipe | None) -> Iterator[str]:
+def differences(
+    content: Content, settings: Mapping[str, Any], recipe: Recipe | None
+) -> Iterator[str]:
     """How a run differs from its recipe, or that it has none."""
     if not recipe:
-        yield f"the paper has no {content['dataset']}"
+        yield f"the paper has no {content.dataset}"
         return
-    settings = flatten(content["config"])
     for key, value in published_settings(recipe).items():
         if not key.startswith(FREE) and settings.get(key) != value:
-            yield f"{key} {settings.get(key)}, not {value}"
-    if content["step"] < content["schedule"]["steps"]:
-        yield f"ended at step {content['step']:,} of {content['schedule']['steps']:,}"
-    if not near(content["images"], recipe.images):
-        yield f"{content['images']:,} training images, not {recipe.images:,}"
-    if not near(content["scored"]["images"], recipe.scored):
-        yield f"scored on {content['scored']['images']:,} images, not {recipe.scored:,}"
+            yield f"{key} {cell(settings.get(key))}, not {value}"
+    if content.step < content.schedule.steps:
+        yield f"ended at step {content.step:,} of {content.schedule.steps:,}"
+    if not near(content.images, recipe.images):
+        yield f"{content.images:,} training images, not {recipe.images:,}"
+    if not near(content.scored.images, recipe.scored):
+        yield f"scored on {content.scored.images:,} images, not {recipe.scored:,}"
 
 
 @cache
@@ -176,17 +224,17 @@ def published_settings(recipe: Recipe) -> dict[str, Any]:
     return flatten(to_dict(settings_of(CLASSES[recipe.task]).load(arguments)[0]))
 
 
-def backbone_of(init: Mapping[str, Any]) -> Backbone:
+def backbone_of(init: Init) -> Backbone:
     """The backbone that a result describes."""
-    if init["kind"] == "random":
+    if init.kind == "random":
         return Backbone("random init.", "", "–")
-    if init["kind"] == "supervised":
+    if init.kind == "supervised":
         return Backbone("supervised (torchvision)", LABELS, "90")
-    about = {key: str(value) for key, value in init["metadata"].items()}
-    about.setdefault("branch", str(init["branch"]))
+    about = {key: str(value) for key, value in init.metadata.items()}
+    about.setdefault("branch", str(init.branch))
     if "run" not in about:
-        about["weights"] = str(init["weights"])
-    name = about.get("run") or Path(init["weights"]).name
+        about["weights"] = init.weights
+    name = about.get("run") or Path(init.weights).name
     method = f"{about.get('method', 'weights').partition(' (')[0]}: {name}"
     if about["branch"] != "teacher":
         method += f", {about['branch']}"
@@ -200,9 +248,10 @@ def backbone_of(init: Mapping[str, Any]) -> Backbone:
 def settings_in(text: str) -> dict[str, str]:
     """The settings that weights hold under "config", by key. Text of another form is one fact."""
     try:
-        return {key: str(value) for key, value in flatten(json.loads(text)).items()}
-    except (ValueError, AttributeError):
+        settings = msgspec.json.decode(text, type=Settings)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
         return {"config": text}
+    return {key: str(value) for key, value in flatten(settings).items()}
 
 
 def epochs_of(about: Mapping[str, str]) -> str:
@@ -210,7 +259,7 @@ def epochs_of(about: Mapping[str, str]) -> str:
     if its steps cannot be converted to epochs.
     """
     planned = about.get("epochs", "?")
-    if "step" not in about or not planned.isdecimal():
+    if "step" not in about or not number(about, "epochs"):
         return planned
     step, batch, images = (number(about, key) for key in ("step", "batch_size", "data_images"))
     if not step or not 0 < batch <= images:
@@ -220,9 +269,9 @@ def epochs_of(about: Mapping[str, str]) -> str:
 
 
 def number(about: Mapping[str, str], key: str) -> int:
-    """A number in the metadata; 0 if it is missing."""
+    """A number in the metadata; 0 if it is missing, or no count of anything."""
     text = about.get(key, "")
-    return int(text) if text.isdecimal() else 0
+    return int(text) if text.isdecimal() and len(text) < 16 else 0
 
 
 def pretraining(data: str, count: int) -> str | None:
@@ -329,7 +378,7 @@ def as_text(content: Mapping[str, Any], layout: Layout) -> str:
     for table in content["tables"]:
         rows = [("Method", "Data", "Epochs", *table["columns"])]
         for row in table["rows"]:
-            start = (printable(row[key]) for key in ("method", "data", "epochs"))
+            start = (cell(row[key]) for key in ("method", "data", "epochs"))
             rows.append((*start, *row["figures"]))
         texts.append(layout(f"Table {table['number']}: {table['title']}", rows))
     others = [other_run(run) for run in content["runs"] if not run["in_tables"]]
@@ -337,6 +386,12 @@ def as_text(content: Mapping[str, Any], layout: Layout) -> str:
         head = ("Run", "Backbone", "Data set", "Result", "What differs")
         texts.append(layout("Other runs, not comparable with the above", [head, *others]))
     return "\n\n".join(texts)
+
+
+def cell(value: object) -> str:
+    """A value from a file for one cell of a line: printable, not too long."""
+    text = printable(str(value))
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 
 def other_run(run: Mapping[str, Any]) -> tuple[str, ...]:
@@ -349,7 +404,7 @@ def other_run(run: Mapping[str, Any]) -> tuple[str, ...]:
         reasons.append(f"pre-trained on {run['data']}")
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
     cells = run["name"], run["method"], run["dataset"], figures, "; ".join(reasons[:SHOWN]) + more
-    return tuple(map(printable, cells))
+    return tuple(map(cell, cells))
 
 
 def aligned(title: str, rows: Sequence[Sequence[str]]) -> str:
@@ -360,10 +415,11 @@ def aligned(title: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(title: str, rows: Sequence[Sequence[str]]) -> str:
-    """The table in Markdown."""
+    """The table in Markdown. Texts of the files are neither markup nor HTML in it."""
     head, *lines = (
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows
-    )
+        "| " + " | ".join(re.sub(r"([\\`|\[\]])", r"\\\1", escape(cell, False)) for cell in row)
+        + " |" for row in rows
+    )  # fmt: skip
     return "\n".join((f"**{title}**", "", head, "|---" * len(rows[0]) + "|", *lines))
 
 

@@ -61,7 +61,6 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.net, self.sgd)
 
         self.meter = LossMeter(self.accelerator)
-        self.skipped = 0  # steps since the last log line that overflowed in fp16
 
         self.run.resume(self._restore)
         self.run.start(
@@ -89,17 +88,23 @@ class Trainer:
     def _train(self, ahead: Iterator[Any]) -> None:
         """From the present step to the last one; `ahead` yields the batches of these steps."""
         run, log = self.run, self.config.log
+        if run.resumes and self._evaluates() and not run.is_scored():
+            self._evaluate()  # the run was killed between its checkpoint and this
         run.stopwatch.restart()  # starting the workers is not training time
         while run.step < run.last_step:
             self._train_step(ahead)
             run.advance()
             reason = self._log() if run.is_due(log.every) else run.reason_without_log()
-            evaluates = run.is_due(log.evaluate_every) and run.step < run.last_step
-            if evaluates or run.is_due(log.checkpoint_every):
+            if self._evaluates() or run.is_due(log.checkpoint_every):
                 self._checkpoint()
             run.end_if(reason, self._checkpoint)
-            if evaluates:
+            if self._evaluates():
                 self._evaluate()
+
+    def _evaluates(self) -> bool:
+        """Whether this step ends with an evaluation. `train` does the last one."""
+        run = self.run
+        return run.is_due(self.config.log.evaluate_every) and 0 < run.step < run.last_step
 
     def _train_step(self, ahead: Iterator[Any]) -> None:
         step, optim = self.run.step, self.config.optim
@@ -112,7 +117,7 @@ class Trainer:
         self.accelerator.backward(torch.stack(list(losses.values())).sum())
         self.meter.add(losses)
         self.optimizer.step()
-        self.skipped += self.accelerator.optimizer_step_was_skipped
+        self.meter.skipped += self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
 
     def _log(self) -> Reason:
@@ -120,20 +125,19 @@ class Trainer:
 
         Returns why the run has to end; all processes agree on it.
         """
-        run, optim = self.run, self.config.optim
-        averages, reason = self.meter.read(run.reason_to_end())
+        run, optim, meter = self.run, self.config.optim, self.meter
+        averages, reason = meter.read(run.reason_to_end())
         values = {
             "step": run.step,
             "epoch": round(run.step / self.order.steps_per_epoch, 4),
             **averages,
             "lr": learning_rate(run.step - 1, optim),
-            **run.measure(averages, self.skipped, optim.batch_size),
+            **run.measure(averages, meter.steps, meter.skipped, optim.batch_size),
         }
         terms = " ".join(f"{k} {v:.3f}" for k, v in averages.items() if k != "loss")
         text = f"loss {averages['loss']:.4f} ({terms})  lr {values['lr']:.2g}"
         run.log(values, progress(values, run.last_step, optim.batch_size, text))
-        self.meter.clear()
-        self.skipped = 0
+        meter.clear()
         return Reason(reason)
 
     def _evaluate(self) -> list[Row]:
@@ -153,17 +157,22 @@ class Trainer:
             write_json(self.run.folder / RESULT, {**content, "cost": measured})
 
     def _checkpoint(self) -> None:
-        """Begin to save, unless the loss or a weight is not finite. Raises Diverged.
-
-        The sums of the meter are not saved: the next log line averages from here on.
-        """
+        """Begin to save, unless the loss or a weight is not finite. Raises Diverged."""
         averages, _ = self.meter.read()
         statistics.share(self.net)
-        self.run.save(self.net, self.sgd, averages, self.task.data, more={"init": self.init})
+        self.run.save(
+            self.net,
+            self.sgd,
+            averages,
+            self.task.data,
+            meter=self.meter.state(),
+            more={"init": self.init},
+        )
 
     def _restore(self, origin: Path) -> None:
         """Raises UserError, or Damaged, and then has changed nothing."""
         record = checkpoint.read_record(origin, self._settings)
         check_data(origin, record.data, self.task)
         self.run.load(origin, record, self.net, self.sgd)
+        self.meter.load(record.meter)
         self.init = record.provenance["init"]

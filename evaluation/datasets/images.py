@@ -4,17 +4,16 @@ Letters: N images, H W a stored image's height and width, R the side of an evalu
 pixels.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.formats import IMAGE_SUFFIXES
+from pipeline.images import load_rgb
 
 TRAINING_SIDE, EVALUATION_SIDE, STRIDE = 224, 320, 32
 
@@ -69,31 +68,6 @@ class FolderImages:
 
     def load(self, i: int) -> np.ndarray:
         return load_rgb(self.paths[i])
-
-
-def load_rgb(path: Path) -> np.ndarray:
-    """The image at `path` as uint8 [H, W, 3]. Raises UserError, naming the file."""
-    return np.asarray(open_image(path).convert("RGB"))
-
-
-def open_image(path: Path) -> Image.Image:
-    """The decoded image at `path`. Raises UserError, naming the file, if it cannot be read."""
-    with readable(path):
-        image = Image.open(path)
-        image.load()
-    return image
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turns PIL's errors inside the `with` block into a UserError that names the file."""
-    try:
-        yield
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = isinstance(error, OSError) and error.strerror
-        raise UserError(f"{path}: {reason or f'damaged image ({error})'}") from None
 
 
 def open_images(path: Path) -> ImageSource:

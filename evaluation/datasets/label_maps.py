@@ -6,19 +6,46 @@ Letters: H W a stored image's height and width, in pixels.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta, Struct
 from PIL import Image
 
 from evaluation.datasets.coco_classes import CLASSES as COCO_CLASSES
-from evaluation.datasets.images import open_image
-from pipeline.errors import UserError
-from train.run.provenance import read_json
+from pipeline.errors import UserError, printable
+from pipeline.images import named, open_stored, read_file
+from train.run.json_file import read_json
 
 VOID = 255
 """Class id of a pixel that has no class: it counts neither in training nor in scores."""
 UNKNOWN = -1
 """Class of an id that the data set does not define: an error in the label map."""
+PANOPTIC_BYTES = 1 << 30
+"""Bytes of a file of panoptic annotations; COCO's largest has a third. Reading takes up to 8 times
+as much memory."""
+_Number = Annotated[int, Meta(ge=0, lt=2**24)]
+_Names = Annotated[list[Annotated[str, Meta(max_length=999)]], Meta(min_length=1, max_length=VOID)]
+
+
+class _Category(Struct):
+    id: _Number
+    supercategory: str
+
+
+class _Segment(Struct):
+    id: _Number
+    category_id: _Number
+
+
+class _Map(Struct):
+    file_name: str
+    segments_info: list[_Segment]
+
+
+class _Panoptic(Struct):
+    categories: list[_Category]
+    annotations: list[_Map]
 
 
 @dataclass(frozen=True)
@@ -45,10 +72,18 @@ class MapKind:
                 f"{path}: not a {self.name}: its pixels are {image.mode}, not {self.pixels}"
             )
 
+    def check_header(self, path: Path, size: tuple[int, int]) -> None:
+        """Raise UserError where `check` does. Decodes no pixels."""
+        with named(path):
+            image = open_stored(read_file(path))
+        self.check(path, image, size)
+
     def open(self, path: Path, size: tuple[int, int]) -> Image.Image:
         """The decoded label map at `path`. Raises UserError where `check` does."""
-        image = open_image(path)
-        self.check(path, image, size)
+        with named(path):
+            image = open_stored(read_file(path))
+            self.check(path, image, size)
+            image.load()
         return image
 
 
@@ -129,21 +164,21 @@ def table_of(ids: Collection[int], void: Collection[int]) -> np.ndarray:
 
 def read_panoptic(path: Path) -> dict[str, dict[int, int]]:
     """PNG name → segment number → class id (segment 0 is void). Raises UserError."""
-    content = read_json(path)
-    try:
-        groups = {c["id"]: c["supercategory"] for c in content["categories"]}
-        unknown = [group for group in groups.values() if group not in COCO_CLASSES]
-        if unknown:
-            raise UserError(f"{path}: supercategory {unknown[0]!r} is none of COCO's 27")
-        coarse = {category: COCO_CLASSES.index(group) for category, group in groups.items()}
-        return {
-            a["file_name"]: {0: VOID}
-            | {s["id"]: coarse[s["category_id"]] for s in a["segments_info"]}
-            for a in content["annotations"]
-        }
-    except (KeyError, TypeError) as error:
-        reason = f"expected COCO panoptic annotations, found none ({error!r})"
-        raise UserError(f"{path}: {reason}") from None
+    content = read_json(path, _Panoptic, PANOPTIC_BYTES, "COCO panoptic annotations")
+    coarse = {}
+    for category in content.categories:
+        if category.supercategory not in COCO_CLASSES:
+            group = category.supercategory[:99]
+            raise UserError(f"{path}: supercategory {group!r} is none of COCO's 27")
+        coarse[category.id] = COCO_CLASSES.index(category.supercategory)
+    maps: dict[str, dict[int, int]] = {}
+    for one in content.annotations:
+        unknown = [s.category_id for s in one.segments_info if s.category_id not in coarse]
+        if unknown or one.file_name in maps:
+            fault = f"no category {unknown[0]}" if unknown else "its name is there twice"
+            raise UserError(f"{path}: annotation of {printable(one.file_name)}: {fault}")
+        maps[one.file_name] = {0: VOID} | {s.id: coarse[s.category_id] for s in one.segments_info}
+    return maps
 
 
 def find_classes(given: Path | None, labels: Path) -> list[str] | None:
@@ -158,9 +193,7 @@ def find_classes(given: Path | None, labels: Path) -> list[str] | None:
 
 def read_classes(path: Path) -> list[str]:
     """Class names by id: a JSON list. Raises UserError for anything else."""
-    names = read_json(path)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: not a list of class names")
-    if not 0 < len(names) <= VOID or len(set(names)) != len(names):
-        raise UserError(f"{path}: needs 1 to {VOID} class names, each once")
+    names = read_json(path, _Names, what=f"a list of 1 to {VOID} class names")
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: a class name is there twice")
     return names

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluation.datasets.images import centre_square, load_rgb, readable
+from evaluation.datasets.images import centre_square
 from evaluation.datasets.label_maps import VOID, LabelReader
 from evaluation.datasets.pairs import Pair, require_labels
 from evaluation.datasets.squares import DECODE_THREADS, SquareImages, Squares
 from pipeline.errors import UserError
+from pipeline.images import load_rgb, load_size
 from pipeline.parallel import ordered_map
 
 
@@ -54,8 +55,7 @@ class LabelledImages:
         a size that differs from its image's. Reads no pixels.
         """
         for image, labels in zip(self.paths, self.label_paths, strict=True):
-            with readable(labels), Image.open(labels) as opened:
-                self.reader.kind.check(labels, opened, image_size(image))
+            self.reader.kind.check_header(labels, load_size(image))
 
     def check_labels(self) -> None:
         """Read all label maps. Raises UserError for the first one that cannot be used, and if no
@@ -63,19 +63,13 @@ class LabelledImages:
         """
 
         def has_class(i: int) -> bool:
-            width, height = image_size(self.paths[i])
+            width, height = load_size(self.paths[i])
             return bool((self.labels(i, height, width) != VOID).any())
 
         if not any([*ordered_map(has_class, range(len(self)), DECODE_THREADS)]):
             raise UserError(
                 f"{self.source}: no labelled pixel to score: the label maps are all void"
             )
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height from the header of an image. Raises UserError."""
-    with readable(path), Image.open(path) as image:
-        return image.size
 
 
 @dataclass(frozen=True)

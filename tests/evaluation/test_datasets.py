@@ -125,7 +125,14 @@ def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a panoptic PNG: its pixels are L"):
         only(open_labelled("coco-panoptic", root=tmp_path))
     for text, message in (
-        ("[]", "expected COCO panoptic annotations"),
+        ("[]", "not COCO panoptic annotations: expected object, got array"),
+        ('{"categories": [], "annotations": [{"file_name": "a"}]}', "required field segments_info"),
+        (file.read_text().replace("[{", '[{"id": NaN},{', 1), "categories.0..id is NaN: expected"),
+        (file.read_text().replace('"id": 7', '"id": 1e9'), r"id is 1.*: expected int"),
+        (
+            file.read_text().replace('"category_id": 1}', '"category_id": 3}'),
+            "annotation of 000000000139.png: no category 3",
+        ),
         ('{"categories": [], "annotations": []}', "describes 0 of the 1 label maps"),
         ('{"categories": [{"id": 1, "supercategory": "x"}], "annotations": []}', "'x' is none of"),
     ):

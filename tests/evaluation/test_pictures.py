@@ -1,7 +1,6 @@
 """Pictures of groupings and views, and the statistics of slots."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +26,7 @@ from pipeline.views import ViewConfig
 from tests.helpers.betons import varied, write_beton
 from tests.helpers.coloured import CELL, ColourNetwork, write_scenes
 from train.config import DataConfig, RunConfig
-from train.run.checkpoint import Record
+from train.run.checkpoint import Record, write_record
 from train.run.settings import to_dict
 
 CPU = torch.device("cpu")
@@ -57,7 +56,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder.mkdir(parents=True)
         data = {"images": 1, "fingerprint": ""}
         record = Record(step, to_dict(config), data, seconds=0, meter=[], provenance={})
-        (folder / "run.json").write_text(json.dumps(asdict(record)))
+        write_record(folder, record)
     model = SimpleNamespace(num_prototypes=4)
     fake = SimpleNamespace(model=model, views=config.views, train=config.train)
     monkeypatch.setattr(commands, "load_network", lambda *_: (FakeNetwork([0, 1, 2, 3]), fake))

@@ -113,6 +113,8 @@ class _Watch:
                 if not (chunk := self.child.stdout.read()):
                     break
                 self._take(chunk)
+                if len(self.result.failures) >= _MOST_FAILURES:
+                    return
             elif self.trying is not None and now - heard > HANG_S:
                 self._fail(f"still runs after {HANG_S} s")
                 return

@@ -74,14 +74,6 @@ if ls "$WHEELS"/*.whl >/dev/null 2>&1; then
         "$WHEELS"/*.whl >"$WORK/logs/install.log" 2>&1
     echo "install rc=$?" | tee -a "$WORK/parts"
 fi
-# Without ffcv any libturbojpeg stands in for its native library: slotstream calls nothing else in it.
-if ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("ffcv") is None)'; then
-    jpeg=$(ls "$SITE"/turbojpeg.libs/libturbojpeg*.so* /usr/lib/x86_64-linux-gnu/libturbojpeg.so.0 2>/dev/null | head -n 1)
-    if [ -n "$jpeg" ]; then
-        mkdir -p "$SITE/ffcv" && cp "$jpeg" "$SITE/ffcv/_libffcv_stand_in.so"
-    fi
-    echo "no ffcv; in its place: ${jpeg:-nothing, so betons cannot be read}" | tee -a "$WORK/parts"
-fi
 timeout $((60 * PATIENCE)) "$PYTHON" -m tests.gpu.machine 2>&1 | tail -n 3
 timeout $((60 * PATIENCE)) "$PYTHON" -m tests.gpu.extract "$BETON" "$WORK/images" 128 2>&1 | tail -n 2
 

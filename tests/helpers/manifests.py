@@ -1,10 +1,11 @@
 """Manifests for betons of tests, and damage to files."""
 
+import os
 import zlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.beton import Beton
+from pipeline.beton import Beton, digest_of_sizes
 from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
 
 
@@ -20,16 +21,19 @@ def write_manifest(beton: Path, names: list[str] | None = None, **head: Any) -> 
         checksum = zlib.crc32(content[pointer : pointer + size])
         records.append(Record(name, size, f"{checksum:08x}", ORIGINAL, label))
     values = {"source": "folder", "options": {}, "count": len(opened), "bytes": opened.bytes}
+    values["sizes"] = digest_of_sizes(opened.height, opened.width)
     manifest = Manifest(**(values | head))
     manifest.write(manifest_path(beton), records)
     return manifest
 
 
 def damage(file: Path, offset: int, data: bytes) -> None:
-    """Overwrite bytes of a file."""
+    """Change bytes of a file as a failing disk does: its times stay."""
+    before = file.stat()
     with file.open("r+b") as opened:
         opened.seek(offset)
         opened.write(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def names_of(manifest: Manifest) -> list[str]:

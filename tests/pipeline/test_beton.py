@@ -1,5 +1,6 @@
 """Reading: the pixels are PIL's, and no damaged record is read as an image."""
 
+import hashlib
 import io
 import os
 from collections.abc import Callable
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.beton import Beton, CorruptRecord
+from pipeline.beton import FINGERPRINTED, Beton, CorruptRecord
 from pipeline.beton_writer import BetonWriter, Sample
 from pipeline.errors import UserError
 from pipeline.ffcv_format import HEADER
+from pipeline.manifest import Manifest, manifest_path
 from pipeline.turbojpeg import Decoder
 from tests.helpers.betons import photograph, pil_decode, varied, write_beton
-from tests.helpers.manifests import write_manifest
+from tests.helpers.manifests import damage, write_manifest
+from tools.packing.check import verify
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +159,142 @@ def test_bad_pointers_are_refused(
     damaged.write_bytes(content)
     with pytest.raises(UserError, match=r"record [67]: its entry in the table is damaged"):
         Beton(damaged)
+
+
+# ---- The identity of the content ----
+
+
+def raw_beton(path: Path, count: int = 100) -> Path:
+    """Raw images of the same size: their tables do not depend on their pixels."""
+    with BetonWriter(path, count) as writer:
+        writer.append([Sample(photograph(i, 24, 40), 24, 40, (i,)) for i in range(count)])
+    return path
+
+
+@pytest.mark.parametrize("with_manifest", [False, True])
+@pytest.mark.parametrize("limit", [FINGERPRINTED, 24 * 40 * 3 * 10])
+def test_fingerprint_covers_every_image(
+    tmp_path: Path, with_manifest: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a run resumes on other pixels: of 100 raw images 36 could be replaced unseen. Each
+    single image counts, also in a set of which only a part is read, if the manifest is repacked.
+    """
+    monkeypatch.setattr("pipeline.beton.FINGERPRINTED", limit)
+    path = raw_beton(tmp_path / "raw.beton")
+    if with_manifest:
+        write_manifest(path)
+    seen = {Beton(path).fingerprint()}
+    for i in (0, 1, 2, 13, 50, 98, 99):
+        damage(path, int(Beton(path).records[i, 0]) + 1400, photograph(200 + i, 8, 8).tobytes())
+        if with_manifest:
+            write_manifest(path)
+        seen.add(Beton(path).fingerprint())
+    assert len(seen) == 8
+
+
+def test_fingerprint_does_not_depend_on_the_manifest_or_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a run cannot resume from a copy of the beton alone on a node's disk."""
+    path = raw_beton(tmp_path / "raw.beton")
+    copy = tmp_path / "copy.beton"
+    copy.write_bytes(path.read_bytes())
+    write_manifest(path)
+    monkeypatch.setattr("pipeline.beton.FINGERPRINTED", 100_000)
+    assert Beton(path).fingerprint() == Beton(copy).fingerprint()
+    manifest_path(path).write_bytes(b"{}")
+    assert Beton(path).fingerprint() == Beton(copy).fingerprint()
+
+
+def test_fingerprint_of_an_earlier_run_is_still_known(tmp_path: Path) -> None:
+    """Without it no run of an earlier slotstream can be resumed, although its data are the same."""
+    path = raw_beton(tmp_path / "raw.beton")
+    beton, content = Beton(path), path.read_bytes()
+    digest = hashlib.sha256(beton.records.tobytes() + beton.index.tobytes())
+    for i in np.linspace(0, 99, 64).astype(int):
+        pointer, size = beton.records[i, :2]
+        digest.update(content[pointer : pointer + min(size, 4096)])
+    assert beton.has_fingerprint(digest.hexdigest())
+    assert beton.has_fingerprint(beton.fingerprint()) and beton.fingerprint() != digest.hexdigest()
+    assert not beton.has_fingerprint("0" * 64)
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_record_must_have_its_checksum_when_that_is_required(tmp_path: Path, mode: str) -> None:
+    """Without it the pixels of a raw record, or a whole JPEG put in the place of another, are
+    believed.
+    """
+    path = write_beton(tmp_path / "some.beton", [photograph(i, 24, 40) for i in range(4)], mode)
+    write_manifest(path)
+    (one, size), (other, room) = Beton(path).records[:2, :2].tolist()
+    damage(path, one, path.read_bytes()[other : other + min(size, room)])
+    beton = Beton(path)
+    beton.require_checksums()
+    with pytest.raises(CorruptRecord, match=r"photos/0\.jpg: its bytes are not those"):
+        beton.decode(0)
+    assert np.array_equal(beton.decode(1), Beton(path).decode(1))
+
+
+@pytest.mark.parametrize("damage_to", ["digest", "other", "syntax"])
+def test_manifest_that_does_not_match_is_left_out_with_a_warning(
+    tmp_path: Path, damage_to: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without it a wrong manifest makes good images bad, or is left out in silence."""
+    path = raw_beton(tmp_path / "raw.beton", 5)
+    write_manifest(path, bytes=7 if damage_to == "other" else path.stat().st_size)
+    text = manifest_path(path).read_text()
+    if damage_to != "other":
+        new = "{" if damage_to == "syntax" else text.replace("photos/3", "photos/4")
+        manifest_path(path).write_text(new)
+    beton = Beton(path)
+    beton.require_checksums()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {manifest_path(path)}: ")
+    assert line.endswith("no image is compared with it")
+    assert (beton.checksums == -1).all() and beton.decode(0).shape == (24, 40, 3)
+
+
+def swap_sides(path: Path, i: int) -> None:
+    """Exchange height and width of record `i` in the table: its bytes, and their number, fit."""
+    content, beton = bytearray(path.read_bytes()), Beton(path)
+    pointer = int(beton.records[i, 0]).to_bytes(8, "little")
+    at = content.index(pointer)  # in the metadata: width, height, pointer
+    content[at - 4 : at] = content[at - 2 : at] + content[at - 4 : at - 2]
+    path.write_bytes(content)
+
+
+def test_exchanged_height_and_width_are_found(tmp_path: Path) -> None:
+    """Without it a raw image of which no byte has changed is read in rows of a wrong length."""
+    path = raw_beton(tmp_path / "raw.beton", 5)
+    write_manifest(path)
+    before = Beton(path).fingerprint()
+    swap_sides(path, 2)
+    beton = Beton(path)
+    assert beton.decode(2).shape == (40, 24, 3)
+    with pytest.raises(UserError, match=r"raw\.beton: the images' heights and widths are"):
+        beton.require_checksums()
+    assert beton.fingerprint() != before
+    assert verify(beton, Manifest.beside(path), workers=1).problems == [
+        (str(path), "the images' heights and widths are not those that were packed")
+    ]
+
+
+def test_file_that_is_written_to_is_noticed(tmp_path: Path) -> None:
+    """Without it a beton overwritten in place is read by the tables of the old one. A file that is
+    moved over the old one, or deleted, leaves the opened one as it is.
+    """
+    path, other = raw_beton(tmp_path / "raw.beton", 5), raw_beton(tmp_path / "other.beton", 6)
+    beton = Beton(path)
+    beton.require_unchanged()
+    other.replace(path)
+    beton.require_unchanged()
+    beton = Beton(path)
+    path.unlink()
+    beton.require_unchanged()
+    path = raw_beton(tmp_path / "new.beton", 5)
+    beton = Beton(path)
+    with path.open("r+b") as file:
+        file.write(b"")
+        file.truncate(beton.bytes - 1)
+    with pytest.raises(UserError, match=r"new\.beton: the file was written to while it was in use"):
+        beton.require_unchanged()

@@ -19,6 +19,7 @@ from pipeline.choices import Crops
 from pipeline.decode import CanvasLoader, CropLoader
 from pipeline.errors import UserError
 from pipeline.loader import ViewLoader
+from pipeline.source import Replacements
 from pipeline.views import ViewConfig
 from tests.helpers.betons import photograph, varied, write_beton
 from tests.helpers.manifests import damage, write_manifest
@@ -215,11 +216,12 @@ def test_error_of_a_thread_surfaces_at_its_batch(
 def test_file_cut_short_under_a_running_loader(tmp_path: Path, crops: Crops) -> None:
     """A memory map would end the process with SIGBUS here."""
     path = write_beton(tmp_path / "cut.beton", varied(IMAGES))
-    loader = view_loader(Beton(path), crops=crops)
-    next(loader.epoch(0))
+    loader = view_loader(Beton(path), batch_size=4, crops=crops)
+    batches = loader.epoch(0)
+    next(batches)
     os.truncate(path, int(loader.beton.records[:, 0].min()))
     with pytest.raises(CorruptRecord, match=r"cut\.beton: record \d+: the file ends before"):
-        list(loader.epoch(0))
+        list(batches)
 
 
 def test_file_removed_under_a_running_loader(tmp_path: Path) -> None:
@@ -272,7 +274,8 @@ def test_replacement_does_not_depend_on_threads_or_world(spoilt: Beton, crops: C
     """Otherwise ranks and resumed runs would train on different sets."""
 
     def replacing(**options) -> ViewLoader:
-        return view_loader(spoilt, on_corrupt="replace", **{"crops": crops, "size": 32} | options)
+        replacing = {"on_corrupt": "replace", "max_replaced": 0.2}
+        return view_loader(spoilt, **replacing | {"crops": crops, "size": 32} | options)
 
     loader = replacing(crops="device", threads=1)
     expected = views_by_image(loader)
@@ -288,7 +291,7 @@ def test_replacement_does_not_depend_on_threads_or_world(spoilt: Beton, crops: C
 
 def test_replaced_image_is_the_one_in_the_batch(spoilt: Beton) -> None:
     """Index, overlap and pixels of a row must belong to the same image."""
-    whole = view_loader(spoilt, on_corrupt="replace", batch_size=IMAGES)
+    whole = view_loader(spoilt, on_corrupt="replace", max_replaced=0.2, batch_size=IMAGES)
     batch = next(whole.epoch(1))
     rows = [row for row, i in enumerate(batch.index.tolist()) if i == 7]
     assert len(rows) == 4  # 4, 5, 6 and itself
@@ -311,6 +314,71 @@ def test_beton_of_which_nothing_decodes_is_an_error(tmp_path: Path) -> None:
     loader = CanvasLoader(beton, threads=2, pin=False, on_corrupt="replace")
     with pytest.raises(CorruptRecord, match="no record can be decoded"):
         list(loader.decode([np.arange(5)]))
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_too_many_replacements_end_the_run(spoilt: Beton, crops: Crops) -> None:
+    """Without it a beton that was overwritten trains on what is left of it. By default 5 % may be
+    bad; the line names count, share, the first file and its reason, and the setting.
+    """
+    message = r"at least [23] of \d+ images.* are bad \(\d+\.\d%; data.max_replaced: 0\.05\)"
+    with pytest.raises(UserError, match=message + r"; the first one is photos/\d+\.jpg: not a"):
+        list(view_loader(spoilt, crops=crops, on_corrupt="replace").epoch(0))
+    enough = view_loader(spoilt, crops=crops, on_corrupt="replace", max_replaced=0.16)
+    assert len(list(enough.epoch(0))) == 3
+
+
+def test_share_of_replacements_counts_the_images_that_were_read(
+    beton: Beton, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without it one bad image among the first ends a run, or a rank, which reads a small part of
+    the set, needs many epochs to notice that a fifth is bad.
+    """
+    monkeypatch.setattr("pipeline.source._FIRST", 10)
+    few = Replacements(beton, 0.1)
+    few.apply(np.arange(4))
+    few.find(3, "spoilt")  # one of the first ten
+    few.apply(np.arange(4, 8))
+    with pytest.raises(CorruptRecord, match=r"2 of 8 images read so far are bad \(25\.0%"):
+        few.find(7, "spoilt")
+    many = Replacements(beton, 0.1)
+    for begin in range(0, 20, 4):
+        many.apply(np.arange(begin, begin + 4))
+    many.find(3, "spoilt")
+    many.find(7, "spoilt")
+    assert many.known == {3: 4, 7: 8}
+    assert many.apply(np.array([3, 4])).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("crops", ["device", "host"])
+def test_overwritten_file_ends_the_run_at_the_next_epoch(tmp_path: Path, crops: Crops) -> None:
+    """Without it the rest of the run trains on whatever lies at the old places. The epoch in which
+    it happens does not end well either.
+    """
+    path = write_beton(tmp_path / "photos.beton", varied(IMAGES))
+    content = path.read_bytes()
+    opened = Beton(path)
+    loader = view_loader(opened, crops=crops)
+    batches = loader.epoch(0)
+    next(batches)
+    path.write_bytes(content[::-1])
+    path.write_bytes(content)
+    written = r"photos\.beton: the file was written to while it was in use"
+    for begun in (batches, loader.epoch(1)):
+        with pytest.raises(UserError, match=written):
+            list(begun)
+    with pytest.raises(UserError, match=written):
+        view_loader(opened)
+    assert len(list(view_loader(Beton(path)).epoch(0))) == 3
+
+
+def test_loader_compares_each_record_with_the_manifest(tmp_path: Path) -> None:
+    """Without it a raw image that was replaced is trained on, or reported only by --verify."""
+    path = write_beton(tmp_path / "raw.beton", varied(IMAGES), mode="raw")
+    write_manifest(path)
+    damage(path, int(Beton(path).records[9, 0]) + 5, bytes(3))
+    with pytest.raises(CorruptRecord, match=r"photos/9\.jpg: its bytes are not those that"):
+        list(view_loader(Beton(path), batch_size=IMAGES).epoch(0))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pipeline.decode
 import pipeline.order
 from pipeline.beton import Beton
 from pipeline.choices import Crops
+from pipeline.decode import CanvasLoader
 from pipeline.loader import ViewLoader
 from pipeline.source import Batch
 from pipeline.views import ViewConfig
@@ -146,3 +147,9 @@ def test_buffers_are_pinned_for_a_gpu(
     monkeypatch.setattr(torch, "empty", recording)
     next(iter(loader._records.decode([np.arange(4)])))
     assert pinned == [True]
+
+
+def test_pinned_buffers_count_as_what_they_take(beton: Beton) -> None:
+    """PyTorch pins powers of two: buffers of 600 MB take 1 GiB each, and may not fit."""
+    exact, pinned = (CanvasLoader(beton, 1, pin).worst_case(5) for pin in (False, True))
+    assert exact % 3 == 0 and pinned == 3 * 2 ** (exact // 3 - 1).bit_length()

@@ -1,14 +1,17 @@
 """The list of a beton's records, written and read as a stream."""
 
 import json
+import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import manifest as manifests
 from pipeline.errors import UserError
-from pipeline.manifest import Manifest, Record
+from pipeline.manifest import Manifest, Record, Shard
 from tests.helpers.manifests import names_of
 
 RECORDS = [
@@ -47,6 +50,101 @@ def test_a_record_a_line(tmp_path: Path) -> None:
         '["b\\udc80\\u2028\\n.jpg", 0, "00000000", "converted: not a JPEG"],',
         '["\\"]}", 1099511627776, "ffffffff", "scaled"]',
     ]
+
+
+WRONG = [None, True, -1, 1.5, "", [], {}, [[1]], {"a": {"a": 1}}, 10**40, 2**63]
+
+
+@pytest.mark.parametrize("key", [field.name for field in fields(Manifest) if field.name != "path"])
+def test_wrong_values_of_each_key(tmp_path: Path, key: str) -> None:
+    """Without it a value of another type ends in a traceback where it is used: in a merge, in a
+    summary.
+    """
+    path = tmp_path / "a.json"
+    content = json.loads(written(path).path.read_text())  # type: ignore[union-attr]
+    for value in WRONG:
+        write_document(path, content | {key: value})
+        try:
+            manifest = Manifest.read(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")
+            assert str(error).isprintable()
+        else:
+            assert type(getattr(manifest, key)) in (type(value), Shard)
+    write_document(path, {name: content[name] for name in content if name != key})
+    if key in ("source", "options", "count", "bytes"):
+        with pytest.raises(UserError, match=f"missing required field `{key}`"):
+            Manifest.read(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "7", "{}", "[]", "[" * 100_000, '["a"]', '["a",1,"0123abcd"]', '["a","1","0123abcd","x"]',
+        '["a",1,"0123abcg","x"]', '["a",-1,"0123abcd","x"]', '["a",1e400,"0123abcd","x"]',
+        '["a",1,"0123abcd","x",1.5]', '["a",1,"0123abcd","x",1,2]',
+        f'["a",{10**40},"0123abcd","x"]', f'["\\udc80",{"[" * 100_000}',
+        '["a",1,"0123abcd","x\xff"]', "\0", "",
+    ],
+)  # fmt: skip
+def test_damaged_records(tmp_path: Path, line: str) -> None:
+    """Without it a command that reads the records of a damaged manifest ends in a traceback."""
+    path = tmp_path / "a.json"
+    written(path)
+    lines = path.read_text().splitlines(keepends=True)
+    lines[-3] = line + ",\n"
+    path.write_text("".join(lines), encoding="latin-1")
+    manifest = Manifest.read(path)
+    for read in (lambda: list(manifest.records()), lambda: manifest.name(1)):
+        with pytest.raises(UserError, match="the line of record 1 is damaged") as error:
+            read()
+        assert str(error.value).startswith(f"{path}: ")
+        assert str(error.value).isprintable()
+
+
+def test_more_records_than_the_head_says(tmp_path: Path) -> None:
+    """Without it a line repeated without end fills the memory of a merge before its digest."""
+    path = tmp_path / "a.json"
+    written(path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:-2], *lines[-4:-3] * 5, *lines[-2:]]))
+    seen = 0
+    with pytest.raises(UserError, match="does not match its digest"):
+        for _ in Manifest.read(path).records():
+            seen += 1
+    assert seen == 3
+
+
+@pytest.mark.parametrize(("name", "size"), [("MAX_LINE", 150), ("MAX_HEAD", 200)])
+def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
+    """Without them a line of gigabytes fills the memory. The message says the limit."""
+    path = tmp_path / "a.json"
+    written(path, [Record("x" * 200, 1, "00000000", "original")] * 3)
+    monkeypatch.setattr(manifests, name, size)
+    with pytest.raises(UserError, match=f"{path}: .*{size}"):
+        list(Manifest.read(path).records())
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """Without it a pipe blocks the command for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in (("pipe", "not a file"), (".", "not a file"), ("none", "No such file")):
+        with pytest.raises(UserError) as error:
+            Manifest.read(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}: {reason}")
+    (tmp_path / "other").write_text('{"format": 2,\n"records": [\n]}\n')
+    with pytest.raises(UserError) as error:
+        Manifest.read(tmp_path / "other")
+    reason = "not a manifest of format 3: it begins with other text"
+    assert str(error.value) == f"{tmp_path / 'other'}: {reason}"
+
+
+def write_document(path: Path, content: dict) -> None:
+    """A manifest with any values, its lines as they are written."""
+    records = ",\n".join(json.dumps(row) for row in content["records"])
+    head = [f"{json.dumps(key)}: {json.dumps(content[key])},\n" for key in content]
+    head = [line for line in head if not line.startswith('"records"')]
+    path.write_text("{" + "".join(head) + f'"records": [\n{records}\n]}}\n')
 
 
 @given(data=st.data())

@@ -201,7 +201,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     assert refusal(["--config", str(tmp_path)]).endswith(f"{tmp_path}: Is a directory")
     latin = refusal(["--config", str(tmp_path / "latin.yaml")])
-    assert "latin.yaml: not a text in UTF-8" in latin and "\n" not in latin
+    assert "latin.yaml: not UTF-8" in latin and "\n" not in latin
     assert refusal(["--config"]) == "--config needs a value"
     assert refusal(["--train", "--data.path", "x"]) == "--train needs a value"
     assert refusal([*BASE, "--train", "3"]) == "--train: 3 is no file of keys and values"

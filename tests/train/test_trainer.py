@@ -13,6 +13,7 @@ import torch
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from tests.helpers.betons import varied, write_beton
+from tests.helpers.killed import killed
 from tests.helpers.manifests import damage
 from tests.helpers.training import (
     TIMES,
@@ -120,14 +121,28 @@ def test_killed_in_mid_step_and_resumed_is_exact(
     disk must be enough to repeat steps 5 and 6 bit for bit, and no line may appear twice."""
     config = replace(whole, log=replace(whole.log, dir=str(tmp_path)))
     monkeypatch.setenv("KILL_AT", "13")
-    killed = launch(config)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ended = launch(config)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     newest = checkpoint.latest(run_dir(config))
     assert newest and newest.name == "step_4" and len(curve(config)) == 2
     with (run_dir(config) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a torn line, as after a power cut
     trainer(config, "auto").train()
     assert_same_run(config, whole)
+
+
+def train(config: RunConfig, resume: str | None = None) -> None:
+    trainer(config, resume).train()
+
+
+@pytest.mark.parametrize("at", [17, 38])
+def test_killed_elsewhere_the_curve_is_the_same(whole: RunConfig, tmp_path: Path, at: int) -> None:
+    """SIGKILL before the log line of step 6, and when the last checkpoint is just written.
+    Without it a resumed run has another curve than one that was never killed."""
+    config = replace(whole, log=replace(whole.log, dir=str(tmp_path)))
+    assert killed(at, train, config)
+    train(config, "auto")
+    assert curve(config) == curve(whole)
 
 
 def test_stopping_early_and_resuming_is_exact(whole: RunConfig, tmp_path: Path) -> None:
@@ -214,7 +229,8 @@ def test_orders_and_host_crops_train_and_resume(beton: Path, tmp_path: Path, ord
 def test_divergence_stops_before_a_checkpoint(beton: Path, tmp_path: Path) -> None:
     """A learning rate of 1e25 makes the second step infinite: the run must say so and must not
     change step 1."""
-    config = small_run(beton, tmp_path, base_lr=1e25)
+    config = small_run(beton, tmp_path)
+    object.__setattr__(config.train, "base_lr", 1e25)  # beyond the setting's bound
     config = replace(config, log=replace(config.log, every=100, checkpoint_every=1))
     with pytest.raises(Diverged, match=r"not finite at step \d+; last good checkpoint: .*step_\d+"):
         trainer(config).train()
@@ -339,7 +355,7 @@ def test_corrupt_image_stops_the_run_or_is_replaced(
     config = small_run(path, tmp_path, "stop", max_steps=5)
     with pytest.raises(UserError, match="record 3: not a JPEG"):
         trainer(replace(config, train=replace(config.train, max_steps=10))).train()
-    data = replace(config.data, on_corrupt="replace")
+    data = replace(config.data, on_corrupt="replace", max_replaced=0.2)
     training = trainer(replace(config, name="replace", data=data))
     training.train()
     assert training.run.step == 5

@@ -23,8 +23,10 @@ from tools.benchmark.stages import EPOCH, FROM_A_FILE, STAGES, repeated
 from tools.benchmark.step import VARIANTS
 from tools.benchmark.timing import Bench
 from tools.benchmark.verdict import compare, step_table, table, verdict
+from tools.report.schema import Rates
 from train.config import load_config
 from train.run.cli import CommandParser, check_writable, run
+from train.run.json_file import read_json
 from train.run.provenance import provenance, write_json
 
 EXAMPLES = """examples:
@@ -291,9 +293,9 @@ def main() -> None:
     if args.compare:
         if args.stages or args.data or args.synthetic:
             raise UserError("--compare measures nothing: give no stages, --data or --synthetic")
-        from tools.report.results import read_results
-
-        first, second = (read_results(path) for path in args.compare)
+        first, second = (
+            read_json(path, Rates, what="the --json file of a benchmark") for path in args.compare
+        )
         print(compare(first, second, args.compare))
         return
     check(args)

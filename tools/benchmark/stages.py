@@ -49,7 +49,10 @@ def repeated(beton: "Beton", count: int) -> "Beton":
     longer = copy.copy(beton)
     longer.file = os.dup(beton.file)  # both betons close their file
     times = -(-count // len(beton))
-    longer.records = np.tile(beton.records, (times, 1))
+    longer.records, longer.checksums = (
+        np.tile(beton.records, (times, 1)),
+        np.tile(beton.checksums, times),
+    )
     longer.height, longer.width = np.tile(beton.height, times), np.tile(beton.width, times)
     longer.index = np.arange(len(longer.records))
     longer.label = None
@@ -133,12 +136,9 @@ def _decode_part(beton: "Beton", jpegs: Iterator[tuple[np.ndarray, int, int]]) -
     decoder = turbojpeg.Decoder(0)
     pixels = np.empty(int((beton.height * beton.width).max()) * 3, np.uint8)
     for jpeg, height, width in jpegs:
-        code = turbojpeg.decompress(
-            decoder.handle, jpeg.ctypes.data, jpeg.size, pixels.ctypes.data,
-            width, 0, height, turbojpeg.RGB, turbojpeg.ACCURATE_DCT,
-        )  # fmt: skip
-        if code != 0:
-            raise UserError(f"{beton.path}: {decoder.error()}")
+        canvas = pixels[: height * width * 3].reshape(height, width, 3)
+        if complaint := decoder.decompress(jpeg, canvas):
+            raise UserError(f"{beton.path}: {complaint}")
 
 
 def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callable[[], object]:

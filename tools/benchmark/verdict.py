@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from tools.benchmark.timing import Result
+from tools.report.schema import Rate, Rates
 
 HEADS = (
     "stage", "images/s", "lowest", "highest", "ms/batch", "host ms", "GB/s", "of copy",
@@ -215,22 +216,23 @@ def _rate(result: Result) -> str:
 
 # ---- Two runs ----
 
-_Row = Mapping[str, Any]
+_LONGEST = 120
+"""Characters of a setting in a warning."""
 
 
-def compare(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[Path]) -> str:
+def compare(first: Rates, second: Rates, names: Sequence[Path]) -> str:
     """A table of the ratios between two --json files, below a warning for every other difference.
 
-    Raises UserError if a file holds no measurements, or if they have none in common.
+    Raises UserError if a file holds a measurement of 0 images/s, or if they have none in common.
     """
-    runs = list(zip((first, second), names, strict=True))
+    runs = (first, second)
     lines = [
-        f"warning: {key} differs: {a!r} and {b!r}"
+        f"warning: {key} differs: {a} and {b}"
         for part in ("hardware", "versions", "settings")
-        for key, a, b in _differences(*(_mapping(run, part, name) for run, name in runs))
+        for key, a, b in _differences(*(getattr(run, part) or {} for run in runs))
     ]
     rows = [("stage", *(name.name for name in names), "ratio", "")]
-    groups = [_groups(run["results"], name) for run, name in runs]
+    groups = [_groups(run.results, name) for run, name in zip(runs, names, strict=True)]
     for label in groups[0]:
         if label in groups[1]:
             pairs = _matched(groups[0][label], groups[1][label])
@@ -243,42 +245,45 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence
     return "\n".join(lines)
 
 
-def _ratio_row(label: str, a: _Row, b: _Row) -> tuple[str, ...]:
+def _ratio_row(label: str, a: Rate, b: Rate) -> tuple[str, ...]:
     notes = [
-        f"{field} {a.get(field)} and {b.get(field)}"
-        for field in ("batch", "threads")
-        if a.get(field) != b.get(field)
+        f"{field} {one} and {other}"
+        for field, one, other in (
+            ("batch", a.batch, b.batch),
+            ("threads", a.threads, b.threads),
+        )
+        if one != other
     ]
-    rates = (a["images_per_s"], b["images_per_s"])
+    rates = (a.images_per_s, b.images_per_s)
     note = "differs: " + ", ".join(notes) if notes else ""
     return (label, *(f"{rate:,.1f}" for rate in rates), f"{rates[1] / rates[0]:.3g}", note)
 
 
-def _mapping(run: Mapping[str, Any], part: str, name: Path) -> _Row:
-    values = run.get(part) or {}
-    if not isinstance(values, dict):
-        raise UserError(f"{name}: its {part} are no mapping")
-    return values
-
-
-def _differences(first: _Row, second: _Row) -> list[tuple[str, Any, Any]]:
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, ...]]:
     keys = dict.fromkeys((*first, *second))
-    return [(k, first.get(k), second.get(k)) for k in keys if first.get(k) != second.get(k)]
+    pairs = ((key, first.get(key), second.get(key)) for key in keys)
+    return [(printable(key), _shown(a), _shown(b)) for key, a, b in pairs if a != b]
 
 
-def _groups(rows: Sequence[_Row], name: Path) -> dict[str, list[_Row]]:
+def _shown(value: object) -> str:
+    text = repr(value)  # escapes control characters
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+
+
+def _groups(rows: Sequence[Rate], name: Path) -> dict[str, list[Rate]]:
     """Rows grouped by measurement, in their order. Rows of a group differ only in threads."""
-    groups: dict[str, list[_Row]] = {}
+    groups: dict[str, list[Rate]] = {}
     for row in rows:
-        if not isinstance(row.get("images_per_s"), int | float) or not row["images_per_s"] > 0:
-            raise UserError(f"{name}: a measurement without images_per_s")
-        parts = (str(row.get(key) or "") for key in ("stage", "backend", "crops", "operation"))
-        groups.setdefault(" · ".join(part for part in parts if part), []).append(row)
+        if not row.images_per_s > 0:
+            raise UserError(f"{name}: a measurement of 0 images/s")
+        parts = (row.stage, row.backend, row.crops, row.operation)
+        label = " · ".join(part for part in parts if part)
+        groups.setdefault(printable(label), []).append(row)
     return groups
 
 
-def _matched(first: list[_Row], second: list[_Row]) -> list[tuple[_Row, _Row]]:
+def _matched(first: list[Rate], second: list[Rate]) -> list[tuple[Rate, Rate]]:
     """Pairs with equal threads. Without any: the rows with the most threads."""
-    pairs = [(a, b) for a in first for b in second if a.get("threads") == b.get("threads")]
-    most = [max(rows, key=lambda row: row.get("threads") or 0) for rows in (first, second)]
+    pairs = [(a, b) for a in first for b in second if a.threads == b.threads]
+    most = [max(rows, key=lambda row: row.threads or 0) for rows in (first, second)]
     return pairs or [(most[0], most[1])]

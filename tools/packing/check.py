@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from zlib_ng.zlib_ng import crc32
 
-from pipeline.beton import Beton
+from pipeline.beton import SIZES_CHANGED, Beton
 from pipeline.errors import UserError
 from pipeline.ffcv_format import DESCRIPTOR, HEADER, IMAGE, INTEGER, RAW, VERSION, metadata_type
 from pipeline.manifest import Manifest, Record
@@ -262,14 +262,16 @@ def _check_tables(beton: Beton, manifest: Manifest) -> list[Problem]:
     problems, file = [], str(beton.path)
     if manifest.bytes != beton.bytes:
         problems.append((file, f"has {beton.bytes} bytes; {manifest.bytes} were packed"))
+    if beton.sizes_changed(manifest):
+        problems.append((file, SIZES_CHANGED))
     if not np.array_equal(beton.index, np.arange(len(beton))):
         problems.append((file, "the images' numbers are damaged"))
-    if (offset := _stray_byte(beton)) is not None:
+    if (offset := stray_byte(beton)) is not None:
         problems.append((file, f"byte {offset}, which belongs to no image, was changed"))
     return problems
 
 
-def _stray_byte(beton: Beton) -> int | None:
+def stray_byte(beton: Beton) -> int | None:
     """Offset of the first unused byte that is not zero."""
     head = np.frombuffer(os.pread(beton.file, beton.data, 0), np.uint8)
     if (stray := np.flatnonzero(head[~_used(beton)])).size:

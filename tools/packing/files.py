@@ -2,12 +2,26 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.errors import UserError
 from pipeline.formats import IMAGE_SUFFIXES
 from tools.packing import archives
+
+MAX_FOLDERS = 2_000_000
+"""Below a root. Links from folder to folder can make paths without end."""
+
+T = TypeVar("T")
+
+
+def bounded(items: Iterable[T], name: Path) -> Iterator[T]:
+    """The images or rows of `name`. Raises UserError if there are too many to list in memory."""
+    for count, item in enumerate(items):
+        if count == archives.MAX_FILES:
+            raise UserError(f"{name}: more than {archives.MAX_FILES:,} files")
+        yield item
 
 
 def is_folder(path: Path) -> bool:
@@ -90,12 +104,17 @@ def walk(top: Path, start: str) -> Iterator[tuple[str, str]]:
     """The files below `top`: their path below `top`, and why they are unusable, or "".
 
     Searches only those entries of `top` whose names begin with `start`. Follows links. A link to
-    one of the folders above it is unusable.
+    one of the folders above it is unusable. Raises UserError at more than MAX_FOLDERS folders.
     """
+    count = 0
     pending: list[tuple[str, tuple[_Folder, ...]]] = [("", ())]
     while pending:  # a recursion would end at 1,000 levels
         name, above = pending.pop()
         folder = top / name
+        if (count := count + 1) > MAX_FOLDERS:
+            raise UserError(
+                f"{top}: more than {MAX_FOLDERS:,} folders, those behind links included"
+            )
         try:
             status = folder.stat()
             here = (status.st_dev, status.st_ino)

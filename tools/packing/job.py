@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.images import LIMITS, Limits
+from pipeline.manifest import Option, Shard
 from tools.packing.images import Packed, Storage
 from tools.packing.read import load
 from tools.packing.sources import Source
@@ -19,23 +21,30 @@ class Job:
 
     kind: str
     """The source's name, for the manifest."""
-    options: dict[str, Any]
+    options: dict[str, Option]
     """All settings that decide the beton's content."""
     names: Sequence[str]
     load: Callable[[int, int], list[Packed | str]]
-    """Reads images `start` to `stop`; for a bad image it returns the reason. Runs on threads."""
+    """Reads images `start` to `stop`, or the first of them; for a bad image it returns the reason.
+    Runs on threads."""
     digest: str
     """Covers everything that decides the beton's content, except the bytes of the images."""
     labels: Sequence[int] | None = None
     classes: list[str] | None = None
-    shard: dict[str, Any] | None = None
+    shard: Shard | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Name and reason of each image that the shards already skipped, when shards are merged."""
     remedy: str = "--on-error skip excludes them"
     """How to deal with bad images, for the error message."""
 
 
-def job_of(kind: str, source: Source, storage: Storage, shard: tuple[int, int] | None) -> Job:
+def job_of(
+    kind: str,
+    source: Source,
+    storage: Storage,
+    shard: tuple[int, int] | None,
+    limits: Limits = LIMITS,
+) -> Job:
     """The job of packing a source, or shard i of n of it.
 
     Raises:
@@ -51,11 +60,11 @@ def job_of(kind: str, source: Source, storage: Storage, shard: tuple[int, int] |
         kind,
         options,
         source.names[first:last] if shard else source.names,
-        lambda start, stop: load(source, storage, first + start, first + stop),
+        lambda start, stop: load(source, storage, first + start, first + stop, limits),
         f"{listing} {_location_digest(source)} {number}/{shards}",
         None if source.labels is None else source.labels[first:last],
         source.classes,
-        {"number": number, "of": shards, "listing": listing} if shard else None,
+        Shard(number, shards, listing) if shard else None,
     )
 
 

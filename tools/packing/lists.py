@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError
-from tools.packing.files import require_root
+from tools.packing.files import bounded, require_root
 from tools.packing.sources import Source, mark_duplicates
+
+MAX_LINE = 1 << 16
+"""Characters. A path has at most 4,096 bytes; a longer line is another kind of file."""
 
 
 def listed(path: Path, root: Path | None = None) -> Source:
@@ -20,7 +23,7 @@ def listed(path: Path, root: Path | None = None) -> Source:
     Paths are relative to `root`, by default the list's folder. If all labels are whole numbers,
     they are kept. Else they are class names, and the label is the rank of the name.
     """
-    rows = list(_rows(path))
+    rows = list(bounded(_rows(path), path))
     if not rows:
         raise UserError(f"{path}: names no files")
     if root:
@@ -42,17 +45,34 @@ def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
     if path.suffix.lower() not in (".csv", ".tsv"):
         yield from ((line.rstrip("\r\n"), None) for line in _lines(path) if line.strip())
         return
-    table = csv.reader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    for number, (line, row) in enumerate(_table(path)):
+        if number == 0 and row[0].strip().lower() in _HEADINGS:
+            continue
+        if not row[0] or len(row) > 2:
+            raise UserError(f"{path}: line {line}: expected path or path,label")
+        label = row[1].strip() if len(row) == 2 else None
+        if label == "":
+            raise UserError(f"{path}: line {line}: an empty label")
+        yield row[0], label
+
+
+def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The number and the cells of each line that is not empty. A quoted line feed ends no line."""
+    length = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal length
+        for line in _lines(path):
+            if (length := length + len(line)) > MAX_LINE:
+                raise UserError(f"{path}: line {table.line_num}: more than {MAX_LINE:,} characters")
+            yield line
+
+    table = csv.reader(lines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     try:
-        for number, row in enumerate(row for row in table if row):
-            if number == 0 and row[0].strip().lower() in _HEADINGS:
-                continue
-            if not row[0] or len(row) > 2:
-                raise UserError(f"{path}: line {table.line_num}: expected path or path,label")
-            label = row[1].strip() if len(row) == 2 else None
-            if label == "":
-                raise UserError(f"{path}: line {table.line_num}: an empty label")
-            yield row[0], label
+        for row in table:
+            length = 0
+            if row:
+                yield table.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}: line {table.line_num}: {error}") from error
 
@@ -62,13 +82,18 @@ def _lines(path: Path) -> Iterator[str]:
     or UTF-16 with a byte order mark, as PowerShell writes by default.
     """
     try:
-        with path.open("rb") as file:
+        # Without O_NONBLOCK a pipe that no program writes to would block for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "rb") as file:
             wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
             encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
             text = io.TextIOWrapper(file, encoding, errors, newline="")
-            for number, line in enumerate(text, 1):
+            for number, line in enumerate(iter(lambda: text.readline(MAX_LINE + 1), ""), 1):
                 if "\0" in line:
                     raise UserError(f"{path}: line {number}: a NUL byte; save it as UTF-8 text")
+                if len(line) > MAX_LINE:
+                    raise UserError(f"{path}: line {number}: more than {MAX_LINE:,} characters")
                 yield line
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error

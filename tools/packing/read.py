@@ -1,41 +1,53 @@
 """Reading images from their files or archives, and converting them to their stored form."""
 
 import os
-import stat
 import zlib
 from contextlib import closing
 
 from zlib_ng.zlib_ng import crc32
 
+from pipeline.errors import BadImage
+from pipeline.images import LIMITS, Limits, read_file
 from tools.packing.archives import inflate
-from tools.packing.images import MAX_BYTES, Packed, Storage, pack_image
-from tools.packing.jpeg import BadImage
+from tools.packing.images import Packed, Storage, pack_image
 from tools.packing.sources import Source
 
+MAX_BATCH = 16 << 20
+"""Bytes. After this much is stored, `load` returns what it has."""
 
-def load(source: Source, storage: Storage, start: int, stop: int) -> list[Packed | str]:
-    """Read, check and convert images `start` to `stop`. For a bad image, the reason."""
+
+def load(
+    source: Source, storage: Storage, start: int, stop: int, limits: Limits = LIMITS
+) -> list[Packed | str]:
+    """Read, check and convert the images `start` to `stop`, or the first of them: it ends early
+    once they take `MAX_BATCH`. For a bad image, the reason.
+    """
     images: list[Packed | str] = []
-    with closing(_Reader(source)) as reader:
+    size = 0
+    with closing(_Reader(source, limits)) as reader:
         for i in range(start, stop):
             try:
-                images.append(pack_image(reader.read(i), storage))
+                packed = pack_image(reader.read(i), storage, limits)
+                images.append(packed)
+                size += packed.size
             except BadImage as error:
                 images.append(str(error))
+            if size > MAX_BATCH:
+                break
     return images
 
 
-def read_image(source: Source, i: int) -> bytes:
+def read_image(source: Source, i: int, limits: Limits = LIMITS) -> bytes:
     """The bytes of image `i`. Raises BadImage."""
-    with closing(_Reader(source)) as reader:
+    with closing(_Reader(source, limits)) as reader:
         return reader.read(i)
 
 
 class _Reader:
     """Reads images. Keeps the last archive open, because the next image is usually in it too."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, limits: Limits) -> None:
+        self.source, self.limits = source, limits
         self._container, self._file = -1, -1
 
     def read(self, i: int) -> bytes:
@@ -44,20 +56,20 @@ class _Reader:
             raise BadImage(self.source.faults[i])
         container = self.source.container[i]
         if container < 0:
-            return read_file(os.path.join(self.source.root, self.source.names[i]))  # noqa: PTH118
+            path = os.path.join(self.source.root, self.source.names[i])  # noqa: PTH118
+            return read_file(path, self.limits)
         return self._read_member(i, container)
 
     def _read_member(self, i: int, container: int) -> bytes:
         size = self.source.size[i]  # negative if the member is deflated
-        if abs(size) > MAX_BYTES:
-            raise BadImage("larger than 1 GiB")
+        self.limits.check_bytes(abs(size))
         try:
             if container != self._container:
                 self.close()
                 self._file = os.open(self.source.containers[container], os.O_RDONLY | os.O_CLOEXEC)
                 self._container = container
             data = os.pread(self._file, abs(size), self.source.offset[i])
-            content = data if size >= 0 else inflate(data, MAX_BYTES)
+            content = data if size >= 0 else inflate(data, self.limits.max_bytes)
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
         except zlib.error as error:
@@ -71,30 +83,3 @@ class _Reader:
         if self._file >= 0:
             os.close(self._file)
             self._container, self._file = -1, -1
-
-
-def read_file(path: str) -> bytes:
-    """All bytes of a file.
-
-    Raises:
-        BadImage: if the file cannot be read or is not a regular file.
-    """
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
-    except OSError as error:
-        broken = isinstance(error, FileNotFoundError) and os.path.islink(path)  # noqa: PTH114
-        raise BadImage("broken symbolic link" if broken else error.strerror or "?") from error
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise BadImage("larger than 1 GiB")
-        data = os.read(file, status.st_size)
-        while len(data) < status.st_size and (more := os.read(file, status.st_size - len(data))):
-            data += more
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from error
-    finally:
-        os.close(file)
-    return data

@@ -26,14 +26,16 @@ from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG, RAW
 from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
 from pipeline.parallel import ordered_map
+from tools.packing.check import stray_byte
 from tools.packing.images import Packed
 from tools.packing.job import Job, journal_path, partial_path
-from tools.packing.journal import Journal, Row, read_done, read_job
+from tools.packing.journal import Done, Journal, Row, read_done, read_head
 from tools.packing.progress import progress
 
 MAX_NAMED = 20  # bad images in an error message; FILE.beton.bad.txt names all of them
 SYNC_BYTES = 256 << 20  # written between two syncs; a power cut loses at most about this much
-BATCH_BYTES = 2 << 20  # about; a thread reads one batch at a time, and 4 per thread are in memory
+BATCH_BYTES = 2 << 20  # about; a thread reads one batch at a time
+BATCHES_AHEAD = 2  # per thread in memory
 BATCH_IMAGES = 32
 
 
@@ -71,20 +73,18 @@ def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summa
             for _ in job.skipped:
                 writer.skip()
             run = _Run(job, writer)
-            resumed = run.resume()
+            run.resume()
             with closing(run.journal):
                 run.pack(workers)
                 _report_bad(job, run.bad, out, on_error)
                 size = run.finish(on_error, workers)
         run.journal.path.unlink()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write {out}: {reason}; finished work is kept: the same command resumes"
-        ) from error
+        kept = "; finished work is kept: the same command resumes" * is_interrupted(out)
+        raise UserError(f"cannot write {out}: {error.strerror or error}{kept}") from error
     return Summary(
         writer.count,
-        resumed,
+        run.resumed,
         size,
         time.perf_counter() - start,
         sum(how is not None and how != ORIGINAL for how in run.how),
@@ -92,9 +92,13 @@ def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summa
     )
 
 
+def _say(message: str) -> None:
+    print(printable(message), file=sys.stderr)
+
+
 def is_interrupted(out: Path) -> bool:
     """Whether an earlier run that writes `out` did not finish."""
-    return journal_path(out).exists()
+    return journal_path(out).is_file()
 
 
 def is_complete(out: Path, job: Job) -> bool:
@@ -102,7 +106,10 @@ def is_complete(out: Path, job: Job) -> bool:
     cleans up.
     """
     journal, manifest = journal_path(out), manifest_path(partial_path(out))
-    if not out.exists() or partial_path(out).exists() or read_job(journal) != job.digest:
+    if not out.exists() or partial_path(out).exists():
+        return False
+    head = read_head(journal)
+    if not head or head.job != job.digest:
         return False
     if out.stat().st_mtime_ns < journal.stat().st_mtime_ns:  # an older file, to be replaced
         return False
@@ -123,26 +130,28 @@ class _Run:
         self.bad: dict[int, str] = {}
         self.stored = {ORIGINAL: 0, "jpeg": 0, "raw": 0}
         self.journal: Journal
+        self.resumed = 0
+        """Images that an earlier run has packed."""
 
-    def resume(self) -> int:
-        """Restore the state of an earlier run of this job; returns its number of images."""
-        path, length = journal_path(self.writer.path), 0
-        older = read_job(path)
-        if older and older != self.job.digest:
-            print(
-                f"starting over: {self.writer.partial} has another source or other options",
-                file=sys.stderr,
-            )
-        if older == self.job.digest:
-            length = self._replay(path)
-        if length:
-            self.journal = Journal.resume(path, length)
-            print(f"resuming after {len(self.how):,} of {len(self.job.names):,}", file=sys.stderr)
+    def resume(self) -> None:
+        """Restore the state of an earlier run of this job."""
+        path = journal_path(self.writer.path)
+        head, last = read_head(path), None
+        if head and head.job == self.job.digest:
+            last = self._replay(path, head.synced)
+        elif head and head.job:
+            _say(f"starting over: {self.writer.partial} has another source or other options")
+        if last:
+            self.journal = Journal.resume(path, last)
+            rest = "; the rest of its journal is damaged" if head and head.damaged else ""
+            _say(f"resuming after {len(self.how):,} of {len(self.job.names):,}{rest}")
         else:
+            if head and head.damaged:
+                _say(f"{path}: the journal of an earlier run is damaged: starting anew")
             os.ftruncate(self.writer.file, 0)
             self.journal = Journal.create(path, self.job.digest)
         self.writer.truncate()
-        return len(self.how)
+        self.resumed = len(self.how)
 
     def pack(self, workers: int) -> None:
         """Pack the remaining images. Syncs the data to the disk in the background."""
@@ -152,9 +161,13 @@ class _Run:
             progress("packing", total, done=len(self.how)) as bar,
         ):
             syncing: Future[int] | None = None
-            for packed in ordered_map(lambda span: self.job.load(*span), self._spans(), workers):
+            loaded = ordered_map(self._load, self._spans(), workers, BATCHES_AHEAD)
+            for stop, packed in loaded:
+                before = len(self.how)
                 self._store(packed)
-                bar.update(len(packed))
+                while len(self.how) < stop:  # a large image ended the batch
+                    self._store(self.job.load(len(self.how), stop))
+                bar.update(stop - before)
                 size = f"{(self.writer.end - began) / 1e9:.2f} GB"
                 bar.set_postfix_str(f"{size}, {len(self.bad)} bad", refresh=False)
                 if syncing and syncing.done():
@@ -164,22 +177,32 @@ class _Run:
                     synced = self.writer.end
                     syncing = background.submit(self._sync, self.journal.length())
 
+    def _load(self, span: tuple[int, int]) -> tuple[int, list[Packed | str]]:
+        """The last number of a batch + 1, and its images, as far as they were read."""
+        return span[1], self.job.load(*span)
+
     def finish(self, on_error: str, workers: int) -> int:
         """Complete, verify and publish the beton and its manifest; returns the beton's bytes."""
         size = self.writer.finish()
         with ThreadPoolExecutor(1) as background:
             syncing = background.submit(os.fsync, self.writer.file)
-            self._verify(workers)
+            try:
+                self._verify(workers)
+            except UserError as error:
+                self.journal.path.unlink()  # nothing in the file is trusted
+                cause = "the disk or the memory is faulty"
+                raise UserError(f"{error}: {cause}; nothing is kept: start again") from error
             syncing.result()
         manifest = Manifest(
             source=self.job.kind,
-            options={"on_error": on_error} | self.job.options,
+            options={"on_error": on_error, **self.job.options},
             count=self.writer.count,
             bytes=size,
             classes=self.job.classes,
             stored=self.stored,
             skipped=self.job.skipped + [(self.job.names[i], self.bad[i]) for i in self.bad],
             shard=self.job.shard,
+            sizes=self.writer.digest_of_sizes(),
         )
         unpublished = manifest_path(self.writer.partial)
         manifest.write(unpublished, self._records())
@@ -188,12 +211,12 @@ class _Run:
         return size
 
     def _verify(self, workers: int) -> None:
-        """Open the file as the loader does, and compare each record with its checksum.
-
-        Raises:
-            UserError: if a record differs. The journal is deleted: nothing in the file is trusted.
+        """Open the file as the loader does, and compare each record with its checksum. Raises
+        UserError if a record differs, or a byte between those that an earlier run wrote.
         """
         beton = Beton(self.writer.partial)
+        if self.resumed and (offset := stray_byte(beton)) is not None:
+            raise UserError(f"{beton.path}: byte {offset}, which belongs to no image, was changed")
         kept = np.array([i for i, how in enumerate(self.how) if how is not None])
         buffers, largest = threading.local(), int(beton.records[:, 1].max())
 
@@ -212,11 +235,9 @@ class _Run:
             for span, i in zip(spans, ordered_map(first_changed, spans, workers), strict=True):
                 bar.update(len(span))
                 if i is not None:
-                    self.journal.path.unlink()
+                    name = printable(self.job.names[i])
                     raise UserError(
-                        f"{printable(self.job.names[i])}: its bytes in {self.writer.partial} are"
-                        " not those that were written: the disk or the memory is faulty; nothing"
-                        " is kept"
+                        f"{name}: its bytes in {beton.path} are not those that were written"
                     )
 
     def _spans(self) -> Iterator[tuple[int, int]]:
@@ -261,28 +282,29 @@ class _Run:
             self.writer.skip()
         self.crc.append(row.crc)
 
-    def _replay(self, path: Path) -> int:
+    def _replay(self, path: Path, synced: int) -> Done | None:
         """Restore the images of a journal up to the first whose data is not in the file; returns
-        the length of the journal up to this image.
+        their last batch. The data that the journal's first `synced` bytes list is on the disk.
 
         Reads bad images again, since the user may have repaired them. Stops at the first image
         that is no longer bad for the same reason.
         """
-        length = 0
-        for rows, end, synced in read_done(path):
+        last = None
+        for batch in read_done(path):
+            rows = batch.rows
             if len(self.how) + len(rows) > len(self.job.names):
                 break
             if any(not self._is_as_bad(len(self.how) + k, row) for k, row in enumerate(rows)):
                 break
-            if not self._has_data(rows, synced):
+            if not self._has_data(rows, batch.end <= synced):
                 break
             for row in rows:
                 if row.size:
                     integers = (self.writer.count, *self._label(len(self.how)))
                     self.writer.reserve(row.size, row.height, row.width, row.mode, integers)
                 self._note(row)
-            length = end
-        return length
+            last = batch
+        return last
 
     def _is_as_bad(self, i: int, row: Row) -> bool:
         """False if image `i` was bad, and is now good or bad for another reason."""
@@ -330,6 +352,6 @@ def _report_bad(job: Job, bad: dict[int, str], out: Path, on_error: str) -> None
         raise UserError(f"1 of {total:,} images is bad, {out} is not written: {lines[0]} ({hint})")
     head = f"{len(bad):,} of {total:,} images are bad, {out} is not written ({hint}):"
     if len(bad) > MAX_NAMED:
-        listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        listing.write_text("\n".join(lines) + "\n", "utf-8", "backslashreplace")
         lines[MAX_NAMED:] = [f"and {len(bad) - MAX_NAMED:,} more: {listing} lists all"]
-    raise UserError("\n  ".join([head, *lines]))
+    raise UserError(head, lines)

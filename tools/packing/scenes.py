@@ -236,8 +236,9 @@ _VOID = 255  # ignored by the evaluation
 
 
 def _has_recipe(root: Path, recipe: str) -> bool:
+    path = root / _RECIPE
     try:
-        return (root / _RECIPE).read_text() == recipe
+        return path.is_file() and path.read_bytes() == recipe.encode()
     except OSError:
         return False
 

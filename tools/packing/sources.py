@@ -75,6 +75,8 @@ class Source:
     def _add(
         self, name: str, container: int = -1, offset: int = 0, size: int = 0, crc: int = -1
     ) -> None:
+        if len(self) == archives.MAX_FILES:
+            raise UserError(f"{self.root}: more than {archives.MAX_FILES:,} files")
         self.names.append(name)
         self.container.append(container)
         self.offset.append(offset)
@@ -197,7 +199,7 @@ def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
     """
     before, top = len(source), path.relative_to(source.root).as_posix()
     chosen = []
-    for member in _members(source, path):
+    for member in files.bounded(_members(source, path), path):
         match = re.fullmatch(pattern, member.name)
         if not files.is_image_name(member.name):
             chosen.append(member._replace(name=f"{top}/{member.name}".rstrip("/")))
@@ -239,7 +241,7 @@ def _tree(root: Path, start: str, expected: str) -> Source:
     source = Source(root)
     names: list[str] = []
     reasons: dict[str, str] = {}  # apart: a pair for each name would take much memory
-    for name, reason in files.walk(root, start):
+    for name, reason in files.bounded(files.walk(root, start), root):
         names.append(name)
         if reason:
             reasons[name] = reason
@@ -253,7 +255,7 @@ def _tree(root: Path, start: str, expected: str) -> Source:
                 member._replace(name=f"{name}/{member.name}".rstrip("/"))
                 for member in _members(source, root / name)
             )
-            source.add_archive(root / name, sorted(chosen))
+            source.add_archive(root / name, sorted(files.bounded(chosen, root / name)))
         elif _is_chosen(source, name):
             source.add_files([name])
     if not len(source):

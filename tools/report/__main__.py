@@ -1,10 +1,11 @@
 """Write one HTML page about a run: how it learnt, what it learnt, how fast, and at what cost.
 
 The page is a single file that opens offline. It shows each measurement whose file lies in the run's
-folder under its usual name, or is given by an option. It ends with the commands that make the
-measurements which are still missing.
+folder under its usual name, or is given by an option. A damaged file in the folder is named instead
+of shown. The page ends with the commands that make the measurements which are still missing.
 """
 
+import sys
 from pathlib import Path
 
 from tools.report.one_run import build
@@ -32,7 +33,10 @@ def main() -> None:
     out = args.out or args.run / "report.html"
     check_writable("--out", out)
     given = {part.name: getattr(args, part.name) for part in (*RESULTS, *PICTURES)}
-    write_page(out, build(read_run(args.run, given)))
+    content = read_run(args.run, given)
+    write_page(out, build(content))
+    for line in content.damaged:
+        print(f"warning: not shown: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

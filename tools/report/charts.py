@@ -17,7 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 16, 30, 40
 ROW, NAMES, VALUES = 26, 190, 96
 MAX_POINTS = 240
 BINS = 48
-LARGEST = 1e30
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of drawn values, or of their differences from each other and, on a logarithmic axis, from 0."""
 
 # Of pictures, whose pixels are half as large as the page's.
 SCALE, MARGIN, TITLE = 2, 24, 56
@@ -90,15 +91,19 @@ def line_chart(
     named horizontal line.
     """
     lines = {
-        name: thin([p for p in points if abs(p[1]) < LARGEST]) for name, points in series.items()
+        name: thin([p for p in points if all(abs(number) < LARGEST for number in p)])
+        for name, points in series.items()
     }
     xs = [x for points in lines.values() for x, _ in points] or [0.0]
     ys = [y for points in lines.values() for _, y in points] or [0.0]
+    reference = reference if reference and abs(reference[1]) < LARGEST else None
     ys += [reference[1]] if reference else []
-    low, high = (0.0 if from_zero else min(ys)), max(ys)
-    pad = 0.06 * (high - low) or max(abs(high) * 0.1, 0.1)
+    low, high = min(ys), max(ys)
+    low = min(low, 0.0) if from_zero else low
+    spread = high - low
+    pad = 0.06 * spread if spread > SMALLEST else max(abs(high) * 0.1, 0.1)
     low, high = (low if from_zero else low - pad), high + pad
-    left, right = min(xs), max(*xs, min(xs) + 1)
+    left, right = min(xs), max(*xs, min(xs) + max(1, 1e-9 * abs(min(xs))))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * (x - left) / (right - left)
@@ -134,15 +139,18 @@ def dot_chart(
     width: float = WIDTH,
     names: float = NAMES,
 ) -> str:
-    """Rows (name, value, lowest, highest), all positive, as dots with their range on a logarithmic
-    axis. `ceilings` are named vertical lines; `names` is the width of the rows' names.
+    """Rows (name, value, lowest, highest) as dots with their range on a logarithmic axis, without
+    rows that have a number outside `SMALLEST` … `LARGEST`. `ceilings` are named vertical lines;
+    `names` is the width of the rows' names.
     """
-    rows, lines = list(rows), sorted((ceilings or {}).items(), key=lambda line: -line[1])
+    rows = [row for row in rows if all(SMALLEST < number < LARGEST for number in row[1:])]
+    lines = [line for line in (ceilings or {}).items() if SMALLEST < line[1] < LARGEST]
+    lines.sort(key=lambda line: -line[1])
     top = TOP + 18.0 * len(lines)
     bottom = top + ROW * len(rows)
     marks = decades(
-        min([lowest for _, _, lowest, _ in rows] + [value for _, value in lines]),
-        max([highest for *_, highest in rows] + [value for _, value in lines]),
+        min([n for row in rows for n in row[1:]] + [n for _, n in lines], default=1.0),
+        max([n for row in rows for n in row[1:]] + [n for _, n in lines], default=1.0),
     )
     marks = marks if len(marks) > 3 else ticks(marks[0], marks[-1])
 
@@ -177,7 +185,7 @@ def share_chart(
         v, left, total = TOP + 2.0 * ROW * number, names, sum(row.values())
         parts.append(_text(names - 12, v + 25, name, "name", "end"))
         for series, part in enumerate(order):
-            wide = (width - names - VALUES) * row.get(part, 0.0) / total
+            wide = (width - names - VALUES) * row.get(part, 0.0) / (total or 1.0)
             parts.append(_box(left, v, wide, 1.6 * ROW, f"dot s{series}"))
             left += wide
         parts.append(_text(width, v + 25, f"{total:,.0f} {unit}", "name", "end"))
@@ -207,7 +215,11 @@ def histogram(
     """
     scale = np.log if logarithmic else np.asarray
     scaled = scale(values)
-    pad = 0.02 * float(np.ptp(scaled)) or 0.5
+    scaled = scaled[np.abs(scaled) < LARGEST]
+    if not scaled.size:
+        return _figure(title, [], "", HEIGHT, width)
+    largest, pad = float(np.abs(scaled).max()), 0.02 * float(np.ptp(scaled))
+    pad = pad if pad > 1e-9 * largest else max(0.5, 0.02 * largest)
     counts, edges = np.histogram(scaled, BINS, (scaled.min() - pad, scaled.max() + pad))
     bar, base = (width - LEFT - RIGHT) / BINS, HEIGHT - BOTTOM
     unit = (base - TOP) / counts.max()

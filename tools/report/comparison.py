@@ -64,6 +64,7 @@ def build(runs: Runs) -> str:
         evaluations=list(filter(None, evaluations)),
         slots=slots(runs),
         differences=differences(runs),
+        damaged=[line for run in runs.values() for line in run.damaged],
     )
 
 
@@ -98,7 +99,7 @@ def last_values(runs: Runs) -> Table:
 
 def evaluation(runs: Runs, part: Part) -> Evaluation | None:
     """The scores of one evaluation: a row for each network and metric, a column for each run."""
-    results = [run.rows(part) for run in runs.values()]
+    results = [run.scores(part) for run in runs.values()]
     values = [network_values(rows) for rows in results]
     keys = dict.fromkeys(key for scores in values for key in scores if key[1] in METRICS)
     if not keys:

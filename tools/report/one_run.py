@@ -1,5 +1,6 @@
 """The report of one run: figures, charts and tables from the files in its folder."""
 
+import contextlib
 import math
 import shlex
 import statistics
@@ -8,22 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
+from pipeline.errors import UserError
 from tools.report.charts import dot_chart, line_chart, short
 from tools.report.page import Table, picture, render
 from tools.report.results import (
     BENCHMARK,
-    COST,
     PICTURES,
     RESULTS,
     SCORES,
-    SLOTS,
     Part,
     Run,
     slot_values,
     wait_share,
 )
+from tools.report.schema import LARGEST, Measured, Rate
 from tools.report.scores import evaluation, network_values
 from train.run.log import duration
 
@@ -32,8 +34,8 @@ STAGES = ("read", "decode", "params", "augment", "transfer", "step", "pipeline")
 
 
 def build(run: Run) -> str:
-    """The page as HTML. Raises UserError for a picture that cannot be read."""
-    evaluations = (evaluation(part.title, run.rows(part)) for part in SCORES)
+    """The page as HTML. Raises UserError for a given picture that cannot be read."""
+    evaluations = (evaluation(part.title, run.scores(part)) for part in SCORES)
     return render(
         "one_run.html",
         name=run.settings.get("name", run.folder.name),
@@ -43,17 +45,14 @@ def build(run: Run) -> str:
         uniform=uniform_student(run),
         evaluations=list(filter(None, evaluations)),
         slots=slots(run),
-        pictures=[
-            (part.title, picture(run.pictures[part.name]))
-            for part in PICTURES
-            if part.name in run.pictures
-        ],
+        pictures=pictures(run),
         stages=stages(run),
         cost=cost(run),
         recipe=recipe(run),
         origins=origins(run),
         configuration=yaml.safe_dump(run.config, sort_keys=False),
         missing=missing(run),
+        damaged=run.damaged,
     )
 
 
@@ -63,8 +62,8 @@ def summary(run: Run) -> str:
     arch, prototypes = config.get("model.arch", "?"), config.get("model.num_prototypes", "?")
     side, data = config.get("views.size", "?"), Path(str(config.get("data.path", "?"))).name
     parts = [f"{arch}, {prototypes} prototypes", f"{side}-pixel views of {data}"]
-    if run.record and "images" in run.record.data:
-        parts[-1] += f" ({run.record.data['images']:,} images)"
+    if run.record and isinstance(images := run.record.data.get("images"), int):
+        parts[-1] += f" ({images:,} images)"
     parts.append(f"{last['step']:,.0f} steps, {last.get('epoch', math.nan):.3g} epochs")
     if "seconds" in last:
         parts.append(f"{duration(last['seconds'])} of training")
@@ -75,7 +74,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     """The most important figures: (figure, title, note)."""
     last = run.lines[-1]
     shown: list[tuple[str, str, str]] = []
-    scores = network_values(run.rows(SCORES[0]))
+    scores = network_values(run.scores(SCORES[0]))
     if ("trained", "miou") in scores:
         before = scores.get(("untrained", "miou"))
         note = f"untrained: {statistics.mean(before):.1%}" if before else "no baseline"
@@ -105,7 +104,7 @@ def median_rate(run: Run) -> str:
 def uniform_student(run: Run) -> tuple[str, float] | None:
     """The grouping loss of a student that gives each prototype the same share, with its label."""
     prototypes = run.settings.get("model.num_prototypes")
-    if not isinstance(prototypes, int) or prototypes < 1:
+    if not isinstance(prototypes, int) or not 1 <= prototypes < LARGEST:
         return None
     return f"ln {prototypes}: uniform student", math.log(prototypes)
 
@@ -131,7 +130,7 @@ def chart(
 
 def slots(run: Run) -> tuple[list[str], Table] | None:
     """How the prototypes are used over whole images: figures, and the share of each prototype."""
-    values, rows = slot_values(run), run.rows(SLOTS)
+    values, rows = slot_values(run), run.uses
     if not values:
         return None
     total = run.settings.get("model.num_prototypes", "?")
@@ -143,11 +142,11 @@ def slots(run: Run) -> tuple[list[str], Table] | None:
         "near_duplicates": ("pairs of near-duplicates", "{:.0f}"),
     }
     table = Table(
-        ("", f"{rows[0].get('images', 0):,} whole images"),
+        ("", f"{rows[0].images:,} whole images"),
         [(name, form.format(values[key])) for key, (name, form) in shown.items() if key in values],
     )
     shares = {
-        label: list(enumerate(sorted(row["value"] for row in rows if row["metric"] == key)[::-1]))
+        label: list(enumerate(sorted(row.value for row in rows if row.metric == key)[::-1]))
         for key, label in (("image_share", "of images"), ("cell_share", "of cells"))
     }
     curve = line_chart(
@@ -162,29 +161,26 @@ def slots(run: Run) -> tuple[list[str], Table] | None:
 
 def stages(run: Run) -> tuple[list[str], Table] | None:
     """Throughput of each stage alone."""
-    measured = [
-        row
-        for row in run.rows(BENCHMARK)
-        if row.get("images_per_s", 0) > 0 and not row.get("operation")
-    ]
+    measured = [row for row in run.rates if row.images_per_s > 0 and not row.operation]
     if not measured:
         return None
     order = {stage: number for number, stage in enumerate(STAGES)}
-    measured.sort(key=lambda row: order.get(str(row.get("stage")), len(order)))
+    measured.sort(key=lambda row: order.get(row.stage, len(order)))
     dots, rows = [], []
     for row in measured:
-        name, rate = stage_name(row), row["images_per_s"]
-        dots.append((name, rate, row.get("slowest") or rate, row.get("fastest") or rate))
+        name, rate = stage_name(row), row.images_per_s
+        dots.append((name, rate, row.slowest or rate, row.fastest or rate))
         numbers = (f"{rate:,.1f}", f"{1e3 / rate:,.3g}")
-        rows.append((name, *numbers, row.get("batch", "–"), row.get("threads", "–")))
+        amounts = ("–" if n is None else str(n) for n in (row.batch, row.threads))
+        rows.append((name, *numbers, *amounts))
     head = ("stage", "images/s", "ms an image", "batch", "threads")
     return [dot_chart(BENCHMARK.title, dots, unit="images/s")], Table(head, rows)
 
 
-def stage_name(row: Mapping[str, Any]) -> str:
+def stage_name(row: Rate) -> str:
     """decode · loader, or pipeline · kornia · crops host"""
-    crops = f"crops {row['crops']}" if row.get("crops") else None
-    return " · ".join(str(part) for part in (row.get("stage"), row.get("backend"), crops) if part)
+    crops = f"crops {row.crops}" if row.crops else None
+    return " · ".join(part for part in (row.stage, row.backend, crops) if part)
 
 
 def cost(run: Run) -> Table:
@@ -193,7 +189,7 @@ def cost(run: Run) -> Table:
     rows = []
     if "seconds" in last:
         rows.append(("training so far", duration(last["seconds"])))
-        if epochs and 0 < last.get("epoch", 0) < epochs:
+        if isinstance(epochs, int | float) and 1e-6 < last.get("epoch", 0) < epochs < LARGEST:
             rest = last["seconds"] * (epochs / last["epoch"] - 1)
             rows.append(("left at this pace", f"{duration(rest)} to epoch {epochs}"))
     if "images_per_s" in last:
@@ -205,29 +201,31 @@ def recipe(run: Run) -> Table:
     """Hours, energy and CO2e of the whole recipe on several numbers of GPUs."""
     rows = [
         (
-            cost.get("backend", ""),
-            cost.get("gpus", "?"),
+            cost.backend,
+            "?" if cost.gpus is None else cost.gpus,
             *(
-                "unknown" if cost.get(name) is None else short(cost[name])
-                for name in ("images_per_s", "hours", "kwh", "co2_kg")
+                "unknown" if value is None else short(value)
+                for value in (cost.images_per_s, cost.hours, cost.kwh, cost.co2_kg)
             ),
-            "yes" if cost.get("measured") else "scaled",
+            "yes" if cost.measured else "scaled",
         )
-        for cost in run.results.get(COST.name, {}).get("cost") or []
+        for cost in run.costs
     ]
     return Table(("", "GPUs", "images/s", "hours", "kWh", "kg CO2e", "measured"), rows)
 
 
 def origins(run: Run) -> tuple[Table, Table]:
     """Where the numbers come from: hardware and versions (one row for each machine), commands."""
-    contents = {"training": run.record.provenance} if run.record else {}
-    contents |= run.results
+    contents = dict(run.results)
+    if run.record:
+        with contextlib.suppress(msgspec.ValidationError):
+            contents = {"training": msgspec.convert(run.record.provenance, Measured)} | contents
     machines: dict[tuple[str, ...], list[str]] = {}
     for name, content in contents.items():
-        machine = tuple(listed(content.get(key) or {}) for key in ("hardware", "versions"))
+        machine = (listed(content.hardware or {}), listed(content.versions or {}))
         machines.setdefault(machine, []).append(name)
     rows = [(", ".join(names), *machine) for machine, names in machines.items()]
-    commands = [(name, content.get("command", "")) for name, content in contents.items()]
+    commands = [(name, content.command) for name, content in contents.items()]
     return Table(("", "hardware", "versions"), rows), Table(("", "command"), commands)
 
 
@@ -257,3 +255,17 @@ def missing(run: Run) -> list[tuple[str, str]]:
     return [
         (part.title, command(part)) for part in (*RESULTS, *PICTURES) if part.name not in present
     ]
+
+
+def pictures(run: Run) -> list[tuple[str, tuple[int, int, str]]]:
+    """Titles and pictures. Raises UserError for one that the user named and that cannot be read."""
+    shown = []
+    for part in PICTURES:
+        if part.name in run.pictures:
+            try:
+                shown.append((part.title, picture(run.pictures[part.name])))
+            except UserError as error:
+                if part.name in run.given:
+                    raise
+                run.damaged.append(str(error))
+    return shown

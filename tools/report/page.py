@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from evaluation.datasets.images import open_image
+from pipeline.images import load_rgb
 from tools.report.results import PICTURES, RESULTS
 from train.run.provenance import write_bytes
 
@@ -32,14 +32,14 @@ def render(template: str, **values: Any) -> str:
 
 def write_page(path: Path, text: str) -> None:
     """Write a page and report its size."""
-    content = text.encode()
+    content = text.encode(errors="replace")  # half a surrogate pair in a name
     write_bytes(path, content)
     print(f"wrote {path} ({len(content) / 1e3:,.0f} kB)")
 
 
 def picture(path: Path) -> tuple[int, int, str]:
     """A picture as WebP: (width, height, content in base64). Raises UserError."""
-    image = open_image(path).convert("RGB")
+    image = Image.fromarray(load_rgb(path))
     image.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=82)

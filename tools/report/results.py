@@ -1,25 +1,29 @@
 """The files of a run: its configuration, its log, and the results of measurements."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import yaml
+import msgspec
 
 from pipeline.errors import UserError
+from tools.report import schema
+from tools.report.schema import Cost, Costs, Measured, Rate, Rates, Score, Scores, Use, Uses
 from train.pretrained import read_record
-from train.run.checkpoint import Record, find
-from train.run.provenance import read_json
+from train.run.checkpoint import Record, latest
+from train.run.json_file import read_json
 from train.run.settings import flatten
+from train.run.text import LARGEST_YAML, read_text, read_yaml
 
 Line = Mapping[str, float]
-"""A line of metrics.jsonl."""
+"""A line of metrics.jsonl: `schema.Line`."""
 
-LONGEST = 1e12
-"""Steps or seconds; no run reaches this number."""
+LOG_BYTES, LOG_LINES = 256 << 20, 1_000_000
+"""Bytes and lines of metrics.jsonl: so many lines take half a minute and 1 GB."""
+MOST_NETWORKS, MOST_CLASSES = 32, 255
+"""Networks and classes of an evaluation: its table has a cell for each pair."""
 
 
 class Part(NamedTuple):
@@ -94,19 +98,39 @@ class Run:
     lines: list[Line]
     record: Record | None
     """Of its newest checkpoint; None if it has none."""
-    results: dict[str, dict[str, Any]]
-    """Content of each --json file that exists, by the part's name."""
+    results: dict[str, Measured]
+    """Content of each --json file that could be read, by the part's name."""
     pictures: dict[str, Path]
     """Each picture that exists, by the part's name."""
+    given: frozenset[str] = frozenset()
+    """The parts whose files were named by the user."""
+    damaged: list[str] = field(default_factory=list)
+    """Why a file in the folder is not shown, in a line that names it."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """The configuration as {"section.field": value}."""
         return flatten(self.config)
 
-    def rows(self, part: Part) -> list[dict[str, Any]]:
-        """The results of a part; empty if it was not measured."""
-        return list(self.results.get(part.name, {"results": []})["results"])
+    def scores(self, part: Part) -> list[Score]:
+        """The results of an evaluation; empty if it was not measured, as the three below."""
+        content = self.results.get(part.name)
+        return content.results if isinstance(content, Scores) else []
+
+    @property
+    def uses(self) -> list[Use]:
+        content = self.results.get(SLOTS.name)
+        return content.results if isinstance(content, Uses) else []
+
+    @property
+    def rates(self) -> list[Rate]:
+        content = self.results.get(BENCHMARK.name)
+        return content.results if isinstance(content, Rates) else []
+
+    @property
+    def costs(self) -> list[Cost]:
+        content = self.results.get(COST.name)
+        return content.cost if isinstance(content, Costs) else []
 
 
 def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
@@ -115,38 +139,43 @@ def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
     Args:
         folder: of the run.
         given: files by the part's name. Any other part is read from its usual file in `folder`, if
-            this file exists.
+            this file exists; if it is damaged, the page says so.
 
     Raises:
-        UserError: a file is missing, damaged, or made by another command.
+        UserError: configuration or log cannot be read; or a given file is missing, damaged, or made
+            by another command.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
     config, lines = read_config(folder / "config.yaml"), read_lines(folder / "metrics.jsonl")
-    try:
-        record = read_record(find(folder))
-    except UserError:
-        record = None
-    paths = {part: given.get(part.name) or folder / part.file for part in (*RESULTS, *PICTURES)}
-    used = {part: path for part, path in paths.items() if given.get(part.name) or path.is_file()}
-    return Run(
-        folder,
-        config,
-        lines,
-        record,
-        {part.name: read_part(part, path) for part, path in used.items() if part in RESULTS},
-        {part.name: path for part, path in used.items() if part in PICTURES},
-    )
+    named = {name: path for name, path in given.items() if path}
+    record, damaged = None, []
+    if checkpoint := latest(folder):
+        try:
+            record = read_record(checkpoint)
+        except UserError as error:
+            damaged.append(str(error))
+    run = Run(folder, config, lines, record, {}, {}, frozenset(named), damaged)
+    for part in (*RESULTS, *PICTURES):
+        path = named.get(part.name) or folder / part.file
+        if part.name not in named and not path.exists():
+            continue
+        if part in PICTURES:
+            run.pictures[part.name] = path
+            continue
+        try:
+            run.results[part.name] = read_part(part, path)
+        except UserError as error:
+            if part.name in named:
+                raise
+            run.damaged.append(str(error))
+    return run
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.yaml of a run as nested values. Raises UserError."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: not the folder of a run") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{path}: not YAML") from None
+    _check_is_there(path)
+    content = read_yaml(read_text(path, LARGEST_YAML), path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no configuration")
     return content
@@ -157,22 +186,15 @@ def read_lines(path: Path) -> list[Line]:
 
     Raises UserError.
     """
-    try:
-        texts = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: not the folder of a run") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file") from None
+    _check_is_there(path)
+    texts = read_text(path, LOG_BYTES).splitlines()
+    if len(texts) > LOG_LINES:
+        raise UserError(f"{path}: {len(texts):,} lines, at most {LOG_LINES:,} are read")
     lines: list[Line] = []
     for number, text in enumerate(texts, 1):
         try:
-            line = {name: float(value) for name, value in json.loads(text).items()}
-            if not all(abs(line.get(name, 0.0)) < LONGEST for name in ("seconds", "epoch")):
-                raise ValueError("impossible time")
-            if not 0 <= line["step"] < LONGEST:
-                raise ValueError("impossible step")
-            lines.append(line)
-        except (ValueError, TypeError, AttributeError, KeyError):
+            lines.append(_line(text))
+        except (ValueError, RecursionError):
             if number < len(texts):
                 raise UserError(f"{path}: line {number} is damaged") from None
     if not lines:
@@ -180,55 +202,68 @@ def read_lines(path: Path) -> list[Line]:
     return lines
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """The --json file of a command that measures. Raises UserError if it holds no results."""
-    content = read_json(path)
-    rows = content.get("results") if isinstance(content, dict) else None
-    machine = [content.get(key) or {} for key in ("hardware", "versions")] if rows else []
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in [*rows, *machine]):
-        raise UserError(f'{path}: no measurements ("results") in this file')
-    return dict(content)
+_LINES = msgspec.json.Decoder(schema.Line)
 
 
-def read_part(part: Part, path: Path) -> dict[str, Any]:
+def _line(text: str) -> Line:
+    try:
+        line = _LINES.decode(text)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:  # NaN, which is no JSON
+        line = msgspec.convert(json.loads(text), schema.Line)
+    return cast(Line, line)
+
+
+def _check_is_there(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"{path}: No such file: not the folder of a run")
+
+
+def read_part(part: Part, path: Path) -> Measured:
     """The --json file of a part. Raises UserError if it is damaged or made by another command."""
-    content = read_results(path)
-    rows = content["results"]
+    what = f"the --json file of: {part.made_by}"
     if part == COST:
-        costs = content.get("cost")
-        fits = isinstance(costs, list) and all(isinstance(cost, dict) for cost in costs)
-    elif part == BENCHMARK:
-        fits = all("stage" in row and is_number(row.get("images_per_s")) for row in rows)
-    elif part == SLOTS:
-        fits = has_values(rows, "active_slots")
-    else:
-        probe = part.made_by.partition("probe ")[2] or None
-        fits = has_values(rows, "miou") and all(row.get("probe") == probe for row in rows)
-    if not fits:
-        raise UserError(f"{path}: not the --json file of: {part.made_by}")
-    return content
+        return read_json(path, Costs, what=what)
+    if part == BENCHMARK:
+        return read_json(path, Rates, what=what)
+    if part == SLOTS:
+        uses = read_json(path, Uses, what=what)
+        if not any(row.metric == "active_slots" for row in uses.results):
+            raise UserError(f"{path}: not {what}")
+        return uses
+    scores = read_json(path, Scores, what=what)
+    probe = part.made_by.partition("probe ")[2] or None
+    of_part = all(row.probe == probe for row in scores.results)
+    if not of_part or not any(row.metric == "miou" for row in scores.results):
+        raise UserError(f"{path}: not {what}")
+    _check_scores(path, scores.results)
+    return scores
 
 
-def has_values(rows: Sequence[Mapping[str, Any]], metric: str) -> bool:
-    """Whether every row of an evaluation has a value, and at least one row is of `metric`."""
-    return any(row.get("metric") == metric for row in rows) and all(
-        is_number(row.get("value"))
-        and is_number(row.get("images", 0))
-        and ("class" in row or row.get("metric") != "iou")
-        for row in rows
-    )
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _check_scores(path: Path, rows: Sequence[Score]) -> None:
+    """Shares in 0..1, in a table of sane size."""
+    for number, row in enumerate(rows):
+        where = f"{path}: results[{number}]"
+        if row.metric == "iou" and row.name is None:
+            raise UserError(f"{where}: an iou without class")
+        if row.metric in ("iou", "miou", "pixel_accuracy") and not 0 <= row.value <= 1:
+            raise UserError(f"{where}.value is {row.value}: expected 0 to 1")
+    networks, classes = {row.network for row in rows}, {row.name for row in rows}
+    for kind, found, most in (
+        ("networks", networks, MOST_NETWORKS),
+        ("classes", classes - {None}, MOST_CLASSES),
+    ):
+        if len(found) > most:
+            raise UserError(f"{path}: results of {len(found):,} {kind}, at most {most}")
 
 
 def slot_values(run: Run) -> dict[str, float]:
     """The figures of evaluation.slots over the whole data set, by metric."""
     return {
-        str(row["metric"]): float(row["value"])
-        for row in run.rows(SLOTS)
-        if not {"prototype", "prototypes"} & set(row)
+        row.metric: row.value
+        for row in run.uses
+        if row.prototype is None and row.prototypes is None
     }
 
 

@@ -2,14 +2,13 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from tools.report.page import Table
+from tools.report.schema import Score
 
 METRICS = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
-
-Row = Mapping[str, Any]
 
 
 class Evaluation(NamedTuple):
@@ -22,16 +21,16 @@ class Evaluation(NamedTuple):
     """IoU of each class."""
 
 
-def network_values(rows: Iterable[Row]) -> dict[tuple[str, str], list[float]]:
+def network_values(rows: Iterable[Score]) -> dict[tuple[str, str], list[float]]:
     """Values of each (network, metric) over the seeds; a class's IoU is the metric "iou CLASS"."""
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
-        metric = f"iou {row['class']}" if row.get("metric") == "iou" else str(row.get("metric"))
-        values[str(row.get("network", "trained")), metric].append(float(row["value"]))
+        metric = f"iou {row.name}" if row.metric == "iou" else row.metric
+        values[row.network, metric].append(row.value)
     return dict(values)
 
 
-def evaluation(title: str, rows: Sequence[Row]) -> Evaluation | None:
+def evaluation(title: str, rows: Sequence[Score]) -> Evaluation | None:
     """mIoU and accuracy, a row for each network; the classes, a column for each network."""
     values = network_values(rows)
     networks = list(dict.fromkeys(network for network, _ in values))
@@ -53,14 +52,14 @@ def evaluation(title: str, rows: Sequence[Row]) -> Evaluation | None:
     )
 
 
-def note(rows: Sequence[Row]) -> str:
+def note(rows: Sequence[Score]) -> str:
     """300 images, 320 pixels, mean ± deviation over 3 seeds"""
     first, seeds = rows[0], max(map(len, network_values(rows).values()))
-    parts = [f"{first['images']:,} images"] if "images" in first else []
-    if "train_images" in first:
-        parts.append(f"learnt from {first['train_images']:,}")
-    if "size" in first:
-        parts.append(f"{first['size']} pixels")
-    if first.get("flip"):
+    parts = [] if first.images is None else [f"{first.images:,} images"]
+    if first.train_images is not None:
+        parts.append(f"learnt from {first.train_images:,}")
+    if first.size is not None:
+        parts.append(f"{first.size} pixels")
+    if first.flip:
         parts.append("averaged with their mirror images")
     return ", ".join([*parts, f"mean ± deviation over {seeds} seeds" if seeds > 1 else "one seed"])

@@ -1,6 +1,8 @@
 """The model card of exported weights."""
 
-from pipeline.errors import printable
+import re
+
+from pipeline.errors import one_line
 from train.weights import Backbone
 
 CARD = """---
@@ -59,20 +61,20 @@ def model_card(backbone: Backbone) -> str:
     """The README.md of a model on Hugging Face's hub."""
     known = backbone.metadata
     facts = "\n".join(
-        f"| {title} | {_cell(known[name])} |" for name, title in TITLES.items() if name in known
+        f"| {title} | {_text(known[name])} |" for name, title in TITLES.items() if name in known
     )
     ours = of_slotcon(backbone)
-    title = f"{backbone.arch}, {known.get('run', 'weights')}"
+    title = f"{backbone.arch}, {_text(known.get('run', 'weights'))}"
     return CARD.format(
         tags=SLOTCON_TAGS if ours else "",
         title=f"SlotCon {title}" if ours else title,
         about=(SLOTCON if ours else OTHER).format(
-            encoder=f"{known.get('branch', '')} encoder".strip(),
+            encoder=_text(f"{known.get('branch', '')} encoder".strip()),
             arch=backbone.arch,
             by="" if "imported" in known else " by slotstream",
         ),
         facts=facts,
-        license=" ".join(known.get("data_license", "not stated").split()),
+        license=_text(" ".join(known.get("data_license", "not stated").split())),
     )
 
 
@@ -81,5 +83,12 @@ def of_slotcon(backbone: Backbone) -> bool:
     return backbone.metadata.get("method", "").startswith("SlotCon")
 
 
-def _cell(text: str) -> str:
-    return printable(text).replace("|", r"\|")
+def _text(fact: str) -> str:
+    """A fact as plain text: HTML, Markdown and line breaks of a file's metadata stay what they are
+    to read, and do nothing on the page.
+    """
+    return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", one_line(fact))
+
+
+_SPECIAL = re.compile(r"[\\`*\[\]<>|!~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What Markdown or HTML gives a meaning; an underscore has none inside a word."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model import ModelConfig, SlotCon
@@ -23,6 +24,7 @@ from train.run.provenance import new_folder, provenance, write_bytes
 from train.run.settings import to_dict, to_yaml
 from train.weights import read_backbone, safetensors_bytes
 
+_DIGITS = 15  # of a count: no run has more steps
 PROTOTYPES, HIDDEN = "grouping_k.slot_embed.weight", "projector_k.mlp.0.weight"
 
 
@@ -64,7 +66,8 @@ def read_official(
 
 def count(value: object) -> int:
     """A count that the file holds as a number or as text; 0 if it holds anything else."""
-    return int(str(value)) if str(value).isdecimal() else 0
+    digits = str(value) if isinstance(value, int | str) else ""
+    return int(digits) if digits.isdecimal() and len(digits) <= _DIGITS else 0
 
 
 def import_run(official: Official, out: Path) -> None:
@@ -92,13 +95,17 @@ def loaded(official: Official) -> SlotCon:
     if HIDDEN not in state or state[PROTOTYPES].ndim != 2:
         raise UserError(f"{source}: damaged: no {HIDDEN}, or prototypes of a wrong shape")
     prototypes, dim = state[PROTOTYPES].shape
-    model = SlotCon(ModelConfig(arch, len(state[HIDDEN]), dim, prototypes))
-    expected = model.state_dict()
+    hidden = state[HIDDEN].shape[0] if state[HIDDEN].ndim else 0
     try:
+        config = ModelConfig(arch, hidden, dim, prototypes)
+        with torch.device("meta"):  # takes no memory: the sizes are those that the file claims
+            from_official(state, SlotCon(config).state_dict())
+        model = SlotCon(config)
+        expected = model.state_dict()
         model.load_state_dict(from_official(state, expected))
         check_weights(model.state_dict(), expected)  # float64 may become infinite in float32
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a size beyond torch's
+        raise UserError(f"{source}: {' '.join(str(error).split())[:200]}") from None
     return model
 
 

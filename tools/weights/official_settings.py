@@ -53,7 +53,10 @@ def with_official_settings(
         if theirs in stated:
             changed[part][ours] = stated[theirs]
     if "batch_size" in stated:
-        changed["train"]["batch_size"] = stated["batch_size"] * stated.get("world_size", 1)
+        batch, processes = stated["batch_size"], stated.get("world_size", 1)
+        if type(batch) is not int or type(processes) is not int:  # a text times a number is a text
+            raise ValueError("train.batch_size must be a whole number")
+        changed["train"]["batch_size"] = batch * processes
     for size in ("arch", "dim_hidden", "dim_out", "num_prototypes"):
         changed["model"][size] = getattr(model, size)
     parts = {part: replace(getattr(config, part), **values) for part, values in changed.items()}

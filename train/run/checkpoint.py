@@ -1,8 +1,9 @@
 """Checkpoints: folders that are either whole or not there.
 
 runs/NAME/checkpoints/step_N/ holds model.safetensors, optimizer.bin, scaler.pt (with fp16) and
-run.json: the step, the configuration, the data's identity, the machine. A checkpoint is written as
-step_N.partial, flushed to the disk, then renamed. `latest` is a symbolic link to the newest.
+run.json: the step, the configuration, the data's identity, the machine, the checksums of the other
+files, and a checksum of all this. A checkpoint is written as step_N.partial, flushed to the disk,
+then renamed. `latest` is a symbolic link to the newest.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -26,15 +28,19 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from train.run.background import Background
 from train.run.settings import Settings
+from train.run.text import read_text
 
 _MODEL, _OPTIMIZER, _SCALER, _RECORD = "model.safetensors", "optimizer.bin", "scaler.pt", "run.json"
 _UNREADABLE = (
     OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError,
-    SafetensorError, pickle.UnpicklingError,
+    SafetensorError, pickle.UnpicklingError, msgspec.ValidationError, RecursionError,
 )  # fmt: skip
+LARGEST_RECORD = 64 << 20
+"""Bytes of run.json. Its longest part is the meter: 20 bytes for each prototype and process, so
+2048 prototypes on 1024 processes take 42 MB."""
 
 
 class Damaged(UserError):
@@ -58,7 +64,9 @@ class Record:
     provenance: dict[str, Any]
     """Hardware, versions and command of the run that wrote it."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Checksums of the other files by name. `write` fills them in."""
+    """Checksums of the other files by name. `write_record` fills them in."""
+    checksum: str = ""
+    """Of all the fields above. `write_record` fills it in."""
 
 
 @dataclass(frozen=True)
@@ -188,14 +196,14 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Re
     with _writing(partial, run_dir):
         for leftover in folder.glob("*.partial"):
             shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # without the run's folder, which may have been renamed
+        partial.mkdir()
         weights = {name: value.contiguous() for name, value in state[_MODEL].items()}
         save_file(weights, partial / _MODEL, {"format": "pt"})
         for name in (_OPTIMIZER, _SCALER):
             if state[name] is not None:
                 torch.save(state[name], partial / name)
-        record = replace(record, sha256={file.name: _sha256(file) for file in partial.iterdir()})
-        (partial / _RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+        write_record(partial, record)
         for file in partial.iterdir():
             _flush(file)
         _flush(partial)
@@ -207,8 +215,18 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Re
         partial.replace(whole)
         _link(folder / "latest", whole.name)
         _flush(folder)
+        _flush(run_dir)
         for old in retention.outdated(whole_ones(run_dir)):
             _discard(old)
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write run.json beside the other files of a checkpoint, with its checksums."""
+    files = [file for file in folder.iterdir() if file.name != _RECORD]
+    record = replace(record, sha256={file.name: _sha256(file) for file in files})
+    read_back = msgspec.convert(json.loads(json.dumps(asdict(record))), Record)
+    record = replace(record, checksum=_checksum(read_back))
+    (folder / _RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
 
 
 def write_model(run_dir: Path, record: Record, model: nn.Module) -> None:
@@ -246,8 +264,17 @@ def restore(
 
 def read_record(checkpoint: Path, settings: Settings[Any]) -> Record:
     """run.json of a checkpoint; `settings` reads its configuration. Raises Damaged."""
-    with _reading(checkpoint / _RECORD):
-        record = Record(**json.loads((checkpoint / _RECORD).read_text()))
+    path = checkpoint / _RECORD
+    with _reading(path):
+        if not path.is_file():
+            raise FileNotFoundError
+        content = json.loads(read_text(path, LARGEST_RECORD))
+        if isinstance(content, dict) and not content.get("checksum"):
+            raise Damaged(
+                f"{path}: no checksum: an earlier version of slotstream wrote it, which can read "
+                "it, or it is damaged"
+            )
+        record = msgspec.convert(content, Record)
         _check_record(record, checkpoint, settings)
         return record
 
@@ -307,23 +334,31 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn any error of a missing, damaged or unsuitable file into one line that names it."""
     try:
         yield
-    except UserError:
+    except Damaged:
         raise
+    except UserError as error:  # it names the file
+        raise Damaged(str(error)) from None
     except _UNREADABLE as error:
         if isinstance(error, FileNotFoundError):
             raise Damaged(f"{path}: no such file") from None
-        reason = " ".join(str(error).split())[:200]
-        raise Damaged(f"{path}: damaged, or of another model ({reason})") from None
+        is_pickle = isinstance(error, pickle.UnpicklingError)  # torch's own text has paragraphs
+        reason = "its pickle cannot be read" if is_pickle else " ".join(str(error).split())[:200]
+        raise Damaged(f"{path}: damaged, or of another model ({printable(reason)})") from None
 
 
 def _check_record(record: Record, checkpoint: Path, settings: Settings[Any]) -> None:
-    """Raises ValueError, or TypeError for values of a wrong type."""
+    """Raises ValueError."""
+    if record.checksum != _checksum(record):
+        raise ValueError("its content has changed since it was written")
     step = checkpoint.name.removeprefix("step_")
     if record.step < 0 or (step.isdecimal() and int(step) != record.step):
         raise ValueError(f"it says that its step is {record.step}")
-    if not record.data.keys() >= {"images", "fingerprint"}:
+    identity = [type(record.data.get(name)) for name in ("images", "fingerprint")]
+    if identity != [int, str]:
         raise ValueError("it does not name its data")
-    torch.tensor([record.seconds, *(value for row in record.meter for value in row)])
+    numbers = [record.seconds, *(value for row in record.meter for value in row)]
+    if len({len(row) for row in record.meter}) > 1 or not all(map(math.isfinite, numbers)):
+        raise ValueError("its sums are no numbers")
     try:
         settings.from_dict(record.config)
     except UserError as error:
@@ -333,8 +368,17 @@ def _check_record(record: Record, checkpoint: Path, settings: Settings[Any]) -> 
 def _check_content(file: Path, record: Record) -> None:
     """Raises Damaged unless `file` has the checksum in `record`."""
     with _reading(file):
-        if file.name in record.sha256 and _sha256(file) != record.sha256[file.name]:
+        found = _sha256(file)
+        if file.name not in record.sha256:
+            raise ValueError(f"{_RECORD} has no checksum of it")
+        if found != record.sha256[file.name]:
             raise ValueError("its content has changed since it was written")
+
+
+def _checksum(record: Record) -> str:
+    """Of all fields but the checksum itself, whatever the spaces in the file."""
+    content = asdict(replace(record, checksum=""))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line, safe_lines
 
 _LONGEST_NAME = 255 - len(".partial.journal")  # Linux's limit, less our endings
 
@@ -26,6 +26,8 @@ def check_writable(option: str, path: Path, source: Path | None = None) -> None:
             raise UserError(f"{option} {path}: the name is too long")
         if not path.name or path.is_dir():
             raise UserError(f"{option} {path}: is a folder")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{option} {path}: is a pipe, socket or device")
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         if not folder.is_dir():
             raise UserError(f"{option} {path}: {folder} is not a folder")
@@ -35,7 +37,31 @@ def check_writable(option: str, path: Path, source: Path | None = None) -> None:
         raise UserError(f"{option} {path}: the folder {folder} is not writable")
 
 
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), 127)}  # no line feed
+def escape_output() -> None:
+    """Make stdout and stderr escape what a terminal would obey: names and texts of files reach it
+    through messages, tables, warnings and logs alike. Only a progress bar may return to the start
+    of its line: on stderr, as the first character of what it writes.
+    """
+    for stream, bars in ((sys.stdout, False), (sys.stderr, True)):
+        if "write" in vars(stream):  # twice in one process
+            continue
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # not UTF-8
+        stream.write = _escaping(stream.write, bars)  # type: ignore[method-assign]
+
+
+def _escaping(write: Callable[[str], int], bars: bool) -> Callable[[str], int]:
+    def escaped(text: str) -> int:
+        start = "\r" if bars and text.startswith("\r") else ""
+        write(start + safe_lines(text.removeprefix(start)))
+        return len(text)
+
+    return escaped
+
+
+def print_error(message: str | UserError) -> None:
+    """One line on stderr, and one for each of the details."""
+    lines = message.lines if isinstance(message, UserError) else [message]
+    print("error: " + "\n  ".join(map(one_line, lines)), file=sys.stderr)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -45,7 +71,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print_error(f"{message} (see {self.prog} --help)")
         sys.exit(2)
 
 
@@ -53,23 +79,22 @@ def run(main: Callable[[], None]) -> None:
     """Call a command's `main`. A `UserError`, or a file that cannot be read or written, becomes one
     line on stderr and exit code 2.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that is not UTF-8 must not end the command
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    escape_output()
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print("error: " + str(error).translate(_CONTROLS), file=sys.stderr)
+        print_error(error)
         sys.exit(2)
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        print_error(f"{error.filename or 'system'}: {error.strerror or error}")
         sys.exit(2)
     except MemoryError as error:
-        print(f"error: not enough memory: {error}", file=sys.stderr)
+        print_error(f"not enough memory: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print_error("interrupted")
         sys.exit(130)

@@ -14,8 +14,7 @@ class Reason(IntEnum):
 
     NONE = 0
     SIGNAL = 1
-    TRACKER = 2
-    DISK = 3
+    DISK = 2
 
 
 class EarlyEnd(RuntimeError):
@@ -56,7 +55,7 @@ class LostProcess(EarlyEnd):
 
 
 class EndedElsewhere(EarlyEnd):
-    """A disk or a tracker has failed on another process, which prints the reason."""
+    """A disk has failed on another process, which prints the reason."""
 
     exit_code = 2
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TypeVar
@@ -72,19 +73,31 @@ def launch(
 
 
 def lock(run_dir: Path) -> IO[str]:
-    """Lock a run's folder. The operating system removes the lock when the process ends.
+    """Lock a run's folder. The operating system removes the lock when the process ends; a folder
+    that then holds nothing else is deleted: the start was refused.
 
     Raises UserError if another process trains there, for example the first start of a requeued job.
     """
+    path = run_dir / ".lock"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file  # `unlock` of another process has not removed it
     except BlockingIOError:
         raise UserError(f"{run_dir}: another process is training there") from None
     except OSError as error:
         raise UserError(f"log.dir: {run_dir}: {error.strerror}") from None
-    return file
+
+
+def unlock(run_dir: Path, file: IO[str]) -> None:
+    """Remove a folder that holds nothing but its lock `file`."""
+    with file, suppress(OSError):
+        if [entry.name for entry in run_dir.iterdir()] == [".lock"]:
+            (run_dir / ".lock").unlink()
+            run_dir.rmdir()
 
 
 def to_device(model: Model, accelerator: Accelerator) -> Model:
@@ -97,6 +110,9 @@ def to_device(model: Model, accelerator: Accelerator) -> Model:
     return model.to(device)
 
 
-def share_of_cores() -> int:
-    """The cores of this machine, divided by the processes that were launched on it."""
-    return max(1, len(os.sched_getaffinity(0)) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1))
+def share_of_cores(device: torch.device) -> int:
+    """The cores of this machine, divided by the processes that were launched on it. With a GPU one
+    of them is left to the thread that launches its work.
+    """
+    share = len(os.sched_getaffinity(0)) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
+    return max(1, share - (device.type == "cuda"))

@@ -1,43 +1,177 @@
 """The log of a run: the progress line, metrics.jsonl, and the time that training takes."""
 
 import json
-import math
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TextIO
 
+import msgspec
 import torch
 
 from pipeline.errors import UserError
-from train.run.provenance import write_bytes
+
+LONGEST_LINE = 1 << 20
+"""Bytes. A line with the scores of 1,000 classes takes about 60 kB; a longer one is damaged."""
+
+_Value = float | list[dict[str, float | str]]  # a figure, or the rows of an evaluation
+
+
+class _Line(msgspec.Struct):
+    """The keys that a line of metrics.jsonl must have; see also `_Value`."""
+
+    step: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+    results: list[dict[str, float | str]] | None = None
 
 
 class Journal:
-    """Prints progress lines and writes metrics.jsonl, one JSON object a line."""
+    """Prints progress lines and writes metrics.jsonl, one JSON object a line.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    A line that cannot be written raises nothing: `problem` says why, and all processes end
+    together. A folder that is deleted, renamed or replaced is not made again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError."""
+        self._folder, self._path = folder, folder / "metrics.jsonl"
+        self._problem: UserError | None = None
+        self.scored = -1
+        """The step of the last line with results."""
+        try:
+            # Open, it keeps its number: no other folder can be taken for it.
+            self._handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}") from None
+
+    def problem(self) -> UserError | None:
+        """Why no more lines can be written, if so."""
+        if not self._problem and not _is_same(self._handle, self._folder):
+            self._problem = UserError(
+                f"{self._folder}: deleted, renamed or replaced while the run trained"
+            )
+        return self._problem
 
     def rewind(self, step: int) -> None:
-        """Delete the lines after `step`: a run that was killed repeats those steps.
+        """Cut the lines after `step`: a run that was killed repeats those steps. The earlier lines
+        are safe from a power cut at any moment. If one of them is damaged, it is left out with a
+        warning, and metrics.jsonl.damaged keeps the file as it was.
 
         Raises UserError.
         """
-        if not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-        write_bytes(self._path, "".join(f"{line}\n" for line in kept).encode())
-
-    def write(self, values: Mapping[str, Any], progress: str) -> None:
-        """One log line. Raises UserError."""
+        if problem := self.problem():
+            raise problem
         try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            if not self._path.exists():
+                if step:
+                    tell(f"warning: {self._path} is missing: it begins anew after step {step}")
+                self._create()
+            elif not self._path.is_file():
+                raise UserError(f"{self._path}: is not a file")
+            self._cut(step)
         except OSError as error:
             raise UserError(f"{self._path}: {error.strerror}") from None
-        print(progress, flush=True)
+
+    def write(self, values: Mapping[str, Any], progress: str) -> None:
+        """One log line. Results that the file holds already, from before a resume, are only
+        printed.
+        """
+        tell(progress, sys.stdout)
+        if self.problem() or ("results" in values and values["step"] == self.scored):
+            return
+        try:
+            if not self._path.exists():
+                tell(f"warning: {self._path} was deleted: it begins anew at step {values['step']}")
+                self._create()
+            with self._path.open("ab") as file:
+                file.write(json.dumps(values).encode() + b"\n")
+        except OSError as error:
+            self._problem = UserError(f"{self._path}: cannot be written ({error.strerror})")
+        if "results" in values:
+            self.scored = values["step"]
+
+    def _create(self) -> None:
+        self._path.open("xb").close()
+        parent = os.open(self._folder.parent, os.O_RDONLY)
+        for folder in (self._handle, parent):  # the names must survive a power cut, too
+            os.fsync(folder)
+        os.close(parent)
+
+    def _cut(self, step: int) -> None:
+        """What is kept is never written again in place: only a cut file, or a whole one that is
+        on the disk before it takes the name, survives a power cut at every moment.
+        """
+        kept, first, count = self._scan(step)
+        if count:
+            self._replace(kept)
+            tell(
+                f"warning: {self._path}: line {first} is damaged ({count} in all): left out; "
+                f"{self._path.name}.damaged is the file as it was"
+            )
+            return
+        end = kept[-1][1] if kept else 0
+        with self._path.open("r+b") as file:
+            if file.seek(0, os.SEEK_END) != end:
+                file.truncate(end)
+            if end and file.seek(end - 1) is not None and file.read(1) != b"\n":
+                file.write(b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _scan(self, step: int) -> tuple[list[tuple[int, int]], int, int]:
+        """Begin and end of the lines up to `step`, joined where they touch; the number of the first
+        damaged line before the last of them, and how many such lines there are. What comes later
+        is cut anyway.
+        """
+        kept: list[tuple[int, int]] = []
+        others: list[int] = [
+            0,
+            0,
+        ]  # since the last good line: the number of the first, and how many
+        first, count, end, self.scored = 0, 0, 0, -1
+        with self._path.open("rb") as file:
+            for number, text in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                begin, end = end, end + len(text)
+                line = _read(text)
+                if line is None or line.step > step:
+                    others = [others[0] or number, others[1] + 1]
+                    continue
+                first, count, others = first or others[0], count + others[1], [0, 0]
+                touches = kept and kept[-1][1] == begin
+                kept.append((kept.pop()[0] if touches else begin, end))
+                self.scored = line.step if line.results else self.scored
+        return kept, first, count
+
+    def _replace(self, kept: list[tuple[int, int]]) -> None:
+        content = self._path.read_bytes()
+        whole = [content[begin:end].rstrip(b"\n") + b"\n" for begin, end in kept]
+        beside = self._path.with_name(f"{self._path.name}.partial")
+        for path, parts in (
+            (self._path.with_name(f"{self._path.name}.damaged"), [content]),
+            (beside, whole),
+        ):
+            with path.open("wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+        os.fsync(self._handle)
+        beside.replace(self._path)
+        os.fsync(self._handle)
+
+
+def tell(line: str, stream: TextIO | None = None) -> None:
+    """Print one line, on stderr by default. A terminal or pipe that is gone does not end a run:
+    nothing more is printed there.
+    """
+    stream = stream or sys.stderr
+    try:
+        print(line, file=stream, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is sys.stdout:
+            tell(f"warning: standard output: {error.strerror}: only metrics.jsonl has the progress")
 
 
 class Stopwatch:
@@ -111,9 +245,18 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for the torn last line of a killed run."""
+def _read(text: bytes) -> _Line | None:
+    """A line of metrics.jsonl; None if it is damaged, or the torn last line of a killed run."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        msgspec.json.decode(text, type=dict[str, _Value])
+        return msgspec.json.decode(text, type=_Line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _is_same(handle: int, folder: Path) -> bool:
+    """Whether `folder` still is the one that was opened as `handle`."""
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except OSError:
+        return False

@@ -65,16 +65,6 @@ def provenance() -> dict[str, Any]:
     return {"hardware": hardware(), "versions": versions(), "command": shlex.join(command)}
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError."""
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` at once or not at all. Raises UserError."""
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())

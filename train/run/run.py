@@ -5,19 +5,21 @@ A trainer has one `Run` and uses it in this order: construct it, build the data 
 """
 
 import math
-import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
+from pipeline.errors import UserError
 from train.run import checkpoint
 from train.run.ends import Collapsed, Diverged, EndedElsewhere, Reason, Stopped, naming
-from train.run.launch import launch, lock
-from train.run.log import Journal, Stopwatch
+from train.run.launch import launch, lock, unlock
+from train.run.log import Journal, Stopwatch, tell
 from train.run.provenance import provenance, write_bytes
 from train.run.resume import candidates, restore_first_whole
 from train.run.settings import Settings, flatten, to_dict, to_yaml
@@ -58,11 +60,17 @@ class Run:
         self.accelerator = launch(self.folder, precision, trackers, timeout_minutes)
         self.is_main = self.accelerator.is_main_process
         if self.is_main:
+            made = not self.folder.exists()
             self._lock = lock(self.folder)  # held until the process ends
+            # A start that is refused removes the folder that it has made. `start` calls this off.
+            self._refused = weakref.finalize(self, unlock, self.folder, self._lock)
+            if not made:
+                self._refused.detach()
 
         self.step, self.last_step, self.seconds = 0, 0, 0.0
         self._saved = 0  # the step of the last checkpoint
         self._overflows: list[int] = []  # steps of the last log lines, if fp16 skipped all of them
+        self._journal: Journal | None = None  # on the main process
         self.signals = signals or StopSignals()
         self.watchdog = Watchdog(self._patience_s, self._process())
         self.stopwatch = Stopwatch(self.accelerator.device)
@@ -94,9 +102,10 @@ class Run:
         """
         self.last_step = last_step
         self._writer = checkpoint.Writer(self.folder, retention, self._patience_s)
-        self._journal = Journal(self.folder / "metrics.jsonl")
         if self.is_main:
-            write_bytes(self.folder / "config.yaml", to_yaml(self._config).encode())
+            self._refused.detach()
+            self._journal = Journal(self.folder)
+            self._write_config()
             self._journal.rewind(self.step)
         processes, device = self.accelerator.num_processes, self.accelerator.device.type
         done = f", {self.step} of them done" if self.step else ""
@@ -112,8 +121,7 @@ class Run:
         """Train inside its `with`. When it ends, for whatever reason, all files are written.
 
         Adds the last checkpoint to the message of Diverged and Collapsed. Raises LostProcess if
-        another process is lost, UserError if a disk or a tracker fails. The watchdog ends the
-        process itself.
+        another process is lost, UserError if a disk fails. The watchdog ends the process itself.
         """
         try:
             with naming(self._process(), lambda: f"; {self._last(Diverged)}"), self.watchdog:
@@ -129,8 +137,7 @@ class Run:
         finally:  # leave no half checkpoint, and no log line that a tracker has not sent
             with suppress(Exception):
                 self._writer.wait()
-            with suppress(Exception):
-                self.trackers.finish()
+            self.trackers.finish()
             self._writer.close()
 
     def advance(self) -> None:
@@ -145,18 +152,19 @@ class Run:
         return self.step == self.last_step or (every > 0 and self.step % every == 0)
 
     def measure(
-        self, averages: Mapping[str, float], skipped: int, batch_size: int
+        self, averages: Mapping[str, float], steps: int, skipped: int, batch_size: int
     ) -> dict[str, float]:
-        """Check the steps since the last log line; return their speed, as values for the log.
+        """Check the `steps` since the last log line; return their speed since the last log line or
+        resume, as values for the log.
 
         `averages`: losses and statistics; `skipped`: steps that fp16 has skipped. Raises Diverged.
         """
         self._check_losses(averages)
-        steps, seconds, wait_share = self.stopwatch.read()
+        timed, seconds, wait_share = self.stopwatch.read()
         self.check_overflows(steps, skipped)
         self.seconds += seconds
         speed = {
-            "images_per_s": steps * batch_size / seconds,
+            "images_per_s": timed * batch_size / seconds,
             "wait_share": wait_share,
             "seconds": self.seconds,
         }
@@ -164,7 +172,7 @@ class Run:
         return {**speed, "skipped": skipped} if in_fp16 else speed
 
     def log(self, values: Mapping[str, float], progress: str) -> None:
-        """One log line in the journal and the trackers. Raises UserError."""
+        """One log line in the journal and the trackers."""
         self.write(values, progress)
         if self.is_main:
             measured = {name: value for name, value in values.items() if name != "step"}
@@ -172,15 +180,23 @@ class Run:
         self.stopwatch.restart()
 
     def write(self, values: Mapping[str, Any], progress: str) -> None:
-        """One line in the journal alone. Raises UserError."""
-        if self.is_main:
+        """One line in the journal alone."""
+        if self._journal:
             self._journal.write(values, progress)
 
     def rewind(self) -> None:
-        """Delete the journal's lines after the present step; restart the stopwatch."""
-        if self.is_main:
+        """Delete the journal's lines after the present step; restart the stopwatch. Raises
+        UserError.
+        """
+        if self._journal:
             self._journal.rewind(self.step)
         self.stopwatch.restart()
+
+    def is_scored(self) -> bool:
+        """Whether the journal's last line with results is of the present step. All processes call
+        it and get the same answer.
+        """
+        return any(gather_object([self._journal is not None and self._journal.scored == self.step]))
 
     def save(
         self,
@@ -193,12 +209,15 @@ class Run:
         more: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin to write a checkpoint of this step. Raises Diverged if a loss in `averages` or a
-        weight is not finite, and UserError if the disk has failed.
+        weight is not finite. If the disk has failed, it writes nothing: all processes end at the
+        next log line.
 
         `data`: its identity; `meter`: sums for the next log line; `more`: added to the provenance.
         """
         self._check_losses(averages)
         self._check(checkpoint.all_finite(model, self.accelerator), "a weight is not finite")
+        if self.is_main and self._disk_problem():
+            return
         self._saved = self.step
         if not self.is_main:
             return
@@ -226,10 +245,8 @@ class Run:
 
     def reason_to_end(self) -> Reason:
         """Why this process wants to end the run. A log line shares it with the others."""
-        if self._writer.problem():
+        if self._disk_problem():
             return Reason.DISK
-        if self.trackers.problem():
-            return Reason.TRACKER
         return Reason.SIGNAL if self.signals.received else Reason.NONE
 
     def reason_without_log(self) -> Reason:
@@ -249,14 +266,8 @@ class Run:
         if reason == Reason.DISK:
             self.wait_for_disk()  # raises on the process whose disk has failed
             raise EndedElsewhere
-        problem = self.trackers.problem()
-        if not problem:
-            self.trackers.finish()
+        self.trackers.finish()
         self.settle()
-        if problem:
-            raise problem
-        if reason == Reason.TRACKER:
-            raise EndedElsewhere
         name = self.signals.received.name if self.signals.received else "a signal"
         raise Stopped(
             f"{self.folder}: stopped by {name} at step {self.step}, which has a checkpoint; "
@@ -271,15 +282,36 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def wait_for_disk(self) -> None:
-        """Return when the last checkpoint is written. Raises UserError."""
+        """Return when the last checkpoint is written. Raises UserError, also if a log line could
+        not be written.
+        """
         self.watchdog.beat()
-        self._writer.wait()
+        failed = None
+        try:
+            self._writer.wait()
+        except UserError as error:
+            failed = error
         self.watchdog.beat()
+        if self._journal and (problem := self._journal.problem()):  # it says more
+            last = f"step {self._saved}" + (", which is not whole" if failed else "")
+            raise UserError(f"{problem}; step {self.step}, last checkpoint: {last}")
+        if failed:
+            raise failed
 
     def say(self, message: str) -> None:
         """One line on stderr, from the main process."""
         if self.is_main:
-            print(message, file=sys.stderr, flush=True)
+            tell(message)
+
+    def _write_config(self) -> None:
+        """Write config.yaml, if it differs. Raises UserError."""
+        path, content = self.folder / "config.yaml", to_yaml(self._config).encode()
+        if not path.is_file() or path.read_bytes() != content:
+            write_bytes(path, content)
+
+    def _disk_problem(self) -> Exception | None:
+        """Why nothing more can be written, if so."""
+        return (self._journal and self._journal.problem()) or self._writer.problem()
 
     def _check_losses(self, averages: Mapping[str, float]) -> None:
         finite = all(math.isfinite(value) for value in averages.values())

@@ -2,7 +2,8 @@
 
 A configuration is a frozen dataclass. Its fields are plain values or sections; a section is a
 dataclass of plain values. Docstrings under the fields are the texts of --help. Every refusal is one
-line that names the key.
+line that names the key, and the file if it stands in one. What a file holds is data: no value is
+ever imported, run, or opened as a further file.
 """
 
 import argparse
@@ -14,19 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-import yaml
-from jsonargparse import (
-    ArgumentError,
-    ArgumentParser,
-    DefaultHelpFormatter,
-    get_loader,
-    set_parsing_settings,
-)
+import msgspec
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from pipeline.bounds import Bound
 from pipeline.errors import UserError
+from train.run import text
+from train.run.text import DEEPEST, LARGEST_YAML, read_text, read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -49,7 +46,17 @@ SEED: Bound = {"in 0..2^32-1": lambda seed: 0 <= seed < 2**32}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _WORDS |= {type(None): "null", dict: "keys and values"}
 _TEXT = str | None
-_load_yaml = get_loader("yaml")
+LONGEST = 4096
+"""Characters of a value that is a text: Linux opens no longer path."""
+
+
+class _Given(NamedTuple):
+    """A value of a configuration, and where it stands."""
+
+    key: str
+    value: Any
+    source: str
+    """The beginning of a message: "run.yaml: "; empty for the command line."""
 
 
 @dataclass(eq=False)
@@ -75,24 +82,27 @@ class Settings(Generic[Config]):
         options = dict.fromkeys(self.options, _TEXT)
         self._types = types | dict.fromkeys(self._sections, dict) | options
 
-    def load(self, argv: list[str] | None = None) -> tuple[Config, dict[str, str | None]]:
+    def load(
+        self, argv: list[str] | None = None, under: Mapping[str, Any] | None = None
+    ) -> tuple[Config, dict[str, str | None]]:
         """The configuration that a command line describes, and the values of `options` by name.
 
-        Raises UserError, which names the key, if a key is unknown or missing or a value impossible.
+        `under`: nested plain values below those of the command line. Raises UserError, which names
+        the key, if a key is unknown or missing or a value impossible.
         """
         argv = sys.argv[1:] if argv is None else argv
-        try:
-            values = self._parser.parse_args(argv).as_dict()
-        except (ArgumentError, UnicodeDecodeError) as error:
-            raise self._explained(error, list(self._given(argv))) from None
-        return self._build(values), {name: values[name] for name in self.options}
+        if {"-h", "--help"} & set(argv):
+            self._help.print_help()
+            sys.exit(0)
+        given = self._typed([*_leaves(under or {}), *self._given(argv)])
+        if "--print_config" in argv:
+            print(text.to_yaml(_plain(_nested(self._defaults() | _values(given)))), end="")
+            sys.exit(0)
+        return self._build(given), {name: _values(given).get(name) for name in self.options}
 
     def from_dict(self, values: Mapping[str, Any]) -> Config:
         """A configuration from nested plain values. Raises UserError, which names the key."""
-        try:
-            return self._build(self._parser.parse_object(dict(values)).as_dict())
-        except ArgumentError as error:
-            raise self._explained(error, list(flatten(values).items())) from None
+        return self._build(self._typed(_leaves(values)))
 
     def changed(self, before: Config, now: Config) -> list[tuple[str, Any, Any]]:
         """The keys that a resumed run may not change but that differ, with both values."""
@@ -101,7 +111,8 @@ class Settings(Generic[Config]):
         return [(key, old[key], new[key]) for key in fixed if old[key] != new[key]]
 
     @cached_property
-    def _parser(self) -> ArgumentParser:
+    def _help(self) -> ArgumentParser:
+        """Writes --help. It reads no arguments: jsonargparse imports the classes that they name."""
         usage = "".join(f"[--{name} {value}] " for name, (value, _) in self.options.items())
         parser = ArgumentParser(
             prog=self.prog,
@@ -109,60 +120,81 @@ class Settings(Generic[Config]):
             formatter_class=_Help,
             description=self.description,
             epilog=self.epilog,
-            exit_on_error=False,
-            allow_abbrev=False,
+            print_config=None,
         )
-        text = "YAML file with any of the values below."
-        parser.add_argument("--config", action="config", help=text)
-        for name, (metavar, text) in self.options.items():
-            parser.add_argument(f"--{name}", type=_TEXT, metavar=metavar, help=text)
+        about = "YAML file with any of the values below."
+        parser.add_argument("--config", metavar="FILE", help=about)
+        about = "Print the configuration after applying all other arguments and exit."
+        parser.add_argument("--print_config", action="store_true", help=about)
+        for name, (metavar, about) in self.options.items():
+            parser.add_argument(f"--{name}", type=_TEXT, metavar=metavar, help=about)
         parser.add_class_arguments(self.kind, None)
+        for action in parser._actions:
+            field = self._fields.get(action.dest)
+            if field and get_origin(field.type) is not Literal:  # whose values are shown already
+                action.help = " ".join(
+                    [str(action.help), *map("Must be {}.".format, field.metadata)]
+                )
         return parser
 
-    def _build(self, values: Mapping[str, Any]) -> Config:
-        """A configuration from parsed values. Raises UserError, which names the key."""
-        parts = {name: values[name] for name in self._fields if "." not in name}
-        flat = flatten(parts).items()
-        # The parser accepts null for any key and any value for a section.
-        self._check((k, v) for k, v in flat if v is None or k in self._sections)
-        for name, section in self._sections.items():
-            parts[name] = _built(section, parts[name], f"{name}.")
-        return _built(self.kind, parts)
+    def _defaults(self) -> dict[str, Any]:
+        """The default of each key that is no section; None for those that must be given."""
+        leaves = {k: f for k, f in self._fields.items() if k not in self._sections}
+        options: dict[str, Any] = dict.fromkeys(self.options)
+        return options | {k: None if _required(f) else f.default for k, f in leaves.items()}
 
-    def _check(self, values: Iterable[tuple[str, Any]]) -> None:
-        """Refuse unknown keys and values of the wrong type. Raises UserError."""
-        for key, value in values:
-            if key not in self._types:
-                near = difflib.get_close_matches(key, self._types, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                raise UserError(f"unknown key {key}{hint}")
-            kind = self._types[key]
-            if not (type(None) in get_args(kind) if value is None else _fits(value, kind)):
-                shown = "null" if value is None else value or repr(value)
-                raise UserError(f"{key} must be {_words(kind)}, not {shown}")
-
-    def _explained(self, error: Exception, given: list[tuple[str, Any]]) -> UserError:
-        """The reason why jsonargparse refuses these keys and values; if unknown, its message."""
-        self._check(given)
-        known = self._sections.keys() | dict(given)
-        missing = [k for k, f in self._fields.items() if f.default is MISSING and k not in known]
-        if missing:
-            keys = ", ".join(missing)
-            return UserError(f"missing: {keys}; set each in the --config file or as --KEY VALUE")
-        return UserError(" ".join(str(error).split()))
-
-    def _given(self, argv: list[str]) -> Iterator[tuple[str, Any]]:
+    def _given(self, argv: list[str]) -> Iterator[_Given]:
         """Keys and values of a command line and of its files. Raises UserError."""
-        for word, following in zip(argv, [*argv, ""][1:], strict=True):
-            key, equals, text = word.removeprefix("--").partition("=")
-            value = text if equals else following
-            if not word.startswith("--") or key in ("help", "print_config"):
+        words = iter(argv)
+        for word in words:
+            key, equals, value = word.removeprefix("--").partition("=")
+            if not word.startswith("--"):
+                raise UserError(f"unknown argument {_shown(word)} (see --help)")
+            if word == "--print_config":
                 continue
+            value = value if equals else next(words, "--")
+            if not equals and value.startswith("--"):
+                raise UserError(f"--{_shown(key)} needs a value")
             if key == "config" or key in self._sections:
-                prefix = "" if key == "config" else f"{key}."
-                yield from flatten(_read(key, value), prefix).items()
+                yield from _read(key, value)
             else:
-                yield key, value
+                yield _Given(key, value, "")
+
+    def _typed(self, given: Iterable[_Given]) -> dict[str, _Given]:
+        """The last value of each key, in the key's type.
+
+        A key that no configuration has and a value of another type are refused here, before any
+        code of ours or of a library acts on them. Raises UserError.
+        """
+        typed: dict[str, _Given] = {}
+        for key, value, source in given:
+            if key not in self._types:
+                near = difflib.get_close_matches(key[:100], self._types, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise UserError(f"{source}unknown key {_shown(key)}{hint}")
+            kind = self._types[key]
+            try:
+                typed[key] = _Given(key, _as_type(value, kind), source)
+            except ValueError:
+                must = f"{source}{key} must be {_words(kind)}"
+                raise UserError(f"{must}, not {_shown(value)}") from None
+        return typed
+
+    def _build(self, given: Mapping[str, _Given]) -> Config:
+        """A configuration from typed values. Raises UserError, which names the key."""
+        known = self._sections.keys() | given.keys()
+        if missing := [
+            k for k, field in self._fields.items() if k not in known and _required(field)
+        ]:
+            keys = f"missing: {', '.join(missing)}"
+            where = "set each in the --config file or as --KEY VALUE"
+            raise UserError(f"{_source('', given)}{keys}; {where}")
+        nested = _nested(
+            {key: value for key, value in _values(given).items() if key in self._fields}
+        )
+        for name, section in self._sections.items():
+            nested[name] = _built(section, nested.get(name, {}), f"{name}.", given)
+        return _built(self.kind, nested, "", given)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -172,7 +204,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The text of a --config file that describes this configuration."""
-    return str(yaml.safe_dump(to_dict(config), sort_keys=False))
+    return text.to_yaml(to_dict(config))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -194,11 +226,24 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
 
 
-def _built(kind: Callable[..., Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+def _built(
+    kind: Callable[..., Config], values: Mapping[str, Any], prefix: str, given: Mapping[str, _Given]
+) -> Config:
     try:
         return kind(**values)
-    except ValueError as error:
-        raise UserError(f"{prefix}{error}") from None
+    except ValueError as error:  # it begins with the name of the field
+        key = f"{prefix}{str(error).partition(' ')[0]}"
+        raise UserError(f"{_source(key, given)}{prefix}{error}") from None
+
+
+def _source(key: str, given: Mapping[str, _Given]) -> str:
+    """The file that gives the key; if none does, the file of all other values, if it is one."""
+    sources = {given[key].source} if key in given else {each.source for each in given.values()}
+    return sources.pop() if len(sources) == 1 else ""
+
+
+def _required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _fields_by_key(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
@@ -212,38 +257,88 @@ def _fields_by_key(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # it may be a text in YAML
 
 
-def _read(option: str, source: str) -> Mapping[str, Any]:
-    """The content of a YAML file, or of a text in YAML. Raises UserError."""
-    if not source or source.startswith("--"):
+def _read(option: str, source: str) -> Iterator[_Given]:
+    """Keys and values of a YAML file, or of a text in YAML. Raises UserError."""
+    if not source:
         raise UserError(f"--{option} needs a value")
+    prefix = "" if option == "config" else f"{option}."
     try:
-        text = Path(source).read_text()
+        Path(source).stat()
     except OSError as error:
         if error.errno not in _NO_SUCH_FILE:
             raise UserError(f"--{option}: {source}: {error.strerror}") from None
-        text = source
-    except UnicodeDecodeError as error:
-        raise UserError(f"--{option}: {source}: not a text in UTF-8 ({error.reason})") from None
-    try:
-        values = _load_yaml(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--{option}: {' '.join(str(error).split())}") from None
-    if isinstance(values, Mapping):
-        return values
-    if text is source:
-        expected = "does not exist" if option == "config" else "is no file of keys and values"
-        raise UserError(f"--{option}: {source} {expected}")
-    raise UserError(f"--{option}: {source} holds no keys and values")
+        values, name = read_yaml(source, f"--{option}"), ""
+        if not isinstance(values, Mapping):
+            expected = "does not exist" if option == "config" else "is no file of keys and values"
+            raise UserError(f"--{option}: {_shown(source)} {expected}") from None
+    else:
+        name = f"--{option}: {source}"
+        try:
+            values = read_yaml(read_text(Path(source), LARGEST_YAML), source)
+        except UserError as error:
+            raise UserError(f"--{option}: {error}") from None
+        if not isinstance(values, Mapping):
+            raise UserError(f"{name} holds no keys and values")
+    yield from _leaves(values, prefix, name and f"{source}: ")
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether jsonargparse accepts a value, or the text of one, for this type."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=kind)
+def _leaves(values: Mapping[Any, Any], prefix: str = "", source: str = "") -> Iterator[_Given]:
+    """{"train": {"epochs": 2}} as "train.epochs", 2. Raises UserError."""
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise UserError(f"{source}a key must be text, not {_shown(name)}")
+        key = f"{prefix}{name}"
+        if key.count(".") > DEEPEST:
+            raise UserError(f"{source}{_shown(key)}: more than {DEEPEST} keys inside each other")
+        if value and isinstance(value, Mapping):
+            yield from _leaves(value, f"{key}.", source)
+        else:
+            yield _Given(key, value, source)
+
+
+def _values(given: Mapping[str, _Given]) -> dict[str, Any]:
+    return {key: value for key, (_, value, _) in given.items()}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"train.epochs": 2} as {"train": {"epochs": 2}}, without what stands for a whole section."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            nested.setdefault(section, {})[name] = value
+        elif value != {}:
+            nested[name] = value
+    return nested
+
+
+def _as_type(value: Any, kind: Any) -> Any:
+    """A plain value as one of this type. Where the type is no text, a text is read as YAML.
+
+    Raises ValueError.
+    """
+    args = get_args(kind)
+    if isinstance(value, str) and kind is not dict:
+        if value == "null" and type(None) in args:
+            return None
+        if len(value) > LONGEST or "\0" in value:
+            raise ValueError
+        in_words = str in args or isinstance(
+            next(iter(args), None), str
+        )  # str | None, Literal["no"]
+        is_text = kind is str or (in_words and get_origin(kind) is not tuple)
+        value = value if is_text else read_yaml(value, "")
     try:
-        return bool(parser.parse_object({"value": value}))
-    except ArgumentError:
-        return False
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+
+
+def _shown(value: Any) -> str:
+    """A value in a message of one line."""
+    shown = "null" if value is None else value or repr(value) if type(value) is str else repr(value)
+    shown = shown if shown.isprintable() else ascii(shown)
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
 def _words(kind: Any) -> str:

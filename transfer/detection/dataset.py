@@ -18,8 +18,8 @@ from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluation.datasets.images import open_image, readable
 from pipeline.errors import UserError, printable
+from pipeline.images import load_rgb, load_size
 from transfer.detection.annotations import (
     Annotation,
     Annotations,
@@ -28,6 +28,9 @@ from transfer.detection.annotations import (
     read_annotations,
     to_rle,
 )
+
+HAIRLINE = 1e-5
+"""Of an image's side: float32 rounds away what is thinner when boxes are resized and mirrored."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class CocoInstances:
     """The images of an annotation file, with their objects. Crowds are skipped: training does not
     use them, and the evaluator reads them from the file.
 
-    An object is skipped, and counted in `dropped`, if its box has no area inside the image or its
-    mask has none. Raises UserError if the file or an image is missing, or if the file's content is
-    not of the format.
+    An object is skipped, and counted in `dropped`, if its mask has no area, or its box inside the
+    image is thinner than `HAIRLINE`. Raises UserError if the file or an image is missing, or if the
+    file's content is not of the format.
     """
 
     def __init__(self, annotations: Path, images: Path) -> None:
@@ -62,6 +65,8 @@ class CocoInstances:
         content = read_annotations(annotations)
         self.categories: dict[int, str] = {c.id: c.name for c in content.categories}
         """Names by id, in the order of the ids: label n is the n-th, counted from 1."""
+        self.derived = content.derived
+        """Objects whose area is their mask's, because the file has none."""
         self.dropped = 0
         self.records = self._records(content)
         self._check_images()
@@ -72,11 +77,11 @@ class CocoInstances:
             return file_digest(file, "sha256").hexdigest()
 
     def load(self, record: Record) -> Image.Image:
-        """The RGB image. Raises UserError if its size is not the size in the annotations."""
+        """The upright RGB image. Raises UserError unless it has the size in the annotations."""
         path = self.images / record.name
-        image = open_image(path)
-        self._check_size(path, image, record)
-        return image.convert("RGB")
+        pixels = load_rgb(path)
+        self._check_size(path, (pixels.shape[1], pixels.shape[0]), record)
+        return Image.fromarray(pixels)
 
     def check_headers(self) -> None:
         """Raise UserError for the first file that is not an image of the size in the annotations.
@@ -84,14 +89,14 @@ class CocoInstances:
         """
         for record in self.records:
             path = self.images / record.name
-            with readable(path), Image.open(path) as image:
-                self._check_size(path, image, record)
+            self._check_size(path, load_size(path), record)
 
-    def masks(self, record: Record) -> NDArray[np.uint8]:
-        """The objects' masks [N, H, W]."""
-        size = record.height, record.width
-        runs = [to_rle(one, *size) for one in pickle.loads(record.segmentations)]
-        return np.moveaxis(rle.decode(runs), -1, 0)
+    def masks(self, record: Record, height: int, width: int) -> NDArray[np.uint8]:
+        """The objects' masks, resized: [N, height, width]. Only one has its full size at a time."""
+        masks = np.empty((len(record.boxes), height, width), np.uint8)
+        for mask, one in zip(masks, pickle.loads(record.segmentations), strict=True):
+            mask[:] = nearest(rle.decode(to_rle(one, record.height, record.width)), height, width)
+        return masks
 
     def _records(self, content: Annotations) -> list[Record]:
         labels = {category: n for n, category in enumerate(self.categories, start=1)}
@@ -105,10 +110,11 @@ class CocoInstances:
         self, image: ImageEntry, objects: list[Annotation], labels: dict[int, int]
     ) -> Record:
         height, width = image.height, image.width
-        boxes = np.array([o.bbox for o in objects], np.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
-        good = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
+        corners = np.array([o.bbox for o in objects], np.float64).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        boxes = corners.clip(0, [width, height, width, height]).astype(np.float32)
+        least = np.array([HAIRLINE * width, HAIRLINE * height], np.float32)
+        good = np.all(boxes[:, 2:] - boxes[:, :2] > least, axis=1)
         good &= np.array([encloses(o.segmentation) for o in objects], bool)
         self.dropped += int((~good).sum())
         kept = [o for o, keep in zip(objects, good.tolist(), strict=True) if keep]
@@ -122,10 +128,10 @@ class CocoInstances:
             segmentations=pickle.dumps([o.segmentation for o in kept]),
         )
 
-    def _check_size(self, path: Path, image: Image.Image, record: Record) -> None:
-        if image.size != (record.width, record.height):
+    def _check_size(self, path: Path, size: tuple[int, int], record: Record) -> None:
+        if size != (record.width, record.height):
             raise UserError(
-                f"{path}: {image.width}×{image.height} pixels, but {self.annotations.name} says"
+                f"{path}: {size[0]}×{size[1]} pixels, but {self.annotations.name} says"
                 f" {record.width}×{record.height}"
             )
 
@@ -183,7 +189,8 @@ class TrainingExamples:
         self.source, self.sides, self.longest, self.flip = source, sides, longest, flip
         self.records = [record for record in source.records if len(record.boxes)]
         if not self.records:
-            raise UserError(f"{source.annotations}: no image with an object to learn from")
+            skipped = f" ({source.dropped} are skipped)" if source.dropped else ""
+            raise UserError(f"{source.annotations}: no image with an object to learn from{skipped}")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -198,7 +205,7 @@ class TrainingExamples:
         mirror = generator.random() < self.flip
         height, width = resized(record.height, record.width, side, self.longest)
         pixels = pixels_of(self.source.load(record), height, width)
-        masks = nearest(self.source.masks(record), height, width)
+        masks = self.source.masks(record, height, width)
         scale = np.array([width / record.width, height / record.height] * 2, np.float32)
         boxes = record.boxes * scale
         if mirror:
@@ -218,9 +225,9 @@ def pixels_of(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def nearest(masks: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Masks [N, H, W] resized to [N, h, w]."""
+    """Masks […, H, W] resized to […, h, w]."""
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(np.int64)
-        for new, old in ((height, masks.shape[1]), (width, masks.shape[2]))
+        for new, old in ((height, masks.shape[-2]), (width, masks.shape[-1]))
     )
-    return masks[:, rows[:, None], columns]
+    return masks[..., rows[:, None], columns]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evaluation.datasets.squares import DECODE_THREADS
 from pipeline.parallel import ordered_map
-from transfer.detection.annotations import read_annotations
+from transfer.detection.annotations import RunLengths, read_annotations
 from transfer.detection.dataset import CocoInstances, Record, pixels_of, resized
 from transfer.detection.model import HALF_PIXEL
 from transfer.task import Row
@@ -97,7 +97,7 @@ def paste(mask: Tensor, box: NDArray[np.float32], height: int, width: int) -> ND
     y = (torch.arange(y1, y2) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     values = F.grid_sample(mask[None, None], grid[None].to(mask), align_corners=False)[0, 0]
-    image[y1:y2, x1:x2] = values >= 0.5
+    image[y1:y2, x1:x2] = (values >= 0.5).numpy()
     return image
 
 
@@ -125,10 +125,11 @@ def ground_truth(source: CocoInstances) -> COCO:
     because the evaluator reads a 0 as "no object". Raises UserError.
     """
     content = read_annotations(source.annotations)
-    annotations = [
-        {**asdict(one), "id": number, "iscrowd": int(one.iscrowd)}
-        for number, one in enumerate(content.annotations, start=1)
-    ]
+    annotations = []
+    for number, one in enumerate(content.annotations, start=1):
+        annotations.append({**asdict(one), "id": number, "iscrowd": int(one.iscrowd or 0)})
+        if isinstance(one.segmentation, RunLengths):
+            annotations[-1]["segmentation"] = asdict(one.segmentation)
     return COCO(
         {
             "images": [asdict(image) for image in content.images],

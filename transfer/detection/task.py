@@ -41,6 +41,12 @@ class Detection:
         self.model: nn.Module = Detector(encoder, len(train.categories), config.model)
         self.data = _identity(train, len(self.examples))
         self.scored = _identity(self.val, len(self.val.records))
+        if self.val.derived and _FIRST:
+            print(
+                f"note: {self.val.annotations}: {self.val.derived} objects have no area: their"
+                " masks' areas decide whether they are small, medium or large",
+                file=sys.stderr,
+            )
         if train.dropped and _FIRST:
             print(
                 f"note: {train.annotations}: training skips {train.dropped} objects: their boxes"

@@ -5,12 +5,26 @@ from typing import Literal
 
 from evaluation.datasets.label_maps import VOID
 from evaluation.datasets.layouts import KINDS
-from pipeline.bounds import BELOW_1, RANGE, UP_TO_1, Bounded, at_least, one_of, optional, within
+from pipeline.bounds import (
+    BELOW_1,
+    LONGEST_SIDE,
+    RANGE,
+    UP_TO_1,
+    Bound,
+    Bounded,
+    at_least,
+    one_of,
+    optional,
+    within,
+)
 from pipeline.errors import require
 from transfer.config import TransferConfig
 
 _IDS = {f"ids in 0..{VOID}": lambda ids: all(0 <= each <= VOID for each in ids)}
-_SIDES = {"longer and shorter side": lambda size: size[0] >= size[1] >= 1}
+_SIDES: Bound = {
+    "longer and shorter side": lambda size: size[0] >= size[1] >= 1,
+    f"sides of at most {LONGEST_SIDE:,}": lambda size: size[0] <= LONGEST_SIDE,
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class DataConfig(Bounded):
 class AugmentConfig(Bounded):
     """How an image is resized and augmented before it enters the network. Sizes are in pixels."""
 
-    crop: int = field(default=513, metadata=at_least(1))
+    crop: int = field(default=513, metadata=at_least(1, LONGEST_SIDE))
     """Side of a training crop; beyond the border of a smaller image the crop is void."""
     size: tuple[int, int] = field(default=(2049, 513), metadata=_SIDES)
     """Longer and shorter side; an image is resized to fit into them and keeps its proportions. In
@@ -64,6 +78,13 @@ class AugmentConfig(Bounded):
     distort: bool = False
     """Change brightness, contrast, saturation and hue, each with probability 1/2."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        longest, factor = self.size[0], self.scale[1]
+        fits = longest * factor <= 2 * LONGEST_SIDE
+        meaning = f"at most {2 * LONGEST_SIDE:,} pixels / size ({longest})"
+        require(fits, "scale", self.scale, meaning)
+
 
 @dataclass(frozen=True)
 class ModelConfig(Bounded):
@@ -74,11 +95,11 @@ class ModelConfig(Bounded):
     the 1×1 convolution, after a BatchNorm without weights, which normalises the features' scale."""
     output_stride: Literal[8, 16, 32] = 16
     """Pixels of a cell of the encoder's map; the last stages use dilation instead of stride."""
-    channels: int = field(default=256, metadata=at_least(1))
+    channels: int = field(default=256, metadata=at_least(1, 8192))
     """"fcn" only: width of each convolution."""
-    convs: int = field(default=2, metadata=at_least(1))
+    convs: int = field(default=2, metadata=at_least(1, 100))
     """"fcn" only: number of convolutions."""
-    dilation: int = field(default=6, metadata=at_least(1))
+    dilation: int = field(default=6, metadata=at_least(1, 1000))
     """"fcn" only: dilation of these convolutions."""
     concat: bool = False
     """"fcn" only: one more convolution, on the encoder's map and the last convolution's output."""
@@ -94,7 +115,7 @@ class ModelConfig(Bounded):
 class InferenceConfig(Bounded):
     """How an image is scored."""
 
-    window: int = field(default=0, metadata=at_least(0))
+    window: int = field(default=0, metadata=at_least(0, LONGEST_SIDE))
     """Side of a sliding window in pixels; scores are averaged where windows overlap. 0: the whole
     image at once."""
     stride: int = 0

@@ -1,6 +1,7 @@
 """The benchmark: its measurements, its files, and its conclusions from given figures."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from tools.benchmark import __main__ as benchmark
 from tools.benchmark.stages import COPY, least_bytes, operations, repeated
 from tools.benchmark.timing import Bench, Result, Work
 from tools.benchmark.verdict import compare, verdict
+from tools.report.schema import Rates
 from train.config import load_config
 from train.run.log import Stopwatch
 
@@ -355,9 +358,10 @@ def test_the_verdict_names_the_limit_and_what_would_help(case: str) -> None:
         assert part in text, text
 
 
-def file_of(*results: Result, **more: Any) -> dict[str, Any]:
+def file_of(*results: Result, **more: Any) -> Rates:
     machine = {"hardware": {"cores": 2}, "versions": {"torch": "2"}, "settings": {"batch": 64}}
-    return machine | more | {"results": [asdict(row) for row in results]}
+    rows = {"results": [asdict(row) for row in results]}
+    return msgspec.convert(machine | more | rows, Rates)
 
 
 NAMES = (Path("a.json"), Path("runs/b.json"))
@@ -383,10 +387,42 @@ def test_files_that_cannot_be_compared_are_refused() -> None:
     """One line says why, instead of an empty table or a traceback."""
     with pytest.raises(UserError, match="no measurement in common"):
         compare(file_of(DECODE), file_of(STEP), NAMES)
-    with pytest.raises(UserError, match=r"a\.json: a measurement without images_per_s"):
-        compare({"results": [{"metric": "miou"}]}, file_of(STEP), NAMES)
-    with pytest.raises(UserError, match="its settings are no mapping"):
-        compare(file_of(STEP) | {"settings": [1]}, file_of(STEP), NAMES)
+    with pytest.raises(UserError, match=r"a\.json: a measurement of 0 images/s"):
+        compare(file_of(replace(STEP, images_per_s=0)), file_of(STEP), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"results": [{"metric": "miou"}]}, "results.0.: object missing required field stage"),
+        ({"results": [], "settings": [1]}, "settings: expected object | null, got array"),
+        ({"results": 3}, "results is 3: expected array, got int"),
+        ({"results": [{"stage": "a", "images_per_s": math.nan}]}, "images_per_s is NaN: expected"),
+        ({"results": [{"stage": "a", "images_per_s": 1e300}]}, r"is 1e.300: expected float <"),
+        ({"results": [{"stage": "a", "images_per_s": "1"}]}, 'is "1": expected float, got str'),
+        ({"results": [{"stage": "a", "images_per_s": 1}] * 1001}, "expected array of length <= 1"),
+    ],
+)
+def test_files_to_compare_are_checked(
+    content: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it each is a traceback, or a ratio of nonsense."""
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        run(monkeypatch, "--compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert str(caught.value).startswith(f"{tmp_path / 'a.json'}: ")
+
+
+def test_settings_of_a_comparison_stay_on_their_lines() -> None:
+    """Without it a file from elsewhere writes control characters to the terminal."""
+    first = file_of(replace(DECODE, backend="\x1b[2J\n"), settings={"\nerror:": "a\x1b" * 99})
+    text = compare(first, replace_settings(first), NAMES)
+    assert all(line.isprintable() and len(line) < 400 for line in text.splitlines())
+    assert len(text.splitlines()) == 3
+
+
+def replace_settings(rates: Rates) -> Rates:
+    return msgspec.structs.replace(rates, settings={})
 
 
 # ---- Refusing ----

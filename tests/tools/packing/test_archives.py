@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
+from pipeline.errors import BadImage, UserError
 from tests.tools.packing.test_build_dataset import fill, run
 from tests.tools.packing.test_run import same
 from tools.packing.archives import members
-from tools.packing.jpeg import BadImage
 from tools.packing.read import read_image
 from tools.packing.sources import SOURCES
 
@@ -126,7 +125,8 @@ def header(changes: Mapping[int, bytes]) -> bytes:
         ({124: b"-1         \0"}, "damaged header at byte 1024"),
         ({124: b"99999999999\0"}, "damaged header at byte 1024"),
         ({124: b"00000001000\0", 156: b"x"}, "damaged: an extended header"),
-        ({156: b"M"}, "sparse, or of an unknown kind"),
+        ({156: b"M"}, "of an unknown kind"),
+        ({156: b"S"}, "sparse: unpack"),
     ],
 )
 def test_wrong_tar_headers(tmp_path: Path, changes: dict[int, bytes], fault: str) -> None:

@@ -14,13 +14,12 @@ from ffcv.libffcv import imdecode
 from ffcv.reader import Reader
 from PIL import Image, ImageOps
 
-from pipeline.errors import UserError
+from pipeline.errors import BadImage, UserError
+from pipeline.images import read_file
 from pipeline.manifest import Manifest
 from tests.helpers.betons import photograph
 from tests.pipeline.test_beton_writer import jpeg, ramp, stored
 from tools import build_dataset
-from tools.packing.jpeg import BadImage
-from tools.packing.read import read_file
 from tools.packing.sources import SOURCES
 
 
@@ -166,7 +165,7 @@ CONVERTED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "d.jpg": (lambda path: save(path, picture().convert("CMYK"), quality=95), "CMYK"),
     "e.webp": (lambda path: save(path, lossless=True), "WEBP"),
     "f.JPEG": (lambda path: save(path, format="PNG"), "PNG"),
-    "g.gif": (animated, "GIF, first of 2 frames"),
+    "g.gif": (animated, "GIF, first of several frames"),
     "h.jpg": (lambda path: rotated(path, 6), "orientation 6"),
     "i.jpg": (lambda path: rotated(path, 3), "orientation 3"),
 }
@@ -302,7 +301,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
         ("none.jpg", "No such file"),
         ("pipe.jpg", "not a regular file"),
         ("loop.jpg", "Too many levels of symbolic links"),
-        ("folder.jpg", "not a regular file"),
+        ("folder.jpg", "Is a directory"),
     ):
         with pytest.raises(BadImage, match=reason):
             read_file(str(tmp_path / name))
@@ -401,10 +400,26 @@ def test_help_of_each_source(kind: str, capsys: pytest.CaptureFixture[str]) -> N
         ["--budget", "40 apples"],
         ["--shard", "0/4"],
         ["--shard", "5/4"],
+        ["--shard", "1/" + "9" * 5000],
+        ["--budget", "9" * 400 + "GB"],
+        ["--workers", "1000000"],
+        ["--max-side", "9" * 5000],
     ],
 )
 def test_impossible_options(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Without the check, Pillow would silently clip a quality of 0."""
+    """Without it Pillow silently clips a quality of 0, a long number ends in a traceback, and a
+    million threads have all images in memory.
+    """
     with pytest.raises(SystemExit, match="2"):
         build_dataset.main(["coco", "--root", ".", "--out", "x", *option])
+    assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--seed", "-1"], ["--seed", "x"], ["--count", "9" * 20]])
+def test_impossible_options_of_the_sample(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it these end in a traceback of the random generator or of the progress bar."""
+    with pytest.raises(SystemExit, match="2"):
+        build_dataset.main(["sample", "--out", "x", *option])
     assert option[0] in capsys.readouterr().err

@@ -205,6 +205,40 @@ def test_a_damaged_line_of_the_manifest_is_a_problem(
         os.truncate(beton, beton.stat().st_size - 100)
 
 
+def test_a_manifest_that_is_no_file(beton: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it a broken link reads like a beton without a manifest, and a pipe blocks."""
+    path = manifest_path(beton)
+    for make, reason in (
+        (lambda: path.symlink_to("nowhere"), "No such file"),
+        (lambda: os.mkfifo(path), "not a file"),
+    ):
+        path.unlink()
+        make()
+        assert inspect(beton, "--verify") == 1
+        assert bad_lines(capsys)[0].startswith(f"bad: {path}: {reason}")
+
+
+def test_a_truncated_beton_whose_manifest_lists_more(
+    beton: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both files can be damaged: without it the list of lost images ends in a traceback."""
+    path = manifest_path(beton)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:-2], *lines[-4:-3], *lines[-2:]]))
+    os.truncate(beton, beton.stat().st_size - 100)
+    assert inspect(beton, "--verify") == 1
+    assert f"bad: {path}: it does not match its digest" in bad_lines(capsys)
+
+
+def test_names_are_escaped(beton: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it a manifest changes the terminal on which its summary is printed."""
+    write_manifest(beton, NAMES, source="a\x1b[2J", tool="b\x1b[2J")
+    assert inspect(beton) == 0
+    said = capsys.readouterr().out
+    assert said.replace("\n", "").isprintable()
+    assert "packed from 'a\\x1b[2J'" in said
+
+
 def test_inputs_are_not_replaced(beton: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """FILE.beton.json looks like a good path for --json, but it would replace the checksums."""
     before = beton.read_bytes(), manifest_path(beton).read_bytes()

@@ -1,5 +1,8 @@
 """Sources from lists of files."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from tests.helpers.manifests import names_of
 from tests.tools.packing.test_build_dataset import fill, run
+from tools.packing import archives
 from tools.packing.lists import listed
 from tools.packing.read import read_image
 from tools.packing.sources import Source
@@ -95,6 +99,52 @@ def test_bad_lists(tmp_path: Path, name: str, text: str | None, message: str) ->
     with pytest.raises(UserError) as error:
         listed(tmp_path / name)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["l.txt", "l.csv"])
+def test_lists_that_are_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Without it a line of a gigabyte, or a billion lines, fill the memory."""
+    path = tmp_path / name
+    path.write_text("a.jpg\n" + "x" * (1 << 20))
+    with pytest.raises(UserError, match=r"line 2: more than 65,536 characters"):
+        listed(path)
+    monkeypatch.setattr(archives, "MAX_FILES", 3)
+    path.write_text("a.jpg\n" * 4)
+    with pytest.raises(UserError, match=f"{name}: more than 3 files"):
+        listed(path)
+
+
+def test_a_row_without_end(tmp_path: Path) -> None:
+    """A quoted line feed does not end a row: without it one row fills the memory."""
+    path = tmp_path / "l.csv"
+    path.write_text("a.jpg,x\n" + "\n" * 70_000 + "b.jpg,y\n" * 20_000)
+    assert len(listed(path)) == 20_001  # no row of them is long
+    path.write_text("a.jpg,x\n" + '"x\n",' * 20_000)
+    with pytest.raises(UserError, match=r"line \d+: more than 65,536 characters"):
+        listed(path)
+
+
+def test_lists_that_are_no_files(tmp_path: Path) -> None:
+    """Without it a pipe or a device as a list blocks for ever. The shell's <(…) is read."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: names no files"):
+        listed(tmp_path / "pipe")
+    with pytest.raises(UserError, match="/dev/zero: line 1: a NUL byte"):
+        listed(Path("/dev/zero"))
+    with pytest.raises(UserError, match="Is a directory"):
+        listed(tmp_path)
+    command = f"""
+from pathlib import Path
+from tools.packing import archives
+from tools.packing.lists import listed
+import sys
+print(listed(Path(sys.argv[1]), Path("{tmp_path}")).names)
+"""
+    shell = f"{sys.executable} -c '{command}' <(sleep 0.2; echo a.jpg; sleep 0.2; echo b.jpg)"
+    said = subprocess.run(["bash", "-c", shell], check=False, capture_output=True, timeout=60)
+    assert said.stdout == b"['a.jpg', 'b.jpg']\n", said.stderr
 
 
 @given(text=st.text(max_size=80), suffix=st.sampled_from(["txt", "csv", "tsv"]))

@@ -110,6 +110,9 @@ def test_a_set_that_is_there_is_used(tmp_path: Path) -> None:
     assert (root / "classes.json").stat().st_ino == made
     with pytest.raises(UserError, match="--root"):
         scenes.write(root, 2, 1, 7, 1, force=False)
+    (root / "recipe.json").write_bytes(b"\xff\xfe")  # not text: another program's file
+    with pytest.raises(UserError, match="--root"):
+        scenes.write(root, 2, 1, 0, 1, force=False)
 
 
 def test_a_folder_of_the_users_is_not_replaced(tmp_path: Path) -> None:

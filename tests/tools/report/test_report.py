@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,11 +17,12 @@ from pipeline.errors import UserError
 from tests.helpers.exported import call
 from tools import compare
 from tools.report import __main__ as report
-from tools.report.charts import MAX_POINTS, line_chart, short, thin, ticks
+from tools.report import results
+from tools.report.charts import MAX_POINTS, dot_chart, histogram, line_chart, short, thin, ticks
 from tools.report.one_run import listed
 from tools.report.results import PICTURES, RESULTS, wait_share
 
-VOID_ELEMENTS = {"meta", "img", "br", "line", "circle", "polyline"}
+VOID_ELEMENTS = {"meta", "img", "br", "line", "circle", "polyline", "rect"}
 MACHINE = {
     "hardware": {"cpu": "Fast & <Cheap>", "cores": 2, "memory_gib": 8.0, "gpus": []},
     "versions": {"python": "3.12.1"},
@@ -183,10 +185,14 @@ def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
         call(report.main, tmp_path / "nowhere")
     with pytest.raises(UserError, match="not the folder of a run"):
         call(report.main, tmp_path)
-    with pytest.raises(UserError, match="no measurements"):
+    with pytest.raises(UserError, match="results is 3: expected array, got int"):
         call(report.main, run, "--benchmark", tmp_path / "bad.json")
     (tmp_path / "other.json").write_text('{"results": [{"stage": "read"}]}')
     for option in ("--evaluation", "--knn", "--slots", "--cost"):
+        with pytest.raises(UserError, match=r"other.json: .*missing required field"):
+            call(report.main, run, option, tmp_path / "other.json")
+    (tmp_path / "other.json").write_text('{"results": [{"metric": "a", "value": 0.5}]}')
+    for option in ("--evaluation", "--knn", "--slots"):
         with pytest.raises(UserError, match="not the --json file of"):
             call(report.main, run, option, tmp_path / "other.json")
     with pytest.raises(UserError, match="No such file"):
@@ -211,13 +217,17 @@ def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
         b'{"step": 1, "seconds": NaN}',
         b"[1, 2]",
         b'{"step": "one"}',
+        b'{"step": true}',
+        b'{"step": 1, "loss": "2"}',
+        b'{"step": 1' + b"0" * 5000 + b"}",
+        b'{"step": 1, "x": ' + b"[" * 10**5,
     ],
 )
 def test_damaged_log_is_one_line(line: bytes, tmp_path: Path) -> None:
     """Disks and editors damage files. A page made from the other lines would hide that."""
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_bytes(line + b"\n" + log_line(2).encode())
-    with pytest.raises(UserError, match=r"metrics\.jsonl: (line 1 is damaged|not a text file)"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: (line 1 is damaged|not UTF-8)"):
         call(report.main, run)
 
 
@@ -233,28 +243,134 @@ def test_a_diverged_run_has_a_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("knn.json", {"results": [{"metric": "miou", "value": 0.5, "network": "trained"}]}),
-        ("eval.json", {"results": [{"metric": "miou", "value": 0.5, "probe": "knn"}]}),
+        ("knn.json", '{"results": [{"metric": "miou", "value": 0.5}]}', "not the --json file of"),
         (
             "eval.json",
-            {"results": [{"metric": "miou", "value": 0.5}, {"metric": "iou", "value": 0.5}]},
+            '{"results": [{"metric": "miou", "value": 0.5, "probe": "knn"}]}',
+            "not the --json file of: evaluation.unsupervised_segmentation",
         ),
-        ("eval.json", {"results": [{"metric": "miou", "value": 0.5, "images": "many"}]}),
-        ("bench.json", {"results": [{"metric": "miou", "value": 0.5}]}),
-        ("bench.json", {"results": [{"stage": "read", "images_per_s": None}]}),
-        ("cost.json", {"results": [], "cost": [3]}),
-        ("slots.json", {"results": [{"metric": "active_slots", "value": 2}], "hardware": "fast"}),
+        (
+            "eval.json",
+            '{"results": [{"metric": "miou", "value": 0.5}, {"metric": "iou", "value": 0.5}]}',
+            "results[1]: an iou without class",
+        ),
+        (
+            "eval.json",
+            '{"results": [{"metric": "miou", "value": 0.5, "images": "many"}]}',
+            'results[0].images is "many": expected int',
+        ),
+        (
+            "linear.json",
+            '{"results": [{"metric": "miou", "value": 1.5, "probe": "linear"}]}',
+            "results[0].value is 1.5: expected 0 to 1",
+        ),
+        (
+            "clusters.json",
+            '{"results": [{"metric": "miou", "value": NaN, "probe": "clusters"}]}',
+            "results[0].value is NaN: expected float",
+        ),
+        ("bench.json", '{"results": [{"metric": "miou"}]}', "missing required field stage"),
+        (
+            "bench.json",
+            '{"results": [{"stage": "read", "images_per_s": -1}]}',
+            "images_per_s is -1: expected float >= 0.0",
+        ),
+        ("cost.json", '{"results": [], "cost": [3]}', "cost[0] is 3: expected object, got int"),
+        ("cost.json", '{"cost": [{"hours": 1e400}]}', "hours is Infinity: number out of range"),
+        (
+            "slots.json",
+            '{"results": [{"metric": "active_slots", "value": 2}], "hardware": "fast"}',
+            'hardware is "fast": expected object',
+        ),
+        ("slots.json", "{", "not JSON"),
+        ("slots.json", '{"results": ' + "[" * 10**5, "nested too deeply"),
+        ("prototypes.png", "{", "not an image"),
     ],
 )
-def test_results_of_another_command_are_refused(
-    name: str, content: dict[str, object], tmp_path: Path
+def test_damaged_files_of_the_folder_are_named(
+    name: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A reader would take scores under a wrong title for scores of that measure."""
+    """Without it one bad file of ten costs the whole page, or its section shows nonsense."""
     run = write_run(tmp_path / "run")
-    (run / name).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=name):
+    (run / name).write_text(content)
+    call(report.main, run)
+    text = Page((run / "report.html").read_text()).text
+    printed = capsys.readouterr().err
+    for place in (text, printed):
+        assert f"{run / name}: " in place and message in place
+    call(compare.main, run, write_run(tmp_path / "other"), "--out", tmp_path / "c.html")
+    if name != "prototypes.png":
+        assert message in Page((tmp_path / "c.html").read_text()).text
+    option = {"eval.json": "evaluation", "bench.json": "benchmark"}.get(
+        name, name.split(".", maxsplit=1)[0]
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        call(report.main, run, f"--{option}", run / name)
+
+
+def test_what_is_no_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it a pipe that nobody writes to hangs the report."""
+    run = write_run(tmp_path / "run")
+    os.mkfifo(run / "knn.json")
+    os.mkfifo(run / "views.png")
+    (run / "eval.json").mkdir()
+    call(report.main, run)
+    said = capsys.readouterr().err
+    assert said.count("not a regular file") == 2 and said.count("Is a directory") == 1
+
+
+@pytest.mark.parametrize("count", [33, 256])
+def test_tables_have_a_limit(count: int, tmp_path: Path) -> None:
+    """Without it a file of 30 MB makes a table of 10^10 cells."""
+    run = write_run(tmp_path / "run")
+    key = "network" if count == 33 else "class"
+    rows = [{"metric": "miou", "value": 0.5, key: str(number)} for number in range(count)]
+    (run / "eval.json").write_text(json.dumps({"results": rows}))
+    with pytest.raises(UserError, match=f"results of {count} (networks|classes), at most"):
+        call(report.main, run, "--evaluation", run / "eval.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("a: " + "1" * 5000, "no integer of 64 bits"),
+        ("a: !!bool x", "only plain values are read"),
+        ("[" * 5000, "more than 20 lists and mappings"),
+        ("a: " + "b" * 300_000, "too large: 300,003 bytes, at most 262,144"),
+        ("[]", "holds no configuration"),
+    ],
+)
+def test_configurations_that_are_refused(config: str, message: str, tmp_path: Path) -> None:
+    """Without it a damaged or hostile config.yaml ends in a traceback, or takes all memory."""
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text(config)
+    with pytest.raises(UserError, match=message):
+        call(report.main, run)
+
+
+def test_odd_settings_have_a_page(tmp_path: Path) -> None:
+    """Without it a value of another type than the trainer's ends in a traceback."""
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text(
+        'name: "\\ud800"\n1: {2: 2020-01-01}\ntrain: {epochs: ten}\ndata: {path: [3]}\n'
+        "model: {num_prototypes: 18446744073709551615, arch: [{}]}\n"
+    )
+    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1e-300, "seconds": 9e11}\n')
+    call(report.main, run)
+    (run / "config.yaml").write_text("train: {epochs: 1e300}")
+    call(report.main, run)
+
+
+def test_logs_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a log of gigabytes fills the memory."""
+    run = write_run(tmp_path / "run")
+    monkeypatch.setattr(results, "LOG_LINES", 20)
+    with pytest.raises(UserError, match="40 lines, at most 20 are read"):
+        call(report.main, run)
+    monkeypatch.setattr(results, "LOG_BYTES", 100)
+    with pytest.raises(UserError, match=r"too large: .* at most 100 are read"):
         call(report.main, run)
 
 
@@ -283,6 +399,20 @@ def test_charts_of_odd_data() -> None:
         svg = line_chart("title", {"a": points, "b": points})
         Page(svg)
         assert "nan" not in svg
+    extremes = [1e308, -1e308, 1e29, -1e29, 5e-324, 1e-320, 0.0, 1.0, math.inf, math.nan, -3.0]
+    for one in extremes:
+        for other in extremes:
+            for from_zero in (False, True):
+                points = [(1.0, one), (2.0, other)]
+                Page(
+                    line_chart("title", {"a": points}, reference=("b", other), from_zero=from_zero)
+                )
+                Page(line_chart("title", {"a": [(x, y) for y, x in points]}))
+            Page(dot_chart("title", [("a", one, other, 1.0)], unit="b", ceilings={"c": other}))
+            values = np.array([one, other])
+            for logarithmic in (False, True):
+                with np.errstate(all="ignore"):
+                    Page(histogram("a", values, [1], str, logarithmic=logarithmic, width=300))
     many = [(float(x), 1.0) for x in range(10 * MAX_POINTS + 3)]
     assert len(thin(many)) <= MAX_POINTS
 
@@ -297,3 +427,13 @@ def test_numbers_and_lists_as_text() -> None:
         "1.2 M",
     ]
     assert listed({"cores": 2, "memory_gib": 8.0, "gpus": []}) == "cores 2, memory in GiB 8.0"
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it the page leaves out machine and data without a word."""
+    run = write_run(tmp_path / "run")
+    (run / "checkpoints/step_1").mkdir(parents=True)
+    (run / "checkpoints/step_1/run.json").write_text("{}")
+    call(report.main, run)
+    for place in (Page((run / "report.html").read_text()).text, capsys.readouterr().err):
+        assert "step_1/run.json: " in place

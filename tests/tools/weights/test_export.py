@@ -123,7 +123,7 @@ def test_model_card(out: Path) -> None:
     assert "The teacher encoder of a SlotCon model: a resnet18" in card
     for fact in ("- slotcon\n", "by slotstream", "timm.create_model", "| Optimiser steps | 1 |"):
         assert fact in card
-    assert "trained on: CC BY 4.0 | mine.\n" in card
+    assert "trained on: CC BY 4.0 &#124; mine.\n" in card
 
 
 def test_model_card_of_any_weights() -> None:
@@ -134,12 +134,32 @@ def test_model_card_of_any_weights() -> None:
     assert "# resnet18, weights\n\nA resnet18 without classifier." in card
     assert "slotcon" not in card.lower()
     assert "slotstream" not in card
-    assert "| Data | 'a\\|b\\nc' |\n" in card
+    assert "| Data | a&#124;b&#92;nc |\n" in card
     facts = {"method": "SlotCon (arXiv 2205.15288)", "imported": "ckpt_epoch_800.pth"}
     card = model_card(Backbone("resnet18", {}, facts))
     assert "The encoder of a SlotCon model: a resnet18" in card
     assert "slotstream" not in card
     assert "| Imported from | ckpt_epoch_800.pth |\n" in card
+
+
+def test_metadata_do_nothing_on_the_page() -> None:
+    """Without it a file of weights puts scripts, links and headings of its choice on the page that
+    is published from it.
+    """
+    hostile = (
+        "<script>x</script>\n---\n# Title [click](https://e.org) ![p](q) **b** `c` _d_ &lt;\u202e"
+    )
+    names = ("method", "run", "branch", "data", "data_license", "imported")
+    for method in (hostile, f"SlotCon {hostile}"):
+        facts = dict.fromkeys(names, hostile) | {"method": method}
+        card = model_card(Backbone("resnet18", {}, facts))
+        plain = model_card(Backbone("resnet18", {}, dict.fromkeys(names, "x") | {
+            "method": method.partition("<")[0] + "x"
+        }))  # fmt: skip
+        assert card.count("\n") == plain.count("\n")
+        assert card.split("# ")[0] == plain.split("# ")[0]  # the YAML head
+        for part in ("<script", "[click]", "![", "**b", "`c`", " _d_", "&lt;", "\u202e"):
+            assert part not in card
 
 
 def test_the_card_holds_no_path(out: Path) -> None:

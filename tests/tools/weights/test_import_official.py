@@ -17,7 +17,7 @@ from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
 from pipeline.views import ViewConfig
 from tests.helpers.betons import varied, write_beton
-from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.checkpoints import rewrite_record, write_checkpoint
 from tests.helpers.exported import CONFIG, call, trained_model
 from tests.helpers.training import small_run, trainer
 from tools.export import main as export
@@ -150,14 +150,13 @@ def test_facts_about_the_data_are_kept(model: SlotCon, tmp_path: Path) -> None:
     """Only the fingerprint distinguishes two data sets of the same name and size. The licence of
     the images also binds those who get the weights in another format."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", model, CONFIG)
-    record = json.loads((checkpoint / "run.json").read_text())
-    record["data"] = {"images": 8, "fingerprint": "1234abcd"}
-    (checkpoint / "run.json").write_text(json.dumps(record))
+    data = {"images": 8, "fingerprint": "1234abcd"}
+    rewrite_record(checkpoint, data=data)
     official = ("--to", "official", "--out", tmp_path / "full.pth", "--license", "CC BY 4.0")
     call(export, checkpoint, *official)
     call(main, tmp_path / "full.pth", "--out", tmp_path / "run")
     known = read_record(find(tmp_path / "run")).data
-    assert known == {**record["data"], "license": "CC BY 4.0"}
+    assert known == {**data, "license": "CC BY 4.0"}
     assert read_backbone(tmp_path / "run").metadata["data_license"] == "CC BY 4.0"
 
 
@@ -323,6 +322,10 @@ def test_bad_files(model: SlotCon, imported: Path, tmp_path: Path) -> None:
         ({"center": torch.full((1, 4), 1e300, dtype=torch.float64)}, "center is not finite"),
         ({"encoder_k.bn1.bias": torch.ones(3)}, "of another shape: encoder_k.bn1.bias"),
         ({"projector_k.mlp.0.weight": None}, "projector_k.mlp.0.weight"),
+        ({"projector_k.mlp.0.weight": torch.ones(2**40, 0)}, "w.pth: "),
+        ({"projector_k.mlp.0.weight": torch.ones(2**60, 0)}, "w.pth: "),
+        ({"projector_k.mlp.0.weight": torch.tensor(1.0)}, "dim_hidden"),
+        ({"grouping_k.slot_embed.weight": torch.ones(2**40, 0)}, "w.pth: "),
         (
             {f"encoder_k.layer4.1.conv{n}.weight": None for n in (1, 2)},
             "its encoder is none of resnet18",
@@ -346,6 +349,7 @@ def test_bad_weights(changes: dict[str, Any], message: str, model: SlotCon) -> N
         ({"seed": 1.5}, "train.seed must be a whole number"),
         ({"batch_size": 3.5}, "train.batch_size must be a whole number"),
         ({"epochs": "800"}, "'str'"),
+        ({"batch_size": "text", "world_size": 10**12}, "train.batch_size must be a whole number"),
     ],
 )
 def test_bad_settings(args: dict[str, Any], key: str) -> None:

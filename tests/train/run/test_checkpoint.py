@@ -1,15 +1,18 @@
 """Checkpoints are either whole or not there; a model loads from them, or an error says why not."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from model import SlotCon
 from pipeline.errors import UserError
+from tests.helpers.checkpoints import rewrite_record
 from tests.helpers.training import run_dir, small_beton, small_run, trainer
 from train.config import RunConfig
 from train.pretrained import load_model
@@ -126,6 +129,92 @@ def test_resuming_from_damage_is_one_line(run: RunConfig, copy: Path, name: str)
         trainer(config, "auto")
 
 
+def _altered(record: dict[str, Any], key: str) -> dict[str, Any]:
+    changed: dict[str, Any] = json.loads(json.dumps(record))
+    match key:
+        case "meter":
+            changed["meter"][0][0] += 0.001
+        case "config":
+            changed["config"]["train"]["base_lr"] = 0.9
+        case "emptied":
+            changed["sha256"] = {}
+        case "without sums":
+            del changed["sha256"]
+        case "of an earlier version":
+            del changed["checksum"]
+        case _:
+            changed[key] = changed[key] + 1
+    return changed
+
+
+@pytest.mark.parametrize(
+    "key", ["meter", "config", "emptied", "without sums", "of an earlier version", "seconds"]
+)
+def test_a_changed_record_is_refused(run: RunConfig, copy: Path, key: str) -> None:
+    """Without it one digit of the meter changes the curve of a resumed run, and a record without
+    checksums lets any weights pass."""
+    file = copy / "checkpoints" / "step_1" / "run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(_altered(record, key)))
+    says = "no checksum" if key == "of an earlier version" else "its content has changed"
+    with pytest.raises(UserError, match=f"run.json: .*{says}") as refused:
+        load_model(copy)
+    assert "\n" not in str(refused.value)
+    config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)))
+    with pytest.raises(UserError, match=says):
+        trainer(config, "auto")
+    file.write_text(json.dumps(record))  # other spaces, the same content
+    load_model(copy)
+
+
+def test_a_file_without_a_checksum_is_refused(run: RunConfig, copy: Path) -> None:
+    """Without it a file that was put beside the others is loaded as if the run had written it."""
+    checkpoint_ = copy / "checkpoints" / "step_1"
+    kept = (checkpoint_ / "optimizer.bin").read_bytes()
+    (checkpoint_ / "optimizer.bin").unlink()
+    rewrite_record(checkpoint_)
+    (checkpoint_ / "optimizer.bin").write_bytes(kept)
+    load_model(copy)
+    config = replace(run, name=copy.name, log=replace(run.log, dir=str(copy.parent)))
+    with pytest.raises(UserError, match=r"optimizer\.bin: .*run\.json has no checksum of it"):
+        trainer(config, "auto")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[1]",
+        b"null",
+        b"[" * 100_000,
+        b'{"step": ' + b"9" * 5000 + b"}",
+        '{"step": 1}'.encode("utf-16"),
+        b"\0" * 100,
+        b'{"checksum": "x", "step": "1"}',
+        b'{"checksum": "x", "step": 1e400}',
+    ],
+)
+def test_any_other_content_of_a_record_is_one_line(copy: Path, content: bytes) -> None:
+    """Without it a damaged record ends in a traceback."""
+    (copy / "checkpoints" / "step_1" / "run.json").write_bytes(content)
+    with pytest.raises(checkpoint.Damaged, match=r"run\.json: ") as refused:
+        load_model(copy)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 500
+
+
+def test_a_record_that_is_no_file_or_too_long_is_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a pipe stops the command for ever, and a sparse file fills the memory."""
+    file = copy / "checkpoints" / "step_1" / "run.json"
+    monkeypatch.setattr(checkpoint, "LARGEST_RECORD", 100)
+    with pytest.raises(UserError, match=r"run\.json: too large: [\d,]+ bytes, at most 100"):
+        load_model(copy)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        load_model(copy)
+
+
 def test_missing_weights_and_folders_are_named(copy: Path, tmp_path: Path) -> None:
     """In three cases there is nothing to load."""
     (tmp_path / "empty").mkdir()
@@ -150,10 +239,8 @@ def test_weights_that_do_not_fit_are_refused(
     run: RunConfig, copy: Path, key: str, value: object, says: str
 ) -> None:
     """Weights of another architecture must not load in part."""
-    file = copy / "checkpoints" / "step_1" / "run.json"
-    record = json.loads(file.read_text())
-    assert record["config"] == to_dict(run)
-    record["config"]["model"][key] = value
-    file.write_text(json.dumps(record))
+    config = to_dict(run)
+    config["model"][key] = value
+    rewrite_record(copy / "checkpoints" / "step_1", config=config)
     with pytest.raises(UserError, match=says):
         load_model(copy)

@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tests import ROOT
 from tests.helpers.training import run_dir, small_beton, small_run
 from train import pretrain
 from train.run import checkpoint
+from train.run.launch import share_of_cores
 from train.run.settings import to_yaml
 
 SCRIPT = ROOT / "tools" / "slurm_pretrain.sh"
@@ -123,3 +125,13 @@ def test_a_process_lost_at_the_start(
         pretrain.main()
     assert ended.value.code == 1
     assert capfd.readouterr().err.startswith("error: mine: another process has ended")
+
+
+def test_a_gpu_leaves_a_core_to_the_thread_that_feeds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the decoding threads take turns with the thread that launches kernels."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert share_of_cores(torch.device("cpu")) == 8
+    assert share_of_cores(torch.device("cuda")) == 7
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert share_of_cores(torch.device("cuda")) == 1

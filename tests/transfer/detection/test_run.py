@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.errors import UserError
 from tests import ROOT
 from tests.helpers.coco_sets import varied_set
+from tests.helpers.killed import curve, killed
 from tests.helpers.runs import in_this_process
 from tests.transfer.detection.test_model import SMALL
 from train.run.settings import to_dict, to_yaml
@@ -94,6 +95,13 @@ def test_a_resumed_run_is_the_same_run(whole: Path, coco: Path, tmp_path: Path) 
     assert one.keys() == other.keys()
     assert all(one[name].equal(other[name]) for name in one)
     assert result(resumed)["results"] == result(whole)["results"]
+
+
+def test_a_killed_run_has_the_same_curve(whole: Path, coco: Path, tmp_path: Path) -> None:
+    """Without it the line after a resume averages over other steps than it says."""
+    config = small_config(coco, tmp_path)
+    assert killed(14, trained, config)  # after the checkpoint of step 3
+    assert curve(trained(config, "auto")) == curve(whole)
 
 
 def test_a_checkpoint_is_scored_alone(whole: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.layouts import ADE20K_CLASSES
@@ -227,3 +229,28 @@ def test_voc_aug_reads_lists_of_images_and_label_maps(tmp_path: Path) -> None:
     (lists / "train_aug.txt").write_text("/JPEGImages/d.jpg /SegmentationClassAug/lost.png")
     with pytest.raises(UserError, match=r"no label map for 1 of 1 images"):
         open_sets(DataConfig("voc-aug", str(tmp_path)))
+
+
+def test_a_label_map_fits_the_turned_photograph(folder: DataConfig, tmp_path: Path) -> None:
+    """Without it a phone's photographs are learned on their side, with upright labels."""
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    for path in sorted(tmp_path.glob("*/images/*")):
+        shown = Image.open(path).convert("RGB")
+        shown.transpose(Image.Transpose.ROTATE_90).save(path, exif=tag)
+        train, val = open_sets(folder)
+        data = train if "train" in path.parts else val
+        found = data.load(data.paths.index(path))
+        assert found.shape == (*SHAPE, 3)
+        if path.suffix == ".png":
+            np.testing.assert_array_equal(found, np.asarray(shown))
+
+
+def test_a_label_map_with_long_texts_is_read(folder: DataConfig, tmp_path: Path) -> None:
+    """Without it a label map that an editor has commented ends in a traceback."""
+    for path in tmp_path.glob("*/labels/*.png"):
+        note = PngInfo()
+        note.add_text("history", "x" * (2 << 20), zip=True)
+        Image.open(path).save(path, pnginfo=note)
+    train, val = open_sets(folder)
+    assert train.labels(0, *SHAPE).shape == val.labels(0, *SHAPE).shape == SHAPE

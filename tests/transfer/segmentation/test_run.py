@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from tests import ROOT
+from tests.helpers.killed import curve, killed
 from tests.helpers.labelled_sets import NAMES, VOID, save_png, write_folder_set
 from tests.helpers.runs import in_this_process
 from train.run.settings import to_dict
@@ -90,6 +91,23 @@ def test_a_run_learns_and_resumes_bit_for_bit(root: Path, tmp_path: Path) -> Non
     trainer(rest, "auto").train()
     other = json.loads((tmp_path / "half/run/result.json").read_text())
     assert other["results"] == result["results"]
+
+
+def train(config: SegmentationConfig, resume: str | None = None) -> None:
+    trainer(config, resume).train()
+
+
+def test_a_killed_run_has_the_same_curve(root: Path, tmp_path: Path) -> None:
+    """Without it the line after a resume averages over other steps than it says, or a run that was
+    killed while it was evaluated lacks the scores."""
+    config = small_config(root, tmp_path / "whole", steps=5)
+    config = replace(config, log=replace(config.log, checkpoint_every=3, evaluate_every=4))
+    train(config)
+    for at in (13, 17, 20):  # after the checkpoint of step 3, before and after the scores of step 4
+        again = replace(config, log=replace(config.log, dir=str(tmp_path / str(at))))
+        assert killed(at, train, again)
+        train(again, "auto")
+        assert curve(tmp_path / str(at) / "run") == curve(tmp_path / "whole/run")
 
 
 def test_configs_are_complete_and_fit(tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""Each JPEG decodes as if it were alone, whatever was decoded before it, by every reader."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.beton import Beton, CorruptRecord
+from pipeline.beton_writer import BetonWriter, Sample
+from pipeline.decode import CanvasLoader, CropLoader, RecordLoader
+from pipeline.errors import BadImage
+from pipeline.jpeg_parts import HUFFMAN, QUANTISATION, SCANS, missing_parts
+from pipeline.turbojpeg import Decoder
+from pipeline.views import ViewConfig
+from tests.helpers import jpegs
+from tests.helpers.jpegs import HEIGHT, WIDTH, jpeg, pool, without
+from tools.packing.check import verify
+from tools.packing.images import Storage, pack_image
+
+POOL = pool()
+NAMES = sorted(POOL)
+
+
+def write(path: Path, names: list[str]) -> Beton:
+    with BetonWriter(path, len(names)) as writer:
+        writer.append([Sample(POOL[n], HEIGHT, WIDTH, (i,)) for i, n in enumerate(names)])
+    return Beton(path)
+
+
+def pillow(data: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alone_a_stream_is_refused_or_has_pillows_pixels(tmp_path: Path, name: str) -> None:
+    """Without it the order of the other tests could be equally wrong for all."""
+    beton = write(tmp_path / "one.beton", [name])
+    if name.startswith("bad"):
+        with pytest.raises(CorruptRecord):
+            beton.decode(0)
+    else:
+        assert np.array_equal(beton.decode(0), pillow(POOL[name]))
+
+
+def early_end() -> bytes:
+    """A progressive stream that ends after its first scan."""
+    data = jpeg(3, progressive=True)
+    first = data.index(b"\xff\xda")
+    return data[: data.index(b"\xff\xc4", first)] + b"\xff\xd9"
+
+
+def canvases(beton: Beton, workers: int) -> RecordLoader:
+    return CanvasLoader(beton, workers, pin=False, on_corrupt="replace")
+
+
+def crops(beton: Beton, workers: int) -> RecordLoader:
+    options = {"views": ViewConfig(size=8), "seed": 1, "size_of": lambda epoch: 8}
+    return CropLoader(beton, workers, False, "replace", **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(NAMES), min_size=1, max_size=12), st.sampled_from([1, 2]))
+def test_order_and_damage_change_no_verdict_and_no_pixel(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], workers: int
+) -> None:
+    """Without it a handle that has seen a damaged header refuses the good images after it, and a
+    stream without its tables gets those of the image before it.
+    """
+    beton = write(tmp_path_factory.mktemp("order") / "some.beton", [*names, "plain"])
+    names = [*names, "plain"]
+    bad = {i for i, name in enumerate(names) if name.startswith("bad")}
+    everything = np.arange(len(names))
+    problems = verify(beton, None, workers).problems
+    assert {name for name, _ in problems} == {f"record {i}" for i in bad}
+    decoder, canvas = Decoder(int(beton.records[:, 1].max())), np.empty((1, HEIGHT, WIDTH, 3), "u1")
+    for i, name in enumerate(names):
+        _, reason = beton.try_decode(everything[i : i + 1], canvas, decoder)
+        assert bool(reason) == (i in bad)
+        if not reason:
+            assert np.array_equal(canvas[0], pillow(POOL[name]))
+    for reader in (canvases, crops):
+        loader = reader(beton, workers)
+        ((which, pixels),) = loader.decode([everything])
+        assert set(loader.replacements.known) == bad
+        axis = 0 if reader is canvases else 1
+        for row, i in enumerate(which.tolist()):
+            ((_, alone),) = reader(beton, 1).decode([np.array([i])])
+            assert torch.equal(pixels.select(axis, row), alone.select(axis, 0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(NAMES), min_size=1, max_size=12))
+@pytest.mark.parametrize("check", ["structure", "decode"])
+def test_packing_judges_each_file_alone(check: str, names: list[str]) -> None:
+    """Without it the verdict on a file depends on the files before it in the folder. What is packed
+    unchanged decodes to Pillow's pixels; what is converted holds them.
+    """
+    storage = Storage(check=check)
+    for name in names:
+        try:
+            packed = pack_image(POOL[name], storage)
+        except BadImage:
+            assert name.startswith("bad")
+            continue
+        if isinstance(packed.data, bytes):
+            assert packed.data == POOL[name] and not missing_parts(packed.data)
+        else:
+            assert np.array_equal(packed.data, pillow(POOL[name]))
+
+
+@pytest.mark.parametrize(
+    ("stream", "missing"),
+    [
+        (jpeg, 0),
+        (lambda: jpeg(mode="L", progressive=True, optimize=True), 0),
+        (lambda: jpeg(mode="CMYK", restart_marker_blocks=1), 0),
+        (lambda: jpeg(progressive=True, quality=3), 0),
+        (lambda: without(jpeg(), jpegs.QUANTISATION), QUANTISATION),
+        (lambda: without(jpeg(), jpegs.HUFFMAN), HUFFMAN),
+        (lambda: without(jpeg(progressive=True), jpegs.HUFFMAN), HUFFMAN),
+        (lambda: jpegs.moved(jpeg(), jpegs.QUANTISATION), QUANTISATION),
+        (lambda: jpegs.moved(jpeg(), jpegs.HUFFMAN), HUFFMAN),
+        (lambda: without(jpeg(), jpegs.HUFFMAN, jpegs.QUANTISATION), QUANTISATION | HUFFMAN),
+        (early_end, SCANS),
+        (lambda: b"", 0),
+        (lambda: b"\xff\xd8\xff\xda\xff", 0),
+    ],
+)
+def test_missing_parts_are_found(stream: Callable[[], bytes], missing: int) -> None:
+    """Without it packing copies a stream that other readers decode with the last image's tables."""
+    assert missing_parts(stream()) == missing
+
+
+def test_stream_without_tables_is_named_or_made_whole() -> None:
+    """Without it the message is Pillow's "broken data stream", or ffcv decodes wrong pixels."""
+    with pytest.raises(BadImage, match=r"tables are missing \(Quantization table 0x00"):
+        pack_image(without(jpeg(), jpegs.QUANTISATION), Storage())
+    packed = pack_image(early_end(), Storage())
+    assert packed.how == "converted: scans are missing"
+    assert np.array_equal(packed.data, pillow(early_end()))
+    packed = pack_image(without(jpeg(7), jpegs.HUFFMAN), Storage())
+    assert packed.how == "converted: no Huffman tables"
+    assert np.array_equal(packed.data, pillow(jpeg(7)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_verify_names_only_the_damaged_record(tmp_path: Path, workers: int) -> None:
+    """Without it one damaged header makes --verify name nearly all images after it."""
+    names = ["plain"] * 64
+    names[5] = "bad: a flipped bit in a table"
+    problems = verify(write(tmp_path / "x.beton", names), None, workers).problems
+    assert [name for name, _ in problems] == ["record 5"]
