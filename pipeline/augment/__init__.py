@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.views import ViewParams
 
-BACKENDS = ("reference", "kornia", "triton")
+BACKENDS = ("reference", "compiled", "kornia", "triton")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

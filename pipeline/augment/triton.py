@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.augment import JITTER_NEUTRAL, empty_views
+from pipeline.augment.boxes import boxes
 from pipeline.augment.kernels import words as w
 from pipeline.augment.kernels.blur import blur as blur_kernel
 from pipeline.augment.kernels.colour import colour as colour_kernel
@@ -162,34 +163,14 @@ def pack(params: ViewParams) -> NDArray[np.int32]:
     words[..., w.HUE.value] = (params.jitter[..., _HUE].astype(np.float64) * 255).astype(np.int32)
     factors = words.view(np.float32)[..., w.FACTORS.value : w.FACTORS.value + 3]
     factors[:] = params.jitter[..., :_HUE]
-    boxes = np.stack(_boxes(params.sigma), axis=-1)
-    words[..., [w.BOX.value, w.BOX_NEAR.value, w.BOX_FAR.value]] = boxes
-    return words.reshape(-1, w.WORDS.value)
-
-
-def _boxes(
-    sigma: NDArray[np.float32],
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """The box that Pillow's GaussianBlur applies three times: its pixels of full weight on either
-    side (-1 where sigma is 0), their weight, and the weight of the next pixel, both in 2^-24.
-
-    Computed in Pillow's types: sums in float32, the root in float64. For the mathematics see
-    `pipeline.augment.kornia.blur_kernels`.
-    """
-    if sigma.size and sigma.max() > MAX_SIGMA:
+    if params.sigma.size and params.sigma.max() > MAX_SIGMA:
         raise UserError(
-            f"the triton backend blurs with a sigma of at most {MAX_SIGMA}, not {sigma.max():g};"
-            " the kornia backend with any"
+            f"the triton backend blurs with a sigma of at most {MAX_SIGMA}, not"
+            f" {params.sigma.max():g}; the kornia backend with any"
         )
-    variance = sigma * sigma / np.float32(3)
-    length = np.sqrt(12 * variance.astype(np.float64) + 1).astype(np.float32)
-    full = np.floor((length - 1) / 2)
-    end = (2 * full + 1) * (full * (full + 1) - 3 * variance)
-    radius = full + end / (6 * (variance - (full + 1) * (full + 1)))
-    box = radius.astype(np.int32)
-    near = (np.float32(1 << 24) / (radius * 2 + 1)).astype(np.int32)
-    far = ((1 << 24) - (2 * box + 1) * near) // 2
-    return np.where(sigma > 0, box, -1), near, far
+    columns = [w.BOX.value, w.BOX_NEAR.value, w.BOX_FAR.value]
+    words[..., columns] = np.stack(boxes(params.sigma), axis=-1)
+    return words.reshape(-1, w.WORDS.value)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -29,7 +29,7 @@ PLAIN: dict[str, Any] = {"jitter": 0, "grey": 0, "blur": (0, 0), "solarize": (0,
 SIZE = 128
 
 # On a CPU the third backend, triton, needs an interpreter: tests/pipeline/test_triton.py.
-backends = pytest.mark.parametrize("name", ("reference", "kornia"))
+backends = pytest.mark.parametrize("name", ("reference", "compiled", "kornia"))
 
 
 def pack(images: list[NDArray[np.uint8]], padding: int = 0) -> tuple[Tensor, Tensor]:
@@ -355,7 +355,7 @@ def test_backends_are_found_by_name(name: str) -> None:
 
 def test_an_unknown_backend_is_refused_with_the_choices() -> None:
     """For a typo in a configuration, the message must list the valid names."""
-    with pytest.raises(UserError, match=r"'korina'.*reference, kornia, triton"):
+    with pytest.raises(UserError, match=r"'korina'.*reference, compiled, kornia, triton"):
         get_backend("korina")
 
 

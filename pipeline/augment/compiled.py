@@ -1,0 +1,338 @@
+"""The recipe compiled for the CPU, one view at a time, without the GIL: the bytes of PIL.
+
+`paint` colours one view. A thread that has just decoded and cropped an image calls it while the
+pixels are in its cache. Integers, float32 and float64 are used where Pillow uses them, so each
+operation rounds as Pillow's does.
+
+A view is kept as three planes, because loops over a plane use vector registers.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    JITTER_NEUTRAL,
+    SOLARIZE_THRESHOLD,
+    empty_views,
+)
+from pipeline.augment.boxes import boxes
+from pipeline.resize import resize
+from pipeline.views import ViewParams
+
+_compiled = njit(nogil=True, cache=True, error_model="numpy")  # no checks, so loops use vectors
+_i32, _u32, _f32, _f64 = np.int32, np.uint32, np.float32, np.float64
+
+_HUE = 3  # as in ViewParams.order
+_NONE = 4  # no operation
+
+
+# ---- The compiled part: planes are uint8 [3, S * S] ----
+
+
+@_compiled
+def paint(
+    view: NDArray[np.uint8],
+    order: NDArray[np.uint8],
+    amounts: NDArray[np.float32],
+    shift: int,
+    grey: bool,
+    box: int,
+    near: int,
+    far: int,
+    levels: NDArray[np.float32],
+    planes: NDArray[np.uint8],
+    out: NDArray[np.float32],
+) -> None:
+    """Colour `view` uint8 [S, S, 3] and write it, normalised, to `out` [S, S, 3].
+
+    order: the jitter's operations, `_NONE` to skip. amounts: of brightness, contrast, saturation.
+    shift: of the hue, in 1/255 of a turn. box, near, far: see `boxes`. levels [3, 256]: the output
+    for each level. planes uint8 [3, S * S]: memory to work in.
+    """
+    _split(view.reshape(-1), planes)
+    for operation in order:
+        if operation == 0:
+            _blend(planes, 0, amounts[0])
+        elif operation == 1:
+            _blend(planes, _mean_lightness(planes), amounts[1])
+        elif operation == 2:
+            _saturate(planes[0], planes[1], planes[2], amounts[2])
+        elif operation == 3:
+            _turn_hue(planes[0], planes[1], planes[2], shift)
+    if grey:
+        _drain(planes)
+    if box >= 0:
+        _blur(planes, len(view), box, near, far)
+    _write(planes, levels, out.reshape(-1))
+
+
+@_compiled
+def _split(pixels: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
+    r, g, b = planes[0], planes[1], planes[2]
+    for i in range(len(r)):
+        r[i], g[i], b[i] = pixels[3 * i], pixels[3 * i + 1], pixels[3 * i + 2]
+
+
+@_compiled
+def _write(
+    planes: NDArray[np.uint8], levels: NDArray[np.float32], out: NDArray[np.float32]
+) -> None:
+    r, g, b = planes[0], planes[1], planes[2]
+    for i in range(len(r)):
+        out[3 * i] = levels[0, r[i]]
+        out[3 * i + 1] = levels[1, g[i]]
+        out[3 * i + 2] = levels[2, b[i]]
+
+
+@_compiled
+def _lightness(r: np.uint8, g: np.uint8, b: np.uint8) -> Any:
+    total = _i32(r) * _i32(19595) + _i32(g) * _i32(38470) + _i32(b) * _i32(7471)
+    return (total + _i32(32768)) >> _i32(16)
+
+
+@_compiled
+def _mean_lightness(planes: NDArray[np.uint8]) -> int:
+    """Rounded, as ImageEnhance.Contrast does."""
+    r, g, b = planes[0], planes[1], planes[2]
+    total = 0
+    for i in range(len(r)):
+        total += _lightness(r[i], g[i], b[i])
+    return (2 * total + len(r)) // (2 * len(r))
+
+
+@_compiled
+def _mix(ground: np.float32, level: np.float32, factor: np.float32) -> np.uint8:
+    """ground (factor 0) to level (factor 1) and beyond, truncated."""
+    mixed = ground + factor * (level - ground)
+    return np.uint8(_i32(min(max(mixed, _f32(0)), _f32(255))))
+
+
+@_compiled
+def _blend(planes: NDArray[np.uint8], ground: int, factor: np.float32) -> None:
+    """Blend all pixels with one level."""
+    values, same = planes.reshape(-1), _f32(ground)
+    for i in range(len(values)):
+        values[i] = _mix(same, _f32(values[i]), factor)
+
+
+@_compiled
+def _saturate(
+    r: NDArray[np.uint8], g: NDArray[np.uint8], b: NDArray[np.uint8], factor: np.float32
+) -> None:
+    for i in range(len(r)):
+        light = _f32(_lightness(r[i], g[i], b[i]))
+        r[i] = _mix(light, _f32(r[i]), factor)
+        g[i] = _mix(light, _f32(g[i]), factor)
+        b[i] = _mix(light, _f32(b[i]), factor)
+
+
+@_compiled
+def _drain(planes: NDArray[np.uint8]) -> None:
+    """Lightness in place of all three colours."""
+    r, g, b = planes[0], planes[1], planes[2]
+    for i in range(len(r)):
+        r[i] = _lightness(r[i], g[i], b[i])
+    g[:] = r
+    b[:] = r
+
+
+@_compiled
+def _turn_hue(
+    red: NDArray[np.uint8], green: NDArray[np.uint8], blue: NDArray[np.uint8], shift: int
+) -> None:
+    """Turn the hue in HSV, in bytes: 255 levels of hue are a turn, but hue wraps at 256.
+
+    Without branches, and with the types of every number written out, the loop runs in vector
+    registers, five times as fast. Quotients of HSV to RGB are never halfway between two levels.
+    """
+    for i in range(len(red)):
+        r, g, b = _i32(red[i]), _i32(green[i]), _i32(blue[i])
+        high, low = max(r, max(g, b)), min(r, min(g, b))  # noqa: PLW3301  Numba has no other
+        chroma = _f32(max(high - low, _i32(1)))
+        saturation = _u32(_f64(_f32(high - low) / _f32(max(high, _i32(1)))) * 255.0)
+        to_r, to_g, to_b = _f32(high - r) / chroma, _f32(high - g) / chroma, _f32(high - b) / chroma
+        sixths = _f32(4.0 + _f64(to_g) - _f64(to_r))
+        sixths = _f32(2.0 + _f64(to_r) - _f64(to_b)) if g == high else sixths
+        sixths = to_b - to_g if r == high else sixths
+        turns = _f64(sixths) / 6.0 + 1.0
+        turns = turns - 1.0 if turns >= 1.0 else turns
+        hue = (_i32(_f64(_f32(turns)) * 255.0) + _i32(shift)) & _i32(255)
+
+        six = _u32(6) * _u32(hue)
+        sector = (six * _u32(32897)) >> _u32(23)  # six // 255
+        part = six - _u32(255) * sector
+        value, twice = _u32(high), _u32(2) * _u32(high)
+        p = (twice * (_u32(255) - saturation) + _u32(255)) // _u32(510)
+        q = (twice * (_u32(65025) - saturation * part) + _u32(65025)) // _u32(130050)
+        rest = _u32(65025) - saturation * (_u32(255) - part)
+        t = (twice * rest + _u32(65025)) // _u32(130050)
+        new = value if (sector == 0) | (sector >= 5) else p
+        new = q if sector == 1 else new
+        red[i] = t if sector == 4 else new
+        new = value if (sector == 1) | (sector == 2) else p
+        new = q if sector == 3 else new
+        green[i] = t if (sector == 0) | (sector == 6) else new
+        new = value if (sector == 3) | (sector == 4) else p
+        new = q if sector == 5 else new
+        blue[i] = t if sector == 2 else new
+
+
+@_compiled
+def _blur(planes: NDArray[np.uint8], side: int, box: int, near: int, far: int) -> None:
+    """Three boxes across, three down, with bytes between."""
+    reach = box + 1
+    line = np.empty((side + 2 * reach) * side, np.uint8)  # a row or a plane, with its edges around
+    for row in planes.reshape(-1, side):
+        for _ in range(3):
+            _repeat(row[:1], reach, line)
+            _repeat(row, 1, line[reach:])
+            _repeat(row[side - 1 :], reach, line[reach + side :])
+            _box(line, 1, row, box, near, far)
+    for plane in planes:
+        for _ in range(3):
+            _repeat(plane[:side], reach, line)
+            _repeat(plane, 1, line[reach * side :])
+            _repeat(plane[len(plane) - side :], reach, line[reach * side + len(plane) :])
+            _box(line, side, plane, box, near, far)
+
+
+@_compiled
+def _repeat(source: NDArray[np.uint8], times: int, out: NDArray[np.uint8]) -> None:
+    """Write `source` to the start of `out`, `times` times. Numba's own assignment takes longer."""
+    for k in range(times):
+        for i in range(len(source)):
+            out[k * len(source) + i] = source[i]
+
+
+@_compiled
+def _box(
+    line: NDArray[np.uint8], step: int, out: NDArray[np.uint8], box: int, near: int, far: int
+) -> None:
+    """out[i]: the weighted sum of line[i], line[i + step], … of the box and one pixel beyond each
+    end. The recipe's sigma of at most 2 has boxes of reach 0 and 1.
+    """
+    weight, end, half = _u32(near), _u32(far), _u32(1 << 23)
+    a, b, c = line, line[step:], line[2 * step :]
+    last = line[2 * (box + 1) * step :]
+    if box == 0:
+        for i in range(len(out)):
+            ends = (_u32(a[i]) + _u32(last[i])) * end
+            out[i] = (_u32(b[i]) * weight + ends + half) >> _u32(24)
+    elif box == 1:
+        d = line[3 * step :]
+        for i in range(len(out)):
+            ends = (_u32(a[i]) + _u32(last[i])) * end
+            total = _u32(b[i]) + _u32(c[i]) + _u32(d[i])
+            out[i] = (total * weight + ends + half) >> _u32(24)
+    else:
+        totals = np.zeros(len(out), np.uint32)
+        for k in range(1, 2 * box + 2):
+            d = line[k * step :]
+            for i in range(len(out)):
+                totals[i] += _u32(d[i])
+        for i in range(len(out)):
+            ends = (_u32(a[i]) + _u32(last[i])) * end
+            out[i] = (totals[i] * weight + ends + half) >> _u32(24)
+
+
+# ---- The backend ----
+
+
+class Plan:
+    """The parameters of B pairs of views as `paint` reads them, computed once a batch."""
+
+    def __init__(self, params: ViewParams) -> None:
+        neutral = params.jitter == np.array(JITTER_NEUTRAL, np.float32)
+        absent = neutral | ~params.jittered[..., None]  # neutral ones would still round
+        self.order = params.order.copy()
+        self.order[np.take_along_axis(absent, params.order.astype(np.int64), axis=-1)] = _NONE
+        self.amounts = params.jitter
+        # The product as torchvision computes it, in float64.
+        self.shift = (params.jitter[..., _HUE].astype(np.float64) * 255).astype(np.int32)
+        self.grey, self.solarized = params.grey, params.solarized
+        self.box, self.near, self.far = boxes(params.sigma)
+
+    def paint(
+        self,
+        v: int,
+        b: int,
+        view: NDArray[np.uint8],
+        planes: NDArray[np.uint8],
+        out: NDArray[np.float32],
+    ) -> None:
+        """Colour view `v` of image `b`, uint8 [S, S, 3], into `out` [S, S, 3]."""
+        paint(
+            view, self.order[v, b], self.amounts[v, b], self.shift[v, b], self.grey[v, b],
+            self.box[v, b], self.near[v, b], self.far[v, b], levels(self.solarized[v, b]),
+            planes, out,
+        )  # fmt: skip
+
+
+@cache
+def levels(solarized: bool) -> NDArray[np.float32]:
+    """float32 [3, 256]: the normalised value of each level of red, green and blue."""
+    level = torch.arange(256)
+    if solarized:
+        level = torch.where(level < SOLARIZE_THRESHOLD, level, 255 - level)
+    mean, std = (torch.tensor(each)[:, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
+    table: NDArray[np.float32] = ((level.to(torch.float32) / 255 - mean) / std).numpy()
+    return table
+
+
+def apply(
+    canvas: Tensor,
+    sizes: Tensor,  # unused: a crop never reaches beyond its image
+    params: ViewParams,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `pipeline.augment.Apply`."""
+    images = canvas.cpu().numpy()
+
+    def crop(v: int, b: int, view: NDArray[np.uint8]) -> None:
+        box = params.crops[v, b].astype(np.float64)
+        resize(images[b], box, bool(params.flipped[v, b]), view)
+
+    return _views(len(images), size, params, crop).to(device, dtype)
+
+
+def colour(pixels: Tensor, params: ViewParams, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """See `pipeline.augment.Colour`."""
+    crops = pixels.cpu().numpy()
+
+    def copy(v: int, b: int, view: NDArray[np.uint8]) -> None:
+        view[:] = crops[v, b]
+
+    return _views(crops.shape[1], crops.shape[2], params, copy).to(device, dtype)
+
+
+def _views(
+    batch: int,
+    side: int,
+    params: ViewParams,
+    cut: Callable[[int, int, NDArray[np.uint8]], None],
+) -> Tensor:
+    """float32 [2, B, 3, S, S] on the CPU. `cut` writes view v of image b to uint8 [S, S, 3]."""
+    views = empty_views(batch, side, torch.device("cpu"), torch.float32)
+    out, plan = views.permute(0, 1, 3, 4, 2).numpy(), Plan(params)
+
+    def work(b: int) -> None:
+        view, planes = np.empty((side, side, 3), np.uint8), np.empty((3, side * side), np.uint8)
+        for v in range(2):
+            cut(v, b, view)
+            plan.paint(v, b, view, planes, out[v, b])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, range(batch)))
+    return views
