@@ -16,6 +16,7 @@ from tests.helpers.tiny_task import launched, tiny_config
 from tests.helpers.training import launch, run_dir, small_beton, small_run, trainer
 from train.config import RunConfig
 from train.metrics import Meter
+from train.run import log
 from train.run.ends import EndedElsewhere, Reason
 from train.run.log import Journal
 
@@ -94,14 +95,14 @@ def test_a_full_disk_under_the_curve_ends_the_run(
 ) -> None:
     """Without it the curve of a run has a hole, or its end is a traceback."""
     training = trainer(with_tensorboard(beton, tmp_path))
-    opened = Path.open
+    opened = log._at_once
 
-    def open_or_fail(path: Path, *mode: str, **options: Any) -> Any:
-        if mode == ("ab",) and training.run.step == 4:
+    def open_or_fail(path: str, flags: int) -> int:
+        if training.run.step == 4:
             full()
-        return opened(path, *mode, **options)
+        return opened(path, flags)
 
-    monkeypatch.setattr(Path, "open", open_or_fail)
+    monkeypatch.setattr(log, "_at_once", open_or_fail)
     with pytest.raises(UserError) as ended:
         training.train()
     assert str(ended.value) == (
