@@ -21,19 +21,15 @@ from torch import Tensor
 from pipeline.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    JITTER_NEUTRAL,
     SOLARIZE_THRESHOLD,
     empty_views,
+    pillow,
 )
-from pipeline.augment.boxes import boxes
 from pipeline.resize import resize
 from pipeline.views import ViewParams
 
 _compiled = njit(nogil=True, cache=True, error_model="numpy")  # no checks, so loops use vectors
 _i32, _u32, _f32, _f64 = np.int32, np.uint32, np.float32, np.float64
-
-_HUE = 3  # as in ViewParams.order
-_NONE = 4  # no operation
 
 
 # ---- The compiled part: planes are uint8 [3, S * S] ----
@@ -55,9 +51,9 @@ def paint(
 ) -> None:
     """Colour `view` uint8 [S, S, 3] and write it, normalised, to `out` [S, S, 3].
 
-    order: the jitter's operations, `_NONE` to skip. amounts: of brightness, contrast, saturation.
-    shift: of the hue, in 1/255 of a turn. box, near, far: see `boxes`. levels [3, 256]: the output
-    for each level. planes uint8 [3, S * S]: memory to work in.
+    order: see `pillow.order`. amounts: of brightness, contrast, saturation.
+    shift: of the hue, in 1/255 of a turn. box, near, far: see `pillow.boxes`. levels [3, 256]: the
+    output for each level. planes uint8 [3, S * S]: memory to work in.
     """
     _split(view.reshape(-1), planes)
     for operation in order:
@@ -252,15 +248,9 @@ class Plan:
     """The parameters of B pairs of views as `paint` reads them, computed once a batch."""
 
     def __init__(self, params: ViewParams) -> None:
-        neutral = params.jitter == np.array(JITTER_NEUTRAL, np.float32)
-        absent = neutral | ~params.jittered[..., None]  # neutral ones would still round
-        self.order = params.order.copy()
-        self.order[np.take_along_axis(absent, params.order.astype(np.int64), axis=-1)] = _NONE
-        self.amounts = params.jitter
-        # The product as torchvision computes it, in float64.
-        self.shift = (params.jitter[..., _HUE].astype(np.float64) * 255).astype(np.int32)
-        self.grey, self.solarized = params.grey, params.solarized
-        self.box, self.near, self.far = boxes(params.sigma)
+        self.order, self.shift = pillow.order(params), pillow.hue_shift(params)
+        self.amounts, self.grey, self.solarized = params.jitter, params.grey, params.solarized
+        self.box, self.near, self.far = pillow.boxes(params.sigma)
 
     def paint(
         self,

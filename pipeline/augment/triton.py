@@ -31,8 +31,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment import JITTER_NEUTRAL, empty_views
-from pipeline.augment.boxes import boxes
+from pipeline.augment import empty_views, pillow
 from pipeline.augment.kernels import words as w
 from pipeline.augment.kernels.blur import blur as blur_kernel
 from pipeline.augment.kernels.colour import colour as colour_kernel
@@ -49,7 +48,7 @@ BLUR = {"WINDOW": 64, "num_warps": 8, "num_stages": 1}
 MAX_SIGMA = 8  # of a blur: three boxes of reach 8 still leave 16 pixels of the window
 EXACT = {"enable_fp_fusion": False}
 
-_CONTRAST, _HUE, _NONE = 1, 3, 15  # numbers of operations, as in ViewParams.order; no operation
+_CONTRAST, _HUE = 1, 3  # numbers of operations, as in ViewParams.order
 
 
 def apply(
@@ -144,10 +143,7 @@ def _finish(work: _Work) -> Tensor:
 
 def pack(params: ViewParams) -> NDArray[np.int32]:
     """The rows of parameters that the kernels read, int32 [2 B, words]. Raises UserError."""
-    neutral = params.jitter == np.array(JITTER_NEUTRAL, np.float32)
-    absent = neutral | ~params.jittered[..., None]  # by operation; neutral ones are skipped
-    order = params.order.astype(np.int32)
-    order[np.take_along_axis(absent, order, axis=-1)] = _NONE
+    order = pillow.order(params).astype(np.int32)
     is_contrast = order == _CONTRAST
 
     words = np.zeros((*params.sigma.shape, w.WORDS.value), np.int32)
@@ -159,8 +155,7 @@ def pack(params: ViewParams) -> NDArray[np.int32]:
     words[..., w.SOLARIZED.value] = params.solarized
     words[..., w.ORDER.value] = order @ (1 << np.array([0, 4, 8, 12], np.int32))
     words[..., w.CONTRAST_POSITION.value] = np.where(is_contrast.any(-1), is_contrast.argmax(-1), 4)
-    # The product as torchvision computes it, in float64.
-    words[..., w.HUE.value] = (params.jitter[..., _HUE].astype(np.float64) * 255).astype(np.int32)
+    words[..., w.HUE.value] = pillow.hue_shift(params)
     factors = words.view(np.float32)[..., w.FACTORS.value : w.FACTORS.value + 3]
     factors[:] = params.jitter[..., :_HUE]
     if params.sigma.size and params.sigma.max() > MAX_SIGMA:
@@ -169,7 +164,7 @@ def pack(params: ViewParams) -> NDArray[np.int32]:
             f" {params.sigma.max():g}; the kornia backend with any"
         )
     columns = [w.BOX.value, w.BOX_NEAR.value, w.BOX_FAR.value]
-    words[..., columns] = np.stack(boxes(params.sigma), axis=-1)
+    words[..., columns] = np.stack(pillow.boxes(params.sigma), axis=-1)
     return words.reshape(-1, w.WORDS.value)
 
 

@@ -1,7 +1,31 @@
-"""The boxes with which Pillow blurs."""
+"""What Pillow and torchvision compute from the parameters of a view; other backends do the same."""
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.augment import JITTER_NEUTRAL
+from pipeline.views import ViewParams
+
+NONE = 15
+"""In an order: no operation."""
+_HUE = 3  # as in ViewParams.order
+
+
+def order(params: ViewParams) -> NDArray[np.uint8]:
+    """[2, B, 4] the operations of each jitter as in ViewParams, NONE where one is not applied: a
+    neutral amount would still round.
+    """
+    absent = (params.jitter == np.array(JITTER_NEUTRAL, np.float32)) | ~params.jittered[..., None]
+    applied = params.order.copy()
+    applied[np.take_along_axis(absent, params.order.astype(np.int64), axis=-1)] = NONE
+    return applied
+
+
+def hue_shift(params: ViewParams) -> NDArray[np.int32]:
+    """[2, B] the shift of the hue in 1/255 of a turn; the product as torchvision computes it, in
+    float64.
+    """
+    return (params.jitter[..., _HUE].astype(np.float64) * 255).astype(np.int32)
 
 
 def boxes(
