@@ -39,6 +39,15 @@ _decompress.restype = _int
 _pread = ctypes.CDLL(None).pread
 _pread.argtypes = [_int, _pointer, _size, ctypes.c_int64]
 _pread.restype = ctypes.c_ssize_t
+_transform = lib.tjTransform
+_transform.argtypes = [
+    _pointer, _pointer, _ulong, _int, _pointer, _pointer, _pointer, _int,
+]  # fmt: skip
+_transform.restype = _int
+_transformer = lib.tjInitTransform
+_transformer.argtypes, _transformer.restype = [], _pointer
+_free = lib.tjFree
+_free.argtypes, _free.restype = [_pointer], None
 _crc32 = ctypes.CDLL(zlib_ng.__file__).zng_crc32_z
 _crc32.argtypes, _crc32.restype = [ctypes.c_uint32, _pointer, _size], ctypes.c_uint32
 
@@ -117,6 +126,34 @@ class Decoder:
         if not self.handle[0]:
             raise MemoryError("libturbojpeg could not make a decoder")
         return str(_error(int(self.handle[0])).decode(errors="replace"))
+
+
+class _Transform(ctypes.Structure):
+    """tjtransform. All zeros: nothing changes, all markers are copied."""
+
+    _fields_ = (
+        ("region", _int * 4), ("op", _int), ("options", _int),
+        ("data", _pointer), ("filter", _pointer),
+    )  # fmt: skip
+
+
+def baseline(jpeg: bytes) -> bytes:
+    """The JPEG with the same coefficients in one scan, Huffman-coded, and the same other segments;
+    b"" if libjpeg complains about it.
+    """
+    made, size = _pointer(), _ulong()
+    handle = _transformer()
+    if not handle:
+        raise MemoryError("libturbojpeg could not make a transformer")
+    try:
+        code = _transform(
+            handle, jpeg, len(jpeg), 1, ctypes.byref(made), ctypes.byref(size),
+            ctypes.byref(_Transform()), FLAGS,
+        )  # fmt: skip
+        return b"" if code else ctypes.string_at(made, size.value)
+    finally:
+        _free(made)
+        _destroy(handle)
 
 
 @numba.njit(nogil=True, cache=True)

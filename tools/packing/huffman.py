@@ -166,13 +166,13 @@ def _next_symbol(
     values: NDArray[np.uint8],
 ) -> tuple[int, int]:
     """The symbol at the top of `word`, and the length of its code; 0 = no code."""
-    entry = look[word >> np.uint64(64 - _LOOK)]
+    entry = np.int64(look[word >> np.uint64(64 - _LOOK)])
     if entry:
-        return values[entry & 255], entry >> 8
+        return np.int64(values[entry & 255]), entry >> 8
     for length in range(_LOOK + 1, 17):
         code = np.int64(word >> np.uint64(64 - length))
         if code <= last[length, 0]:
-            return values[code + last[length, 1]], length
+            return np.int64(values[code + last[length, 1]]), length
     return 0, 0
 
 
@@ -302,9 +302,9 @@ def encode(
 @_compiled
 def _size(value: int) -> int:
     """The bits of a value's magnitude."""
-    value, bits = abs(value), 0
-    while value:
-        value >>= 1
+    rest, bits = abs(value), 0
+    while rest:
+        rest >>= 1
         bits += 1
     return bits
 
