@@ -23,6 +23,7 @@ _RESERVED = 256  # the symbol that takes the code of only ones, which is not all
 _LONGEST = 32  # bits of a code before it is limited to 16
 
 _compiled = njit(nogil=True, cache=True)
+_inlined = njit(nogil=True, cache=True, inline="always")
 
 
 class Symbols(NamedTuple):
@@ -70,13 +71,14 @@ def without_stuffing(
 
 @_compiled
 def decoder_tables(
-    counts: NDArray[np.uint8],
+    counts: NDArray[np.uint8], values: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-    """For `decode`, from the number of codes of each length, uint8 [8, 16], in each table:
+    """For `decode`, from each table's number of codes of each length, uint8 [8, 16], and symbols,
+    uint8 [8, 256]:
 
-    - uint16 [8, 2^_LOOK]: for each beginning of a code, its length << 8 | the symbol's place in the
-      table, or 0 if the code is longer;
-    - int64 [8, 17, 2]: the last code of each length, and what to add to a code for its place.
+    - uint16 [8, 2^_LOOK]: for each beginning of a code, its length << 8 | the symbol, or 0 if the
+      code is longer;
+    - int64 [8, 17, 2]: the last code of each length, and what to add to a code for its symbol's place.
 
     A table with more codes than bits becomes empty.
     """
@@ -93,7 +95,9 @@ def decoder_tables(
                 break
             for _ in range(number if length <= _LOOK else 0):
                 begin = code << (_LOOK - length)
-                looks[table, begin : begin + (1 << (_LOOK - length))] = length << 8 | place
+                looks[table, begin : begin + (1 << (_LOOK - length))] = (
+                    length << 8 | values[table, place]
+                )
                 code, place = code + 1, place + 1
             if length > _LOOK:
                 code, place = code + number, place + number
@@ -116,12 +120,12 @@ def decode(
 ) -> bool:
     """Decode a scan with `interval` MCUs in each part into `symbols`.
 
-    `blocks` int64 [blocks of an MCU, 3]: component, DC table, AC table. Of each table: `looks`
-    [8, 2^_LOOK] and `lasts` [8, 17, 2] by `decoder_tables`, `values` uint8 [8, 256]. `clean` has
-    `PAD` bytes more than the last end. False if the data is not exactly that of the image.
+    `blocks` int64 [blocks of an MCU, 3]: component, DC table, AC table. Of each table: `looks` and
+    `lasts` by `decoder_tables`, `values` uint8 [8, 256]. `clean` has `PAD` bytes more than the last
+    end. False if the data is not exactly that of the image.
     """
     dc = np.zeros(4, np.int64)
-    at, block, part = 0, 0, -1
+    at, block, part, end = 0, 0, -1, 0
     for mcu in range(len(symbols.dc) // len(blocks)):
         if mcu % interval == 0:
             if part >= 0 and (at + 7) // 8 != ends[part]:
@@ -130,78 +134,70 @@ def decode(
             at = ends[part] * 8 if part >= 0 else 0
             part += 1
         for j in range(len(blocks)):
-            component, dc_table, ac_table = blocks[j]
-            at, change = _decode_dc(
-                clean, at, looks[dc_table], lasts[dc_table], values[dc_table]
-            )
-            if at < 0:
+            component, dc_table, ac_table = blocks[j, 0], blocks[j, 1], blocks[j, 2]
+            word = _peek(clean, at)
+            size, length = _next_symbol(word, dc_table, looks, lasts, values)
+            if length == 0 or size > _LARGEST_DC:
                 return False
-            dc[component] += change
+            at += length + size
+            dc[component] += _extended(_bits(word, length, size), size)
             symbols.dc[block] = dc[component]
-            at, symbols.starts[block + 1] = _decode_ac(
-                clean, at, looks[ac_table], lasts[ac_table], values[ac_table],
-                symbols.ac, symbols.starts[block],
-            )  # fmt: skip
+            at, end = _decode_ac(clean, at, ac_table, looks, lasts, values, symbols.ac, end)
             block += 1
+            symbols.starts[block] = end
             if at < 0 or at > ends[part] * 8:
                 return False
     return (at + 7) // 8 == ends[part]
 
 
-@njit(nogil=True, cache=True, inline="always")
+@_inlined
 def _peek(clean: NDArray[np.uint8], at: int) -> np.uint64:
     """At least 57 bits from bit `at` on, in the upper bits."""
-    byte = at >> 3
+    byte = np.uint64(at) >> np.uint64(3)
     word = np.uint64(0)
     for k in range(8):
-        word = (word << np.uint64(8)) | np.uint64(clean[byte + k])
-    return word << np.uint64(at & 7)
+        word = (word << np.uint64(8)) | np.uint64(clean[byte + np.uint64(k)])
+    return word << (np.uint64(at) & np.uint64(7))
 
 
-@njit(nogil=True, cache=True, inline="always")
+@_inlined
+def _bits(word: np.uint64, length: int, size: int) -> np.int64:
+    """`size` bits of `word` after the first `length`; both together up to 57."""
+    return np.int64((word << np.uint64(length)) >> np.uint64(1) >> np.uint64(63 - size))
+
+
+@_inlined
+def _extended(bits: int, size: int) -> int:
+    """The value that `size` bits stand for: negative if the first bit is 0."""
+    return bits if size == 0 or bits >> (size - 1) else bits - (1 << size) + 1
+
+
+@_inlined
 def _next_symbol(
     word: np.uint64,
-    look: NDArray[np.uint16],
-    last: NDArray[np.int64],
+    table: int,
+    looks: NDArray[np.uint16],
+    lasts: NDArray[np.int64],
     values: NDArray[np.uint8],
 ) -> tuple[int, int]:
     """The symbol at the top of `word`, and the length of its code; 0 = no code."""
-    entry = np.int64(look[word >> np.uint64(64 - _LOOK)])
+    entry = np.int64(looks[table, word >> np.uint64(64 - _LOOK)])
     if entry:
-        return np.int64(values[entry & 255]), entry >> 8
+        return entry & 255, entry >> 8
     for length in range(_LOOK + 1, 17):
         code = np.int64(word >> np.uint64(64 - length))
-        if code <= last[length, 0]:
-            return np.int64(values[code + last[length, 1]]), length
+        if code <= lasts[table, length, 0]:
+            return np.int64(values[table, code + lasts[table, length, 1]]), length
     return 0, 0
 
 
-@_compiled
-def _decode_dc(
-    clean: NDArray[np.uint8],
-    at: int,
-    look: NDArray[np.uint16],
-    last: NDArray[np.int64],
-    values: NDArray[np.uint8],
-) -> tuple[int, int]:
-    """The bit after a DC difference, -1 if it is impossible, and the difference."""
-    word = _peek(clean, at)
-    size, length = _next_symbol(word, look, last, values)
-    if length == 0 or size > _LARGEST_DC:
-        return -1, 0
-    if size == 0:
-        return at + length, 0
-    bits = np.int64((word << np.uint64(length)) >> np.uint64(64 - size))
-    change = bits if bits >> (size - 1) else bits - (1 << size) + 1
-    return at + length + size, change
-
-
-@_compiled
+@_inlined
 def _decode_ac(
     clean: NDArray[np.uint8],
     at: int,
-    look: NDArray[np.uint16],
-    last: NDArray[np.int64],
+    table: int,
+    looks: NDArray[np.uint16],
+    lasts: NDArray[np.int64],
     values: NDArray[np.uint8],
     ac: NDArray[np.int32],
     end: int,
@@ -209,27 +205,18 @@ def _decode_ac(
     """Write the AC symbols of a block to `ac` from `end` on. Returns the bit after them, -1 if they
     are impossible, and the new end.
     """
-    k = 1
+    k, size = 1, 1
     while k < 64:
         word = _peek(clean, at)
-        symbol, length = _next_symbol(word, look, last, values)
-        if length == 0:
-            return -1, end
+        symbol, length = _next_symbol(word, table, looks, lasts, values)
         size = symbol & 15
-        if size == 0:
-            if symbol == 0:
-                ac[end] = 0
-                return at + length, end + 1
-            if symbol != 0xF0:
-                return -1, end
-            bits = np.int64(0)
-        else:
-            bits = np.int64((word << np.uint64(length)) >> np.uint64(64 - size))
-        ac[end] = symbol << 16 | bits
+        ac[end] = symbol << 16 | _bits(word, length, size)
         end += 1
         at += length + size
+        if symbol == 0 and length:
+            return at, end
         k += (symbol >> 4) + 1
-        if size > _LARGEST_AC:
+        if length == 0 or size > _LARGEST_AC or (size == 0 and symbol != 0xF0):
             return -1, end
     return (at if k == 64 and size else -1), end
 
@@ -309,7 +296,7 @@ def _size(value: int) -> int:
     return bits
 
 
-@njit(nogil=True, cache=True, inline="always")
+@_inlined
 def _put(word: np.uint32, out: NDArray[np.uint8], size: int) -> int:
     """Write four bytes, with a zero after each 0xFF; returns the new size."""
     inverse = ~word

@@ -131,7 +131,7 @@ def _scan(jpeg: bytes) -> tuple[Symbols, NDArray[np.int64], int] | None:
     if end < 0 or data[end + 1] != 0xD9:
         return None
     clean[ends[-1] :][: huffman.PAD] = 0
-    looks, lasts = huffman.decoder_tables(tables[0])
+    looks, lasts = huffman.decoder_tables(*tables)
     most = min(63 * number, 8 * int(ends[-1])) + 64  # a symbol takes one bit at least
     symbols = Symbols(
         np.empty(number, np.int32), np.zeros(number + 1, np.int32), np.empty(most, np.int32)
