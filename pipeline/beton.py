@@ -56,7 +56,8 @@ class Beton:
     None; `height` and `width` int64 [N] in pixels; `records` int64 [N, 5] (pointer, bytes, height,
     width, mode); `bytes`, the size of the file; `page_size` in bytes; `data` and `table`, the
     offsets at which the records begin and end; `checksums` int64 [N], the CRC-32 that each record
-    must have when it is read, or -1, see `require_checksums`. The file stays open, so a beton that
+    must have when it is read, or -1, and `has_tiles` bool [N], whether it is a JPEG with tiles, see
+    `require_checksums`. The file stays open, so a beton that
     is renamed or deleted while a loader runs stays readable.
 
     Raises UserError, naming the file, if it is not a beton that slotstream can read completely.
@@ -100,6 +101,7 @@ class Beton:
             )
         self.records = self._locate(columns["image"], table)
         self.checksums = np.full(samples, -1, np.int64)
+        self.has_tiles = np.zeros(samples, bool)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -127,7 +129,7 @@ class Beton:
         if self.checksums[0] >= 0 or not manifest_path(self.path).exists():
             return
         try:
-            self.checksums = self._known_checksums()
+            self.checksums, self.has_tiles = self._known()
         except UserError as error:
             print(f"warning: {error}: no image is compared with it", file=sys.stderr, flush=True)
             return
@@ -157,7 +159,7 @@ class Beton:
             known = self.checksums.copy()
             if known[0] < 0:
                 with suppress(UserError, OSError):
-                    known = self._known_checksums()
+                    known, _ = self._known()
             step = -(-int(self.records[:, 1].sum()) // FINGERPRINTED)
             read = np.flatnonzero((np.arange(len(self)) % step == 0) | (known < 0))
             for i in read.tolist():
@@ -186,24 +188,36 @@ class Beton:
         return canvas[0]
 
     def try_decode(
-        self, which: np.ndarray, canvas: np.ndarray, decoder: Decoder, scale: int = 1
+        self,
+        which: np.ndarray,
+        canvas: np.ndarray,
+        decoder: Decoder,
+        scale: int = 1,
+        boxes: np.ndarray | None = None,
     ) -> tuple[int, str]:
         """Decode records `which` int64 [B] into `canvas` uint8 [B, Hmax, Wmax, 3] until one fails.
 
         Returns the failed record's position in `which` and the reason, or (-1, ""). With `scale` 2,
         4 or 8, JPEGs are decoded at 1/`scale` of their sides, rounded up.
+
+        If only two crops of each image are needed, `boxes` float64 [B, 2, 4] says which pixels, x0
+        y0 x1 y1. Of a JPEG with tiles the others may then be anything. An image whose checksum is
+        not known is decoded whole, since only that shows damage outside of the crops.
         """
-        begin = 0
+        begin, nothing = 0, np.empty((0, 2, 4))
         while begin < len(which):
             rows, rest = which[begin:], canvas[begin:]
+            partly = boxes is not None and bool(self.has_tiles[rows].all())
             bad, code = decode_records(
                 self.file,
                 self.records[rows],
                 self.checksums[rows],
                 decoder.handle,
                 decoder.scratch,
+                decoder.part,
                 rest,
                 scale,
+                boxes[begin:] if partly and boxes is not None else nothing,
             )
             if code == OK:
                 break
@@ -223,14 +237,18 @@ class Beton:
         """The error that names record `i`."""
         return CorruptRecord(f"{self.path}: {printable(self.name(i))}: {reason}")
 
-    def _known_checksums(self) -> np.ndarray:
-        """The CRC-32 of each record by the manifest. Raises UserError if it does not match."""
+    def _known(self) -> tuple[np.ndarray, np.ndarray]:
+        """By the manifest, the CRC-32 of each record, int64 [N], and whether it has tiles, bool [N].
+        Raises UserError if the manifest does not match.
+        """
         manifest = Manifest.beside(self.path)
-        lines = [(record.bytes, int(record.crc32, 16)) for record in manifest.records()]
-        sizes, checksums = np.array(lines, np.int64).reshape(-1, 2).T
+        lines = [
+            (record.bytes, int(record.crc32, 16), record.has_tiles) for record in manifest.records()
+        ]
+        sizes, checksums, has_tiles = np.array(lines, np.int64).reshape(-1, 3).T
         if manifest.bytes != self.bytes or not np.array_equal(sizes, self.records[:, 1]):
             raise UserError(f"{manifest.path}: belongs to another beton: sizes differ")
-        return checksums
+        return checksums, has_tiles.astype(bool)
 
     def _crc32(self, pointer: int, size: int) -> int:
         """The CRC-32 of bytes of the file; 0 of those after its end."""

@@ -237,7 +237,9 @@ class CropLoader(RecordLoader):
             image = self._canvas(
                 -(-self.beton.height[i] // scale), -(-self.beton.width[i] // scale)
             )
-            _, reason = self.beton.try_decode(which[b : b + 1], image[None], self._decoder(), scale)
+            _, reason = self.beton.try_decode(
+                which[b : b + 1], image[None], self._decoder(), scale, boxes[None]
+            )
             if reason:
                 return b, reason
             for v in range(2):

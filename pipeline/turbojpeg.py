@@ -20,6 +20,8 @@ from numba.core.typing.ctypes_utils import make_function_type
 from zlib_ng import zlib_ng
 
 from pipeline.ffcv_format import RAW, library
+from pipeline.frame import frame_of
+from pipeline.tiles import MOST_RECTANGLES, find_tiles, grid_of, put_together, rectangles_of, size_of
 
 _int, _pointer, _ulong, _size = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_size_t
 
@@ -97,13 +99,14 @@ def is_harmless(complaint: str) -> bool:
 
 
 class Decoder:
-    """One thread's decoder: a buffer for the compressed bytes of one record, and the TurboJPEG
-    handle of the last one.
+    """One thread's decoder: buffers for the compressed bytes of one record and for a part of it,
+    and the TurboJPEG handle of the last one.
     """
 
     def __init__(self, max_record: int) -> None:
         self.handle = np.zeros(1, np.int64)
         self.scratch = np.empty(max_record, np.uint8)
+        self.part = np.empty(max_record, np.uint8)
 
     def __del__(self) -> None:
         if hasattr(self, "handle") and self.handle[0]:
@@ -165,21 +168,60 @@ def _renew(handle: np.ndarray) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
+def _decode_tiles(
+    handle: np.ndarray,
+    data: np.ndarray,
+    part: np.ndarray,
+    canvas: np.ndarray,
+    scale: int,
+    boxes: np.ndarray,
+) -> bool:
+    """Decode the tiles that two crops need to their place. False if there are no tiles, or one is
+    damaged; then the whole image must be decoded.
+    """
+    frame = frame_of(data)
+    grid = grid_of(frame)
+    if 4 * grid.rows * grid.columns > len(data) or grid.rows == 0:
+        return False
+    starts = np.empty(grid.rows * grid.columns + 1, np.int64)
+    if not find_tiles(data, frame.data, starts):
+        return False
+    rectangles = np.empty((MOST_RECTANGLES, 4), np.int64)
+    for k in range(rectangles_of(grid, boxes, scale, rectangles)):
+        size = put_together(data, frame, grid, starts, rectangles[k], part)
+        height, width = size_of(frame, grid, rectangles[k])
+        y, x = rectangles[k, 1] * grid.height // scale, rectangles[k, 0] * grid.width // scale
+        if _c_decompress(
+            handle[0], part.ctypes.data, size, canvas[y:, x:].ctypes.data,
+            -(-width // scale), canvas.shape[1] * 3, -(-height // scale), RGB, FLAGS,
+        ):  # fmt: skip
+            return False
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
 def decode_records(
     file: int,
     records: np.ndarray,
     checksums: np.ndarray,
     handle: np.ndarray,
     scratch: np.ndarray,
+    part: np.ndarray,
     canvas: np.ndarray,
     scale: int,
+    boxes: np.ndarray,
 ) -> tuple[int, int]:
     """Read and decode records into the top left corners of `canvas` uint8 [B, Hmax, Wmax, 3], JPEGs
     at 1/`scale` of their sides (1, 2, 4 or 8), rounded up. Runs without the GIL.
 
     `records` int64 [B, 5]: pointer, bytes, height, width, mode. `checksums` int64 [B]: the CRC-32
-    that the bytes must have, or -1. Returns (position, code) of the first record that fails, or
-    (-1, OK). Canvas pixels outside an image do not change.
+    that the bytes must have, or -1. `boxes` float64 [B, 2, 4]: where only these two crops of each
+    image are needed (x0 y0 x1 y1 in its pixels), and it has tiles; or [0, 2, 4]. The other pixels
+    of such an image are those of any image. `scratch` and `part` uint8: room for the largest
+    record.
+
+    Returns (position, code) of the first record that fails, or (-1, OK). Canvas pixels outside an
+    image do not change.
     """
     shape = np.empty(4, np.int32)  # width, height, subsampling, colour space
     for b in range(records.shape[0]):
@@ -199,6 +241,10 @@ def decode_records(
             return b, BAD_HEADER
         if shape[0] != width or shape[1] != height:
             return b, WRONG_SIZE
+        if len(boxes) and _decode_tiles(
+            handle, scratch[:size], part, canvas[b], scale, boxes[b]
+        ):
+            continue
         code = _c_decompress(
             handle[0], scratch.ctypes.data, size, canvas[b].ctypes.data,
             -(-width // scale), canvas.shape[2] * 3, -(-height // scale), RGB, FLAGS,

@@ -1,5 +1,6 @@
 """The list of a beton's records, written and read as a stream."""
 
+import hashlib
 import json
 import os
 from dataclasses import fields
@@ -11,13 +12,15 @@ from hypothesis import strategies as st
 
 from pipeline import manifest as manifests
 from pipeline.errors import UserError
-from pipeline.manifest import Manifest, Record, Shard
+from pipeline.manifest import Manifest, Record, Shard, Source
 from tests.helpers.manifests import names_of
 
 RECORDS = [
     Record("a/é.jpg", 12, "0123abcd", "original"),
     Record("b\udc80\u2028\n.jpg", 0, "00000000", "converted: not a JPEG"),
     Record('"]}', 1 << 40, "ffffffff", "scaled"),
+    Record("t.jpg", 9, "00000001", "tiles", None, Source(8, "0000000a")),
+    Record("p.jpg", 9, "00000001", "converted: progressive, tiles", -5, Source(8, "0000000a")),
 ]
 
 
@@ -35,20 +38,34 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert list(again.records()) == RECORDS
     assert names_of(again) == [record.name for record in RECORDS]
     content = json.loads((tmp_path / "a.json").read_text())
-    assert content["format"] == 3
+    assert content["format"] == 4
     assert content["digest"] == manifest.digest
-    assert [Record(*row) for row in content["records"]] == RECORDS
+    rows = [[*row[:5], Source(*row[5])] if len(row) == 6 else row for row in content["records"]]
+    assert [Record(*row) for row in rows] == RECORDS
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_format_3_is_read(tmp_path: Path) -> None:
+    """Without it the betons of earlier versions lose their names and checksums."""
+    path, records = tmp_path / "a.json", RECORDS[:3]
+    written(path, records)
+    old = path.read_bytes().replace(b'{"format": 4,', b'{"format": 3,')
+    digest = Manifest.read(path).digest.encode()
+    blank = old.replace(digest, b"0" * 64)
+    path.write_bytes(old.replace(digest, hashlib.sha256(blank).hexdigest().encode()))
+    assert list(Manifest.read(path).records()) == records
 
 
 def test_a_record_a_line(tmp_path: Path) -> None:
     """With one record per line, 1.3 million records need no memory."""
     written(tmp_path / "a.json")
     lines = (tmp_path / "a.json").read_text().splitlines()
-    assert lines[-4:-1] == [
+    assert lines[-6:-1] == [
         '["a/\\u00e9.jpg", 12, "0123abcd", "original"],',
         '["b\\udc80\\u2028\\n.jpg", 0, "00000000", "converted: not a JPEG"],',
-        '["\\"]}", 1099511627776, "ffffffff", "scaled"]',
+        '["\\"]}", 1099511627776, "ffffffff", "scaled"],',
+        '["t.jpg", 9, "00000001", "tiles", null, [8, "0000000a"]],',
+        '["p.jpg", 9, "00000001", "converted: progressive, tiles", -5, [8, "0000000a"]]',
     ]
 
 
@@ -82,6 +99,7 @@ def test_wrong_values_of_each_key(tmp_path: Path, key: str) -> None:
     [
         "7", "{}", "[]", "[" * 100_000, '["a"]', '["a",1,"0123abcd"]', '["a","1","0123abcd","x"]',
         '["a",1,"0123abcg","x"]', '["a",-1,"0123abcd","x"]', '["a",1e400,"0123abcd","x"]',
+        '["a",1,"0123abcd","x",null,[1]]', '["a",1,"0123abcd","x",null,[1,"x"]]',
         '["a",1,"0123abcd","x",1.5]', '["a",1,"0123abcd","x",1,2]',
         f'["a",{10**40},"0123abcd","x"]', f'["\\udc80",{"[" * 100_000}',
         '["a",1,"0123abcd","x\xff"]', "\0", "",
@@ -92,7 +110,7 @@ def test_damaged_records(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.json"
     written(path)
     lines = path.read_text().splitlines(keepends=True)
-    lines[-3] = line + ",\n"
+    lines[-5] = line + ",\n"
     path.write_text("".join(lines), encoding="latin-1")
     manifest = Manifest.read(path)
     for read in (lambda: list(manifest.records()), lambda: manifest.name(1)):
@@ -112,7 +130,7 @@ def test_more_records_than_the_head_says(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not match its digest"):
         for _ in Manifest.read(path).records():
             seen += 1
-    assert seen == 3
+    assert seen == len(RECORDS)
 
 
 @pytest.mark.parametrize(("name", "size"), [("MAX_LINE", 150), ("MAX_HEAD", 200)])
@@ -135,7 +153,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "other").write_text('{"format": 2,\n"records": [\n]}\n')
     with pytest.raises(UserError) as error:
         Manifest.read(tmp_path / "other")
-    reason = "not a manifest of format 3: it begins with other text"
+    reason = "not a manifest of format 3 or 4: it begins with other text"
     assert str(error.value) == f"{tmp_path / 'other'}: {reason}"
 
 

@@ -1,0 +1,217 @@
+"""Only the tiles that a pair of crops needs: parts of a JPEG with restart markers, put together to
+smaller JPEGs. Compiled and without the GIL.
+
+A tile is what stands between two restart markers: a row's MCUs, or an n-th of them. Each can be
+decoded without the others. Where chroma has fewer pixels than luma, the decoder interpolates it
+from its neighbours, so the pixels at the edge of the selected tiles differ from those of the whole
+image: there the selection has a margin, and is one rectangle for crops that meet.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from pipeline.frame import Frame
+
+MOST_RECTANGLES = 4
+
+_CALL = 5  # tiles that can be decoded in the time that a call of the decoder takes besides
+_FACTORS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
+"""Luma's sampling factors that are known, where chroma's are 1."""
+
+_ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+_compiled = njit(nogil=True, cache=True)
+
+
+class Grid(NamedTuple):
+    """The tiles of an image."""
+
+    rows: int
+    """0 if the image cannot be taken apart."""
+    columns: int
+    height: int
+    width: int
+    """Pixels of a tile."""
+    margin: int
+    """Pixels around a crop that must be decoded too."""
+
+
+@_compiled
+def grid_of(frame: Frame) -> Grid:
+    """The tiles of a JPEG with this frame."""
+    plain = len(frame.sampling) == 1
+    subsampled = False
+    if len(frame.sampling) == 3 and frame.sampling[1:].max() == 1:
+        across, down = frame.sampling[0, 0], frame.sampling[0, 1]
+        subsampled = across > 1 or down > 1
+        for factors in _FACTORS:
+            plain |= across == factors[0] and down == factors[1]
+    if not (plain and frame.height and frame.interval and frame.columns % frame.interval == 0):
+        return Grid(0, 0, 0, 0, 0)
+    columns = frame.columns // frame.interval
+    return Grid(
+        frame.rows, columns, frame.mcu_height, frame.mcu_width * frame.interval, int(subsampled)
+    )
+
+
+@_compiled
+def find_tiles(data: NDArray[np.uint8], begin: int, starts: NDArray[np.int64]) -> bool:
+    """Note where each tile begins, and last where one after the last would: int64 [tiles + 1].
+
+    False unless the data from `begin` on has exactly these tiles, with restart markers in order
+    between them and the end-of-image marker behind them.
+    """
+    tiles, last = 0, len(data) - 1
+    starts[0] = begin
+    words = data[begin : len(data) - (len(data) - begin) % 8].view(np.uint64)
+    for w in range(len(words) + 1):
+        if w < len(words):
+            inverse = ~words[w]
+            if not (inverse - _ONES) & words[w] & _TOPS:  # no byte is 0xFF
+                continue
+        at = begin + 8 * w
+        for i in range(at, min(at + 8, last)):
+            after = data[i + 1]
+            if data[i] != 0xFF or after == 0:
+                continue
+            tiles += 1
+            starts[tiles] = i + 2
+            if tiles == len(starts) - 1:
+                return after == 0xD9
+            if after != 0xD0 + (tiles - 1) % 8:
+                return False
+    return False
+
+
+@_compiled
+def rectangles_of(
+    grid: Grid, boxes: NDArray[np.float64], scale: int, rectangles: NDArray[np.int64]
+) -> int:
+    """Write the `rectangles` int64 [MOST_RECTANGLES, 4] of tiles (column, row, column and row after
+    the last) that hold two crops `boxes` [2, 4] (x0 y0 x1 y1, in pixels of the image), if the image
+    is decoded at 1/`scale` of its sides. Returns their number.
+    """
+    a, b = _tiles_of(grid, boxes[0], scale), _tiles_of(grid, boxes[1], scale)
+    hull = rectangles[0]
+    hull[:2], hull[2:] = np.minimum(a[:2], b[:2]), np.maximum(a[2:], b[2:])
+    apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    if grid.margin and not apart:
+        return 1
+    parts = np.empty((MOST_RECTANGLES, 4), np.int64)
+    count = _bands(a, b, parts)
+    cost = _CALL * (count - 1)
+    for k in range(count):
+        cost += _area(parts[k])
+    if cost >= _area(hull):
+        return 1
+    rectangles[:] = parts
+    return count
+
+
+@_compiled
+def _tiles_of(grid: Grid, box: NDArray[np.float64], scale: int) -> NDArray[np.int64]:
+    """The rectangle of tiles that holds the pixels of a crop."""
+    margin, rectangle = grid.margin * scale, np.empty(4, np.int64)
+    for k, side, count in ((0, grid.width, grid.columns), (1, grid.height, grid.rows)):
+        first = np.int64(np.floor(box[k] / scale)) * scale - margin
+        after = np.int64(np.ceil(box[k + 2] / scale)) * scale + margin
+        rectangle[k] = min(max(first // side, 0), count - 1)
+        rectangle[k + 2] = min(max(-(-after // side), rectangle[k] + 1), count)
+    return rectangle
+
+
+@_compiled
+def _bands(a: NDArray[np.int64], b: NDArray[np.int64], parts: NDArray[np.int64]) -> int:
+    """Cut two rectangles of tiles into ones that do not overlap; returns their number."""
+    count = 0
+    edges = np.sort(np.array([a[1], a[3], b[1], b[3]]))
+    for top, bottom in zip(edges[:-1], edges[1:]):
+        in_a, in_b = a[1] <= top < a[3], b[1] <= top < b[3]
+        if top == bottom or not (in_a or in_b):
+            continue
+        left, right = (a, b) if in_a and (a[0] <= b[0] or not in_b) else (b, a)
+        begin, end = left[0], left[2]
+        if in_a and in_b:
+            if right[0] > end:
+                count = _append(parts, count, begin, top, end, bottom)
+                begin, end = right[0], right[2]
+            else:
+                end = max(end, right[2])
+        count = _append(parts, count, begin, top, end, bottom)
+    return count
+
+
+@_compiled
+def _append(
+    parts: NDArray[np.int64], count: int, begin: int, top: int, end: int, bottom: int
+) -> int:
+    parts[count, 0], parts[count, 1], parts[count, 2], parts[count, 3] = begin, top, end, bottom
+    return count + 1
+
+
+@_compiled
+def _area(rectangle: NDArray[np.int64]) -> int:
+    return (rectangle[2] - rectangle[0]) * (rectangle[3] - rectangle[1])
+
+
+@_compiled
+def put_together(
+    data: NDArray[np.uint8],
+    frame: Frame,
+    grid: Grid,
+    starts: NDArray[np.int64],
+    rectangle: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> int:
+    """Write the JPEG of a rectangle of tiles to `out`, and return its bytes: fewer than `data`."""
+    size = _header(data, frame, grid, rectangle, out)
+    number = 0
+    for row in range(rectangle[1], rectangle[3]):
+        for column in range(rectangle[0], rectangle[2]):
+            tile = row * grid.columns + column
+            begin, end = starts[tile], starts[tile + 1]
+            out[size : size + end - begin] = data[begin:end]  # with the marker behind it
+            size += end - begin
+            out[size - 1] = 0xD0 + number % 8
+            number += 1
+    out[size - 1] = 0xD9
+    return size
+
+
+@_compiled
+def _header(
+    data: NDArray[np.uint8],
+    frame: Frame,
+    grid: Grid,
+    rectangle: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> int:
+    """Write the segments before the scan that decide pixels, with the rectangle's height and width;
+    returns their bytes.
+    """
+    out[:2] = data[:2]
+    size, at = 2, 2
+    while at < frame.data:
+        end = at + 2 + (np.int64(data[at + 2]) << 8 | data[at + 3])
+        kind = data[at + 1]
+        # Of the other segments only JFIF's and Adobe's say how colours are stored.
+        if kind < 0xE0 or kind == 0xE0 or kind == 0xEE:
+            out[size : size + end - at] = data[at:end]
+            if at < frame.sides < end:
+                height, width = size_of(frame, grid, rectangle)
+                sides = size + frame.sides - at
+                out[sides], out[sides + 1] = height >> 8, height & 255
+                out[sides + 2], out[sides + 3] = width >> 8, width & 255
+            size += end - at
+        at = end
+    return size
+
+
+@_compiled
+def size_of(frame: Frame, grid: Grid, rectangle: NDArray[np.int64]) -> tuple[int, int]:
+    """Height and width of a rectangle of tiles in pixels."""
+    bottom = min(rectangle[3] * grid.height, frame.height)
+    right = min(rectangle[2] * grid.width, frame.width)
+    return bottom - rectangle[1] * grid.height, right - rectangle[0] * grid.width
