@@ -45,15 +45,15 @@ def paint(
     box: int,
     near: int,
     far: int,
-    levels: NDArray[np.float32],
+    levels: NDArray[Any],
     planes: NDArray[np.uint8],
-    out: NDArray[np.float32],
+    out: NDArray[Any],
 ) -> None:
     """Colour `view` uint8 [S, S, 3] and write it, normalised, to `out` [S, S, 3].
 
     order: see `pillow.order`. amounts: of brightness, contrast, saturation.
     shift: of the hue, in 1/255 of a turn. box, near, far: see `pillow.boxes`. levels [3, 256]: the
-    output for each level. planes uint8 [3, S * S]: memory to work in.
+    output for each level, see `levels`. planes uint8 [3, S * S]: memory to work in.
     """
     _split(view.reshape(-1), planes)
     for operation in order:
@@ -80,9 +80,7 @@ def _split(pixels: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
 
 
 @_compiled
-def _write(
-    planes: NDArray[np.uint8], levels: NDArray[np.float32], out: NDArray[np.float32]
-) -> None:
+def _write(planes: NDArray[np.uint8], levels: NDArray[Any], out: NDArray[Any]) -> None:
     r, g, b = planes[0], planes[1], planes[2]
     for i in range(len(r)):
         out[3 * i] = levels[0, r[i]]
@@ -245,12 +243,15 @@ def _box(
 
 
 class Plan:
-    """The parameters of B pairs of views as `paint` reads them, computed once a batch."""
+    """The parameters of B pairs of views as `paint` reads them, computed once for all of them.
+    Views are written as `dtype`, whose arrays are those of `as_array`.
+    """
 
-    def __init__(self, params: ViewParams) -> None:
+    def __init__(self, params: ViewParams, dtype: torch.dtype) -> None:
         self.order, self.shift = pillow.order(params), pillow.hue_shift(params)
         self.amounts, self.grey, self.solarized = params.jitter, params.grey, params.solarized
         self.box, self.near, self.far = pillow.boxes(params.sigma)
+        self.dtype = dtype
 
     def paint(
         self,
@@ -258,25 +259,31 @@ class Plan:
         b: int,
         view: NDArray[np.uint8],
         planes: NDArray[np.uint8],
-        out: NDArray[np.float32],
+        out: NDArray[Any],
     ) -> None:
         """Colour view `v` of image `b`, uint8 [S, S, 3], into `out` [S, S, 3]."""
         paint(
             view, self.order[v, b], self.amounts[v, b], self.shift[v, b], self.grey[v, b],
-            self.box[v, b], self.near[v, b], self.far[v, b], levels(self.solarized[v, b]),
-            planes, out,
+            self.box[v, b], self.near[v, b], self.far[v, b],
+            levels(bool(self.solarized[v, b]), self.dtype), planes, out,
         )  # fmt: skip
 
 
 @cache
-def levels(solarized: bool) -> NDArray[np.float32]:
-    """float32 [3, 256]: the normalised value of each level of red, green and blue."""
+def levels(solarized: bool, dtype: torch.dtype) -> NDArray[Any]:
+    """[3, 256]: the normalised value of each level of red, green and blue, see `as_array`."""
     level = torch.arange(256)
     if solarized:
         level = torch.where(level < SOLARIZE_THRESHOLD, level, 255 - level)
     mean, std = (torch.tensor(each)[:, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
-    table: NDArray[np.float32] = ((level.to(torch.float32) / 255 - mean) / std).numpy()
-    return table
+    return as_array(((level.to(torch.float32) / 255 - mean) / std).to(dtype))
+
+
+def as_array(values: Tensor) -> NDArray[Any]:
+    """The same memory for NumPy. Values of 16 bits are whole numbers with these bits: they are only
+    copied, NumPy has no bfloat16, and so both types need one compiled function.
+    """
+    return (values.view(torch.int16) if values.dtype.itemsize == 2 else values).numpy()
 
 
 def apply(
@@ -294,7 +301,7 @@ def apply(
         box = params.crops[v, b].astype(np.float64)
         resize(images[b], box, bool(params.flipped[v, b]), view)
 
-    return _views(len(images), size, params, crop).to(device, dtype)
+    return _views(len(images), size, params, dtype, crop).to(device)
 
 
 def colour(pixels: Tensor, params: ViewParams, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -304,18 +311,19 @@ def colour(pixels: Tensor, params: ViewParams, device: torch.device, dtype: torc
     def copy(v: int, b: int, view: NDArray[np.uint8]) -> None:
         view[:] = crops[v, b]
 
-    return _views(crops.shape[1], crops.shape[2], params, copy).to(device, dtype)
+    return _views(crops.shape[1], crops.shape[2], params, dtype, copy).to(device)
 
 
 def _views(
     batch: int,
     side: int,
     params: ViewParams,
+    dtype: torch.dtype,
     cut: Callable[[int, int, NDArray[np.uint8]], None],
 ) -> Tensor:
-    """float32 [2, B, 3, S, S] on the CPU. `cut` writes view v of image b to uint8 [S, S, 3]."""
-    views = empty_views(batch, side, torch.device("cpu"), torch.float32)
-    out, plan = views.permute(0, 1, 3, 4, 2).numpy(), Plan(params)
+    """`dtype` [2, B, 3, S, S] on the CPU. `cut` writes view v of image b to uint8 [S, S, 3]."""
+    views = empty_views(batch, side, torch.device("cpu"), dtype)
+    out, plan = as_array(views.permute(0, 1, 3, 4, 2)), Plan(params, dtype)
 
     def work(b: int) -> None:
         view, planes = np.empty((side, side, 3), np.uint8), np.empty((3, side * side), np.uint8)
