@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.datasets.images import EVALUATION_SIDE, ImageSource, evaluation_size, spread
-from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import add_dataset_options
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import FEATURES_HELP

@@ -22,7 +22,8 @@ from evaluation.commands import (
     write_results,
 )
 from evaluation.confusion import score_classes
-from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, open_all
 from evaluation.kmeans import kmeans

@@ -21,7 +21,7 @@ from evaluation.commands import (
     write_results,
 )
 from evaluation.confusion import score_grouping
-from evaluation.datasets.labelled_images import LabelledSquares
+from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, open_all
 from evaluation.kmeans import kmeans, sample_cells

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline.augment import BACKENDS
+from pipeline.choices import BACKENDS
 from pipeline.errors import UserError
 from tools.benchmark import cost
 from tools.benchmark.picture import draw
