@@ -14,8 +14,8 @@ COMMANDS = sorted(
     if 'if __name__ == "__main__"' in file.read_text()
 )
 SLOW = (
-    "torch", "torchvision", "kornia", "triton", "accelerate", "scipy.optimize", "faster_coco_eval", "timm",
-    "nvidia.dali", "safetensors", "tensorboard",
+    "torch", "torchvision", "kornia", "triton", "accelerate", "scipy.optimize", "timm",
+    "faster_coco_eval", "nvidia.dali", "safetensors", "tensorboard",
 )  # fmt: skip
 """Packages that take from a fifth of a second to seconds to import."""
 
