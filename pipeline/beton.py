@@ -238,7 +238,7 @@ class Beton:
         return CorruptRecord(f"{self.path}: {printable(self.name(i))}: {reason}")
 
     def _known(self) -> tuple[np.ndarray, np.ndarray]:
-        """By the manifest, the CRC-32 of each record, int64 [N], and whether it has tiles, bool [N].
+        """The CRC-32 of each record, int64 [N], and whether it has tiles, bool [N], by the manifest.
         Raises UserError if the manifest does not match.
         """
         manifest = Manifest.beside(self.path)

@@ -58,7 +58,10 @@ def frame_of(data: NDArray[np.uint8]) -> Frame:
             if body[0] != 8:
                 break
             sides = at + 5
-            sampling, tables = np.zeros((components, 2), np.int64), np.zeros((components, 2), np.int64)
+            sampling, tables = (
+                np.zeros((components, 2), np.int64),
+                np.zeros((components, 2), np.int64),
+            )
             for c in range(components):
                 ids[c] = body[6 + 3 * c]
                 sampling[c, 0], sampling[c, 1] = body[7 + 3 * c] >> 4, body[7 + 3 * c] & 15
@@ -79,9 +82,7 @@ def frame_of(data: NDArray[np.uint8]) -> Frame:
 
 
 @njit(nogil=True, cache=True)
-def _is_whole(
-    body: NDArray[np.uint8], ids: NDArray[np.int64], tables: NDArray[np.int64]
-) -> bool:
+def _is_whole(body: NDArray[np.uint8], ids: NDArray[np.int64], tables: NDArray[np.int64]) -> bool:
     """Whether a scan's header names all components, in order, and all coefficients. Notes their
     `tables`.
     """

@@ -7,6 +7,7 @@ from its neighbours, so the pixels at the edge of the selected tiles differ from
 image: there the selection has a margin, and is one rectangle for crops that meet.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -113,10 +114,10 @@ def rectangles_of(
 @_compiled
 def _tiles_of(grid: Grid, box: NDArray[np.float64], scale: int) -> NDArray[np.int64]:
     """The rectangle of tiles that holds the pixels of a crop."""
-    margin, rectangle = grid.margin * scale, np.empty(4, np.int64)
+    rectangle = np.empty(4, np.int64)
     for k, side, count in ((0, grid.width, grid.columns), (1, grid.height, grid.rows)):
-        first = np.int64(np.floor(box[k] / scale)) * scale - margin
-        after = np.int64(np.ceil(box[k + 2] / scale)) * scale + margin
+        first = (math.floor(box[k] / scale) - grid.margin) * scale
+        after = (math.ceil(box[k + 2] / scale) + grid.margin) * scale
         rectangle[k] = min(max(first // side, 0), count - 1)
         rectangle[k + 2] = min(max(-(-after // side), rectangle[k] + 1), count)
     return rectangle
@@ -124,31 +125,25 @@ def _tiles_of(grid: Grid, box: NDArray[np.float64], scale: int) -> NDArray[np.in
 
 @_compiled
 def _bands(a: NDArray[np.int64], b: NDArray[np.int64], parts: NDArray[np.int64]) -> int:
-    """Cut two rectangles of tiles into ones that do not overlap; returns their number."""
+    """Cut two rectangles of tiles into ones that do not overlap, up to three above each other and
+    one beside them; returns their number.
+    """
     count = 0
     edges = np.sort(np.array([a[1], a[3], b[1], b[3]]))
-    for top, bottom in zip(edges[:-1], edges[1:]):
+    for k in range(3):
+        top, bottom = edges[k], edges[k + 1]
         in_a, in_b = a[1] <= top < a[3], b[1] <= top < b[3]
         if top == bottom or not (in_a or in_b):
             continue
         left, right = (a, b) if in_a and (a[0] <= b[0] or not in_b) else (b, a)
-        begin, end = left[0], left[2]
-        if in_a and in_b:
-            if right[0] > end:
-                count = _append(parts, count, begin, top, end, bottom)
-                begin, end = right[0], right[2]
-            else:
-                end = max(end, right[2])
-        count = _append(parts, count, begin, top, end, bottom)
+        beside = in_a and in_b and right[0] > left[2]
+        end = max(left[2], right[2]) if in_a and in_b and not beside else left[2]
+        parts[count] = (left[0], top, end, bottom)
+        count += 1
+        if beside:
+            parts[count] = (right[0], top, right[2], bottom)
+            count += 1
     return count
-
-
-@_compiled
-def _append(
-    parts: NDArray[np.int64], count: int, begin: int, top: int, end: int, bottom: int
-) -> int:
-    parts[count, 0], parts[count, 1], parts[count, 2], parts[count, 3] = begin, top, end, bottom
-    return count + 1
 
 
 @_compiled

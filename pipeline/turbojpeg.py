@@ -21,7 +21,14 @@ from zlib_ng import zlib_ng
 
 from pipeline.ffcv_format import RAW, library
 from pipeline.frame import frame_of
-from pipeline.tiles import MOST_RECTANGLES, find_tiles, grid_of, put_together, rectangles_of, size_of
+from pipeline.tiles import (
+    MOST_RECTANGLES,
+    find_tiles,
+    grid_of,
+    put_together,
+    rectangles_of,
+    size_of,
+)
 
 _int, _pointer, _ulong, _size = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_size_t
 
@@ -241,9 +248,7 @@ def decode_records(
             return b, BAD_HEADER
         if shape[0] != width or shape[1] != height:
             return b, WRONG_SIZE
-        if len(boxes) and _decode_tiles(
-            handle, scratch[:size], part, canvas[b], scale, boxes[b]
-        ):
+        if len(boxes) and _decode_tiles(handle, scratch[:size], part, canvas[b], scale, boxes[b]):
             continue
         code = _c_decompress(
             handle[0], scratch.ctypes.data, size, canvas[b].ctypes.data,

@@ -95,9 +95,9 @@ def verify(beton: Beton, manifest: Manifest | None, workers: int) -> Outcome:
 def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int) -> Outcome:
     """Write each record under its source's name to `folder`, which must be new or empty.
 
-    JPEG files stay unchanged, those with tiles get their source's bytes back where this is possible,
-    raw pixels become PNG. Damaged records are skipped. The folder
-    appears when it is complete.
+    JPEG files stay unchanged, those with tiles get their source's bytes back where that is
+    possible, raw pixels become PNG. Damaged records are skipped. The folder appears when it is
+    complete.
     """
     partial = folder.with_name(folder.name + ".partial")
     try:

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 TABLES = 8
 """Four for DC values, then four for AC values."""
 PAD = 256
-"""Bytes that must follow the data: more than a block can have, 64 codes of 16 bits with values of up
-to 11 bits."""
+"""Bytes that must follow the data: more than a block can have, 64 codes of 16 bits with values of
+up to 11 bits."""
 _LOOK = 10  # bits of a code that one step looks up
 _LARGEST_DC, _LARGEST_AC = 11, 10  # bits of a difference and of a coefficient of 8-bit images
 _RESERVED = 256  # the symbol that takes the code of only ones, which is not allowed
 _LONGEST = 32  # bits of a code before it is limited to 16
 
+_Int = int | np.int64
 _compiled = njit(nogil=True, cache=True)
 _inlined = njit(nogil=True, cache=True, inline="always")
 
@@ -78,7 +79,8 @@ def decoder_tables(
 
     - uint16 [8, 2^_LOOK]: for each beginning of a code, its length << 8 | the symbol, or 0 if the
       code is longer;
-    - int64 [8, 17, 2]: the last code of each length, and what to add to a code for its symbol's place.
+    - int64 [8, 17, 2]: the last code of each length, and what to add to a code for the place of its
+      symbol.
 
     A table with more codes than bits becomes empty.
     """
@@ -88,7 +90,7 @@ def decoder_tables(
         code, place = 0, 0
         for length in range(1, 17):
             lasts[table, length, 1] = place - code
-            number = np.int64(counts[table, length - 1])
+            number = int(counts[table, length - 1])
             if code + number > 1 << length:
                 looks[table] = 0
                 lasts[table, :, 0] = -1
@@ -161,13 +163,13 @@ def _peek(clean: NDArray[np.uint8], at: int) -> np.uint64:
 
 
 @_inlined
-def _bits(word: np.uint64, length: int, size: int) -> np.int64:
+def _bits(word: np.uint64, length: _Int, size: _Int) -> np.int64:
     """`size` bits of `word` after the first `length`; both together up to 57."""
     return np.int64((word << np.uint64(length)) >> np.uint64(1) >> np.uint64(63 - size))
 
 
 @_inlined
-def _extended(bits: int, size: int) -> int:
+def _extended(bits: _Int, size: _Int) -> _Int:
     """The value that `size` bits stand for: negative if the first bit is 0."""
     return bits if size == 0 or bits >> (size - 1) else bits - (1 << size) + 1
 
@@ -179,7 +181,7 @@ def _next_symbol(
     looks: NDArray[np.uint16],
     lasts: NDArray[np.int64],
     values: NDArray[np.uint8],
-) -> tuple[int, int]:
+) -> tuple[_Int, _Int]:
     """The symbol at the top of `word`, and the length of its code; 0 = no code."""
     entry = np.int64(looks[table, word >> np.uint64(64 - _LOOK)])
     if entry:
@@ -383,9 +385,9 @@ def _rarest(frequency: NDArray[np.int64], but: int) -> int:
     """The symbol with the lowest frequency, the last of equals; -1 without any."""
     best = -1
     for symbol in range(257):
-        if frequency[symbol] and symbol != but:
-            if best < 0 or frequency[symbol] <= frequency[best]:
-                best = symbol
+        count = frequency[symbol]
+        if count and symbol != but and (best < 0 or count <= frequency[best]):
+            best = symbol
     return best
 
 

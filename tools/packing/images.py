@@ -65,8 +65,8 @@ def pack_image(data: bytes, storage: Storage, limits: Limits = LIMITS) -> Packed
     """Check the bytes of an image file and convert them to their stored form.
 
     A JPEG that FFCV decodes correctly stays unchanged, or only gets the end-of-image marker that it
-    lacks, and tiles if `storage` says so and its coefficients can be read. Any other image becomes upright RGB, stored
-    as pixels without loss, or as JPEG with `storage.store` "jpeg".
+    lacks, and with `storage.tiles` restart markers. Any other image becomes upright RGB, stored as
+    pixels without loss, or as JPEG with `storage.store` "jpeg".
 
     Raises:
         BadImage: if the file is damaged, beyond the limits, or not an image that can be stored.

@@ -185,8 +185,8 @@ def _tables(jpeg: bytes, frame: Frame) -> tuple[Bytes, Bytes] | None:
                 return None
             counts[table], values[table, :size] = lengths, symbols
             at += 17 + size
-    used = (frame.tables + [0, 4]).flatten()
-    return (counts, values) if counts[used].any(axis=1).all() else None
+    used = frame.tables + np.array([0, 4])
+    return (counts, values) if counts[used].any(axis=-1).all() else None
 
 
 def _segments(jpeg: bytes, frame: Frame) -> list[bytes]:
