@@ -24,6 +24,7 @@ from pipeline.ffcv_format import (
     metadata_type,
 )
 from pipeline.manifest import Manifest, manifest_path
+from pipeline.tiles import decode_crops
 from pipeline.turbojpeg import (
     BAD_HEADER,
     BAD_PIXELS,
@@ -188,36 +189,24 @@ class Beton:
         return canvas[0]
 
     def try_decode(
-        self,
-        which: np.ndarray,
-        canvas: np.ndarray,
-        decoder: Decoder,
-        scale: int = 1,
-        boxes: np.ndarray | None = None,
+        self, which: np.ndarray, canvas: np.ndarray, decoder: Decoder, scale: int = 1
     ) -> tuple[int, str]:
         """Decode records `which` int64 [B] into `canvas` uint8 [B, Hmax, Wmax, 3] until one fails.
 
         Returns the failed record's position in `which` and the reason, or (-1, ""). With `scale` 2,
         4 or 8, JPEGs are decoded at 1/`scale` of their sides, rounded up.
-
-        If only two crops of each image are needed, `boxes` float64 [B, 2, 4] says which pixels, x0
-        y0 x1 y1. Of a JPEG with tiles the others may then be anything. An image whose checksum is
-        not known is decoded whole, since only that shows damage outside of the crops.
         """
-        begin, nothing = 0, np.empty((0, 2, 4))
+        begin = 0
         while begin < len(which):
             rows, rest = which[begin:], canvas[begin:]
-            partly = boxes is not None and bool(self.has_tiles[rows].all())
             bad, code = decode_records(
                 self.file,
                 self.records[rows],
                 self.checksums[rows],
                 decoder.handle,
                 decoder.scratch,
-                decoder.part,
                 rest,
                 scale,
-                boxes[begin:] if partly and boxes is not None else nothing,
             )
             if code == OK:
                 break
@@ -227,6 +216,22 @@ class Beton:
                 return begin, REASONS[code] + (f" ({complaint})" if complaint else "")
             begin += 1  # only a warning: the pixels are complete
         return -1, ""
+
+    def try_crops(
+        self, i: int, canvas: np.ndarray, boxes: np.ndarray, decoder: Decoder, scale: int = 1
+    ) -> str:
+        """Decode those pixels of record `i` to their place in `canvas` uint8 [H, W, 3] that two crops
+        `boxes` float64 [2, 4] need, x0 y0 x1 y1 in pixels of the whole image; at 1/`scale` as
+        `try_decode`. The others may be anything. Returns the reason if it fails, or "".
+
+        Only of a JPEG with tiles, whose checksum is known, less than the whole image is decoded. So
+        damage outside of the crops is found like any other.
+        """
+        tiles = self.has_tiles[i] and decode_crops(
+            self.file, self.records[i], int(self.checksums[i]),
+            decoder.handle, decoder.scratch, decoder.part, canvas, scale, boxes,
+        )  # fmt: skip
+        return "" if tiles else self.try_decode(np.array([i]), canvas[None], decoder, scale)[1]
 
     def advise(self, blocks: np.ndarray) -> None:
         """Ask the kernel to read these blocks (by number) into memory, and do not wait for it."""
@@ -238,7 +243,7 @@ class Beton:
         return CorruptRecord(f"{self.path}: {printable(self.name(i))}: {reason}")
 
     def _known(self) -> tuple[np.ndarray, np.ndarray]:
-        """The CRC-32 of each record, int64 [N], and whether it has tiles, bool [N], by the manifest.
+        """By the manifest: each record's CRC-32, int64 [N], and whether it has tiles, bool [N].
         Raises UserError if the manifest does not match.
         """
         manifest = Manifest.beside(self.path)

@@ -254,9 +254,7 @@ class CropLoader(RecordLoader):
             scale = _scale(boxes, pixels.shape[2]) if self.beton.records[i, 4] == JPEG else 1
             shape = -(-self.beton.height[i] // scale), -(-self.beton.width[i] // scale), 3
             image = self._memory("canvas", shape)
-            _, reason = self.beton.try_decode(
-                which[b : b + 1], image[None], self._decoder(), scale, boxes[None]
-            )
+            reason = self.beton.try_crops(i, image, boxes, self._decoder(), scale)
             if reason:
                 return b, reason
             for v in range(2):

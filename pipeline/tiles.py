@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.frame import Frame
+from pipeline.turbojpeg import FLAGS, RGB, c_crc32, c_decompress, c_destroy, c_init, c_pread
 
 MOST_RECTANGLES = 4
 
@@ -22,8 +22,119 @@ _CALL = 5  # tiles that can be decoded in the time that a call of the decoder ta
 _FACTORS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
 """Luma's sampling factors that are known, where chroma's are 1."""
 
+_MOST_COMPONENTS = 4
+_DCT = 8  # pixels of a block's side
 _ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 _compiled = njit(nogil=True, cache=True)
+
+
+class Frame(NamedTuple):
+    """What the markers before the scan say, and where the scan is."""
+
+    height: int
+    """0 if this is not a JPEG of one Huffman-coded scan, baseline or extended, of 8 bits."""
+    width: int
+    sampling: NDArray[np.int64]
+    """[components, 2]: horizontal and vertical factor."""
+    tables: NDArray[np.int64]
+    """[components, 2]: Huffman table of the DC values, of the AC values."""
+    interval: int
+    """MCUs between two restart markers; 0 without."""
+    sides: int
+    """Offset of the height, which the width follows."""
+    scan: int
+    """Offset of the marker of the scan."""
+    data: int
+    """Offset of the entropy-coded data."""
+    mcu_height: int
+    mcu_width: int
+    """In pixels."""
+    rows: int
+    columns: int
+    """Of MCUs."""
+
+
+@_compiled
+def frame_of(data: NDArray[np.uint8]) -> Frame:
+    """The frame of the JPEG in `data`."""
+    sampling, tables = np.zeros((0, 2), np.int64), np.zeros((0, 2), np.int64)
+    ids = np.zeros(_MOST_COMPONENTS, np.int64)
+    at, sides, interval = 2, 0, 0
+    good = len(data) > 4 and data[0] == 0xFF and data[1] == 0xD8
+    while good and at + 4 <= len(data) and data[at] == 0xFF:
+        kind = data[at + 1]
+        end = at + 2 + (np.int64(data[at + 2]) << 8 | data[at + 3])
+        body = data[at + 4 : end]
+        if end > len(data) or kind < 0xC0 or kind == 0xFF or 0xD0 <= kind <= 0xD9:
+            break
+        if kind == 0xC0 or kind == 0xC1:
+            components = np.int64(body[5]) if len(body) > 5 else 0
+            if sides or not 1 <= components <= _MOST_COMPONENTS or len(body) != 6 + 3 * components:
+                break
+            if body[0] != 8:
+                break
+            sides = at + 5
+            sampling, tables = (
+                np.zeros((components, 2), np.int64),
+                np.zeros((components, 2), np.int64),
+            )
+            for c in range(components):
+                ids[c] = body[6 + 3 * c]
+                sampling[c, 0], sampling[c, 1] = body[7 + 3 * c] >> 4, body[7 + 3 * c] & 15
+        elif kind == 0xDD:
+            if len(body) != 2:
+                break
+            interval = np.int64(body[0]) << 8 | body[1]
+        elif kind == 0xDA:
+            if sides and _is_whole(body, ids, tables):
+                height = np.int64(data[sides]) << 8 | data[sides + 1]
+                width = np.int64(data[sides + 2]) << 8 | data[sides + 3]
+                return _frame(height, width, sampling, tables, interval, sides, at, end)
+            break
+        elif 0xC2 <= kind <= 0xCF and kind != 0xC4:
+            break
+        at = end
+    return Frame(0, 0, sampling, tables, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@_compiled
+def _is_whole(body: NDArray[np.uint8], ids: NDArray[np.int64], tables: NDArray[np.int64]) -> bool:
+    """Whether a scan's header names all components, in order, and all coefficients. Notes their
+    `tables`.
+    """
+    components = len(tables)
+    if len(body) != 4 + 2 * components or body[0] != components:
+        return False
+    for c in range(components):
+        if body[1 + 2 * c] != ids[c] or body[2 + 2 * c] & 0xCC:
+            return False
+        tables[c, 0], tables[c, 1] = body[2 + 2 * c] >> 4, body[2 + 2 * c] & 15
+    return body[-3] == 0 and body[-2] == 63 and body[-1] == 0
+
+
+@_compiled
+def _frame(
+    height: int,
+    width: int,
+    sampling: NDArray[np.int64],
+    tables: NDArray[np.int64],
+    interval: int,
+    sides: int,
+    scan: int,
+    data: int,
+) -> Frame:
+    """The frame with its MCUs; of height 0 if a size is impossible."""
+    mcu_width, mcu_height = _DCT, _DCT  # also of an image of one component, whatever its factors
+    if len(sampling) > 1:
+        mcu_width, mcu_height = _DCT * sampling[:, 0].max(), _DCT * sampling[:, 1].max()
+    blocks = (sampling[:, 0] * sampling[:, 1]).sum() if len(sampling) > 1 else 1
+    if width == 0 or sampling.min() < 1 or sampling.max() > 4 or blocks > 10:
+        height = 0
+    rows, columns = -(-height // mcu_height), -(-width // mcu_width)
+    return Frame(
+        height, width, sampling, tables, interval, sides, scan, data,
+        mcu_height, mcu_width, rows, columns,
+    )  # fmt: skip
 
 
 class Grid(NamedTuple):
@@ -97,11 +208,12 @@ def rectangles_of(
     a, b = _tiles_of(grid, boxes[0], scale), _tiles_of(grid, boxes[1], scale)
     hull = rectangles[0]
     hull[:2], hull[2:] = np.minimum(a[:2], b[:2]), np.maximum(a[2:], b[2:])
-    apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-    if grid.margin and not apart:
-        return 1
-    parts = np.empty((MOST_RECTANGLES, 4), np.int64)
-    count = _bands(a, b, parts)
+    parts, count = np.empty((MOST_RECTANGLES, 4), np.int64), 2
+    parts[0], parts[1] = a, b
+    if grid.margin == 0:
+        count = _bands(a, b, parts)
+    elif not (a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]):
+        return 1  # one's inexact edge would be written over the other
     cost = _CALL * (count - 1)
     for k in range(count):
         cost += _area(parts[k])
@@ -210,3 +322,50 @@ def size_of(frame: Frame, grid: Grid, rectangle: NDArray[np.int64]) -> tuple[int
     bottom = min(rectangle[3] * grid.height, frame.height)
     right = min(rectangle[2] * grid.width, frame.width)
     return bottom - rectangle[1] * grid.height, right - rectangle[0] * grid.width
+
+
+@_compiled
+def decode_crops(
+    file: int,
+    record: NDArray[np.int64],
+    checksum: int,
+    handle: NDArray[np.int64],
+    scratch: NDArray[np.uint8],
+    part: NDArray[np.uint8],
+    canvas: NDArray[np.uint8],
+    scale: int,
+    boxes: NDArray[np.float64],
+) -> bool:
+    """Read a record, and decode the tiles that two crops `boxes` [2, 4] need to their place in
+    `canvas` uint8 [H, W, 3], the whole image at 1/`scale`. The other arguments are those of
+    `pipeline.turbojpeg.decode_records`; `scratch` and `part` have room for the record.
+
+    False if the record has no tiles, or if anything is wrong with it: only decoding the whole image
+    shows what. The canvas may have changed.
+    """
+    data = scratch[: record[1]]
+    if c_pread(file, data.ctypes.data, len(data), record[0]) != len(data):
+        return False
+    frame = frame_of(data)
+    grid = grid_of(frame)
+    tiles = grid.rows * grid.columns
+    right_size = frame.height == record[2] and frame.width == record[3]
+    if c_crc32(0, data.ctypes.data, len(data)) != checksum or not right_size:
+        return False
+    starts = np.empty(min(tiles, len(data)) + 1, np.int64)
+    if tiles == 0 or not find_tiles(data, frame.data, starts):
+        return False
+    rectangles = np.empty((MOST_RECTANGLES, 4), np.int64)
+    for k in range(rectangles_of(grid, boxes, scale, rectangles)):
+        size = put_together(data, frame, grid, starts, rectangles[k], part)
+        height, width = size_of(frame, grid, rectangles[k])
+        y, x = rectangles[k, 1] * grid.height // scale, rectangles[k, 0] * grid.width // scale
+        if handle[0]:
+            c_destroy(handle[0])
+        handle[0] = c_init()
+        if c_decompress(
+            handle[0], part.ctypes.data, size, canvas[y:, x:].ctypes.data,
+            -(-width // scale), canvas.shape[1] * 3, -(-height // scale), RGB, FLAGS,
+        ):  # fmt: skip
+            return False
+    return True

@@ -13,22 +13,14 @@ import ctypes
 import re
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite.binding import add_symbol
+from numba import types
 from numba.core.typing.ctypes_utils import make_function_type
 from zlib_ng import zlib_ng
 
+from pipeline.compiling import njit
 from pipeline.ffcv_format import RAW, library
-from pipeline.frame import frame_of
-from pipeline.tiles import (
-    MOST_RECTANGLES,
-    find_tiles,
-    grid_of,
-    put_together,
-    rectangles_of,
-    size_of,
-)
 
 _int, _pointer, _ulong, _size = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_size_t
 
@@ -70,11 +62,11 @@ def external(function: Any) -> Any:
     """
     symbol = f"slotstream_{function.__name__}"
     add_symbol(symbol, ctypes.cast(function, ctypes.c_void_p).value)
-    return numba.types.ExternalFunction(symbol, make_function_type(function).sig)
+    return types.ExternalFunction(symbol, make_function_type(function).sig)
 
 
-_c_init, _c_destroy, _c_header = external(_init), external(_destroy), external(_header)
-_c_decompress, _c_pread, _c_crc32 = external(_decompress), external(_pread), external(_crc32)
+c_init, c_destroy, _c_header = external(_init), external(_destroy), external(_header)
+c_decompress, c_pread, c_crc32 = external(_decompress), external(_pread), external(_crc32)
 
 RGB, CMYK = 0, 11  # TJPF_RGB, TJPF_CMYK
 FLAGS = 4096 | 32768
@@ -138,104 +130,37 @@ class Decoder:
         return str(_error(int(self.handle[0])).decode(errors="replace"))
 
 
-class _Transform(ctypes.Structure):
-    """tjtransform. All zeros: nothing changes, all markers are copied."""
-
-    _fields_ = (
-        ("region", _int * 4), ("op", _int), ("options", _int),
-        ("data", _pointer), ("filter", _pointer),
-    )  # fmt: skip
-
-
-def baseline(jpeg: bytes) -> bytes:
-    """The JPEG with the same coefficients in one scan, Huffman-coded, and the same other segments;
-    b"" if libjpeg complains about it.
-    """
-    made, size = _pointer(), _ulong()
-    handle = _transformer()
-    if not handle:
-        raise MemoryError("libturbojpeg could not make a transformer")
-    try:
-        code = _transform(
-            handle, jpeg, len(jpeg), 1, ctypes.byref(made), ctypes.byref(size),
-            ctypes.byref(_Transform()), FLAGS,
-        )  # fmt: skip
-        return b"" if code else ctypes.string_at(made, size.value)
-    finally:
-        _free(made)
-        _destroy(handle)
-
-
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def _renew(handle: np.ndarray) -> None:
     """Replace the handle in `handle` int64 [1], 0 = none, by a new one."""
     if handle[0]:
-        _c_destroy(handle[0])
-    handle[0] = _c_init()
+        c_destroy(handle[0])
+    handle[0] = c_init()
 
 
-@numba.njit(nogil=True, cache=True)
-def _decode_tiles(
-    handle: np.ndarray,
-    data: np.ndarray,
-    part: np.ndarray,
-    canvas: np.ndarray,
-    scale: int,
-    boxes: np.ndarray,
-) -> bool:
-    """Decode the tiles that two crops need to their place. False if there are no tiles, or one is
-    damaged; then the whole image must be decoded.
-    """
-    frame = frame_of(data)
-    grid = grid_of(frame)
-    if 4 * grid.rows * grid.columns > len(data) or grid.rows == 0:
-        return False
-    starts = np.empty(grid.rows * grid.columns + 1, np.int64)
-    if not find_tiles(data, frame.data, starts):
-        return False
-    rectangles = np.empty((MOST_RECTANGLES, 4), np.int64)
-    for k in range(rectangles_of(grid, boxes, scale, rectangles)):
-        size = put_together(data, frame, grid, starts, rectangles[k], part)
-        height, width = size_of(frame, grid, rectangles[k])
-        y, x = rectangles[k, 1] * grid.height // scale, rectangles[k, 0] * grid.width // scale
-        if _c_decompress(
-            handle[0], part.ctypes.data, size, canvas[y:, x:].ctypes.data,
-            -(-width // scale), canvas.shape[1] * 3, -(-height // scale), RGB, FLAGS,
-        ):  # fmt: skip
-            return False
-    return True
-
-
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def decode_records(
     file: int,
     records: np.ndarray,
     checksums: np.ndarray,
     handle: np.ndarray,
     scratch: np.ndarray,
-    part: np.ndarray,
     canvas: np.ndarray,
     scale: int,
-    boxes: np.ndarray,
 ) -> tuple[int, int]:
     """Read and decode records into the top left corners of `canvas` uint8 [B, Hmax, Wmax, 3], JPEGs
     at 1/`scale` of their sides (1, 2, 4 or 8), rounded up. Runs without the GIL.
 
     `records` int64 [B, 5]: pointer, bytes, height, width, mode. `checksums` int64 [B]: the CRC-32
-    that the bytes must have, or -1. `boxes` float64 [B, 2, 4]: where only these two crops of each
-    image are needed (x0 y0 x1 y1 in its pixels), and it has tiles; or [0, 2, 4]. The other pixels
-    of such an image are those of any image. `scratch` and `part` uint8: room for the largest
-    record.
-
-    Returns (position, code) of the first record that fails, or (-1, OK). Canvas pixels outside an
-    image do not change.
+    that the bytes must have, or -1. Returns (position, code) of the first record that fails, or
+    (-1, OK). Canvas pixels outside an image do not change.
     """
     shape = np.empty(4, np.int32)  # width, height, subsampling, colour space
     for b in range(records.shape[0]):
         pointer, size, height, width, mode = records[b]
-        if _c_pread(file, scratch.ctypes.data, size, pointer) != size:
+        if c_pread(file, scratch.ctypes.data, size, pointer) != size:
             return b, SHORT_READ
-        if checksums[b] >= 0 and _c_crc32(0, scratch.ctypes.data, size) != checksums[b]:
+        if checksums[b] >= 0 and c_crc32(0, scratch.ctypes.data, size) != checksums[b]:
             return b, WRONG_BYTES
         if mode == RAW:
             pixels = scratch[:size].reshape(height, width, 3)
@@ -248,9 +173,7 @@ def decode_records(
             return b, BAD_HEADER
         if shape[0] != width or shape[1] != height:
             return b, WRONG_SIZE
-        if len(boxes) and _decode_tiles(handle, scratch[:size], part, canvas[b], scale, boxes[b]):
-            continue
-        code = _c_decompress(
+        code = c_decompress(
             handle[0], scratch.ctypes.data, size, canvas[b].ctypes.data,
             -(-width // scale), canvas.shape[2] * 3, -(-height // scale), RGB, FLAGS,
         )  # fmt: skip

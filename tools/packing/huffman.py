@@ -22,7 +22,6 @@ _LARGEST_DC, _LARGEST_AC = 11, 10  # bits of a difference and of a coefficient o
 _RESERVED = 256  # the symbol that takes the code of only ones, which is not allowed
 _LONGEST = 32  # bits of a code before it is limited to 16
 
-_Int = int | np.int64
 _compiled = njit(nogil=True, cache=True)
 _inlined = njit(nogil=True, cache=True, inline="always")
 
@@ -163,13 +162,13 @@ def _peek(clean: NDArray[np.uint8], at: int) -> np.uint64:
 
 
 @_inlined
-def _bits(word: np.uint64, length: _Int, size: _Int) -> np.int64:
+def _bits(word: np.uint64, length: int, size: int) -> int:
     """`size` bits of `word` after the first `length`; both together up to 57."""
-    return np.int64((word << np.uint64(length)) >> np.uint64(1) >> np.uint64(63 - size))
+    return int(np.int64((word << np.uint64(length)) >> np.uint64(1) >> np.uint64(63 - size)))
 
 
 @_inlined
-def _extended(bits: _Int, size: _Int) -> _Int:
+def _extended(bits: int, size: int) -> int:
     """The value that `size` bits stand for: negative if the first bit is 0."""
     return bits if size == 0 or bits >> (size - 1) else bits - (1 << size) + 1
 
@@ -181,15 +180,15 @@ def _next_symbol(
     looks: NDArray[np.uint16],
     lasts: NDArray[np.int64],
     values: NDArray[np.uint8],
-) -> tuple[_Int, _Int]:
+) -> tuple[int, int]:
     """The symbol at the top of `word`, and the length of its code; 0 = no code."""
-    entry = np.int64(looks[table, word >> np.uint64(64 - _LOOK)])
+    entry = int(np.int64(looks[table, word >> np.uint64(64 - _LOOK)]))
     if entry:
         return entry & 255, entry >> 8
     for length in range(_LOOK + 1, 17):
         code = np.int64(word >> np.uint64(64 - length))
         if code <= lasts[table, length, 0]:
-            return np.int64(values[table, code + lasts[table, length, 1]]), length
+            return int(np.int64(values[table, code + lasts[table, length, 1]])), length
     return 0, 0
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import turbojpeg
-from pipeline.frame import Frame, frame_of
+from pipeline.tiles import Frame, frame_of
 from tools.packing import huffman
 from tools.packing.huffman import TABLES, Symbols
 
