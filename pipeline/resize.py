@@ -8,8 +8,9 @@ boxes.
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from pipeline.compiling import njit
 
 _LANES = 32  # rows that are resized together, one in each lane of a vector register
 

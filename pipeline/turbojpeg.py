@@ -13,12 +13,13 @@ import ctypes
 import re
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite.binding import add_symbol
+from numba import types
 from numba.core.typing.ctypes_utils import make_function_type
 from zlib_ng import zlib_ng
 
+from pipeline.compiling import njit
 from pipeline.ffcv_format import RAW, library
 
 _int, _pointer, _ulong, _size = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_size_t
@@ -52,7 +53,7 @@ def external(function: Any) -> Any:
     """
     symbol = f"slotstream_{function.__name__}"
     add_symbol(symbol, ctypes.cast(function, ctypes.c_void_p).value)
-    return numba.types.ExternalFunction(symbol, make_function_type(function).sig)
+    return types.ExternalFunction(symbol, make_function_type(function).sig)
 
 
 _c_init, _c_destroy, _c_header = external(_init), external(_destroy), external(_header)
@@ -119,7 +120,7 @@ class Decoder:
         return str(_error(int(self.handle[0])).decode(errors="replace"))
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def _renew(handle: np.ndarray) -> None:
     """Replace the handle in `handle` int64 [1], 0 = none, by a new one."""
     if handle[0]:
@@ -127,7 +128,7 @@ def _renew(handle: np.ndarray) -> None:
     handle[0] = _c_init()
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def decode_records(
     file: int,
     records: np.ndarray,
