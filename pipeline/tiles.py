@@ -11,9 +11,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.compiling import njit
 from pipeline.turbojpeg import FLAGS, RGB, c_crc32, c_decompress, c_destroy, c_init, c_pread
 
 MOST_RECTANGLES = 4

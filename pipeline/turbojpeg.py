@@ -130,6 +130,34 @@ class Decoder:
         return str(_error(int(self.handle[0])).decode(errors="replace"))
 
 
+class _Transform(ctypes.Structure):
+    """tjtransform. All zeros: nothing changes, all markers are copied."""
+
+    _fields_ = (
+        ("region", _int * 4), ("op", _int), ("options", _int),
+        ("data", _pointer), ("filter", _pointer),
+    )  # fmt: skip
+
+
+def baseline(jpeg: bytes) -> bytes:
+    """The JPEG with the same coefficients in one scan, Huffman-coded, and the same other segments;
+    b"" if libjpeg complains about it.
+    """
+    made, size = _pointer(), _ulong()
+    handle = _transformer()
+    if not handle:
+        raise MemoryError("libturbojpeg could not make a transformer")
+    try:
+        code = _transform(
+            handle, jpeg, len(jpeg), 1, ctypes.byref(made), ctypes.byref(size),
+            ctypes.byref(_Transform()), FLAGS,
+        )  # fmt: skip
+        return b"" if code else ctypes.string_at(made, size.value)
+    finally:
+        _free(made)
+        _destroy(handle)
+
+
 @njit(nogil=True, cache=True)
 def _renew(handle: np.ndarray) -> None:
     """Replace the handle in `handle` int64 [1], 0 = none, by a new one."""

@@ -9,8 +9,9 @@ Symbols are an array of `dc`, the quantised DC value of each block in the order 
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from pipeline.compiling import njit
 
 TABLES = 8
 """Four for DC values, then four for AC values."""
