@@ -69,15 +69,12 @@ def frame_of(data: NDArray[np.uint8]) -> Frame:
             break
         if kind == 0xC0 or kind == 0xC1:
             components = np.int64(body[5]) if len(body) > 5 else 0
-            if sides or not 1 <= components <= _MOST_COMPONENTS or len(body) != 6 + 3 * components:
-                break
-            if body[0] != 8:
+            possible = 1 <= components <= _MOST_COMPONENTS and len(body) == 6 + 3 * components
+            if sides or not possible or body[0] != 8:
                 break
             sides = at + 5
-            sampling, tables = (
-                np.zeros((components, 2), np.int64),
-                np.zeros((components, 2), np.int64),
-            )
+            sampling = np.zeros((components, 2), np.int64)
+            tables = np.zeros((components, 2), np.int64)
             for c in range(components):
                 ids[c] = body[6 + 3 * c]
                 sampling[c, 0], sampling[c, 1] = body[7 + 3 * c] >> 4, body[7 + 3 * c] & 15
@@ -124,12 +121,15 @@ def _frame(
     data: int,
 ) -> Frame:
     """The frame with its MCUs; of height 0 if a size is impossible."""
-    mcu_width, mcu_height = _DCT, _DCT  # also of an image of one component, whatever its factors
-    if len(sampling) > 1:
-        mcu_width, mcu_height = _DCT * sampling[:, 0].max(), _DCT * sampling[:, 1].max()
-    blocks = (sampling[:, 0] * sampling[:, 1]).sum() if len(sampling) > 1 else 1
-    if width == 0 or sampling.min() < 1 or sampling.max() > 4 or blocks > 10:
+    across, down, blocks, least = 1, 1, 0, 4  # largest factors, blocks of an MCU, smallest factor
+    for c in range(len(sampling)):
+        h, v = sampling[c, 0], sampling[c, 1]
+        across, down, blocks, least = max(across, h), max(down, v), blocks + h * v, min(least, h, v)
+    if width == 0 or least < 1 or across > 4 or down > 4 or (blocks > 10 and len(sampling) > 1):
         height = 0
+    if len(sampling) == 1:
+        across, down = 1, 1
+    mcu_height, mcu_width = _DCT * down, _DCT * across
     rows, columns = -(-height // mcu_height), -(-width // mcu_width)
     return Frame(
         height, width, sampling, tables, interval, sides, scan, data,
@@ -153,14 +153,16 @@ class Grid(NamedTuple):
 @_compiled
 def grid_of(frame: Frame) -> Grid:
     """The tiles of a JPEG with this frame."""
-    plain = len(frame.sampling) == 1
-    subsampled = False
-    if len(frame.sampling) == 3 and frame.sampling[1:].max() == 1:
-        across, down = frame.sampling[0, 0], frame.sampling[0, 1]
-        subsampled = across > 1 or down > 1
-        for factors in _FACTORS:
-            plain |= across == factors[0] and down == factors[1]
-    if not (plain and frame.height and frame.interval and frame.columns % frame.interval == 0):
+    sampling = frame.sampling
+    known, subsampled = len(sampling) == 1, False
+    if (
+        len(sampling) == 3
+        and sampling[1, 0] * sampling[1, 1] * sampling[2, 0] * sampling[2, 1] == 1
+    ):
+        subsampled = sampling[0, 0] * sampling[0, 1] > 1
+        for across, down in _FACTORS:
+            known |= sampling[0, 0] == across and sampling[0, 1] == down
+    if not (known and frame.height and frame.interval and frame.columns % frame.interval == 0):
         return Grid(0, 0, 0, 0, 0)
     columns = frame.columns // frame.interval
     return Grid(
@@ -205,62 +207,73 @@ def rectangles_of(
     the last) that hold two crops `boxes` [2, 4] (x0 y0 x1 y1, in pixels of the image), if the image
     is decoded at 1/`scale` of its sides. Returns their number.
     """
-    a, b = _tiles_of(grid, boxes[0], scale), _tiles_of(grid, boxes[1], scale)
-    hull = rectangles[0]
-    hull[:2], hull[2:] = np.minimum(a[:2], b[:2]), np.maximum(a[2:], b[2:])
-    parts, count = np.empty((MOST_RECTANGLES, 4), np.int64), 2
-    parts[0], parts[1] = a, b
+    a, b = _tiles_of(grid, boxes, 0, scale), _tiles_of(grid, boxes, 1, scale)
+    apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    count = 0
     if grid.margin == 0:
-        count = _bands(a, b, parts)
-    elif not (a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]):
-        return 1  # one's inexact edge would be written over the other
+        count = _bands(a, b, rectangles)
+    elif apart:  # else one's inexact edge would be written over the other
+        count = _append(rectangles, _append(rectangles, 0, *a), *b)
     cost = _CALL * (count - 1)
     for k in range(count):
-        cost += _area(parts[k])
-    if cost >= _area(hull):
-        return 1
-    rectangles[:] = parts
-    return count
+        x0, y0, x1, y1 = rectangles[k]
+        cost += (x1 - x0) * (y1 - y0)
+    x0, y0, x1, y1 = min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+    if count and cost < (x1 - x0) * (y1 - y0):
+        return count
+    return _append(rectangles, 0, x0, y0, x1, y1)
 
 
 @_compiled
-def _tiles_of(grid: Grid, box: NDArray[np.float64], scale: int) -> NDArray[np.int64]:
-    """The rectangle of tiles that holds the pixels of a crop."""
-    rectangle = np.empty(4, np.int64)
-    for k, side, count in ((0, grid.width, grid.columns), (1, grid.height, grid.rows)):
-        first = (math.floor(box[k] / scale) - grid.margin) * scale
-        after = (math.ceil(box[k + 2] / scale) + grid.margin) * scale
-        rectangle[k] = min(max(first // side, 0), count - 1)
-        rectangle[k + 2] = min(max(-(-after // side), rectangle[k] + 1), count)
-    return rectangle
+def _tiles_of(
+    grid: Grid, boxes: NDArray[np.float64], v: int, scale: int
+) -> tuple[int, int, int, int]:
+    """The rectangle of tiles that holds the pixels of crop `v`."""
+    x0, x1 = _span(boxes[v, 0], boxes[v, 2], scale, grid.margin, grid.width, grid.columns)
+    y0, y1 = _span(boxes[v, 1], boxes[v, 3], scale, grid.margin, grid.height, grid.rows)
+    return x0, y0, x1, y1
 
 
 @_compiled
-def _bands(a: NDArray[np.int64], b: NDArray[np.int64], parts: NDArray[np.int64]) -> int:
+def _span(
+    low: float, high: float, scale: int, margin: int, side: int, count: int
+) -> tuple[int, int]:
+    """The first of `count` tiles with this side that a crop needs, and the one after the last."""
+    first = (math.floor(low / scale) - margin) * scale // side
+    after = -(-(math.ceil(high / scale) + margin) * scale // side)
+    first = min(max(first, 0), count - 1)
+    return first, min(max(after, first + 1), count)
+
+
+@_compiled
+def _bands(
+    a: tuple[int, int, int, int], b: tuple[int, int, int, int], rectangles: NDArray[np.int64]
+) -> int:
     """Cut two rectangles of tiles into ones that do not overlap, up to three above each other and
     one beside them; returns their number.
     """
     count = 0
-    edges = np.sort(np.array([a[1], a[3], b[1], b[3]]))
-    for k in range(3):
-        top, bottom = edges[k], edges[k + 1]
+    inner, outer = max(a[1], b[1]), min(a[3], b[3])
+    low, high = min(inner, outer), max(inner, outer)
+    for top, bottom in ((min(a[1], b[1]), low), (low, high), (high, max(a[3], b[3]))):
         in_a, in_b = a[1] <= top < a[3], b[1] <= top < b[3]
         if top == bottom or not (in_a or in_b):
             continue
         left, right = (a, b) if in_a and (a[0] <= b[0] or not in_b) else (b, a)
         beside = in_a and in_b and right[0] > left[2]
         end = max(left[2], right[2]) if in_a and in_b and not beside else left[2]
-        parts[count] = (left[0], top, end, bottom)
-        count += 1
+        count = _append(rectangles, count, left[0], top, end, bottom)
         if beside:
-            parts[count] = (right[0], top, right[2], bottom)
-            count += 1
+            count = _append(rectangles, count, right[0], top, right[2], bottom)
     return count
 
 
 @_compiled
-def _area(rectangle: NDArray[np.int64]) -> int:
-    return (rectangle[2] - rectangle[0]) * (rectangle[3] - rectangle[1])
+def _append(rectangles: NDArray[np.int64], count: int, x0: int, y0: int, x1: int, y1: int) -> int:
+    """Add a rectangle; returns the new number."""
+    rectangles[count, 0], rectangles[count, 1] = x0, y0
+    rectangles[count, 2], rectangles[count, 3] = x1, y1
+    return count + 1
 
 
 @_compiled
@@ -355,7 +368,7 @@ def decode_crops(
     starts = np.empty(min(tiles, len(data)) + 1, np.int64)
     if tiles == 0 or not find_tiles(data, frame.data, starts):
         return False
-    rectangles = np.empty((MOST_RECTANGLES, 4), np.int64)
+    stride, rectangles = canvas.shape[1] * 3, np.empty((MOST_RECTANGLES, 4), np.int64)
     for k in range(rectangles_of(grid, boxes, scale, rectangles)):
         size = put_together(data, frame, grid, starts, rectangles[k], part)
         height, width = size_of(frame, grid, rectangles[k])
@@ -364,8 +377,8 @@ def decode_crops(
             c_destroy(handle[0])
         handle[0] = c_init()
         if c_decompress(
-            handle[0], part.ctypes.data, size, canvas[y:, x:].ctypes.data,
-            -(-width // scale), canvas.shape[1] * 3, -(-height // scale), RGB, FLAGS,
+            handle[0], part.ctypes.data, size, canvas.ctypes.data + y * stride + 3 * x,
+            -(-width // scale), stride, -(-height // scale), RGB, FLAGS,
         ):  # fmt: skip
             return False
     return True
