@@ -291,13 +291,19 @@ def put_together(
     for row in range(rectangle[1], rectangle[3]):
         for column in range(rectangle[0], rectangle[2]):
             tile = row * grid.columns + column
-            begin, end = starts[tile], starts[tile + 1]
-            out[size : size + end - begin] = data[begin:end]  # with the marker behind it
-            size += end - begin
+            size = _copy(data, starts[tile], starts[tile + 1], out, size)  # and the next marker
             out[size - 1] = 0xD0 + number % 8
             number += 1
     out[size - 1] = 0xD9
     return size
+
+
+@_compiled
+def _copy(data: NDArray[np.uint8], begin: int, end: int, out: NDArray[np.uint8], size: int) -> int:
+    """Append bytes to the `size` that `out` has; returns the new size."""
+    for i in range(end - begin):
+        out[size + i] = data[begin + i]
+    return size + end - begin
 
 
 @_compiled
@@ -311,20 +317,18 @@ def _header(
     """Write the segments before the scan that decide pixels, with the rectangle's height and width;
     returns their bytes.
     """
-    out[:2] = data[:2]
-    size, at = 2, 2
+    size, at = _copy(data, 0, 2, out, 0), 2
     while at < frame.data:
         end = at + 2 + (np.int64(data[at + 2]) << 8 | data[at + 3])
         kind = data[at + 1]
         # Of the other segments only JFIF's and Adobe's say how colours are stored.
         if kind < 0xE0 or kind == 0xE0 or kind == 0xEE:
-            out[size : size + end - at] = data[at:end]
+            size = _copy(data, at, end, out, size)
             if at < frame.sides < end:
                 height, width = size_of(frame, grid, rectangle)
-                sides = size + frame.sides - at
+                sides = size - (end - frame.sides)
                 out[sides], out[sides + 1] = height >> 8, height & 255
                 out[sides + 2], out[sides + 3] = width >> 8, width & 255
-            size += end - at
         at = end
     return size
 
