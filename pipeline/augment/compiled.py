@@ -189,15 +189,23 @@ def _channel(
 
 @_compiled
 def _blur(planes: NDArray[np.uint8], side: int, box: int, near: int, far: int) -> None:
-    """Three boxes across, three down, with bytes between."""
+    """Three boxes across, three down, with bytes between. Each is one loop over a plane whose edges
+    are repeated around it; what such a loop writes to the edges is not used.
+    """
     reach = box + 1
-    line = np.empty((side + 2 * reach) * side, np.uint8)  # a row or a plane, with its edges around
-    for row in planes.reshape(-1, side):
+    wide = side + 2 * reach
+    line, other = np.empty(wide * side, np.uint8), np.empty(wide * side, np.uint8)
+    for plane in planes:
+        for y in range(side):
+            _repeat(plane[y * side : (y + 1) * side], 1, line[y * wide + reach :])
         for _ in range(3):
-            _repeat(row[:1], reach, line)
-            _repeat(row, 1, line[reach:])
-            _repeat(row[side - 1 :], reach, line[reach + side :])
-            _box(line, 1, row, box, near, far)
+            for row in line.reshape(side, wide):
+                for k in range(reach):
+                    row[k], row[wide - 1 - k] = row[reach], row[wide - 1 - reach]
+            _box(line, 1, other[reach : len(other) - reach], box, near, far)
+            line, other = other, line
+        for y in range(side):
+            _repeat(line[y * wide + reach : y * wide + reach + side], 1, plane[y * side :])
     for plane in planes:
         for _ in range(3):
             _repeat(plane[:side], reach, line)
