@@ -99,7 +99,7 @@ def _lightness(r: np.uint8, g: np.uint8, b: np.uint8) -> np.float32:
 def _mean_lightness(planes: NDArray[np.uint8]) -> int:
     """Rounded, as ImageEnhance.Contrast does."""
     r, g, b = planes[0], planes[1], planes[2]
-    total = 0
+    total: Any = 0
     for i in range(len(r)):
         total += _i32(_lightness(r[i], g[i], b[i]))
     return (2 * total + len(r)) // (2 * len(r))

@@ -26,7 +26,7 @@ from pipeline.ffcv_format import JPEG
 from pipeline.views import ViewConfig, ViewParams, sample_views
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
-from tools.benchmark.verdict import find, plain_copy
+from tools.benchmark.verdict import FINISHED, find, plain_copy
 from train.run.log import Stopwatch
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def read(bench: Bench) -> None:
 
 def decode(bench: Bench) -> None:
     """Bare libjpeg-turbo on bytes in memory, the upper bound; the loader, which reads and decodes
-    the same images into canvases; the loader that cuts both crops too; DALI's decoder. Bytes: the
-    images' pixels.
+    the same images into canvases; the loader that cuts both crops too, and the one that finishes
+    both views; DALI's decoder. Bytes: the images' pixels.
     """
     from pipeline.decode import CanvasLoader, CropLoader
 
@@ -100,11 +100,17 @@ def decode(bench: Bench) -> None:
     for threads in bench.threads:
         made = partial(Work, "decode", images=len(images), batch=bench.batch, threads=threads)
         whole = CanvasLoader(beton, threads, pin)
-        cut = CropLoader(beton, threads, pin, views=views, seed=0, size_of=lambda _: views.size)
+        drawn: dict[str, Any] = {"views": views, "seed": 0, "size_of": lambda _: views.size}
+        cut = CropLoader(beton, threads, pin, **drawn)
+        finish = CropLoader(beton, threads, pin, colours=bench.dtype, **drawn)
         works = [
             made("loader", partial(_decode_all, whole, batches), bytes=pixels),
             made("loader", partial(_decode_all, cut, batches), bytes=pixels, crops="host"),
-        ]
+            made(
+                "loader", partial(_decode_all, finish, batches), bytes=pixels, crops="host",
+                operation=FINISHED,
+            ),
+        ]  # fmt: skip
         if jpegs:
             bare = partial(_in_threads, partial(_decode_part, beton), jpegs, threads)
             works.insert(0, made("libjpeg-turbo", bare, bytes=pixels))
@@ -279,8 +285,8 @@ def augment(bench: Bench) -> None:
 
 def pipeline(bench: Bench) -> None:
     """The whole data path, from the beton to views on the device, by each backend, with crops on
-    the device, on the host, by DALI; then training from the fastest of each ("overlap"), and its
-    wait for data. Bytes: the records'.
+    the device, on the host, by DALI; then training from the fastest of each, and from views that
+    the decoding threads finish ("overlap"), and its wait for data. Bytes: the records'.
     """
     beton = _beton(bench)
     backends = _usable(bench, "pipeline")
@@ -298,7 +304,9 @@ def pipeline(bench: Bench) -> None:
                 work = Work("pipeline", name, call, batch, batch, bench.cores, size, crops=crops)
                 results += bench.measure([work])
         fastest = max(results, key=lambda result: result.images_per_s)
-        _overlap(bench, train, fastest.backend, crops)
+        finished = ["compiled"] if crops == "host" and "compiled" in backends else []
+        for name in dict.fromkeys([fastest.backend, *finished]):
+            _overlap(bench, train, name, crops)
 
 
 def batches(bench: Bench, backend: str, crops: Crops, batch: int) -> Generator["Batch", None, None]:
@@ -375,8 +383,9 @@ FROM_A_FILE = ("read", "decode", "pipeline")
 
 
 def _threads(bench: Bench, name: str) -> int:
-    """Threads of the host: on a CPU kornia uses PyTorch's."""
-    return torch.get_num_threads() if bench.device.type == "cpu" and name == "kornia" else 1
+    """Threads of the host: compiled, and on a CPU kornia, use PyTorch's."""
+    several = name == "compiled" or (bench.device.type == "cpu" and name == "kornia")
+    return torch.get_num_threads() if several else 1
 
 
 def _batch(bench: Bench, name: str) -> int:
