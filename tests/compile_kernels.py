@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 
 from pipeline.augment.kernels.blur import blur
 from pipeline.augment.kernels.colour import colour
-from pipeline.augment.kernels.resize import crop_and_resize
-from pipeline.augment.triton import BLUR, COLOUR, EXACT, RESIZE
+from pipeline.augment.kernels.resize import resize_across, resize_down, weigh
+from pipeline.augment.triton import ACROSS, BLUR, COLOUR, DOWN, EXACT, WEIGH
 
 ARCHITECTURES = (80, 90)
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -28,12 +28,16 @@ _TYPES = {
     "canvas": "*u8",
     "pixels": "*u8",
     "scratch": "*u8",
+    "lines": "*u8",
+    "weights": "*i32",
     "words": "*i32",
     "sums": "*i64",
     "image_stride": "i64",
 }  # the others are int32
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "crop_and_resize": (crop_and_resize, RESIZE),
+    "weigh": (weigh, WEIGH),
+    "resize_across": (resize_across, ACROSS),
+    "resize_down": (resize_down, DOWN),
     "colour before contrast": (colour, COLOUR | {"BEFORE_CONTRAST": True}),
     "colour": (colour, COLOUR | {"BEFORE_CONTRAST": False}),
     "blur": (blur, BLUR),
@@ -54,6 +58,8 @@ def compile_kernel(name: str, arch: int, dtype: str = "bf16", size: int = 224) -
     """Compile one kernel. Raises the exceptions of Triton and ptxas."""
     kernel, launch = KERNELS[name]
     constants = {k: v for k, v in launch.items() if k not in _OPTIONS} | {"S": size}
+    if name == "weigh":
+        constants["BLOCK"] = triton.next_power_of_2(size)
     types = _TYPES | {"out": f"*{dtype}"}
     signature = {
         arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names
