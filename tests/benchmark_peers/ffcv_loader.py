@@ -10,6 +10,7 @@ import torch
 from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.pipeline.pipeline_spec import PipelineSpec
+from ffcv.reader import Reader
 from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ EPOCH = 64
 def open_views(job: Job) -> Views:
     torch.set_num_threads(job.threads)  # importing ffcv has set one
     views = {f"view {v}": _view(job, v) for v in range(2)}
-    images = len(Loader(job.beton, 1, pipelines={"image": None, "index": None}).indices)
+    images = int(Reader(job.beton).num_samples)
     loader = Loader(
         job.beton,
         job.batch,
@@ -45,7 +46,13 @@ def _view(job: Job, v: int) -> PipelineSpec:
         (recipe.min_aspect, recipe.max_aspect),
     )
     moved = [ToDevice(torch.device(job.device))] if job.device == "cuda" else []
-    steps = [RandomHorizontalFlip(recipe.flip), ToTensor(), *moved, ToTorchImage(), Colour(recipe, v)]
+    steps = [
+        RandomHorizontalFlip(recipe.flip),
+        ToTensor(),
+        *moved,
+        ToTorchImage(),
+        Colour(recipe, v),
+    ]
     return PipelineSpec("image", decoder=crop, transforms=steps)
 
 

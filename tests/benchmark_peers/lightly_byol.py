@@ -15,9 +15,7 @@ from tests.benchmark_peers.workers import load_views
 
 def open_views(job: Job) -> Views:
     settings = [_settings(job.recipe, v) for v in range(2)]
-    transform = BYOLTransform(
-        BYOLView1Transform(**settings[0]), BYOLView2Transform(**settings[1])
-    )
+    transform = BYOLTransform(BYOLView1Transform(**settings[0]), BYOLView2Transform(**settings[1]))
     return load_views(job, _Pairs(LightlyDataset(job.files, transform=transform)))
 
 

@@ -11,6 +11,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from tests.benchmark_peers.peers import Job, Views
 
 LEVELS = 255
+ONE, HALF, WHITE = (types.Constant(level, types.UINT8) for level in (1, 128, LEVELS))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -59,8 +60,8 @@ def _view(images: Any, recipe: SimpleNamespace, v: int) -> Any:
     if fn.random.coin_flip(probability=recipe.blur[v], dtype=types.BOOL):
         x = fn.gaussian_blur(x, sigma=fn.random.uniform(range=list(recipe.blur_sigma)))
     if fn.random.coin_flip(probability=recipe.solarize[v], dtype=types.BOOL):
-        bright = types.Constant(1).uint8() * (x >= LEVELS / 2)
-        x = bright * (LEVELS - x) + (1 - bright) * x
+        bright = fn.cast(x >= HALF, dtype=types.UINT8)
+        x = bright * (WHITE - x) + (ONE - bright) * x  # all uint8, as without it
     return fn.crop_mirror_normalize(
         x,
         mirror=fn.random.coin_flip(probability=recipe.flip),

@@ -90,7 +90,5 @@ PEERS: dict[str, Peer] = {
 def open_views(job: Job) -> Views:
     """The views of the job's peer. Raises ImportError if it is not installed."""
     peer = PEERS[job.peer]
-    opened: Callable[..., Views] = import_module(
-        f"tests.benchmark_peers.{peer.module}"
-    ).open_views
+    opened: Callable[..., Views] = import_module(f"tests.benchmark_peers.{peer.module}").open_views
     return opened(job, **peer.options)
