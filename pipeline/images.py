@@ -321,9 +321,10 @@ def _check_tiff(file: BinaryIO) -> None:
         return
     order = "<" if head[:1] == b"I" else ">"
     file.seek(struct.unpack(order + "4xI", head)[0])
-    table = file.read(2 + 12 * 65535)
+    count = int.from_bytes(file.read(2), "little" if order == "<" else "big")
+    table = file.read(12 * count)
     file.seek(0)
-    for offset in range(2, len(table) - 11, 12):
+    for offset in range(0, len(table) - 11, 12):
         tag, count = struct.unpack_from(order + "H2xI", table, offset)
         if tag in _STRIPS and count > MAX_STRIPS:
             raise BadImage(f"a TIFF of {count:,} strips; the limit is {MAX_STRIPS:,}")
