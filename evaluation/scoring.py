@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaluation.confusion import GroupingScore, confusion_matrix
 from evaluation.crf import refine_clusters
-from evaluation.datasets.labelled_images import LabelledSquares
+from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.segment import assign
 from pipeline.errors import UserError
 

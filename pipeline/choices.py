@@ -18,3 +18,6 @@ AnyCrops = Literal["auto", Crops]
 
 OnCorrupt = Literal["stop", "replace"]
 """What happens at a record that cannot be decoded: an error, or another image replaces it."""
+
+BACKENDS = ("reference", "compiled", "kornia", "triton")
+"""The modules of `pipeline.augment` that make the views' pixels."""

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from pipeline.compiling import njit
 
 _LANES = 16  # bytes of a vector
 _PIXEL = 3 * _LANES  # bytes of a pixel of 16 rows

@@ -5,16 +5,13 @@ evaluated image, in pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from evaluation.datasets.images import centre_square
+from evaluation.datasets.images import DECODE_THREADS
 from evaluation.datasets.label_maps import VOID, LabelReader
 from evaluation.datasets.pairs import Pair, require_labels
-from evaluation.datasets.squares import DECODE_THREADS, SquareImages, Squares
 from pipeline.errors import UserError
 from pipeline.images import load_rgb, load_size
 from pipeline.parallel import ordered_map
@@ -74,18 +71,3 @@ class LabelledImages:
             raise UserError(
                 f"{self.source}: no labelled pixel to score: the label maps are all void"
             )
-
-
-@dataclass(frozen=True)
-class LabelledSquares(SquareImages):
-    """Labelled images to read in batches, as squares of R = `size` pixels."""
-
-    images: LabelledImages
-
-    def labels(self, batch: Squares) -> np.ndarray:
-        """uint8 [B, R, R]: the label maps of a batch, cropped like its images, with nearest
-        neighbour. Raises UserError.
-        """
-        numbers = zip(batch.index.tolist(), batch.shape, strict=True)
-        maps = (self.images.labels(i, *shape) for i, shape in numbers)
-        return np.stack([centre_square(m, self.size, Image.Resampling.NEAREST) for m in maps])

@@ -14,11 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.datasets.images import ImageSource, centre_square
+from evaluation.datasets.images import DECODE_THREADS, ImageSource, centre_square
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
-
-DECODE_THREADS = 4
-"""Threads that read images while the network runs on earlier ones."""
 
 
 @dataclass(frozen=True)

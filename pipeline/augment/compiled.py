@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from pipeline.augment import (
     empty_views,
     pillow,
 )
+from pipeline.compiling import njit
 from pipeline.resize import resize
 from pipeline.views import ViewParams
 

@@ -28,8 +28,6 @@ from tools.benchmark.verdict import aligned
 from train.config import RunConfig
 from train.run.provenance import hardware
 
-CO2_PER_KWH = 445.0
-"""g CO2 a kWh: the world's electricity in 2024 (IEA, Electricity 2025, "Emissions")."""
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 IMAGES = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 """Images of the recipes' sets, by the beton's name: used where the beton is missing."""

@@ -24,6 +24,7 @@ from pipeline.choices import CROPS, Crops
 from pipeline.errors import UserError
 from pipeline.ffcv_format import JPEG
 from pipeline.views import ViewConfig, ViewParams, sample_views
+from tools.benchmark.options import FROM_A_FILE
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
 from tools.benchmark.verdict import FINISHED, find, plain_copy
@@ -60,9 +61,7 @@ def repeated(beton: "Beton", count: int) -> "Beton":
 
 
 def read(bench: Bench) -> None:
-    """Records into memory, not decoded: from the page cache; then from the disk, unless the system
-    ignores the advice to forget the pages. Bytes: the records'.
-    """
+    """See `options.STAGES`."""
     beton = _beton(bench)
     records = np.unique(beton.records[: bench.images, :2], axis=0).tolist()
     size = sum(count for _, count in records)
@@ -85,10 +84,7 @@ def read(bench: Bench) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """Bare libjpeg-turbo on bytes in memory, the upper bound; the loader, which reads and decodes
-    the same images into canvases; the loader that cuts both crops too, and the one that finishes
-    both views; DALI's decoder. Bytes: the images' pixels.
-    """
+    """See `options.STAGES`."""
     from pipeline.decode import CanvasLoader, CropLoader
 
     beton = _beton(bench)
@@ -188,7 +184,7 @@ def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callab
 
 
 def params(bench: Bench) -> None:
-    """All random numbers of a batch's pairs of views, on one core by Numba, as in training."""
+    """See `options.STAGES`."""
     images = _sizes(bench)
     call = partial(sample_views, 0, 0, *images, bench.config.views)
     bench.measure([Work("params", "numba", call, len(images[0]), bench.batch, 1)])
@@ -203,9 +199,7 @@ def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def transfer(bench: Bench) -> None:
-    """Canvases from pinned host memory to the device; a plain copy in the memory where views are
-    made, the upper bound of every pass over it. Bytes: the canvases'; of a copy, read and written.
-    """
+    """See `options.STAGES`."""
     if bench.device.type == "cuda":
         _, canvas, *_ = bench.sample()
         pinned, target = canvas.pin_memory(), torch.empty_like(canvas, device=bench.device)
@@ -250,9 +244,7 @@ def operations(views: ViewConfig) -> dict[str, ViewConfig]:
 
 
 def augment(bench: Bench) -> None:
-    """Both views of decoded images by each backend: the whole recipe; crop and resize with one
-    operation more; normalisation of finished crops. Bytes: crops read, views written.
-    """
+    """See `options.STAGES`."""
     if plain_copy(bench.results) is None:
         _copy(bench)
     backends = _usable(bench, "augment")
@@ -284,10 +276,7 @@ def augment(bench: Bench) -> None:
 
 
 def pipeline(bench: Bench) -> None:
-    """The whole data path, from the beton to views on the device, by each backend, with crops on
-    the device, on the host, by DALI; then training from the fastest of each, and from views that
-    the decoding threads finish ("overlap"), and its wait for data. Bytes: the records'.
-    """
+    """See `options.STAGES`."""
     beton = _beton(bench)
     backends = _usable(bench, "pipeline")
     model = SlotCon(bench.config.model).to(bench.device)
@@ -378,8 +367,6 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "step": step,
     "pipeline": pipeline,
 }
-FROM_A_FILE = ("read", "decode", "pipeline")
-"""Stages that need a beton."""
 
 
 def _threads(bench: Bench, name: str) -> int:

@@ -20,7 +20,8 @@ from pipeline.errors import UserError
 from pipeline.views import ViewConfig, sample_views
 from tests.helpers.betons import varied, write_beton
 from tools.benchmark import __main__ as benchmark
-from tools.benchmark.stages import COPY, least_bytes, operations, repeated
+from tools.benchmark import measure, options
+from tools.benchmark.stages import COPY, STAGES, least_bytes, operations, repeated
 from tools.benchmark.timing import Bench, Result, Work
 from tools.benchmark.verdict import FINISHED, compare, verdict
 from tools.report.schema import Rates
@@ -129,6 +130,11 @@ benchmark.main()
     assert {row["stage"] for row in content["results"]} == {"transfer", "augment"}  # the copy
 
 
+def test_each_stage_is_explained() -> None:
+    """Without it a new stage is missing from --help, or --help names one that there is not."""
+    assert list(STAGES) == list(options.STAGES)
+
+
 def test_a_benchmark_that_fails_keeps_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +144,7 @@ def test_a_benchmark_that_fails_keeps_what_it_measured(
         raise RuntimeError("no memory")
 
     path = tmp_path / "bench.json"
-    monkeypatch.setattr(benchmark, "STAGES", {"params": benchmark.STAGES["params"], "step": fail})
+    monkeypatch.setattr(measure, "STAGES", {"params": STAGES["params"], "step": fail})
     options = ["--synthetic", "--device", "cpu", "--batch", "2", "--repeats", "1", "--json", path]
     arguments = ["benchmark", "params", "step", *map(str, options), "--seconds", "0.001"]
     monkeypatch.setattr("sys.argv", arguments)

@@ -15,7 +15,7 @@ from tests.helpers.exported import call
 from tests.tools.report.test_report import write_measurements, write_run
 from tools import compare
 from tools.report import __main__ as report
-from tools.report.results import PICTURES
+from tools.report.parts import PICTURES
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
