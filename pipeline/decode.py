@@ -256,7 +256,7 @@ class CropLoader(RecordLoader):
     def worst_case(self, images: int) -> int:
         side, height, width = self.views.size, self.beton.height, self.beton.width
         canvas = int((height * width).max()) * 3
-        resized = int(height.max() + width.max() * 16 + 3 * side) * 3 * side
+        resized = int(height.max() + 4 * side) * 3 * side + 96 * int(width.max())
         batch = images * 2 * side**2 * 3 * self.dtype.itemsize
         batches = _AHEAD + 1 + self.keep  # the last one is with its receiver
         return batches * self._held(batch) + self.threads * (canvas + resized)
