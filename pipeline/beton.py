@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,8 @@ from pipeline.ffcv_format import (
     VERSION,
     metadata_type,
 )
+from pipeline.files import open_file
+from pipeline.formats import MAX_PIXELS
 from pipeline.manifest import Manifest, has_tiles, manifest_path
 from pipeline.tiles import decode_crops
 from pipeline.turbojpeg import (
@@ -36,9 +37,6 @@ from pipeline.turbojpeg import (
 )
 
 BLOCK = 1 << 20  # bytes of the file that one read-ahead request covers
-MAX_PIXELS = 178_956_970
-"""Pillow's limit for decompression bombs. Larger images are not packed, and a damaged size must not
-cause an allocation of gigabytes."""
 FINGERPRINTED = 1 << 30
 """Bytes that `Beton.fingerprint` reads of a beton with a manifest. It takes half a second from the
 page cache."""
@@ -68,11 +66,10 @@ class Beton:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self.file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            with open_file(self.path) as file:
+                self.file = os.dup(file.fileno())
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from None
-        if not stat.S_ISREG(os.fstat(self.file).st_mode):
-            raise UserError(f"{self.path}: not a file")
         self.bytes = os.fstat(self.file).st_size
         self._written = os.fstat(self.file).st_mtime_ns
         self._fingerprint = ""

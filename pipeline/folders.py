@@ -10,7 +10,7 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, printable
@@ -156,15 +156,21 @@ def find_images(top: Path) -> tuple[list[Path], Left]:
 
 
 def say_found(count: int, place: Path, left: Left) -> None:
-    """Print on stderr how many images were found, and what was left aside, on one line. Only the
-    first process of several does.
-    """
+    """Print on stderr how many images were found, and what was left aside, on one line."""
+    plural = "" if count == 1 else "s"
+    _say(f"found {count:,} image{plural} in {printable(str(place))}{aside(left)}")
+
+
+def say_taken(count: int, lists: Sequence[Path]) -> None:
+    """Print on stderr how many of the images that were found are in the files `lists`."""
+    names = " and ".join(printable(str(path)) for path in lists)
+    _say(f"taken: {count:,} of them, listed in {names}")
+
+
+def _say(line: str) -> None:
+    """Print a line on stderr. Only the first process of several does."""
     if os.environ.get("RANK", "0") == "0":
-        plural = "" if count == 1 else "s"
-        print(
-            f"found {count:,} image{plural} in {printable(str(place))}{aside(left)}",
-            file=sys.stderr,
-        )
+        print(line, file=sys.stderr)
 
 
 def aside(left: Left) -> str:

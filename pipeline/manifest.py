@@ -17,7 +17,6 @@ versions, has no sources, and is read too. The digest is the SHA-256 of the whol
 zeros instead of the digest.
 """
 
-import errno
 import hashlib
 import io
 import itertools
@@ -34,6 +33,7 @@ from msgspec.json import Decoder
 
 from pipeline.errors import UserError
 from pipeline.ffcv_format import VERSION
+from pipeline.files import open_file
 
 FORMATS = (3, 4)
 """That are read; the last one is written."""
@@ -126,7 +126,7 @@ class Manifest:
             UserError: if `path` cannot be read or is not a manifest of a known format.
         """
         try:
-            with _open(path) as file:
+            with open_file(path) as file:
                 head = b"".join(_until_records(file)) + b'"records": []}'
             if not head.startswith(_FORMAT):
                 raise ValueError("it begins with other text")
@@ -156,7 +156,7 @@ class Manifest:
             raise ValueError("this manifest was not read from a file")
         digest, count, line = hashlib.sha256(), 0, b""
         try:
-            with _open(self.path) as file:
+            with open_file(self.path) as file:
                 noted, blank = (_DIGEST % value.encode() for value in (self.digest, _NO_DIGEST))
                 for line in _until_records(file):
                     digest.update(blank if line == noted else line)
@@ -190,7 +190,7 @@ class Manifest:
         if self.path is None:
             raise ValueError("this manifest was not read from a file")
         try:
-            with _open(self.path) as file:
+            with open_file(self.path) as file:
                 for _ in _until_records(file):
                     pass
                 line = next(itertools.islice(_lines(file), i, None), b"")
@@ -267,13 +267,6 @@ def decoded(text: bytes, decoder: Decoder[T]) -> T:
 
 
 _HEAD, _RECORD, _RECORDS_OF_A_BLOCK = Decoder(Manifest), Decoder(Record), Decoder(list[Record])
-
-
-def _open(path: Path) -> BinaryIO:
-    """Open a regular file. Raises OSError."""
-    if path.exists() and not path.is_file():  # a pipe would block
-        raise OSError(errno.EINVAL, "not a file")
-    return path.open("rb")
 
 
 def _until_records(file: BinaryIO) -> Iterator[bytes]:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.beton import MAX_PIXELS
 from pipeline.errors import UserError
 from pipeline.folders import say_found
+from pipeline.formats import MAX_PIXELS
 from pipeline.images import Limits
 from pipeline.manifest import ORIGINAL, TILES, manifest_path
 from tools.packing import scenes

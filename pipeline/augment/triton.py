@@ -35,14 +35,16 @@ from pipeline.augment import empty_views, pillow
 from pipeline.augment.kernels import words as w
 from pipeline.augment.kernels.blur import blur as blur_kernel
 from pipeline.augment.kernels.colour import colour as colour_kernel
-from pipeline.augment.kernels.resize import crop_and_resize
+from pipeline.augment.kernels.resize import resize_across, resize_down, weigh
 from pipeline.errors import UserError
 from pipeline.views import ViewParams
 
 # Block sizes in pixels, and warps of a program. They cause no spills on sm_80 and sm_90, see
 # tests/compile_kernels.py, and are not tuned on a GPU. A band matrix is dense over (TILE_J + 4) *
 # scale columns and (TILE_I + 4) * scale lines of the crop.
-RESIZE = {"TILE_I": 64, "TILE_J": 16, "LINES": 32, "COLUMNS": 16, "num_warps": 4, "num_stages": 1}
+WEIGH = {"num_warps": 4, "num_stages": 1}
+ACROSS = {"LINES": 128, "TILE_J": 16, "COLUMNS": 16, "num_warps": 4, "num_stages": 1}
+DOWN = {"TILE_I": 32, "TILE_J": 32, "num_warps": 4, "num_stages": 1}
 COLOUR = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 BLUR = {"WINDOW": 64, "num_warps": 8, "num_stages": 1}
 MAX_SIGMA = 8  # of a blur: three boxes of reach 8 still leave 16 pixels of the window
@@ -65,10 +67,7 @@ def apply(
         if canvas.stride()[2:] != (3, 1):
             canvas = canvas.contiguous()
         work = _prepare(params, size, device, dtype)
-        tiles = triton.cdiv(size, RESIZE["TILE_I"]) * triton.cdiv(size, RESIZE["TILE_J"])
-        crop_and_resize[(len(work.words) * tiles,)](
-            canvas, *canvas.stride()[:2], len(canvas), *work.memory, size, **RESIZE, **EXACT
-        )
+        _resize(work, canvas, params)
         return _finish(work)
 
 
@@ -109,7 +108,7 @@ class _Work:
 
 def _prepare(params: ViewParams, size: int, device: torch.device, dtype: torch.dtype) -> _Work:
     batch = params.crops.shape[1]
-    packed = pack(params)
+    packed = pack(params, size)
     words = torch.from_numpy(packed)
     if device.type == "cuda":  # the host does not wait for a copy from pinned memory
         words = words.pin_memory()
@@ -121,6 +120,25 @@ def _prepare(params: ViewParams, size: int, device: torch.device, dtype: torch.d
         any_contrast=bool((packed[:, w.CONTRAST_POSITION.value] < 4).any()),
         widest_box=int(packed[:, w.BOX.value].max(initial=-1)),
     )
+
+
+def _resize(work: _Work, canvas: Tensor, params: ViewParams) -> None:
+    size, views, device = work.size, len(work.words), canvas.device
+    sides = params.crops[..., 2:] - params.crops[..., :2]
+    tallest, longest = int(sides[..., 1].max(initial=1)), int(sides.max(initial=1))
+    rows = 1 + -(-4 * max(longest, size) // size)
+    weights = torch.empty(views, 2, rows, size, dtype=torch.int32, device=device)
+    # The filter of the last line may reach `rows` lines further, with weights of zero.
+    lines = torch.empty(int(sides[..., 1].sum()) + rows, 3, size, dtype=torch.uint8, device=device)
+    block = triton.next_power_of_2(size)
+    weigh[(2 * views,)](work.words, weights, rows, size, block, **WEIGH, **EXACT)
+    grid = (views * triton.cdiv(size, ACROSS["TILE_J"]), triton.cdiv(tallest, ACROSS["LINES"]))
+    resize_across[grid](
+        canvas, *canvas.stride()[:2], len(canvas), work.words, weights, rows, lines, size,
+        **ACROSS, **EXACT,
+    )  # fmt: skip
+    tiles = triton.cdiv(size, DOWN["TILE_I"]) * triton.cdiv(size, DOWN["TILE_J"])
+    resize_down[(views * tiles,)](lines, weights, rows, *work.memory, size, **DOWN, **EXACT)
 
 
 def _colour(work: _Work, pixels: Tensor, before_contrast: bool) -> None:
@@ -141,7 +159,7 @@ def _finish(work: _Work) -> Tensor:
     return work.views
 
 
-def pack(params: ViewParams) -> NDArray[np.int32]:
+def pack(params: ViewParams, size: int) -> NDArray[np.int32]:
     """The rows of parameters that the kernels read, int32 [2 B, words]. Raises UserError."""
     order = pillow.order(params).astype(np.int32)
     is_contrast = order == _CONTRAST
@@ -150,6 +168,10 @@ def pack(params: ViewParams) -> NDArray[np.int32]:
     words[..., w.X0.value], words[..., w.Y0.value] = params.crops[..., 0], params.crops[..., 1]
     words[..., w.WIDTH.value] = params.crops[..., 2] - params.crops[..., 0]
     words[..., w.HEIGHT.value] = params.crops[..., 3] - params.crops[..., 1]
+    lines = words[..., w.HEIGHT.value].reshape(-1)
+    words[..., w.FIRST_LINE.value] = (np.cumsum(lines) - lines).reshape(params.sigma.shape)
+    octaves = np.log2(np.maximum(words[..., w.WIDTH.value], size) / size).astype(np.int32)
+    words[..., w.LOW_BITS.value] = np.maximum(12 - octaves, 7)
     words[..., w.FLIPPED.value] = params.flipped
     words[..., w.GREY.value] = params.grey
     words[..., w.SOLARIZED.value] = params.solarized

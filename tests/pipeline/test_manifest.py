@@ -146,7 +146,7 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size
 def test_what_is_no_file(tmp_path: Path) -> None:
     """Without it a pipe blocks the command for ever."""
     os.mkfifo(tmp_path / "pipe")
-    for name, reason in (("pipe", "not a file"), (".", "not a file"), ("none", "No such file")):
+    for name, reason in (("pipe", "not a regular"), (".", "Is a dir"), ("none", "No such file")):
         with pytest.raises(UserError) as error:
             Manifest.read(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path / name}: {reason}")

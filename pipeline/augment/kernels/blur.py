@@ -58,14 +58,14 @@ def blur(
         wanted = (k >= 0) & (k < side)
         inside = (wanted & (i < S))[:, None] & (wanted & (j < S))[None, :]
         first = row.to(tl.int64) * (S * S * 3)
-        view = scratch + first + (i_here[:, None] * S + j_here[None, :]) * 3
+        view = scratch + first + i_here[:, None] * S + j_here[None, :]
         target = out + first + (i[:, None] * S + j[None, :]) * 3
         threshold = solarize_threshold(words)
         r = _blur_channel(view, across, down, near, far)
         tl.store(target, normalize(r, threshold, RED_SCALE, RED_SHIFT), mask=inside)
-        g = _blur_channel(view + 1, across, down, near, far)
+        g = _blur_channel(view + S * S, across, down, near, far)
         tl.store(target + 1, normalize(g, threshold, GREEN_SCALE, GREEN_SHIFT), mask=inside)
-        b = _blur_channel(view + 2, across, down, near, far)
+        b = _blur_channel(view + 2 * S * S, across, down, near, far)
         tl.store(target + 2, normalize(b, threshold, BLUE_SCALE, BLUE_SHIFT), mask=inside)
 
 

@@ -391,7 +391,18 @@ def test_print_config_shows_all_values(capsys: pytest.CaptureFixture[str]) -> No
         (["--data", "{path: x, on_corrupt: 3}"], "data.on_corrupt must be one of stop, replace"),
         (["--a\nb", "x"], "unknown key 'a\\nb'"),
         (["--data.path", "x", "--name", "x\ny"], "name must be made of"),
+        (["--data.path", "x", "--name", "-x"], "name must be made of"),
+        (["--data.path", "x", "--name", ".x"], "name must be made of"),
         (["--data.path", "x" * 5000], "data.path must be text"),
+        (["--train.epochs", "-3", "--print_config"], "train.epochs must be at least 1, not -3"),
+        (
+            ["--data.path", "x", "--name", "x", "--train.view_sizes", "[[0, 9]]", "--print_config"],
+            "train.view_sizes",
+        ),
+        (
+            ["--data.path", "x", "--name", "x", "--log.trackers", "[wandb, wandb]"],
+            "log.trackers must be without repetition",
+        ),
         (["--log.trackers+", "x"], "unknown key log.trackers+ (did you mean log.trackers?)"),
     ],
 )
