@@ -19,9 +19,8 @@ from pipeline.loader import make_loader
 from pipeline.views import ViewConfig
 
 path, crops = sys.argv[1:]
-loader = make_loader(
-    Beton(path), ViewConfig(), 4, crops=crops, backend="compiled", device=torch.device("cpu"), seed=0
-)
+options = dict(crops=crops, backend="compiled", device=torch.device("cpu"), seed=0)
+loader = make_loader(Beton(path), ViewConfig(), 4, **options)
 next(iter(loader.epoch(0)))
 functions = {
     f"{name}.{key}": value
