@@ -46,7 +46,7 @@ def first_batches(path: Path) -> None:
 
 
 def pack_tiny(folder: Path) -> Path:
-    """Pack two images in `folder`; one is stored raw."""
+    """Pack two images in `folder`: a JPEG with tiles, and raw pixels."""
     import numpy as np
     from PIL import Image
 
@@ -58,7 +58,7 @@ def pack_tiny(folder: Path) -> Path:
     for name in ("jpeg.jpg", "raw.png"):
         Image.fromarray(pixels).save(images / name)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pack(["folder", "--root", str(images), "--out", str(beton)])
+        pack(["folder", "--root", str(images), "--out", str(beton), "--tiles"])
     return beton
 
 

@@ -21,7 +21,7 @@ RECORDS = [
     Record("b\udc80\u2028\n.jpg", 0, "00000000", "converted: not a JPEG"),
     Record('"]}', 1 << 40, "ffffffff", "scaled"),
     Record("t.jpg", 9, "00000001", "tiles", None, Source(8, "0000000a")),
-    Record("p.jpg", 9, "00000001", "converted: progressive, tiles", -5, Source(8, "0000000a")),
+    Record("p.jpg", 9, "00000001", "converted: coded anew, tiles", -5, Source(8, "0000000a")),
 ]
 
 
@@ -74,7 +74,7 @@ def test_a_record_a_line(tmp_path: Path) -> None:
         '["b\\udc80\\u2028\\n.jpg", 0, "00000000", "converted: not a JPEG"],',
         '["\\"]}", 1099511627776, "ffffffff", "scaled"],',
         '["t.jpg", 9, "00000001", "tiles", null, [8, "0000000a"]],',
-        '["p.jpg", 9, "00000001", "converted: progressive, tiles", -5, [8, "0000000a"]]',
+        '["p.jpg", 9, "00000001", "converted: coded anew, tiles", -5, [8, "0000000a"]]',
     ]
 
 

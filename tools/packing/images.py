@@ -22,6 +22,9 @@ from pipeline.manifest import CONVERTED, ORIGINAL, SCALED, TILES, Source
 from pipeline.resize import resize
 from tools.packing.tiles import tiled
 
+CODED_ANEW = "coded anew"
+"""Of a JPEG with tiles: it holds the source's coefficients, but does not give back its bytes."""
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -96,12 +99,18 @@ def pack_image(data: bytes, storage: Storage, limits: Limits = LIMITS) -> Packed
 def _with_tiles(packed: Packed, reasons: list[str], source: Source | None = None) -> Packed:
     """A JPEG with tiles, for these `reasons` no copy of its source; `packed` itself if it is none,
     or one that cannot have them.
+
+    Raises:
+        BadImage: if it cannot have them because it is damaged.
     """
-    made = tiled(packed.data) if isinstance(packed.data, bytes) else None
+    if not isinstance(packed.data, bytes):
+        return packed
+    made = tiled(packed.data)
     if not made:
+        pack_image(packed.data, Storage(check="decode"))
         return packed
     if source and not made.restorable:
-        reasons = [*reasons, "progressive" if made.progressive else "coded anew"]
+        reasons = [*reasons, CODED_ANEW]
     how = ", ".join([*reasons, TILES])
     if source and reasons:
         how = CONVERTED + how

@@ -32,8 +32,6 @@ class Tiled(NamedTuple):
     """A JPEG with restart markers."""
 
     data: bytes
-    progressive: bool
-    """Whether the source is progressive, or has several scans or arithmetic coding."""
     restorable: bool
     """Whether `restored` gives back the source's bytes."""
 
@@ -42,13 +40,14 @@ def tiled(jpeg: bytes) -> Tiled | None:
     """The JPEG with restart markers; None if its coefficients cannot be read beyond doubt: of a
     damaged one, one with more than 8 bits, four components, bytes that belong to nothing.
 
-    A scan that is not followed by the end-of-image marker is one of several, or damaged.
+    A progressive JPEG, or one with several scans or arithmetic coding, becomes baseline first. This
+    does not give back its bytes.
     """
     if made := _with_markers(jpeg):
-        return Tiled(made, False, restored(made) == jpeg)
+        return Tiled(made, restored(made) == jpeg)
     made = turbojpeg.baseline(jpeg)
     made = made and _with_markers(made)
-    return Tiled(made, True, False) if made else None
+    return Tiled(made, False) if made else None
 
 
 def restored(jpeg: bytes) -> bytes:
