@@ -40,7 +40,8 @@ class Storage:
     check: str = "structure"
     """How a copied JPEG is checked: structure or decode."""
     tiles: bool = False
-    """Whether JPEGs get tiles, see `tools.packing.tiles`."""
+    """Whether JPEGs get tiles, see `tools.packing.tiles`. `check` is then "decode", because training
+    may never see a part of the image."""
 
 
 class Packed(NamedTuple):
@@ -75,7 +76,8 @@ def pack_image(data: bytes, storage: Storage, limits: Limits = LIMITS) -> Packed
         BadImage: if the file is damaged, beyond the limits, or not an image that can be stored.
     """
     file = data
-    data, header, reasons = examine(data, limits, storage.check)
+    check = "decode" if storage.tiles else storage.check
+    data, header, reasons = examine(data, limits, check)
     side = storage.max_side
     too_large = header and side and max(header.height, header.width) > side
     how = CONVERTED + ", ".join(reasons) if reasons else ORIGINAL
@@ -99,15 +101,9 @@ def pack_image(data: bytes, storage: Storage, limits: Limits = LIMITS) -> Packed
 def _with_tiles(packed: Packed, reasons: list[str], source: Source | None = None) -> Packed:
     """A JPEG with tiles, for these `reasons` no copy of its source; `packed` itself if it is none,
     or one that cannot have them.
-
-    Raises:
-        BadImage: if it cannot have them because it is damaged.
     """
-    if not isinstance(packed.data, bytes):
-        return packed
-    made = tiled(packed.data)
+    made = tiled(packed.data) if isinstance(packed.data, bytes) else None
     if not made:
-        pack_image(packed.data, Storage(check="decode"))
         return packed
     if source and not made.restorable:
         reasons = [*reasons, CODED_ANEW]

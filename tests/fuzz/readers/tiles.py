@@ -50,7 +50,7 @@ class Target:
     def try_source(self, source: bytes) -> str:
         """Transcode an altered source that packing would store."""
         try:
-            data, header, reasons = examine(source)
+            data, header, reasons = examine(source, check="decode")
         except BadImage:
             return "refused"
         if not header or reasons or header.height * header.width > LARGE:
@@ -77,7 +77,8 @@ class Target:
         beton.has_tiles[0] = True
         beton.checksums[0] = beton._crc32(*beton.records[0, :2].tolist())
         corners = np.sort(random.uniform(size=(2, 2, 2)), axis=1) * (WIDTH - 1, HEIGHT - 1)
-        boxes = (corners + [[[0, 0], [1, 1]]]).reshape(2, 4)
+        corners[:, 1] += 1
+        boxes = corners.reshape(2, 4)
         whole, partly = (np.zeros((HEIGHT, WIDTH, 3), np.uint8) for _ in range(2))
         _, reason = beton.try_decode(np.array([0]), whole[None], self.decoder)
         problem = beton.try_crops(0, partly, boxes, self.decoder)
