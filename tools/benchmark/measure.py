@@ -58,6 +58,7 @@ def prepare(args: argparse.Namespace) -> Bench:
         from pipeline.beton import Beton
 
         beton = Beton(config.data.path)
+        beton.require_checksums()  # as training does, which decodes only the tiles that it needs
         beton = beton if for_cost else repeated(beton, EPOCH * batch)
     return Bench(
         config=config,

@@ -50,10 +50,9 @@ def repeated(beton: "Beton", count: int) -> "Beton":
     longer = copy.copy(beton)
     longer.file = os.dup(beton.file)  # both betons close their file
     times = -(-count // len(beton))
-    longer.records, longer.checksums = (
-        np.tile(beton.records, (times, 1)),
-        np.tile(beton.checksums, times),
-    )
+    longer.records = np.tile(beton.records, (times, 1))
+    longer.checksums = np.tile(beton.checksums, times)
+    longer.has_tiles = np.tile(beton.has_tiles, times)
     longer.height, longer.width = np.tile(beton.height, times), np.tile(beton.width, times)
     longer.index = np.arange(len(longer.records))
     longer.label = None
