@@ -40,8 +40,8 @@ class Storage:
     check: str = "structure"
     """How a copied JPEG is checked: structure or decode."""
     tiles: bool = False
-    """Whether JPEGs get tiles, see `tools.packing.tiles`. Then each is decoded, because training may
-    never see some part of it."""
+    """Whether JPEGs get tiles, see `tools.packing.tiles`. Then each one is decoded, since training
+    may never see some part of it."""
 
 
 class Packed(NamedTuple):

@@ -320,3 +320,24 @@ def test_a_damaged_beton_is_found(folder: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         inspect_dataset.main([str(out), "--verify"])
     assert "a.jpg: its bytes are not those that were packed" in capsys.readouterr().err
+
+
+def test_dali_reads_them() -> None:
+    """Without it data.crops dali fails on a beton with tiles, or shows other pixels."""
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    from nvidia.dali import fn, pipeline_def, types
+
+    sources = [sampled(noise(i), kind) for i, kind in enumerate(SAMPLINGS)]
+    streams = sources + [made.data for made in map(tiled, sources) if made]
+
+    @pipeline_def(batch_size=len(streams), num_threads=1, device_id=None)
+    def decoded() -> Any:
+        arrays = [np.frombuffer(stream, np.uint8) for stream in streams]
+        data = fn.external_source(lambda: arrays)
+        return fn.decoders.image(data, device="cpu", output_type=types.RGB)
+
+    pipeline = decoded()
+    pipeline.build()
+    images = [np.array(image) for image in pipeline.run()[0]]
+    for one, other in zip(images[: len(sources)], images[len(sources) :], strict=True):
+        assert np.array_equal(one, other)
