@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.compiling import njit
-from pipeline.turbojpeg import FLAGS, RGB, c_crc32, c_decompress, c_destroy, c_init, c_pread
+from pipeline.turbojpeg import (
+    FLAGS,
+    RGB,
+    c_crc32,
+    c_decompress,
+    c_destroy,
+    c_init,
+    c_memchr,
+    c_memcpy,
+    c_pread,
+)
 
 MOST_RECTANGLES = 4
 
@@ -24,7 +34,6 @@ _FACTORS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
 
 _MOST_COMPONENTS = 4
 _DCT = 8  # pixels of a block's side
-_ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 _compiled = njit(nogil=True, cache=True)
 
 
@@ -177,25 +186,22 @@ def find_tiles(data: NDArray[np.uint8], begin: int, starts: NDArray[np.int64]) -
     False unless the data from `begin` on has exactly these tiles, with restart markers in order
     between them and the end-of-image marker behind them.
     """
-    tiles, last = 0, len(data) - 1
+    tiles, last, base = 0, len(data) - 1, data.ctypes.data
     starts[0] = begin
-    words = data[begin : len(data) - (len(data) - begin) % 8].view(np.uint64)
-    for w in range(len(words) + 1):
-        if w < len(words):
-            inverse = ~words[w]
-            if not (inverse - _ONES) & words[w] & _TOPS:  # no byte is 0xFF
-                continue
-        at = begin + 8 * w
-        for i in range(at, min(at + 8, last)):
-            after = data[i + 1]
-            if data[i] != 0xFF or after == 0:
-                continue
-            tiles += 1
-            starts[tiles] = i + 2
-            if tiles == len(starts) - 1:
-                return after == 0xD9
-            if after != 0xD0 + (tiles - 1) % 8:
-                return False
+    while begin < last:
+        at = c_memchr(base + begin, 0xFF, last - begin) - base
+        if at < 0:
+            break
+        begin = at + 2
+        after = data[at + 1]
+        if after == 0:
+            continue
+        tiles += 1
+        starts[tiles] = begin
+        if tiles == len(starts) - 1:
+            return after == 0xD9
+        if after != 0xD0 + (tiles - 1) % 8:
+            break
     return False
 
 
@@ -289,10 +295,11 @@ def put_together(
     size = _header(data, frame, grid, rectangle, out)
     number = 0
     for row in range(rectangle[1], rectangle[3]):
-        for column in range(rectangle[0], rectangle[2]):
-            tile = row * grid.columns + column
-            size = _copy(data, starts[tile], starts[tile + 1], out, size)  # and the next marker
-            out[size - 1] = 0xD0 + number % 8
+        first, after = row * grid.columns + rectangle[0], row * grid.columns + rectangle[2]
+        at = size - starts[first]
+        size = _copy(data, starts[first], starts[after], out, size)
+        for tile in range(first + 1, after + 1):
+            out[at + starts[tile] - 1] = 0xD0 + number % 8  # the marker behind each tile
             number += 1
     out[size - 1] = 0xD9
     return size
@@ -301,8 +308,7 @@ def put_together(
 @_compiled
 def _copy(data: NDArray[np.uint8], begin: int, end: int, out: NDArray[np.uint8], size: int) -> int:
     """Append bytes to the `size` that `out` has; returns the new size."""
-    for i in range(end - begin):
-        out[size + i] = data[begin + i]
+    c_memcpy(out.ctypes.data + size, data.ctypes.data + begin, end - begin)
     return size + end - begin
 
 

@@ -49,6 +49,10 @@ _transformer = lib.tjInitTransform
 _transformer.argtypes, _transformer.restype = [], _pointer
 _free = lib.tjFree
 _free.argtypes, _free.restype = [_pointer], None
+_memcpy = ctypes.CDLL(None).memcpy
+_memcpy.argtypes, _memcpy.restype = [_pointer, _pointer, _size], None
+_memchr = ctypes.CDLL(None).memchr
+_memchr.argtypes, _memchr.restype = [_pointer, _int, _size], ctypes.c_ssize_t
 _crc32 = ctypes.CDLL(zlib_ng.__file__).zng_crc32_z
 _crc32.argtypes, _crc32.restype = [ctypes.c_uint32, _pointer, _size], ctypes.c_uint32
 
@@ -67,6 +71,7 @@ def external(function: Any) -> Any:
 
 c_init, c_destroy, _c_header = external(_init), external(_destroy), external(_header)
 c_decompress, c_pread, c_crc32 = external(_decompress), external(_pread), external(_crc32)
+c_memcpy, c_memchr = external(_memcpy), external(_memchr)
 
 RGB, CMYK = 0, 11  # TJPF_RGB, TJPF_CMYK
 FLAGS = 4096 | 32768
