@@ -129,9 +129,7 @@ def _resize(work: _Work, canvas: Tensor, params: ViewParams) -> None:
     rows = 1 + -(-4 * max(longest, size) // size)
     weights = torch.empty(views, 2, rows, size, dtype=torch.int32, device=device)
     # The filter of the last line may reach `rows` lines further, with weights of zero.
-    lines = torch.empty(
-        int(sides[..., 1].sum()) + rows, 3, size, dtype=torch.uint8, device=device
-    )
+    lines = torch.empty(int(sides[..., 1].sum()) + rows, 3, size, dtype=torch.uint8, device=device)
     block = triton.next_power_of_2(size)
     weigh[(2 * views,)](work.words, weights, rows, size, block, **WEIGH, **EXACT)
     grid = (views * triton.cdiv(size, ACROSS["TILE_J"]), triton.cdiv(tallest, ACROSS["LINES"]))

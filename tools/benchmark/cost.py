@@ -191,11 +191,14 @@ def _measure_size(bench: Bench, side: int, epochs: int) -> Size:
 
 def _loader(bench: Bench, label: str) -> float:
     """images/s of the configuration's data path."""
+    from pipeline.loader import choose
+
     data, batch = bench.config.data, bench.batch
-    with closing(batches(bench, data.backend, data.crops, batch)) as stream:
+    backend, crops = choose(data.backend, data.crops, bench.device)
+    with closing(batches(bench, backend, crops, batch)) as stream:
         work = Work(
-            "pipeline", data.backend, partial(next, stream), batch, batch, bench.cores,
-            operation=label, crops=data.crops,
+            "pipeline", backend, partial(next, stream), batch, batch, bench.cores,
+            operation=label, crops=crops,
         )  # fmt: skip
         return bench.measure([work])[0].images_per_s
 

@@ -27,7 +27,7 @@ from pipeline.views import ViewConfig, ViewParams, sample_views
 from tools.benchmark.options import FROM_A_FILE
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
-from tools.benchmark.verdict import find, plain_copy
+from tools.benchmark.verdict import FINISHED, find, plain_copy
 from train.run.log import Stopwatch
 
 if TYPE_CHECKING:
@@ -96,11 +96,17 @@ def decode(bench: Bench) -> None:
     for threads in bench.threads:
         made = partial(Work, "decode", images=len(images), batch=bench.batch, threads=threads)
         whole = CanvasLoader(beton, threads, pin)
-        cut = CropLoader(beton, threads, pin, views=views, seed=0, size_of=lambda _: views.size)
+        drawn: dict[str, Any] = {"views": views, "seed": 0, "size_of": lambda _: views.size}
+        cut = CropLoader(beton, threads, pin, **drawn)
+        finish = CropLoader(beton, threads, pin, colours=bench.dtype, **drawn)
         works = [
             made("loader", partial(_decode_all, whole, batches), bytes=pixels),
             made("loader", partial(_decode_all, cut, batches), bytes=pixels, crops="host"),
-        ]
+            made(
+                "loader", partial(_decode_all, finish, batches), bytes=pixels, crops="host",
+                operation=FINISHED,
+            ),
+        ]  # fmt: skip
         if jpegs:
             bare = partial(_in_threads, partial(_decode_part, beton), jpegs, threads)
             works.insert(0, made("libjpeg-turbo", bare, bytes=pixels))
@@ -287,7 +293,9 @@ def pipeline(bench: Bench) -> None:
                 work = Work("pipeline", name, call, batch, batch, bench.cores, size, crops=crops)
                 results += bench.measure([work])
         fastest = max(results, key=lambda result: result.images_per_s)
-        _overlap(bench, train, fastest.backend, crops)
+        finished = ["compiled"] if crops == "host" and "compiled" in backends else []
+        for name in dict.fromkeys([fastest.backend, *finished]):
+            _overlap(bench, train, name, crops)
 
 
 def batches(bench: Bench, backend: str, crops: Crops, batch: int) -> Generator["Batch", None, None]:
@@ -362,8 +370,9 @@ STAGES: dict[str, Callable[[Bench], None]] = {
 
 
 def _threads(bench: Bench, name: str) -> int:
-    """Threads of the host: on a CPU kornia uses PyTorch's."""
-    return torch.get_num_threads() if bench.device.type == "cpu" and name == "kornia" else 1
+    """Threads of the host: compiled, and on a CPU kornia, use PyTorch's."""
+    several = name == "compiled" or (bench.device.type == "cpu" and name == "kornia")
+    return torch.get_num_threads() if several else 1
 
 
 def _batch(bench: Bench, name: str) -> int:
