@@ -85,7 +85,7 @@ class Beton:
             raise UserError(f"{self.path}: damaged header: pages of {self.page_size} bytes")
         columns = self._read_samples(int(header["num_fields"]), samples)
         self.index = columns["index"].astype(np.int64)
-        if self.index.min() < 0 or len(np.unique(self.index)) < samples:
+        if self.index.min() < 0 or _repeats(self.index):
             raise UserError(f"{self.path}: damaged table: the images' numbers are not unique")
         self.label = columns["label"].astype(np.int64) if "label" in columns else None
         self.height = columns["image"]["height"].astype(np.int64)
@@ -124,11 +124,12 @@ class Beton:
         if self.checksums[0] >= 0 or not manifest_path(self.path).exists():
             return
         try:
-            self.checksums = self._known_checksums()
+            manifest = Manifest.beside(self.path)
+            self.checksums = self._known_checksums(manifest)
         except UserError as error:
             print(f"warning: {error}: no image is compared with it", file=sys.stderr, flush=True)
             return
-        if self.sizes_changed(Manifest.beside(self.path)):
+        if self.sizes_changed(manifest):
             raise UserError(f"{self.path}: {SIZES_CHANGED}")
 
     def sizes_changed(self, manifest: Manifest) -> bool:
@@ -154,7 +155,7 @@ class Beton:
             known = self.checksums.copy()
             if known[0] < 0:
                 with suppress(UserError, OSError):
-                    known = self._known_checksums()
+                    known = self._known_checksums(Manifest.beside(self.path))
             step = -(-int(self.records[:, 1].sum()) // FINGERPRINTED)
             read = np.flatnonzero((np.arange(len(self)) % step == 0) | (known < 0))
             for i in read.tolist():
@@ -220,14 +221,16 @@ class Beton:
         """The error that names record `i`."""
         return CorruptRecord(f"{self.path}: {printable(self.name(i))}: {reason}")
 
-    def _known_checksums(self) -> np.ndarray:
+    def _known_checksums(self, manifest: Manifest) -> np.ndarray:
         """The CRC-32 of each record by the manifest. Raises UserError if it does not match."""
-        manifest = Manifest.beside(self.path)
-        lines = [(record.bytes, int(record.crc32, 16)) for record in manifest.records()]
-        sizes, checksums = np.array(lines, np.int64).reshape(-1, 2).T
+        sizes: list[int] = []
+        digits: list[str] = []
+        for record in manifest.records():
+            sizes.append(record.bytes)
+            digits.append(record.crc32)
         if manifest.bytes != self.bytes or not np.array_equal(sizes, self.records[:, 1]):
             raise UserError(f"{manifest.path}: belongs to another beton: sizes differ")
-        return checksums
+        return np.frombuffer(bytes.fromhex("".join(digits)), ">u4").astype(np.int64)
 
     def _crc32(self, pointer: int, size: int) -> int:
         """The CRC-32 of bytes of the file; 0 of those after its end."""
@@ -263,18 +266,20 @@ class Beton:
 
     def _locate(self, image: np.ndarray, table: np.ndarray) -> np.ndarray:
         """int64 [N, 5] pointer, bytes, height, width, mode of each image; refuses bad pointers."""
-        table = table[np.argsort(table["ptr"], kind="stable")]
-        row = np.searchsorted(table["ptr"], image["data_ptr"]).clip(max=len(table) - 1)
-        columns = (image["data_ptr"], table["size"][row], self.height, self.width, image["mode"])
+        found = np.ascontiguousarray(table["ptr"])
+        if (found[1:] < found[:-1]).any():
+            order = np.argsort(found, kind="stable")
+            table, found = table[order], found[order]
+        wanted = np.ascontiguousarray(image["data_ptr"])
+        row = np.searchsorted(found, wanted).clip(max=len(table) - 1)
+        columns = (wanted, table["size"][row], self.height, self.width, image["mode"])
         records = np.stack([column.astype(np.int64) for column in columns], axis=1)
         pointer, size, height, width, mode = records.T
-        wrong = (table["ptr"][row] != image["data_ptr"]) | (
-            table["sample_id"][row] != np.arange(len(row))
-        )
+        wrong = (found[row] != wanted) | (table["sample_id"][row] != np.arange(len(row)))
         wrong |= (pointer < self.data) | (size < 1) | (size > self.bytes)
         wrong |= pointer > self.table - size
         wrong |= (height < 1) | (width < 1) | (height * width > MAX_PIXELS)
-        wrong |= ~np.isin(mode, (JPEG, RAW)) | ((mode == RAW) & (size != height * width * 3))
+        wrong |= ((mode != JPEG) & (mode != RAW)) | ((mode == RAW) & (size != height * width * 3))
         wrong |= pointer // self.page_size != (pointer + size - 1) // self.page_size
         order = np.argsort(pointer, kind="stable")
         wrong[order[1:]] |= pointer[order[1:]] < (pointer + size)[order[:-1]]  # an overlap
@@ -282,6 +287,12 @@ class Beton:
             first = printable(self.name(int(np.flatnonzero(wrong)[0])))
             raise UserError(f"{self.path}: {first}: its entry in the table is damaged")
         return records
+
+
+def _repeats(numbers: np.ndarray) -> bool:
+    """Whether a number occurs twice."""
+    ordered = np.sort(numbers)
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def digest_of_sizes(height: np.ndarray, width: np.ndarray) -> str:

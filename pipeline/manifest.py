@@ -16,6 +16,7 @@ the SHA-256 of the whole document with 64 zeros instead of the digest.
 """
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -42,6 +43,7 @@ MAX_HEAD = 128 << 20
 """Bytes before the records: more than a million skipped images. Reading them takes at most twenty
 times as much memory."""
 
+_BLOCK = 1 << 20  # bytes of records that are decoded at once
 _DIGEST = b'"digest": "%b",\n'
 _NO_DIGEST = "0" * 64
 _RECORDS = b'"records": [\n'
@@ -145,13 +147,18 @@ class Manifest:
                 for line in _until_records(file):
                     digest.update(blank if line == noted else line)
                 digest.update(_RECORDS)
-                for line in _lines(file):
+                while (text := _block(file)) and (batch := _batch(text, self.count - count)):
+                    digest.update(text)
+                    yield from batch
+                    count += len(batch)
+                lines = itertools.chain(_lines(io.BytesIO(text)), _lines(file))
+                for line in lines:
                     digest.update(line)
                     if line == _END or count == self.count:
                         break
                     yield decoded(line.rstrip(b",\n"), _RECORD)
                     count += 1
-                digest.update(file.read(1))  # bytes after the end change the digest
+                digest.update(next(lines, b""))  # bytes after the end change the digest
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
         except ValueError as error:
@@ -238,7 +245,7 @@ def decoded(text: bytes, decoder: Decoder[T]) -> T:
         raise ValueError("nested too deep") from error
 
 
-_HEAD, _RECORD = Decoder(Manifest), Decoder(Record)
+_HEAD, _RECORD, _RECORDS_OF_A_BLOCK = Decoder(Manifest), Decoder(Record), Decoder(list[Record])
 
 
 def _until_records(file: BinaryIO) -> Iterator[bytes]:
@@ -258,6 +265,26 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         if len(line) == MAX_LINE:
             raise ValueError(f"a line of {MAX_LINE:,} bytes or more")
         yield line
+
+
+def _block(file: BinaryIO) -> bytes:
+    """The next lines, about a megabyte."""
+    text = file.read(_BLOCK)
+    return text if text.endswith(b"\n") else text + next(_lines(file), b"")
+
+
+def _batch(text: bytes, most: int) -> list[Record]:
+    """The records of these lines, decoded at once. None unless each line is a good record with one
+    after it, and there are at most `most`.
+    """
+    count = text.count(b"\n")
+    if count > most or not text.startswith(b"[") or text.count(b"],\n[") != count - 1:
+        return []
+    try:
+        records = decoded(b"[" + text.removesuffix(b",\n") + b"]", _RECORDS_OF_A_BLOCK)
+    except ValueError:
+        return []
+    return records if len(records) == count else []
 
 
 def _line(record: Record) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +20,14 @@ RECORDS = [
     Record("b\udc80\u2028\n.jpg", 0, "00000000", "converted: not a JPEG"),
     Record('"]}', 1 << 40, "ffffffff", "scaled"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module", params=[1, 60, 1 << 20])
+def block(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Bytes that are decoded at once: a line, two lines, the whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifests, "_BLOCK", request.param)
+        yield
 
 
 def written(path: Path, records: list[Record] = RECORDS) -> Manifest:
@@ -100,6 +109,20 @@ def test_damaged_records(tmp_path: Path, line: str) -> None:
             read()
         assert str(error.value).startswith(f"{path}: ")
         assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("edit", [(",\n", ","), (', "0123', ',\n "0123'), ("],\n", "], \n")])
+def test_each_record_has_a_line(tmp_path: Path, edit: tuple[str, str]) -> None:
+    """Records are decoded many at once, and found again by their lines. Without it a file that is
+    good JSON, with two records in a line, gives names of other images.
+    """
+    path = tmp_path / "a.json"
+    written(path)
+    head, end, records = path.read_text().partition('"records": [\n')
+    path.write_text(head + end + records.replace(*edit, 1))
+    with pytest.raises(UserError, match=r"damaged|digest"):
+        list(Manifest.read(path).records())
+    json.loads(path.read_text())
 
 
 def test_more_records_than_the_head_says(tmp_path: Path) -> None:
