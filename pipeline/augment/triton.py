@@ -43,9 +43,9 @@ from pipeline.views import ViewParams
 # tests/compile_kernels.py, and are not tuned on a GPU. A band matrix is dense over (TILE_J + 4) *
 # scale columns and (TILE_I + 4) * scale lines of the crop.
 WEIGH = {"num_warps": 4, "num_stages": 1}
-ACROSS = {"LINES": 128, "TILE_J": 16, "COLUMNS": 16, "num_warps": 4, "num_stages": 1}
+ACROSS = {"LINES": 64, "TILE_J": 16, "COLUMNS": 16, "num_warps": 4, "num_stages": 1}
 DOWN = {"TILE_I": 32, "TILE_J": 32, "num_warps": 4, "num_stages": 1}
-COLOUR = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+COLOUR = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
 BLUR = {"WINDOW": 64, "num_warps": 8, "num_stages": 1}
 MAX_SIGMA = 8  # of a blur: three boxes of reach 8 still leave 16 pixels of the window
 EXACT = {"enable_fp_fusion": False}

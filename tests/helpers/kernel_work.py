@@ -96,7 +96,7 @@ def _blur(box: _Numbers, size: int) -> Runs:
     window = BLUR["WINDOW"]
     programs = len(box) * _ceil(size, window - 6 * (int(box.max()) + 1)) ** 2
     used = (_ceil(size, window - 6 * (box + 1)) ** 2)[box >= 0].sum()
-    shares = {"near = tl.load": float(used / programs), "tl.store(target + 2": 1}
+    shares = {"level = tl.load(pixel)": float(used / programs), "tl.store(target + 2": 1}
     return Runs(programs, {"for _ in range(3)": 3}, shares)
 
 
