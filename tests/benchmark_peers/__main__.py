@@ -11,6 +11,7 @@ with the reason.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.errors import UserError, printable
@@ -51,6 +53,8 @@ def main() -> None:
         reasons = pack(work, args.peers)
         turns = run_rounds(job_of(args, work), args.peers, args.rounds, reasons)
     machine = provenance()
+    with contextlib.suppress(PackageNotFoundError):
+        machine["versions"]["lightly"] = version("lightly")
     content = machine | content_of(args, images, turns, reasons)
     shown = markdown(content)
     print(shown)

@@ -1,4 +1,7 @@
-"""torchvision's transforms v2 on uint8 tensors, in worker processes."""
+"""torchvision's transforms v2 on tensors, in worker processes.
+
+uint8 up to the flip, then float32: of the forms that give these views it is the fastest.
+"""
 
 from types import SimpleNamespace
 
