@@ -78,7 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--count", type=int, default=512, help="use this many of the images at most (512)"
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each peer (5)")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each peer (4)")
     parser.add_argument("--seconds", type=float, default=3.0, help="timed part of a turn (3)")
     parser.add_argument(
         "--first-batch", action="store_true", help="measure only the time to the first batch"
