@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG
@@ -51,17 +52,23 @@ def main() -> None:
         if images < args.batch:
             raise UserError(f"{args.images}: has {images} JPEG files, a batch needs {args.batch}")
         reasons = pack(work, args.peers)
-        turns = run_rounds(job_of(args, work), args.peers, args.rounds, reasons)
-    machine = provenance()
-    with contextlib.suppress(PackageNotFoundError):
-        machine["versions"]["lightly"] = version("lightly")
-    content = machine | content_of(args, images, turns, reasons)
-    shown = markdown(content)
+        machine = provenance()
+        with contextlib.suppress(PackageNotFoundError):
+            machine["versions"]["lightly"] = version("lightly")
+        shown = ""
+        for turns in run_rounds(job_of(args, work), args.peers, args.rounds, reasons):
+            content = machine | content_of(args, images, turns, reasons)
+            shown = markdown(content)
+            write(args, content, shown)
     print(shown)
-    if args.markdown:
-        write_bytes(args.markdown, f"{shown}\n".encode())
+
+
+def write(args: argparse.Namespace, content: dict[str, Any], shown: str) -> None:
+    """What is known so far, each file whole or not at all."""
     if args.json:
         write_json(args.json, content)
+    if args.markdown:
+        write_bytes(args.markdown, f"{shown}\n".encode())
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
