@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -34,7 +35,7 @@ class RecordLoader(ABC):
 
     The pixels are in a small ring of buffers, pinned if `pin` is set. Buffers are reused and grow
     to the largest batch so far. A subclass defines the shape of the pixels and writes them; it may
-    also choose their type, and `keep` them: then each batch has memory of its own.
+    also choose their type, and let the receiver `keep` a batch: its memory is then left alone.
 
     A record that cannot be decoded ends the iteration (`on_corrupt` "stop") or is replaced, see
     `pipeline.source.Replacements`.
@@ -59,6 +60,7 @@ class RecordLoader(ABC):
         self._thread = threading.local()  # each thread's decoder and memory to work in
         self._pool = ThreadPoolExecutor(threads, "decode")
         self._ring = [torch.empty(0, dtype=self.dtype) for _ in range(_AHEAD + 1)]
+        self._kept: list[np.ndarray] = []  # in place of the ring, if batches may be kept
         self._pending: _Pending = deque()  # the batches that are being decoded
 
     @abstractmethod
@@ -167,12 +169,31 @@ class RecordLoader(ABC):
 
     def _buffer(self, slot: int, shape: tuple[int, ...]) -> Tensor:
         size = math.prod(shape)
-        if self.keep:  # NumPy asks for large pages: far fewer faults than PyTorch's memory has
-            memory = np.empty(size * self.dtype.itemsize, np.uint8)
-            return torch.from_numpy(memory).view(self.dtype).view(shape)
+        if self.keep:
+            return torch.from_numpy(self._free_memory(size)).view(self.dtype).view(shape)
         if self._ring[slot].numel() < size:
             self._ring[slot] = torch.empty(size, dtype=self.dtype, pin_memory=self.pin)
         return self._ring[slot][:size].view(shape)
+
+    def _free_memory(self, values: int) -> np.ndarray:
+        """Memory for a batch that its receiver may keep: that of a batch which nobody holds any
+        more, or new one, because new pages cost the kernel time. NumPy asks it for large ones.
+        """
+        size = values * self.dtype.itemsize
+        for i in range(len(self._kept)):
+            if self._kept[i].size >= size and _holders(self._kept, i) == _NOBODY:
+                return self._kept[i][:size]
+        memory = np.empty(size, np.uint8)
+        self._kept = [memory, *self._kept][: _AHEAD + 2]
+        return memory
+
+
+def _holders(memories: list[np.ndarray], i: int) -> int:
+    """How many references there are to a memory; a tensor of it, or a part of one, holds one."""
+    return sys.getrefcount(memories[i])
+
+
+_NOBODY = _holders([np.empty(0, np.uint8)], 0)
 
 
 def _settle(pending: _Pending) -> None:
@@ -235,7 +256,7 @@ class CropLoader(RecordLoader):
     def worst_case(self, images: int) -> int:
         side, height, width = self.views.size, self.beton.height, self.beton.width
         canvas = int((height * width).max()) * 3
-        resized = int(height.max() + width.max() * 16 + 3 * side) * 3 * side
+        resized = int(height.max() + 4 * side) * 3 * side + 96 * int(width.max())
         batch = images * 2 * side**2 * 3 * self.dtype.itemsize
         batches = _AHEAD + 1 + self.keep  # the last one is with its receiver
         return batches * self._held(batch) + self.threads * (canvas + resized)

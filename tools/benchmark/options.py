@@ -42,8 +42,8 @@ STAGES = {
     ),
     "decode": (
         "Bare libjpeg-turbo on bytes in memory, the upper bound; the loader, which reads and "
-        "decodes the same images into canvases; the loader that cuts both crops too, and the "
-        "one that finishes both views; DALI's decoder. Bytes: the images' pixels."
+        "decodes the same images into canvases; the loader that cuts both crops too, and the one "
+        "that finishes both views; DALI's decoder. Bytes: the images' pixels."
     ),
     "params": (
         "All random numbers of a batch's pairs of views, on one core by Numba, as in training."
@@ -66,8 +66,8 @@ STAGES = {
     "pipeline": (
         "The whole data path, from the beton to views on the device, by each backend, with "
         "crops on the device, on the host, by DALI; then training from the fastest of each, and "
-        'from views that the decoding threads finish ("overlap"), and its wait for data. '
-        "Bytes: the records'."
+        'from views that the decoding threads finish ("overlap"), and its wait for data. Bytes: '
+        "the records'."
     ),
 }
 """What each stage of `tools.benchmark.stages` measures."""
