@@ -104,7 +104,8 @@ def check_page(seen: dict[str, Any]) -> None:
     assert all(width > 240 and height > 50 for width, height in seen["pictures"])
     assert all(width > 0 for width in seen["natural"])
     assert seen["width"][0] <= seen["width"][1]
-    assert [t for t in seen["texts"] if t["size"] < 11 or t["cut"] > 1] == []
+    smallest = 11 if seen["width"][1] >= 400 else 10  # pixels
+    assert [t for t in seen["texts"] if t["size"] < smallest or t["cut"] > 1] == []
 
 
 @pytest.fixture(scope="module")
