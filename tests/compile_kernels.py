@@ -82,7 +82,9 @@ def compile_kernel(name: str, arch: int, dtype: str = "bf16", size: int = SIZE) 
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
-    usage = dict(re.findall(r"\b([A-Z]+):(\d+)", _dump(cubin, "cuobjdump", "--dump-resource-usage")))
+    usage = dict(
+        re.findall(r"\b([A-Z]+):(\d+)", _dump(cubin, "cuobjdump", "--dump-resource-usage"))
+    )
     registers, stack, local, static = (int(usage[k]) for k in ("REG", "STACK", "LOCAL", "SHARED"))
     code = _dump(cubin, "nvdisasm", "-g", "-c")
     count = len(parse(code)[0])

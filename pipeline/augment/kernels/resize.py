@@ -1,4 +1,4 @@
-"""Pass 1: crop, resize as Pillow does it, and flip; then the jitter up to its contrast.
+"""Passes 1 and 2: crop, resize as Pillow does it, and flip; then the jitter up to its contrast.
 
 Pillow resizes lines first, rounds to bytes, then resizes columns. Its weights are integers in units
 of 2^-22, from float64. Here `weigh` computes them, once for each view; `resize_across` resizes the
@@ -26,7 +26,9 @@ HALF = tl.constexpr(1 << 21)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def weigh(words: tensor, weights: tensor, rows: tensor, S: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def weigh(
+    words: tensor, weights: tensor, rows: tensor, S: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     """Write the filters of a view, across (0) and down (1), to weights int32 [2 B, 2, rows, S].
 
     Row 0: the first pixel on the crop's side that each of the S pixels reads. Row 1 + k: the weight
@@ -122,7 +124,9 @@ def resize_across(
             g, g_low = tl.dot(green, high, g), tl.dot(green, low, g_low)
             b, b_low = tl.dot(blue, high, b), tl.dot(blue, low, b_low)
 
-        target = lines + (tl.load(words + FIRST_LINE) + y).to(tl.int64)[:, None] * (3 * S) + j[None, :]
+        target = (
+            lines + (tl.load(words + FIRST_LINE) + y).to(tl.int64)[:, None] * (3 * S) + j[None, :]
+        )
         inside = (y < height)[:, None] & (j < S)[None, :]
         tl.store(target, _join(r, r_low, low_bits), mask=inside)
         tl.store(target + S, _join(g, g_low, low_bits), mask=inside)
