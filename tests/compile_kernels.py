@@ -125,8 +125,9 @@ def main() -> None:
         millions = executed_millions(used, work)
         total[used.arch] += millions or 0
         shown = "" if millions is None else f"{millions:.0f}"
-        print(columns.format(used.kernel, f"sm_{used.arch}", used.registers, used.spilled, used.shared,
-                             used.static_shared, used.instructions, shown), flush=True)  # fmt: skip
+        numbers = (used.registers, used.spilled, used.shared, used.static_shared)
+        row = (used.kernel, f"sm_{used.arch}", *numbers, used.instructions, shown)
+        print(columns.format(*row), flush=True)
     for arch, millions in total.items():
         print(f"all, sm_{arch}: {millions:.0f} million")
 
