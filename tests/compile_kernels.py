@@ -82,7 +82,9 @@ def compile_kernel(name: str, arch: int, dtype: str = "bf16", size: int = SIZE) 
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
-    usage = dict(re.findall(r"\b([A-Z]+):(\d+)", _dump(cubin, "cuobjdump", "--dump-resource-usage")))
+    usage = dict(
+        re.findall(r"\b([A-Z]+):(\d+)", _dump(cubin, "cuobjdump", "--dump-resource-usage"))
+    )
     registers, stack, local, static = (int(usage[k]) for k in ("REG", "STACK", "LOCAL", "SHARED"))
     code = _dump(cubin, "nvdisasm", "-g", "-c")
     count = len(parse(code)[0])
@@ -123,8 +125,9 @@ def main() -> None:
         millions = executed_millions(used, work)
         total[used.arch] += millions or 0
         shown = "" if millions is None else f"{millions:.0f}"
-        print(columns.format(used.kernel, f"sm_{used.arch}", used.registers, used.spilled, used.shared,
-                             used.static_shared, used.instructions, shown), flush=True)  # fmt: skip
+        numbers = (used.registers, used.spilled, used.shared, used.static_shared)
+        row = (used.kernel, f"sm_{used.arch}", *numbers, used.instructions, shown)
+        print(columns.format(*row), flush=True)
     for arch, millions in total.items():
         print(f"all, sm_{arch}: {millions:.0f} million")
 

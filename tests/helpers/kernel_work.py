@@ -1,6 +1,6 @@
 """How often the programs, loops and branches of the Triton kernels run on two views of a batch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,5 +104,6 @@ def _taps(length: _Numbers, size: int) -> _Numbers:
     return _ceil(4 * np.maximum(length, size), size)
 
 
-def _ceil(a, b):
+def _ceil(a: Any, b: Any) -> Any:
+    """a / b, rounded up."""
     return -(-a // b)

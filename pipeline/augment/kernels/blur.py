@@ -1,4 +1,4 @@
-"""Pass 3: the Gaussian blur, for views that have it; then solarize, normalise and store."""
+"""Pass 4: the Gaussian blur, for views that have it; then solarize, normalise and store."""
 
 import triton
 import triton.language as tl
