@@ -53,7 +53,7 @@ def require_root(root: Path) -> None:
     """Raises UserError if `root` is not a folder."""
     if not is_folder(root):
         if url := as_url(str(root)):
-            raise UserError(f"{url}: a URL; download it, and give the folder on this machine")
+            raise UserError(f"{url}: a URL; give a folder on this machine")
         raise UserError(f"{root}: {'not a' if is_file(root) else 'no such'} folder")
 
 
@@ -62,7 +62,10 @@ def as_url(name: str) -> str:
     none.
     """
     match = _URL.fullmatch(name)
-    return f"{match[1]}://{match[2]}" if match and len(match[1]) > 1 else ""
+    if not match or len(match[1]) == 1:
+        return ""
+    local = match[1].lower() == "file"  # of this machine: file:///a
+    return f"{match[1]}://{'/' * local}{match[2]}"
 
 
 def is_dir(entry: os.DirEntry[str]) -> bool:

@@ -5,9 +5,10 @@
         --cases geometry "all colour" recipe
 
 A way is a backend, which crops and colours whole images ("compiled": on the threads that decode
-them); or it is "host" or "dali", which crop (DALI also decodes) before the reference colours. Geometry is crop, resize and flip, with everything
-else off. A single colour operation gets PIL's crops, so its row holds no other error. Without a GPU
-triton runs in its interpreter, which takes seconds for each small view.
+them); or it is "host" or "dali", which crop (DALI also decodes) before the reference colours.
+Geometry is crop, resize and flip, with everything else off. A single colour operation gets PIL's
+crops, so its row holds no other error. Without a GPU triton runs in its interpreter, which takes
+seconds for each small view.
 """
 
 import argparse

@@ -11,6 +11,7 @@ with the reason.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import subprocess
@@ -18,7 +19,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG
@@ -49,15 +52,23 @@ def main() -> None:
         if images < args.batch:
             raise UserError(f"{args.images}: has {images} JPEG files, a batch needs {args.batch}")
         reasons = pack(work, args.peers)
-        turns = run_rounds(job_of(args, work), args.peers, args.rounds, reasons)
-    machine = provenance()
-    content = machine | content_of(args, images, turns, reasons)
-    shown = markdown(content)
+        machine = provenance()
+        with contextlib.suppress(PackageNotFoundError):
+            machine["versions"]["lightly"] = version("lightly")
+        shown = ""
+        for turns in run_rounds(job_of(args, work), args.peers, args.rounds, reasons):
+            content = machine | content_of(args, images, turns, reasons)
+            shown = markdown(content)
+            write(args, content, shown)
     print(shown)
-    if args.markdown:
-        write_bytes(args.markdown, f"{shown}\n".encode())
+
+
+def write(args: argparse.Namespace, content: dict[str, Any], shown: str) -> None:
+    """What is known so far, each file whole or not at all."""
     if args.json:
         write_json(args.json, content)
+    if args.markdown:
+        write_bytes(args.markdown, f"{shown}\n".encode())
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -74,7 +85,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--count", type=int, default=512, help="use this many of the images at most (512)"
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each peer (5)")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each peer (4)")
     parser.add_argument("--seconds", type=float, default=3.0, help="timed part of a turn (3)")
     parser.add_argument(
         "--first-batch", action="store_true", help="measure only the time to the first batch"

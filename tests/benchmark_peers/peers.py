@@ -73,9 +73,7 @@ PEERS: dict[str, Peer] = {
     "authors": Peer(
         "authors", "SlotCon's transforms by PIL, in worker processes", {}, geometry=True
     ),
-    "torchvision": Peer(
-        "torchvision_v2", "transforms v2 on uint8 tensors, in worker processes", {}
-    ),
+    "torchvision": Peer("torchvision_v2", "transforms v2 on tensors, in worker processes", {}),
     "lightly": Peer(
         "lightly_byol", "LightlyDataset and BYOLTransform (bilinear), in worker processes", {}
     ),

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from pipeline.errors import printable
@@ -15,15 +15,15 @@ from tests import ROOT
 from tests.benchmark_peers.peers import Job
 from tests.benchmark_peers.turn import Turn
 
-LONGEST = 120.0
+LONGEST = 180.0
 """Seconds of a turn besides its timed part; a first run compiles."""
 
 
 def run_rounds(
     job: Job, peers: Sequence[str], rounds: int, reasons: dict[str, str]
-) -> dict[str, list[Turn]]:
-    """The turns of each peer, in the order of the rounds. A peer in `reasons` has none; one that
-    fails is added to `reasons` and has no later turn.
+) -> Iterator[dict[str, list[Turn]]]:
+    """After each round, the turns of each peer so far. A peer in `reasons` has none; one that fails
+    is added to `reasons` and has no later turn.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in peers}
     for number in range(rounds):
@@ -40,7 +40,7 @@ def run_rounds(
                 shown = describe(turn)
             line = f"round {number + 1} of {rounds}: {name}: {shown}"
             print(line, file=sys.stderr, flush=True)
-    return turns
+        yield turns
 
 
 def describe(turn: Turn) -> str:

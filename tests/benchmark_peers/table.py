@@ -25,7 +25,7 @@ def content_of(
     """The entries of the --json file."""
     settings = {
         name: getattr(args, name)
-        for name in ("rounds", "seconds", "first_batch", "batch", "size", "threads", "device")
+        for name in ("seconds", "first_batch", "batch", "size", "threads", "device")
     }
     measured = [name for name in turns if name not in reasons]
     base = turns[measured[0]] if measured else []
@@ -40,7 +40,8 @@ def content_of(
         }
         for name, own in turns.items()
     ]
-    return {"settings": settings | {"images": images}, "results": results}
+    rounds = max(map(len, turns.values()))
+    return {"settings": settings | {"images": images, "rounds": rounds}, "results": results}
 
 
 def ratio(own: Sequence[Turn], base: Sequence[Turn]) -> float | None:

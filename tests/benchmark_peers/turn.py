@@ -17,9 +17,9 @@ from tests.benchmark_peers.peers import Job, Views, open_views
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOOKED_AT = 4
+LOOKED_AT = 2
 """Batches whose views are described."""
-WEIGHED = 6
+WEIGHED = 4
 """Batches after the timed part, between which memory is read."""
 
 

@@ -112,7 +112,7 @@ def profiled_kernels(call: Callable[[], object], calls: int) -> dict[str, float]
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    kernels = ("crop_and_resize", "colour", "blur")
+    kernels = ("weigh", "resize_across", "resize_down", "colour", "blur")
     return {
         f"{event.key} ms": round(event.device_time_total / calls / 1e3, 3)
         for event in profile.key_averages()

@@ -1,6 +1,6 @@
 """How often the programs, loops and branches of the Triton kernels run on two views of a batch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,7 @@ def _blur(box: _Numbers, size: int) -> Runs:
     window = BLUR["WINDOW"]
     programs = len(box) * _ceil(size, window - 6 * (int(box.max()) + 1)) ** 2
     used = (_ceil(size, window - 6 * (box + 1)) ** 2)[box >= 0].sum()
-    shares = {"near = tl.load": float(used / programs), "tl.store(target + 2": 1}
+    shares = {"level = tl.load(pixel)": float(used / programs), "tl.store(target + 2": 1}
     return Runs(programs, {"for _ in range(3)": 3}, shares)
 
 
@@ -104,5 +104,6 @@ def _taps(length: _Numbers, size: int) -> _Numbers:
     return _ceil(4 * np.maximum(length, size), size)
 
 
-def _ceil(a, b):
+def _ceil(a: Any, b: Any) -> Any:
+    """a / b, rounded up."""
     return -(-a // b)

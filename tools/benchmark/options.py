@@ -43,7 +43,8 @@ STAGES = {
     "decode": (
         "Bare libjpeg-turbo on bytes in memory, the upper bound; the loader, which reads and "
         "decodes the same images into canvases; the loader that cuts both crops too, and the one "
-        "that finishes both views; DALI's decoder. Bytes: the images' pixels."
+        "that finishes both views; DALI's decoder, and with a GPU torchvision's, and how far their "
+        "pixels are from libjpeg-turbo's. Bytes: the images' pixels."
     ),
     "params": (
         "All random numbers of a batch's pairs of views, on one core by Numba, as in training."

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from pipeline.choices import CROPS, Crops
 from pipeline.errors import UserError
 from pipeline.ffcv_format import JPEG
 from pipeline.views import ViewConfig, ViewParams, sample_views
+from tools.benchmark import decoders
 from tools.benchmark.options import FROM_A_FILE
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
@@ -109,9 +109,9 @@ def decode(bench: Bench) -> None:
         if jpegs:
             bare = partial(_in_threads, partial(_decode_part, beton), jpegs, threads)
             works.insert(0, made("libjpeg-turbo", bare, bytes=pixels))
-            if _has_dali(bench, "decode"):
-                call = _dali_decoder(bench, [jpeg for jpeg, *_ in jpegs], threads)
-                works.append(made("dali", call, bytes=pixels))
+            for name, call in decoders.usable(bench, [jpeg for jpeg, *_ in jpegs], threads).items():
+                levels = decoders.difference(call, map(beton.decode, images.tolist()))
+                works.append(made(name, call, bytes=pixels, levels=levels))
         bench.measure(works, ratio_to="libjpeg-turbo")
 
 
@@ -140,46 +140,6 @@ def _decode_part(beton: "Beton", jpegs: Iterator[tuple[np.ndarray, int, int]]) -
         canvas = pixels[: height * width * 3].reshape(height, width, 3)
         if complaint := decoder.decompress(jpeg, canvas):
             raise UserError(f"{beton.path}: {complaint}")
-
-
-def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callable[[], object]:
-    """DALI's decoder on bytes in memory, with the same DCT, on the GPU if there is one.
-
-    One batch at a time: decoding ahead would take its time from the next measurement.
-    """
-    from nvidia.dali import fn
-    from nvidia.dali.pipeline import Pipeline
-
-    on_gpu = bench.device.type == "cuda"
-    batch = min(bench.batch, len(jpegs))
-    batches = [jpegs[begin : begin + batch] for begin in range(0, len(jpegs), batch)]
-    stream = (files for _ in iter(int, 1) for files in batches)  # without end
-    pipe = Pipeline(
-        batch_size=batch,
-        num_threads=threads,
-        device_id=0 if on_gpu else None,
-        exec_async=False,
-        exec_pipelined=False,
-    )
-    with pipe:
-        pipe.set_outputs(
-            fn.decoders.image(
-                fn.external_source(source=lambda: next(stream), no_copy=True),
-                device="mixed" if on_gpu else "cpu",
-                use_fast_idct=False,
-                jpeg_fancy_upsampling=True,
-                affine=False,
-            )
-        )
-    pipe.build()
-
-    def call() -> None:
-        for _ in batches:
-            pipe.run()
-        if on_gpu:
-            torch.cuda.synchronize(bench.device)
-
-    return call
 
 
 def params(bench: Bench) -> None:
@@ -281,7 +241,7 @@ def pipeline(bench: Bench) -> None:
     model = SlotCon(bench.config.model).to(bench.device)
     train = make_step(model, bench.config, "fast", bench.dtype)
     for crops in CROPS:
-        if crops == "dali" and not _has_dali(bench, "pipeline"):
+        if crops == "dali" and not decoders.has_dali(bench, "pipeline"):
             continue
         results = []
         for name in backends:
@@ -390,13 +350,6 @@ def _usable(bench: Bench, stage: str) -> list[str]:
         return list(bench.backends)
     bench.skip(f"{stage} by triton", "without a GPU it runs in an interpreter, for tests only")
     return [name for name in bench.backends if name != "triton"]
-
-
-def _has_dali(bench: Bench, stage: str) -> bool:
-    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    if not installed:
-        bench.skip(f"{stage} by dali", "NVIDIA DALI is not installed")
-    return installed
 
 
 def _in_threads(part: Callable[[Iterator[Any]], None], items: Sequence[Any], threads: int) -> None:

@@ -71,6 +71,8 @@ class Result:
     ratio_to: str | None = None
     wait_share: float | None = None
     """Share of the time in which a training step waited for data."""
+    levels: tuple[float, float] | None = None
+    """Of a decoder: largest and mean difference from libjpeg-turbo's pixels, in levels of 255."""
     detail: StepDetail | None = None
 
     @property
@@ -94,6 +96,7 @@ class Work:
     bytes: int | None = None
     operation: str | None = None
     crops: str | None = None
+    levels: tuple[float, float] | None = None
 
 
 @dataclass
@@ -230,6 +233,7 @@ def to_result(work: Work, rates: list[float], host_seconds: list[float]) -> Resu
         bytes_per_s=work.bytes / work.images * rate if work.bytes else None,
         operation=work.operation,
         crops=work.crops,
+        levels=work.levels,
     )
 
 

@@ -52,6 +52,8 @@ def _beside(result: Result) -> str:
         parts.append(f"data wait {result.wait_share:.1%}")
     if result.ratio is not None:
         parts.append(f"{result.ratio:.3g} x {result.ratio_to}")
+    if result.levels is not None:
+        parts.append("off by {:.0f} levels at most, {:.3f} on average".format(*result.levels))
     return ", ".join(parts)
 
 

@@ -71,6 +71,10 @@ def to_yaml(values: Any) -> str:
 _FLOAT, _TIMESTAMP = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
 
 
+_TWO_MEANINGS = re.compile(r"[-+]?(0[0-9_]|[^:]+:)")
+"""010 and 1:30 are 8 and 90 in YAML 1.1, but 10 and a text in YAML 1.2."""
+
+
 class _Loader(yaml.SafeLoader):  # not in C, where deep nesting ends in a segmentation fault
     yaml_implicit_resolvers = {  # noqa: RUF012 (of the base class)
         letter: [(tag, regexp) for tag, regexp in known if tag not in (_FLOAT, _TIMESTAMP)]
@@ -78,12 +82,14 @@ class _Loader(yaml.SafeLoader):  # not in C, where deep nesting ends in a segmen
     }
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        line = node.start_mark.line + 1
+        if _TWO_MEANINGS.match(node.value):
+            raise yaml.YAMLError(f"line {line}: {node.value[:40]}: write a number in plain digits")
         try:
             value = int(super().construct_yaml_int(node))
         except ValueError:  # 5,000 digits, or 0x_
             value = 1 << 64
         if value.bit_length() > 64:
-            line = node.start_mark.line + 1
             raise yaml.YAMLError(f"line {line}: {node.value[:40]} is no integer of 64 bits")
         return value
 

@@ -1,4 +1,4 @@
-"""Pass 2: the colour operations, which passes 1 and 3 use too.
+"""Pass 3: the colour operations, which passes 2 and 4 use too.
 
 The contrast needs the mean of the whole view, so the operations before it are in the pass before.
 """

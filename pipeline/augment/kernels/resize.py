@@ -1,4 +1,4 @@
-"""Pass 1: crop, resize as Pillow does it, and flip; then the jitter up to its contrast.
+"""Passes 1 and 2: crop, resize as Pillow does it, and flip; then the jitter up to its contrast.
 
 Pillow resizes lines first, rounds to bytes, then resizes columns. Its weights are integers in units
 of 2^-22, from float64. Here `weigh` computes them, once for each view; `resize_across` resizes the

@@ -243,6 +243,8 @@ def chain(levels: int) -> str:
         ("a: " + "9" * 5000, "is no integer of 64 bits"),
         ("a: 0x" + "f" * 5000, "is no integer of 64 bits"),
         ("a: 0x_", "is no integer of 64 bits"),
+        ("a: 010", "line 1: 010: write a number in plain digits"),  # 8 in YAML 1.1
+        ("a: 1:30", "line 1: 1:30: write a number in plain digits"),  # 90 in YAML 1.1
         ("a: b\0c", "special characters are not allowed"),
         ("a: !!timestamp x", "only plain values are read"),
         ("a: 1\nb: 2\na: 3", "line 3: a is given a second time"),
