@@ -25,9 +25,11 @@ class UserError(ValueError):
 
 
 def require(holds: bool, name: str, value: object, meaning: str) -> None:
-    """Refuse a setting with a ValueError that names it."""
+    """Refuse a setting with a ValueError that names it, and shows how its value begins."""
     if not holds:
-        raise ValueError(f"{name} must be {meaning}, not {value!r}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
+        raise ValueError(f"{name} must be {meaning}, not {shown}")
 
 
 def printable(name: str) -> str:

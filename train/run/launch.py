@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from accelerate import (
@@ -24,7 +24,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from train.run.environment import check_environment, is_set
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,7 +57,7 @@ def launch(
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     # On GPUs the watchdog comes first: NCCL would end the process with pages of traces.
     patience = timedelta(minutes=timeout_minutes * (2 if on_gpu else 1))
-    accelerator = Accelerator(
+    accelerator = _join(
         cpu=not on_gpu,  # or processes that torchrun starts on CPUs would not form a group
         mixed_precision=precision,
         # Both are our own part. Given here, they are not read from the environment.
@@ -85,6 +85,23 @@ def launch(
             "use plain data parallelism"
         )
     return accelerator
+
+
+def _join(**options: Any) -> Accelerator:
+    """Accelerator(**options). Raises UserError if the processes that a launcher has started do not
+    find each other: a port in use, a wrong address or interface, a process that does not come.
+    """
+    try:
+        return Accelerator(**options)
+    except (RuntimeError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
+        if not {"WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys():
+            raise
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(
+            f"the processes of this run cannot form a group at {printable(place[:80])} "
+            f"(MASTER_ADDR:MASTER_PORT): {printable(reason)}"
+        ) from error
 
 
 def lock(run_dir: Path) -> IO[str]:

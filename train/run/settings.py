@@ -41,7 +41,8 @@ RESUME = (
 RUN_NAME: Bound = {
     "made of letters, digits, '.', '_' and '-', the first one no '.' or '-'": lambda name: bool(
         re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name)  # -x is an option for other programs
-    )
+    ),
+    "at most 200 characters long": lambda name: len(name) <= 200,  # folders of Linux: 255
 }
 SEED: Bound = {"in 0..2^32-1": lambda seed: 0 <= seed < 2**32}
 

@@ -1,6 +1,7 @@
 """Accelerate's trackers. They run on a thread, because some of them talk to servers."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from train.run.background import Background
+from train.run.environment import is_set
 from train.run.json_file import Text, read_json
 from train.run.log import tell
 from train.run.provenance import write_bytes
@@ -48,6 +50,8 @@ class Trackers:
         if self._active:
             if step and self._file.exists():
                 self._ids = read_json(self._file, dict[Text, Text], 1 << 16, "names of runs")
+            if "mlflow" in names:
+                _check_mlflow(self._ids.get("mlflow"))
             threading.excepthook = self._on_thread_error
             self._thread.submit(self._start)
             self._thread.wait()
@@ -156,6 +160,25 @@ class Trackers:
         self._active = False
         self._accelerator.trackers.clear()
         tell(f"warning: {problem}; the run goes on without it")
+
+
+def _check_mlflow(known: str | None) -> None:
+    """Accelerate prefers these variables to what we say. `known` is the run to continue. Raises
+    UserError, which names the variable.
+    """
+    given = os.environ.get("MLFLOW_RUN_ID")
+    if known and given not in (None, known):
+        raise UserError(
+            f"MLFLOW_RUN_ID is {printable(given[:40]) or 'empty'}, but this run continues mlflow's "
+            f"run {known} (trackers.json): unset it"
+        )
+    is_set("MLFLOW_NESTED_RUN")
+    try:
+        tags = json.loads(os.environ.get("MLFLOW_TAGS", "{}"))
+    except ValueError:
+        tags = None
+    if not isinstance(tags, dict):
+        raise UserError('MLFLOW_TAGS must be a JSON object: {"key": "value"}')
 
 
 def _scalar(value: object) -> bool | int | float | str:

@@ -1,6 +1,7 @@
 """What launchers put into the environment: it agrees with the configuration, or is refused."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from accelerate.utils import DynamoBackend
 
 from pipeline.errors import UserError
 from tests import ROOT
+from tests.helpers.runs import in_this_process
 from tests.helpers.training import small_beton, small_run
 from train.run import environment
 from train.run.environment import check_environment
@@ -209,3 +211,28 @@ def test_numbers_that_launchers_give(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=named):
         check_environment("no", 1, on_gpu=False)
+
+
+@pytest.mark.parametrize("fault", ["port in use", "GLOO_SOCKET_IFNAME"])
+def test_a_group_that_cannot_be_formed(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs on one machine often get the same port. Without it the second ends in a traceback,
+    which does not say which variable is wrong.
+    """
+    with socket.socket() as taken, socket.socket() as free:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        free.bind(("127.0.0.1", 0))
+        port = (taken if fault == "port in use" else free).getsockname()[1]
+        free.close()
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, "0")
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.setenv(name, "1")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        if fault != "port in use":
+            monkeypatch.setenv(fault, "no_such_interface")
+        with pytest.raises(UserError, match=rf"cannot form a group at 127.0.0.1:{port} \(MASTER"):
+            in_this_process(lambda: launch(tmp_path, "no", [], timeout_minutes=0.2))

@@ -395,6 +395,8 @@ def test_print_config_shows_all_values(capsys: pytest.CaptureFixture[str]) -> No
         (["--data.path", "x", "--name", "x\ny"], "name must be made of"),
         (["--data.path", "x", "--name", "-x"], "name must be made of"),
         (["--data.path", "x", "--name", ".x"], "name must be made of"),
+        (["--data.path", "x", "--name", "[" * 3000], "name must be made of"),
+        (["--data.path", "x", "--name", "x" * 300], "name must be at most 200 characters long"),
         (["--data.path", "x" * 5000], "data.path must be text"),
         (["--train.epochs", "-3", "--print_config"], "train.epochs must be at least 1, not -3"),
         (

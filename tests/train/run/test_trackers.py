@@ -128,6 +128,32 @@ def test_a_resumed_run_continues_the_run_of_its_tracker(
     assert len(runs) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MLFLOW_RUN_ID", "another"),
+        ("MLFLOW_RUN_ID", ""),
+        ("MLFLOW_TAGS", "fast"),
+        ("MLFLOW_NESTED_RUN", "perhaps"),
+    ],
+)
+def test_what_the_environment_says_against_the_run_is_named(
+    name: str,
+    value: str,
+    started: Callable[..., Trackers],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Accelerate follows these variables first. Without it a resumed run writes into another run of
+    mlflow without a word, and a wrong value ends in a message that does not name the variable.
+    """
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow({}))  # type: ignore[arg-type]
+    (tmp_path / "run" / "trackers.json").write_text('{"mlflow": "abc"}')
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name} "):
+        started("mlflow", 4)
+
+
 def test_runs_that_are_gone_are_named(
     started: Callable[..., Trackers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
