@@ -237,7 +237,10 @@ class Beton:
             os.posix_fadvise(self.file, block * BLOCK, BLOCK, os.POSIX_FADV_WILLNEED)
 
     def corrupt(self, i: int, reason: str) -> CorruptRecord:
-        """The error that names record `i`."""
+        """The error that names record `i`. Raises UserError if the file was written to: then that
+        is the reason.
+        """
+        self.require_unchanged()
         return CorruptRecord(f"{self.path}: {printable(self.name(i))}: {reason}")
 
     def _known(self, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
