@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from evaluation.datasets.images import centre_square
 from evaluation.datasets.label_maps import VOID, LabelReader
 from evaluation.datasets.pairs import Pair, require_labels
 from evaluation.datasets.squares import DECODE_THREADS, SquareImages, Squares
@@ -83,9 +81,9 @@ class LabelledSquares(SquareImages):
     images: LabelledImages
 
     def labels(self, batch: Squares) -> np.ndarray:
-        """uint8 [B, R, R]: the label maps of a batch, cropped like its images, with nearest
-        neighbour. Raises UserError.
+        """uint8 [B, R, R]: the label maps of a batch, cropped or squashed like its images, with
+        nearest neighbour. Raises UserError.
         """
         numbers = zip(batch.index.tolist(), batch.shape, strict=True)
         maps = (self.images.labels(i, *shape) for i, shape in numbers)
-        return np.stack([centre_square(m, self.size, Image.Resampling.NEAREST) for m in maps])
+        return np.stack([self.fit.labels(m, self.size) for m in maps])

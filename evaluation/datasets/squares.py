@@ -1,4 +1,4 @@
-"""Batches of images, each scaled and cropped to a square.
+"""Batches of images, each scaled to a square.
 
 Letters: B images, H W a stored image's height and width, R the side of an evaluated image, in
 pixels.
@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.datasets.images import ImageSource, centre_square
+from evaluation.datasets.images import FITS, Fit, ImageSource
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 
 DECODE_THREADS = 4
@@ -55,6 +54,7 @@ class SquareImages:
     device: torch.device
     """Where networks run on these images."""
     batch_size: int = 8
+    fit: Fit = FITS["crop"]
 
     def batches(
         self, progress: str | None = None, indices: np.ndarray | None = None
@@ -68,7 +68,7 @@ class SquareImages:
 
         def load(i: int) -> tuple[tuple[int, int], np.ndarray]:
             pixels = self.images.load(i)
-            return pixels.shape[:2], centre_square(pixels, self.size, Image.Resampling.BILINEAR)
+            return pixels.shape[:2], self.fit.image(pixels, self.size)
 
         bar = tqdm(total=len(indices), desc=progress, unit="image", disable=progress is None)
         with bar, ThreadPoolExecutor(DECODE_THREADS) as pool:
