@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.datasets.images import EVALUATION_SIDE, ImageSource, evaluation_size, spread
+from evaluation.confusion import ABSENT, MATCHES
+from evaluation.datasets.images import (
+    EVALUATION_SIDE,
+    FIT_HELP,
+    FITS,
+    ImageSource,
+    evaluation_size,
+    spread,
+)
 from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
 from evaluation.datasets.open import add_dataset_options
 from evaluation.datasets.squares import SquareImages
@@ -16,6 +24,7 @@ from evaluation.features import FEATURES_HELP
 from evaluation.networks import default_device, load_network, run_config
 from evaluation.pictures.drawing import check_picture, write_picture
 from evaluation.pictures.segmentation import Column, draw_segmentations, read_samples
+from evaluation.protocols import Table
 from evaluation.scoring import summarise
 from model import SlotCon
 from pipeline.errors import UserError
@@ -27,10 +36,18 @@ SAMPLES = 4
 """Images of a picture."""
 
 
-def add_scoring_options(parser: CommandParser, features: list[str], seeds: list[int]) -> None:
-    """The options of commands that score features on labelled images; `features` and `seeds` are
-    the defaults.
+def add_scoring_options(parser: CommandParser, features: list[str], table: Table) -> None:
+    """The options of commands that score features on labelled images. `features` is the default;
+    `table` has the protocols and the usual values of settings, see `protocols.settle`.
     """
+    if protocols := [name for name in table if name]:
+        parser.add_argument(
+            "--protocol",
+            choices=protocols,
+            help="settings of a published evaluator; prints what it sets",
+        )
+    else:
+        parser.set_defaults(protocol=None)
     parser.add_argument("--checkpoint", type=Path, help="run folder, or one of its checkpoints")
     add_dataset_options(parser)
     parser.add_argument(
@@ -45,14 +62,31 @@ def add_scoring_options(parser: CommandParser, features: list[str], seeds: list[
         "--seeds",
         type=int,
         nargs="+",
-        default=seeds,
-        help=f"random seeds, one result each ({' '.join(map(str, seeds))})",
+        help=f"random seeds, one result each ({' '.join(map(str, table[None]['seeds']))})",
     )
     parser.add_argument(
         "--size",
         type=int,
         help="side of the evaluated square in pixels (320 for 224-pixel views, others in "
         "proportion)",
+    )
+    parser.add_argument("--fit", choices=FITS, help=f"how images become squares. {FIT_HELP}")
+    parser.add_argument(
+        "--match",
+        choices=MATCHES,
+        help="class of a cluster: one to one by most pixels or by the sum of IoU, by the majority "
+        f"of its pixels or by its best IoU, or its own number ({table[None]['match']})",
+    )
+    parser.add_argument(
+        "--absent",
+        choices=ABSENT,
+        help="classes that are neither labelled nor predicted: left out of mIoU, or 0 (skip)",
+    )
+    parser.add_argument(
+        "--standardise",
+        action="store_true",
+        default=None,
+        help="subtract the mean of each feature, divide by its deviation",
     )
     parser.add_argument("--batch", type=int, default=8, help="images at once (8)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -92,7 +126,18 @@ def squares_of(args: argparse.Namespace, data: LabelledImages) -> LabelledSquare
     size = args.size or EVALUATION_SIDE
     if args.checkpoint and not args.size:
         size = evaluation_size(run_config(args.checkpoint).views.size)
-    return LabelledSquares(data, size, default_device(), args.batch)
+    return LabelledSquares(data, size, default_device(), args.batch, FITS[args.fit])
+
+
+def facts(args: argparse.Namespace, data: LabelledImages) -> dict[str, Any]:
+    """What each row of a result says about its protocol and data."""
+    return {
+        "protocol": args.protocol,
+        "fit": args.fit,
+        "dataset": args.dataset,
+        "list": str(args.list) if args.list else data.selection,
+        "images": len(data),
+    }
 
 
 def open_run(

@@ -114,6 +114,8 @@ def score_grouping(
 
     A class that is labelled but has no cluster has IoU 0.
     """
+    if not confusion.any():
+        raise ValueError("no labelled pixel to score")
     return score_matched(confusion, match(confusion, rule), absent)
 
 
@@ -128,11 +130,9 @@ def score_matched(
     confusion: np.ndarray, classes: np.ndarray, absent: Absent = "skip"
 ) -> GroupingScore:
     """Score an int64 [K, C] confusion matrix given the class int64 [K] of each cluster, -1 for
-    none. Raises ValueError if no pixel is labelled.
+    none; at least one pixel is labelled.
     """
     pixels = confusion.sum(axis=0)
-    if not pixels.any():
-        raise ValueError("no labelled pixel to score")
     predicted = np.zeros((len(pixels), len(pixels)), np.int64)
     np.add.at(predicted, classes[classes >= 0], confusion[classes >= 0])
     hit = predicted.diagonal()

@@ -158,7 +158,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def add_probe(probes: Any, name: str, summary: str) -> CommandParser:
     """The parser of one probe, with the options that all probes have."""
     parser: CommandParser = probes.add_parser(name, help=summary, description=summary)
-    add_scoring_options(parser, features=["teacher"], seeds=[0, 1, 2])
+    add_scoring_options(parser, ["teacher"], TABLES[name])
     parser.add_argument("--train-images", type=Path, help="folder of training images")
     parser.add_argument("--train-labels", type=Path, help="folder of their label PNGs")
     parser.add_argument(

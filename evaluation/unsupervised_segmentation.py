@@ -7,28 +7,40 @@ seeds of k-means.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from evaluation.commands import (
     add_scoring_options,
     check_scoring_options,
+    facts,
     samples_of,
     squares_of,
     write_results,
 )
-from evaluation.confusion import score_grouping
+from evaluation.confusion import Match
 from evaluation.datasets.labelled_images import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, open_all
-from evaluation.kmeans import kmeans, sample_cells
+from evaluation.kmeans import RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
-from evaluation.scoring import Predictor, Result, evaluate, print_scores, score_rows
-from evaluation.segment import Segmenter
+from evaluation.protocols import BY_COUNT, CLUSTERS, settle
+from evaluation.reduction import fit_reduction
+from evaluation.scoring import (
+    Counting,
+    Predictor,
+    Result,
+    evaluate,
+    print_scores,
+    require_clusters,
+    score_rows,
+)
+from evaluation.segment import Segmenter, assign, assign_cells
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, run
 
@@ -42,33 +54,65 @@ EXAMPLES = """examples:
       --dataset camvid --root data/CamVid --clusters 11
 """  # noqa: E501
 
+Decide = Callable[[Tensor, int], Tensor]
+"""As `Predictor.decide`."""
+DECIDE: dict[str, Decide] = {"scores": assign, "features": assign, "cells": assign_cells}
+"""By --upsample."""
 
-def prototype_clusters(name: str, network: Segmenter, seed: int, temperature: float) -> Predictor:
-    """Clusters that are a network's prototypes. `temperature` is that of its assignments."""
-    return Predictor(
-        name, "prototypes", [seed], lambda images: [network.segment(images)[0] / temperature]
-    )
+
+def prototype_clusters(
+    name: str, network: Segmenter, seed: int, temperature: float, decide: Decide, unit: bool
+) -> Predictor:
+    """Clusters that are a network's prototypes. `temperature` is that of its assignments; `unit` as
+    in `Clusters.logits`.
+    """
+
+    def logits(images: Tensor) -> list[Tensor]:
+        scores, features = network.segment(images)
+        if not unit:
+            scores = scores * torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        return [scores / temperature]
+
+    return Predictor(name, "prototypes", [seed], logits, decide)
 
 
 def kmeans_clusters(
-    features: Features, squares: LabelledSquares, num_clusters: int, seeds: list[int]
+    features: Features, squares: LabelledSquares, args: argparse.Namespace
 ) -> Predictor:
-    """K = `num_clusters` clusters of `features` of the images: k-means from a start for each seed.
-    All starts share one sample of cells. Raises UserError.
+    """Clusters of `features` of the images: k-means for each of args.seeds. All share one sample of
+    cells. Raises UserError.
     """
-    name = f"{features.name}, k-means"
+    name, seeds = f"{features.name}, k-means", args.seeds
+    count = args.clusters or squares.images.num_classes
+    recipe = RECIPES[args.kmeans]
+    if args.standardise or args.pca:
+        features = reduced(features, squares, args)
     maps = (features(b.normalised(squares.device)) for b in squares.batches(f"{name}: cells"))
-    cells = sample_cells(maps, len(squares.images), seeds[0])
+    cells = sample_cells(maps, len(squares.images), seeds[0], most=recipe.most(count))
+    cosine = features.cosine and args.kmeans != "faiss"
     try:
-        fits = [kmeans(cells, num_clusters, seed, cosine=features.cosine) for seed in seeds]
+        fits = [
+            kmeans(cells, count, seed, cosine=cosine, recipe=recipe, restarts=args.restarts)
+            for seed in seeds
+        ]
     except ValueError as error:
-        raise UserError(f"--clusters {num_clusters}: {error}") from None
+        raise UserError(f"--clusters {count}: {error}") from None
 
     def logits(images: Tensor) -> list[Tensor]:
         maps = features(images)
-        return [clusters.logits(maps) for clusters in fits]
+        return [clusters.logits(maps, args.upsample != "features") for clusters in fits]
 
-    return Predictor(name, "k-means", seeds, logits)
+    return Predictor(name, "k-means", seeds, logits, DECIDE[args.upsample], memory=len(cells))
+
+
+def reduced(features: Features, squares: LabelledSquares, args: argparse.Namespace) -> Features:
+    """`features`, standardised and projected as the options say. Raises UserError."""
+    progress = f"{features.name}: mean and variance"
+    maps = (features(b.normalised(squares.device)) for b in squares.batches(progress))
+    try:
+        return fit_reduction(maps, standardise=args.standardise, pca=args.pca).of(features)
+    except ValueError as error:
+        raise UserError(f"{features.name}: {error}") from None
 
 
 def with_mirror_image(predictor: Predictor) -> Predictor:
@@ -88,15 +132,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         epilog=EXAMPLES,
     )
-    add_scoring_options(parser, features=[], seeds=[0])
+    add_scoring_options(parser, features=[], table=CLUSTERS)
     parser.add_argument(
         "--clusters", type=int, metavar="K", help="of k-means (default: the number of classes)"
     )
     parser.add_argument(
-        "--crf", action="store_true", help="also score the clusters refined to colour edges"
+        "--kmeans",
+        choices=RECIPES,
+        help="start of k-means and number of cells: greedy k-means++ and all that fit, or as faiss "
+        "by default, from K of 256 K cells, by distance (greedy)",
     )
     parser.add_argument(
-        "--flip", action="store_true", help="average each image with its mirror image"
+        "--restarts", type=int, metavar="N", help="starts of k-means, of which the best counts (1)"
+    )
+    parser.add_argument(
+        "--pca", type=int, metavar="N", help="cluster N principal components of the features"
+    )
+    parser.add_argument(
+        "--upsample",
+        choices=DECIDE,
+        help="what is upsampled: scores of cells, bilinearly; features, which are then normalised; "
+        "or nothing: each pixel takes the cluster of its cell (scores)",
+    )
+    parser.add_argument(
+        "--masks",
+        type=int,
+        metavar="SIDE",
+        help="compare predictions and labels at so many pixels (that of the images)",
+    )
+    parser.add_argument(
+        "--crf",
+        action="store_true",
+        default=None,
+        help="also score the clusters refined to colour edges",
+    )
+    parser.add_argument(
+        "--flip", action="store_true", default=None, help="average each image with its mirror image"
     )
     parser.add_argument(
         "--baseline", choices=["untrained"], help="also score the prototypes of this network"
@@ -106,13 +177,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse bad options before any work. Raises UserError."""
-    check_scoring_options(args, ["clusters"])
+    settle(args, CLUSTERS)
+    check_scoring_options(args, ["clusters", "restarts", "pca", "masks"])
     if len(set(args.features)) < len(args.features):
         raise UserError("--features names the same features twice")
     if args.checkpoint is None and not args.features:
         raise UserError("nothing to score: needs --checkpoint or --features")
     if args.checkpoint is None and args.baseline:
         raise UserError(f"--baseline {args.baseline} needs --checkpoint")
+    if clusters_itself(args) and (args.baseline or not args.features):
+        raise UserError(
+            f"--protocol {args.protocol} clusters features by k-means: it needs --features, and has"
+            " no --baseline"
+        )
+    if args.crf and args.masks:
+        raise UserError("--crf refines pixels of the images: not with --masks")
+    if args.match == "none":
+        raise UserError("--match none: clusters are no classes; evaluation.probe predicts classes")
+
+
+def clusters_itself(args: argparse.Namespace) -> bool:
+    """Whether the protocol says how clusters are found: a run's prototypes are no such clusters."""
+    return args.protocol is not None and "kmeans" in CLUSTERS[args.protocol]
+
+
+def counting_of(args: argparse.Namespace, num_classes: int) -> Counting:
+    """How the options count."""
+    matches: list[Match] = [args.match]
+    if args.match == BY_COUNT:
+        one_to_one = args.clusters in (None, num_classes)
+        matches = ["iou"] if one_to_one else ["majority", "majority-iou"]
+    return Counting(matches, args.absent, args.masks)
 
 
 def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Iterator[Predictor]:
@@ -122,16 +217,20 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
     data = squares.images
     if args.features and args.clusters is None and data.names is None:
         raise UserError("k-means needs --clusters: no class table says how many classes")
+    if args.features:
+        matches = counting_of(args, data.num_classes).matches
+        require_clusters(args.clusters or data.num_classes, matches, data.names, "k-means")
     opened = open_all(args.features, args.checkpoint, args.weights, squares)
-    if args.checkpoint is not None:
+    if args.checkpoint is not None and not clusters_itself(args):
         trained, config = load_network(args.checkpoint, squares.device)
         seed, temperature = config.train.seed, config.model.teacher_temp
-        yield prototype_clusters("trained", trained, seed, temperature)
+        how = DECIDE[args.upsample], args.upsample != "features"
+        yield prototype_clusters("trained", trained, seed, temperature, *how)
         if args.baseline == "untrained":
             network = untrained_network(config.model, seed, squares)
-            yield prototype_clusters("untrained", network, seed, temperature)
+            yield prototype_clusters("untrained", network, seed, temperature, *how)
     for features in opened:
-        yield kmeans_clusters(features, squares, args.clusters or data.num_classes, args.seeds)
+        yield kmeans_clusters(features, squares, args)
 
 
 def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
@@ -142,6 +241,8 @@ def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> lis
         "num_clusters": result.num_clusters,
         "crf": result.crf,
         "seed": result.seed,
+        "match": result.match,
+        "memory": result.memory,
     }
     used = "used_prototypes" if result.kind == "prototypes" else "used_clusters"
     return score_rows(result.score, names, head | common, used)
@@ -163,17 +264,18 @@ def main() -> None:
     check(args)
     data = labelled_from(args)
     squares, keep = squares_of(args, data), samples_of(args, data).tolist()
-    common = {"flip": args.flip, "images": len(data), "size": squares.size, "dataset": args.dataset}
+    counting = counting_of(args, data.num_classes)
+    common = {"flip": args.flip, "size": squares.size, "absent": args.absent} | facts(args, data)
     results: list[Result] = []
     predictors = open_predictors(args, squares)
     for predictor in map(with_mirror_image, predictors) if args.flip else predictors:
-        scored = evaluate(predictor, squares, score_grouping, crf=args.crf, keep=keep)
+        scored = evaluate(predictor, squares, counting, crf=args.crf, keep=keep)
         print_results(scored)
         results += scored
     rows = [row for result in results for row in result_rows(result, data.class_names, common)]
     first = {result.network: result for result in reversed(results)}  # the first seed of each
     columns = [
-        Column(name, first[name].kept, first[name].score.cluster, first[name].score.iou)
+        Column(name, first[name].kept, first[name].score.classes, first[name].score.iou)
         for name in dict.fromkeys(result.network for result in results)
     ]
     write_results(args, rows, columns, squares)

@@ -24,13 +24,17 @@ class LabelledImages:
     Raises UserError if a label map is missing.
     """
 
-    def __init__(self, pairs: Sequence[Pair], reader: LabelReader, source: Path) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], reader: LabelReader, source: Path, selection: str = "all"
+    ) -> None:
         require_labels(pairs, source)
         self.paths = [image for image, _ in pairs]
         self.label_paths = [labels for _, labels in pairs]
         self.reader, self.names, self.num_classes = reader, reader.names, reader.num_classes
         self.source = source
         """The folder of the label maps, for messages."""
+        self.selection = selection
+        """Which images of the part of the data set these are, in words."""
 
     def __len__(self) -> int:
         return len(self.paths)

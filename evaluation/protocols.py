@@ -1,0 +1,123 @@
+"""The settings of an evaluation, and the published protocols that fix them.
+
+Options that a protocol can fix have no default of their own. `settle` gives each the value of
+`--protocol`, or the usual one. What the settings mean is said where they are used.
+"""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import UserError
+
+SOURCES = {
+    "picie": "janghyuncho/PiCIE c3aa029",
+    "stego": "mhamilton723/STEGO eb4d6b5",
+    "cause": "ByungKwanLee/Causal-Unsupervised-Segmentation ee0aa84",
+    "leopart": "MkuuWaUjinga/leopart 7835701",
+    "neco": "vpariza/NeCo 3932160",
+    "hummingbird": "vpariza/open-hummingbird-eval 5e79da2",
+    "capi": "facebookresearch/capi 98b4fa1",
+}
+"""Repository and commit of the evaluator that each protocol equals."""
+
+BY_COUNT = "iou with as many clusters as classes, else majority"
+"""`--match` of Leopart and NeCo, who score their best number of clusters by both."""
+
+Settings = Mapping[str, Any]
+Table = Mapping[str | None, Settings]
+"""Settings by protocol. Those without a protocol are under None."""
+
+_ONE_TO_ONE = {"match": "pixels", "absent": "skip", "crf": False}
+_SCORES = {"fit": "crop", "upsample": "scores", "masks": None, "flip": False}
+_WHOLE_CLUSTERS = {
+    "size": 448, "fit": "square", "upsample": "cells", "masks": 100, "flip": False,
+    "match": BY_COUNT, "absent": "zero", "crf": False, "kmeans": "faiss", "restarts": 5,
+    "standardise": True, "pca": 50, "seeds": [0, 1, 2, 3, 4],
+}  # fmt: skip
+_STEGO = _ONE_TO_ONE | {
+    "size": 320, "fit": "crop-nearest", "upsample": "features", "masks": None, "flip": True,
+}  # fmt: skip
+CLUSTERS: Table = {
+    None: _ONE_TO_ONE
+    | _SCORES
+    | {"kmeans": "greedy", "restarts": 1, "standardise": False, "pca": None, "seeds": [0]},
+    "picie": _ONE_TO_ONE | _SCORES | {"size": 320},
+    "stego": _STEGO,
+    "cause": _STEGO,
+    "leopart": _WHOLE_CLUSTERS,
+    "neco": _WHOLE_CLUSTERS,
+}
+"""Of clusters that are matched to classes."""
+
+_BY_ID = {"fit": "crop", "match": "none", "absent": "skip", "seeds": [0, 1, 2]}
+KNN: Table = {
+    None: _BY_ID
+    | {"vote": "cells", "neighbours": [30], "temperature": 0.02, "distance": ["cosine"]}
+    | {"void_as": None, "standardise": False, "memory": 100_000},
+    "hummingbird": {
+        "fit": "square-torch", "vote": "cells", "void_as": 0, "neighbours": [30],
+        "temperature": 0.02, "distance": ["cosine"], "standardise": False, "match": "iou",
+        "absent": "zero",
+    },
+    "capi": {
+        "size": 224, "fit": "square-bicubic", "vote": "pixels", "void_as": None,
+        "neighbours": [1, 3, 10, 30], "distance": ["cosine", "L2"], "standardise": True,
+        "match": "none", "absent": "skip",
+    },
+}  # fmt: skip
+"""Of dense k-NN."""
+
+_SGD = {
+    "size": 448, "fit": "square", "head": "sgd", "learning_rate": 0.01, "standardise": False,
+    "match": "none", "absent": "zero",
+}  # fmt: skip
+LINEAR: Table = {
+    None: _BY_ID
+    | {"head": "adamw", "steps": 1000, "learning_rate": 0.01, "standardise": False}
+    | {"memory": 100_000},
+    "leopart": _SGD | {"epochs": 25, "step_images": 60},
+    "neco": _SGD | {"epochs": 20, "step_images": 128},
+    "capi": {
+        "size": 224, "fit": "square-bicubic", "head": "lbfgs", "standardise": True,
+        "match": "none", "absent": "skip",
+    },
+}  # fmt: skip
+"""Of linear classifiers."""
+
+MANY: Table = {None: _BY_ID | {"clusters": 500, "standardise": False, "memory": 100_000}}
+"""Of clusters that are named after classes of a training set."""
+
+
+def settle(args: argparse.Namespace, table: Table) -> None:
+    """Give each setting of `table` its value: that of args.protocol, else the user's, else the
+    usual one. Prints what the protocol sets. Raises UserError for a setting that contradicts it.
+    """
+    protocol = args.protocol
+    fixed = table[protocol] if protocol is not None else {}
+    for name, value in fixed.items():
+        given = getattr(args, name)
+        if given is not None and given != value:
+            raise UserError(
+                f"--protocol {protocol} sets {flag(name, value)}: {flag(name, given)} contradicts"
+                " it"
+            )
+    for name, usual in table[None].items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
+    for name, value in fixed.items():
+        setattr(args, name, value)
+    if fixed:
+        listed = ", ".join(flag(name, value) for name, value in fixed.items())
+        print(f"protocol {protocol} ({SOURCES[protocol]}): {listed}", flush=True)
+
+
+def flag(name: str, value: Any) -> str:
+    """A setting as an option: --void-as 0, --pca 50, --no flip."""
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return option
+    if value is None or value is False:
+        return f"no {option}"
+    words = value if isinstance(value, list) else [value]
+    return " ".join([option, *map(str, words)])
