@@ -120,10 +120,12 @@ def score_grouping(
 
 
 def score_classes(confusion: np.ndarray, absent: Absent = "skip") -> GroupingScore:
-    """Score predicted classes: an int64 [C, C] confusion matrix (predicted, true). Raises
-    ValueError if no pixel is labelled.
+    """Score predicted classes: an int64 [C, C] confusion matrix (predicted, true), or [C + 1, C] if
+    void can be predicted: then it is one class more, of IoU 0 or left out. Raises ValueError if no
+    pixel is labelled.
     """
-    return score_grouping(confusion, "none", absent)
+    beyond = len(confusion) - confusion.shape[1]
+    return score_grouping(np.pad(confusion, ((0, 0), (0, beyond))), "none", absent)
 
 
 def score_matched(

@@ -5,6 +5,7 @@ Options that a protocol can fix have no default of their own. `settle` gives eac
 """
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ SOURCES = {
 
 BY_COUNT = "iou with as many clusters as classes, else majority"
 """`--match` of Leopart and NeCo, who score their best number of clusters by both."""
+
+ALL_CELLS = sys.maxsize
+"""`--memory all`"""
 
 Settings = Mapping[str, Any]
 Table = Mapping[str | None, Settings]
@@ -54,16 +58,18 @@ _BY_ID = {"fit": "crop", "match": "none", "absent": "skip", "seeds": [0, 1, 2]}
 KNN: Table = {
     None: _BY_ID
     | {"vote": "cells", "neighbours": [30], "temperature": 0.02, "distance": ["cosine"]}
-    | {"void_as": None, "standardise": False, "memory": 100_000},
+    | {"void_as": None, "standardise": False, "memory": 100_000, "crops": False}
+    | {"std": [0.229, 0.224, 0.225]},
     "hummingbird": {
         "fit": "square-torch", "vote": "cells", "void_as": 0, "neighbours": [30],
         "temperature": 0.02, "distance": ["cosine"], "standardise": False, "match": "iou",
-        "absent": "zero",
+        "absent": "zero", "crops": True, "std": [0.229, 0.224, 0.255],
     },
     "capi": {
         "size": 224, "fit": "square-bicubic", "vote": "pixels", "void_as": None,
         "neighbours": [1, 3, 10, 30], "distance": ["cosine", "L2"], "standardise": True,
-        "match": "none", "absent": "skip",
+        "match": "none", "absent": "skip", "memory": ALL_CELLS, "crops": False,
+        "std": [0.229, 0.224, 0.225],
     },
 }  # fmt: skip
 """Of dense k-NN."""
@@ -75,12 +81,12 @@ _SGD = {
 LINEAR: Table = {
     None: _BY_ID
     | {"head": "adamw", "steps": 1000, "learning_rate": 0.01, "standardise": False}
-    | {"memory": 100_000},
+    | {"memory": 100_000, "epochs": 25, "step_images": 60},
     "leopart": _SGD | {"epochs": 25, "step_images": 60},
     "neco": _SGD | {"epochs": 20, "step_images": 128},
     "capi": {
         "size": 224, "fit": "square-bicubic", "head": "lbfgs", "standardise": True,
-        "match": "none", "absent": "skip",
+        "match": "none", "absent": "skip", "memory": ALL_CELLS,
     },
 }  # fmt: skip
 """Of linear classifiers."""
@@ -119,5 +125,5 @@ def flag(name: str, value: Any) -> str:
         return option
     if value is None or value is False:
         return f"no {option}"
-    words = value if isinstance(value, list) else [value]
+    words = value if isinstance(value, list) else ["all" if value == ALL_CELLS else value]
     return " ".join([option, *map(str, words)])

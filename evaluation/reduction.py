@@ -29,7 +29,7 @@ class Reduction:
         return torch.einsum("bdhw,dp->bphw", centred, self.matrix)
 
     def of(self, features: Features) -> Features:
-        """`features` reduced; they are compared by distance, as their lengths now mean something."""
+        """`features` reduced; they are compared by distance: their lengths mean something."""
         return Features(features.name, lambda images: self(features(images)), cosine=False)
 
 

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.confusion import Absent, GroupingScore, Match, confusion_matrix, score_grouping
+from evaluation.confusion import (
+    Absent,
+    GroupingScore,
+    Match,
+    confusion_matrix,
+    score_classes,
+    score_grouping,
+)
 from evaluation.crf import refine_clusters
 from evaluation.datasets.images import torch_nearest
 from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
@@ -33,7 +40,7 @@ class Predictor:
     """Normalised images [B, 3, R, R] → [B, K, h, w] for each seed: scores of the clusters or
     classes. For a CRF: log-likelihoods, up to a constant for each cell."""
     decide: Callable[[Tensor, int], Tensor] = assign
-    """Logits [B, K, h, w] and a side → int64 [B, side, side], the cluster or class of each pixel."""
+    """Logits [B, K, h, w] and a side → int64 [B, side, side]: cluster or class of each pixel."""
     num_clusters: int | None = None
     """None: as many as there are logits."""
     memory: int | None = None
@@ -56,7 +63,9 @@ class Counting:
         """Score an int64 [K, C] confusion matrix. Without names the classes are those that the
         labels show. Raises ValueError if no pixel is labelled.
         """
-        if class_names is not None or match == "none":
+        if match == "none":
+            return score_classes(confusion, self.absent)
+        if class_names is not None:
             return score_grouping(confusion, match, self.absent)
         shown = np.flatnonzero(confusion.sum(axis=0))
         part = score_grouping(confusion[:, shown], match, self.absent)
@@ -174,7 +183,7 @@ def score_rows(
     rows = [{"metric": metric, "value": value, **common} for metric, value in whole.items()]
     return rows + [
         {"metric": "iou", "class": name, "value": float(iou), **common}
-        for name, iou in zip(names, score.iou, strict=True)
+        for name, iou in zip([*names, "void"], score.iou, strict=False)
         if not np.isnan(iou)
     ]
 

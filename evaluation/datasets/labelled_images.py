@@ -84,10 +84,15 @@ class LabelledSquares(SquareImages):
 
     images: LabelledImages
 
+    def square_labels(self, i: int, classes: np.ndarray) -> np.ndarray:
+        """Label map `i`, uint8 [H, W], as [R, R]."""
+        return self.fit.labels(classes, self.size)
+
     def labels(self, batch: Squares) -> np.ndarray:
         """uint8 [B, R, R]: the label maps of a batch, cropped or squashed like its images, with
         nearest neighbour. Raises UserError.
         """
         numbers = zip(batch.index.tolist(), batch.shape, strict=True)
-        maps = (self.images.labels(i, *shape) for i, shape in numbers)
-        return np.stack([self.fit.labels(m, self.size) for m in maps])
+        return np.stack(
+            [self.square_labels(i, self.images.labels(i, *shape)) for i, shape in numbers]
+        )
