@@ -36,6 +36,11 @@ class LabelledImages:
         self.selection = selection
         """Which images of the part of the data set these are, in words."""
 
+    def only(self, numbers: np.ndarray, selection: str) -> "LabelledImages":
+        """The images `numbers`, int64 [M], described as `selection`."""
+        pairs = [(self.paths[i], self.label_paths[i]) for i in numbers]
+        return LabelledImages(pairs, self.reader, self.source, selection)
+
     def __len__(self) -> int:
         return len(self.paths)
 
