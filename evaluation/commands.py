@@ -140,6 +140,25 @@ def facts(args: argparse.Namespace, data: LabelledImages) -> dict[str, Any]:
     }
 
 
+def in_words(facts: dict[str, Any], memory: int | None) -> str:
+    """The protocol, the images and the cells learnt from, for a line of the table."""
+    protocol, cells = facts["protocol"] or "no protocol", f"; memory: {memory:,} cells"
+    return f"{protocol}; {facts['images']:,} images ({facts['list']})" + (cells if memory else "")
+
+
+def absent_classes(data: LabelledImages, pixels: np.ndarray, absent: str) -> list[str]:
+    """A note on the classes of the table that no label shows, given the pixels of each, int64 [C];
+    none if all occur, or so few that the label maps have a note of their own.
+    """
+    names = data.names or []
+    missing = [name for name, count in zip(names, pixels, strict=False) if not count]
+    if not missing or 2 * len(missing) >= len(names):
+        return []
+    rule = "their IoU is 0" if absent == "zero" else "IoU 0 where they are predicted, else left out"
+    listed = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
+    return [f"{data.source}: no pixel of {len(missing)} of {len(names)} classes ({listed}): {rule}"]
+
+
 def open_run(
     checkpoint: Path, images: ImageSource, size: int | None, batch_size: int = 8
 ) -> tuple[SlotCon, RunConfig, SquareImages]:
@@ -163,11 +182,13 @@ def write_results(
     columns: Sequence[Column],
     squares: LabelledSquares,
     *others: LabelledImages,
+    pixels: np.ndarray,
 ) -> None:
-    """Write the files --json and --picture, and say what is odd about the label maps. Raises
-    UserError.
+    """Write the files --json and --picture, and say what is odd about the label maps. `pixels`
+    int64 [C]: those of each class in the scored set. Raises UserError.
     """
     notes = [note for data in (squares.images, *others) for note in data.notes()]
+    notes += absent_classes(squares.images, pixels, args.absent)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if args.json:

@@ -47,6 +47,8 @@ class GroupingScore:
     """float64 [C]; NaN for a class that does not count."""
     classes: np.ndarray
     """int64 [K], the class of each cluster; -1 for none."""
+    pixels: np.ndarray
+    """int64 [C], labelled pixels of each class."""
     used: int
     """Number of clusters with at least one labelled pixel."""
 
@@ -145,5 +147,6 @@ def score_matched(
         accuracy=float(hit.sum() / pixels.sum()),
         iou=iou,
         classes=classes,
+        pixels=pixels,
         used=int((confusion.sum(axis=1) > 0).sum()),
     )

@@ -19,6 +19,7 @@ from evaluation.commands import (
     add_scoring_options,
     check_scoring_options,
     facts,
+    in_words,
     samples_of,
     squares_of,
     write_results,
@@ -384,6 +385,7 @@ def main() -> None:
     columns: list[Column] = []
     for network in open_all(args.features, args.checkpoint, args.weights, train):
         results = probe(args, Task(network, train, val))
+        pixels = results[0].score.pixels
         for result in results:
             head = common | {
                 "network": network.name,
@@ -393,11 +395,11 @@ def main() -> None:
             rows += score_rows(result.score, names, head)
         iou = np.mean([result.score.iou for result in results], axis=0)
         columns.append(Column(network.name, results[0].kept, results[0].score.classes, iou))
-        note = f"seeds: {len(results)}, memory: {results[0].memory} cells"
+        note = f"seeds: {len(results)}; {in_words(common, results[0].memory)}"
         if len(results) < len(args.seeds):
             note += " (one result for all seeds: the memory holds all cells)"
         print_scores(network.name, [result.score for result in results], note)
-    write_results(args, rows, columns, val, train.images)
+    write_results(args, rows, columns, val, train.images, pixels=pixels)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from evaluation.commands import (
     add_scoring_options,
     check_scoring_options,
     facts,
+    in_words,
     samples_of,
     squares_of,
     write_results,
@@ -190,6 +191,9 @@ def check(args: argparse.Namespace) -> None:
             f"--protocol {args.protocol} clusters features by k-means: it needs --features, and has"
             " no --baseline"
         )
+    one_to_one = args.protocol is not None and args.match == "pixels"
+    if one_to_one and args.subset == "all":
+        raise UserError(f"--protocol {args.protocol} scores PiCIE's images: not --subset all")
     if args.crf and args.masks:
         raise UserError("--crf refines pixels of the images: not with --masks")
     if args.match == "none":
@@ -248,15 +252,15 @@ def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> lis
     return score_rows(result.score, names, head | common, used)
 
 
-def print_results(results: list[Result]) -> None:
-    """One line for each network, over its seeds."""
+def print_results(results: list[Result], facts: dict[str, Any]) -> None:
+    """One line for each network, over its seeds; `facts` of `commands.facts`."""
     for name in dict.fromkeys(result.network for result in results):
         same = [result for result in results if result.network == name]
         kind = "prototypes" if same[0].kind == "prototypes" else "clusters"
         note = f"{same[0].score.used} of {same[0].num_clusters} {kind} in use"
-        print_scores(
-            name, [r.score for r in same], note if len(same) == 1 else f"{len(same)} seeds"
-        )
+        note = note if len(same) == 1 else f"{len(same)} seeds"
+        note = f"{note}; {in_words(facts, same[0].memory)}"
+        print_scores(name, [result.score for result in same], note)
 
 
 def main() -> None:
@@ -270,7 +274,7 @@ def main() -> None:
     predictors = open_predictors(args, squares)
     for predictor in map(with_mirror_image, predictors) if args.flip else predictors:
         scored = evaluate(predictor, squares, counting, crf=args.crf, keep=keep)
-        print_results(scored)
+        print_results(scored, common)
         results += scored
     rows = [row for result in results for row in result_rows(result, data.class_names, common)]
     first = {result.network: result for result in reversed(results)}  # the first seed of each
@@ -278,7 +282,7 @@ def main() -> None:
         Column(name, first[name].kept, first[name].score.classes, first[name].score.iou)
         for name in dict.fromkeys(result.network for result in results)
     ]
-    write_results(args, rows, columns, squares)
+    write_results(args, rows, columns, squares, pixels=results[0].score.pixels)
 
 
 if __name__ == "__main__":
