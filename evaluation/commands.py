@@ -142,8 +142,9 @@ def facts(args: argparse.Namespace, data: LabelledImages) -> dict[str, Any]:
 
 def in_words(facts: dict[str, Any], memory: int | None) -> str:
     """The protocol, the images and the cells learnt from, for a line of the table."""
-    protocol, cells = facts["protocol"] or "no protocol", f"; memory: {memory:,} cells"
-    return f"{protocol}; {facts['images']:,} images ({facts['list']})" + (cells if memory else "")
+    cells = f"; memory: {memory:,} cells" if memory else ""
+    protocol = facts["protocol"] or "no protocol"
+    return f"{protocol}; {facts['images']:,} images ({facts['list']}){cells}"
 
 
 def absent_classes(data: LabelledImages, pixels: np.ndarray, absent: str) -> list[str]:

@@ -144,10 +144,10 @@ def fit(args: argparse.Namespace, memory: Memory, seed: int, task: Task) -> Head
 
 
 def as_predictor(
-    kind: str, network: Features, heads: Mapping[int, Head], memory: int, **more: Any
+    kind: str, network: Features, heads: Mapping[int, Head], memory: int | None, **more: Any
 ) -> Predictor:
     """A predictor from `heads`, one for each seed, on features of `network`; each has learnt from
-    `memory` cells. `more`: other fields of `Predictor`.
+    `memory` cells, or from all images again and again. `more`: other fields of `Predictor`.
     """
 
     def logits(images: Tensor) -> list[Tensor]:
@@ -187,7 +187,7 @@ def fitted_by_steps(args: argparse.Namespace, task: Task) -> Iterator[Predictor]
     for seed in args.seeds:
         squares = random_squares(task.train, LEOPART, seed)
         head = fit_sgd(task.network, squares, seed, schedule)
-        yield as_predictor(args.probe, task.network, {seed: head}, 0)
+        yield as_predictor(args.probe, task.network, {seed: head}, None)
 
 
 def fitted_to_pixels(args: argparse.Namespace, task: Task) -> Iterator[Predictor]:
