@@ -147,6 +147,12 @@ def in_words(facts: dict[str, Any], memory: int | None) -> str:
     return f"{protocol}; {facts['images']:,} images ({facts['list']}){cells}"
 
 
+def require_table(args: argparse.Namespace, data: LabelledImages) -> None:
+    """Raise UserError if absent classes shall count, and no table says which there are."""
+    if args.absent == "zero" and data.names is None:
+        raise UserError("--absent zero needs a table of the classes: --classes FILE")
+
+
 def absent_classes(data: LabelledImages, pixels: np.ndarray, absent: str) -> list[str]:
     """A note on the classes of the table that no label shows, given the pixels of each, int64 [C];
     none if all occur, or so few that the label maps have a note of their own.

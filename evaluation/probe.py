@@ -20,6 +20,7 @@ from evaluation.commands import (
     check_scoring_options,
     facts,
     in_words,
+    require_table,
     samples_of,
     squares_of,
     write_results,
@@ -347,8 +348,7 @@ def check_classes(args: argparse.Namespace, train: LabelledImages) -> None:
     void_as = getattr(args, "void_as", None)
     if void_as is not None and not 0 <= void_as < train.num_classes:
         raise UserError(f"--void-as {void_as}: the classes are 0 to {train.num_classes - 1}")
-    if args.absent == "zero" and train.names is None:
-        raise UserError("--absent zero needs a class table: --classes FILE")
+    require_table(args, train)
     require_clusters(train.num_classes, [args.match], train.names, "predictions")
 
 

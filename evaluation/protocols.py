@@ -28,6 +28,12 @@ BY_COUNT = "iou with as many clusters as classes, else majority"
 ALL_CELLS = sys.maxsize
 """`--memory all`"""
 
+UPSAMPLE = ("scores", "features", "cells")
+"""What is upsampled to pixels: scores of cells; features, which are then normalised; or nothing,
+and a pixel takes the cluster of its cell."""
+KMEANS = ("greedy", "faiss")
+"""`kmeans.RECIPES`, by name."""
+
 Settings = Mapping[str, Any]
 Table = Mapping[str | None, Settings]
 """Settings by protocol. Those without a protocol are under None."""

@@ -19,6 +19,7 @@ from evaluation.commands import (
     check_scoring_options,
     facts,
     in_words,
+    require_table,
     samples_of,
     squares_of,
     write_results,
@@ -30,7 +31,7 @@ from evaluation.features import Features, open_all
 from evaluation.kmeans import RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
-from evaluation.protocols import BY_COUNT, CLUSTERS, settle
+from evaluation.protocols import BY_COUNT, CLUSTERS, KMEANS, UPSAMPLE, settle
 from evaluation.reduction import fit_reduction
 from evaluation.scoring import (
     Counting,
@@ -57,7 +58,7 @@ EXAMPLES = """examples:
 
 Decide = Callable[[Tensor, int], Tensor]
 """As `Predictor.decide`."""
-DECIDE: dict[str, Decide] = {"scores": assign, "features": assign, "cells": assign_cells}
+DECIDE: dict[str, Decide] = dict(zip(UPSAMPLE, (assign, assign, assign_cells), strict=True))
 """By --upsample."""
 
 
@@ -139,7 +140,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--kmeans",
-        choices=RECIPES,
+        choices=KMEANS,
         help="start of k-means and number of cells: greedy k-means++ and all that fit, or as faiss "
         "by default, from K of 256 K cells, by distance (greedy)",
     )
@@ -151,7 +152,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--upsample",
-        choices=DECIDE,
+        choices=UPSAMPLE,
         help="what is upsampled: scores of cells, bilinearly; features, which are then normalised; "
         "or nothing: each pixel takes the cluster of its cell (scores)",
     )
@@ -267,6 +268,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     check(args)
     data = labelled_from(args)
+    require_table(args, data)
     squares, keep = squares_of(args, data), samples_of(args, data).tolist()
     counting = counting_of(args, data.num_classes)
     common = {"flip": args.flip, "size": squares.size, "absent": args.absent} | facts(args, data)

@@ -125,6 +125,7 @@ def test_leoparts_linear_classifier_learns(data: Path, monkeypatch: pytest.Monke
         (("clusters", "--protocol", "neco", "--match", "iou"), "--match iou with as many clusters"),
         (("clusters", "--protocol", "picie", "--clusters", "2"), "2 clusters are fewer than 3"),
         (("clusters", "--match", "none"), "evaluation.probe predicts classes"),
+        (("clusters", "--protocol", "picie", "--subset", "all"), "scores PiCIE's images"),
         (("knn", "--protocol", "capi", "--memory", "99"), "sets --memory all: --memory 99"),
         (("knn", "--protocol", "hummingbird", "--void-as", "1"), "sets --void-as 0"),
         (("knn", "--void-as", "3"), "--void-as 3: the classes are 0 to 2"),
