@@ -5,15 +5,12 @@ Prints mIoU and pixel accuracy over the whole set, mean ± deviation over --seed
 """
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from evaluation.commands import (
     add_scoring_options,
@@ -25,25 +22,14 @@ from evaluation.commands import (
     squares_of,
     write_results,
 )
-from evaluation.datasets.label_maps import VOID
-from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
+from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.open import labelled_from
-from evaluation.datasets.random_squares import HUMMINGBIRD, LEOPART, RandomSquares, Recipe
-from evaluation.features import Features, open_all
-from evaluation.kmeans import kmeans
+from evaluation.features import open_all
 from evaluation.pictures.segmentation import Column
-from evaluation.probes.linear import fit_linear
-from evaluation.probes.linear_sgd import Schedule, fit_sgd
-from evaluation.probes.memory import LabelledFeatures, Memory, gather_memory
-from evaluation.probes.overclustering import Overclustering
-from evaluation.probes.retrieval import Retrieval
-from evaluation.probes.selection import Held, regressions, select, votes
-from evaluation.probes.voting import gather_pixels, join_pixels
+from evaluation.probes.fitting import Task, predictors_of
 from evaluation.protocols import ALL_CELLS, KNN, LINEAR, MANY, settle
-from evaluation.reduction import fit_reduction
 from evaluation.scoring import (
     Counting,
-    Predictor,
     Result,
     evaluate,
     print_scores,
@@ -60,179 +46,21 @@ EXAMPLES = """examples:
   python -m evaluation.probe linear --checkpoint runs/camvid --dataset camvid --root CamVid
   python -m evaluation.probe clusters --clusters 200 --features timm:vit_small_patch16_224.dino \\
       --dataset voc --root VOCdevkit/VOC2012
+  python -m evaluation.probe knn --protocol hummingbird --size 448 --memory 1024000 \\
+      --features timm:vit_small_patch16_224.dino --dataset voc-aug --root VOCdevkit/VOC2012
 """
 
-Head = Callable[[Tensor], Tensor]
-"""A fitted probe: cells [Q, D] → class scores [Q, C]."""
 TABLES = {"knn": KNN, "linear": LINEAR, "clusters": MANY}
 """Settings and protocols of each probe."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """Features, the set that probes are fitted to, and the set to score."""
-
-    network: Features
-    train: LabelledSquares
-    val: LabelledSquares
-
-
-def labelled_features(
-    network: Features,
-    train: LabelledSquares,
-    void_as: int | None = None,
-    indices: np.ndarray | None = None,
-) -> Iterator[LabelledFeatures]:
-    """The training set, batch by batch, void as class `void_as` if it is given."""
-    for squares in train.batches(f"{network.name}: training set", indices):
-        labels = train.labels(squares)
-        if void_as is not None:
-            labels = np.where(labels == VOID, np.uint8(void_as), labels)
-        yield LabelledFeatures(squares, network(squares.normalised(train.device)), labels)
-
-
-def standardised(task: Task, indices: np.ndarray | None = None) -> Task:
-    """The task with features standardised on the training images `indices`, all if None."""
-    batches = task.train.batches(f"{task.network.name}: mean and variance", indices)
-    maps = (task.network(b.normalised(task.train.device)) for b in batches)
-    reduction = fit_reduction(maps, standardise=True, pca=None)
-    return replace(task, network=reduction.of(task.network))
-
-
-def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
-    """The cells of the training set that `seed` draws. Raises UserError."""
-    train, count = task.train, len(task.train.images)
-    void_as, capacity = getattr(args, "void_as", None), args.memory
-    if random_crops(args):
-        train = random_squares(train, HUMMINGBIRD, seed)
-        capacity = capacity // count * count  # Hummingbird takes as many cells from each image
-    try:
-        return gather_memory(
-            labelled_features(task.network, train, void_as),
-            count,
-            train.images.num_classes,
-            capacity=capacity,
-            seed=seed,
-            balanced=args.probe == "knn",
-        )
-    except ValueError as error:
-        raise UserError(f"{train.images.source}: {error}") from None
-
-
-def random_crops(args: argparse.Namespace) -> bool:
-    """Whether the memory is one of random crops, which differ by seed."""
-    return bool(getattr(args, "crops", False))
-
-
-def random_squares(train: LabelledSquares, recipe: Recipe, seed: int) -> RandomSquares:
-    """Random crops of the training images."""
-    fields = {f.name: getattr(train, f.name) for f in dataclasses.fields(train)}
-    return RandomSquares(**fields, recipe=recipe, seed=seed)
-
-
-def fit(args: argparse.Namespace, memory: Memory, seed: int, task: Task) -> Head:
-    """The probe that the options name, fitted to `memory`. Raises UserError."""
-    try:
-        if args.probe == "knn":
-            count, temperature = args.neighbours[0], args.temperature
-            return Retrieval(memory, neighbours=count, temperature=temperature)
-        if args.probe == "linear":
-            return fit_linear(memory, seed, steps=args.steps, learning_rate=args.learning_rate)
-        clusters = kmeans(memory.features, args.clusters, seed, cosine=task.network.cosine)
-        return Overclustering(memory, clusters)
-    except ValueError as error:
-        raise UserError(f"{task.train.images.source}: {error}") from None
-
-
-def as_predictor(
-    kind: str, network: Features, heads: Mapping[int, Head], memory: int | None, **more: Any
-) -> Predictor:
-    """A predictor from `heads`, one for each seed, on features of `network`; each has learnt from
-    `memory` cells, or from all images again and again. `more`: other fields of `Predictor`.
-    """
-
-    def logits(images: Tensor) -> list[Tensor]:
-        features = network(images)  # [B, D, h, w]
-        batch, _, height, width = features.shape
-        cells = features.permute(0, 2, 3, 1).flatten(0, 2)
-        scores = [head(cells).view(batch, height, width, -1) for head in heads.values()]
-        return [maps.permute(0, 3, 1, 2) for maps in scores]
-
-    return Predictor(network.name, kind, [*heads], logits, memory=memory, **more)
-
-
-def fitted_to_memory(args: argparse.Namespace, task: Task) -> Iterator[Predictor]:
-    """Probes that learn from a sample of the training set's cells.
-
-    If the memory holds every cell, k-NN is the same for all seeds, and there is only the first one.
-    Otherwise the training set is read once per seed. The scored set is read once; by k-NN once per
-    seed, because each of its heads holds a memory.
-    """
-    retrieval = args.probe == "knn"
-    memory: Memory | None = None
-    for seeds in [[seed] for seed in args.seeds] if retrieval else [args.seeds]:
-        heads: dict[int, Head] = {}
-        for seed in seeds:
-            if memory is None or not memory.complete or random_crops(args):
-                memory = gather(args, task, seed)
-            heads[seed] = fit(args, memory, seed, task)
-        assert memory is not None
-        yield as_predictor(args.probe, task.network, heads, len(memory.features))
-        if retrieval and memory.complete and not random_crops(args):
-            break
-
-
-def fitted_by_steps(args: argparse.Namespace, task: Task) -> Iterator[Predictor]:
-    """Linear classifiers that learn from random crops, as Leopart's."""
-    schedule = Schedule(args.learning_rate, args.epochs, args.step_images)
-    for seed in args.seeds:
-        squares = random_squares(task.train, LEOPART, seed)
-        head = fit_sgd(task.network, squares, seed, schedule)
-        yield as_predictor(args.probe, task.network, {seed: head}, None)
-
-
-def fitted_to_pixels(args: argparse.Namespace, task: Task) -> Iterator[Predictor]:
-    """CAPI's classifiers, which learn from all cells and predict labels of pixels. With a single
-    choice of settings, nothing is random.
-    """
-    knn = args.probe == "knn"
-    fits = votes(args.neighbours, args.distance) if knn else regressions()
-    for seed in args.seeds if len(fits) > 1 else args.seeds[:1]:
-        held = Held(len(task.train.images), seed)
-        apart = held.others if len(fits) > 1 else None
-        scaled = standardised(task, apart) if args.standardise else task
-        classes = task.train.images.num_classes
-        try:
-            batches = labelled_features(scaled.network, task.train)
-            memory = gather_pixels(batches, classes)
-            name, classifier = select(fits, memory, held)
-        except ValueError as error:
-            raise UserError(f"{task.train.images.source}: {error}") from None
-        print(f"{task.network.name}, seed {seed}: {name}", file=sys.stderr)
-        yield as_predictor(
-            args.probe,
-            scaled.network,
-            {seed: classifier},
-            len(memory.known().labels),
-            decide=join_pixels,
-            num_clusters=classes + 1,
-        )
-
-
 def probe(args: argparse.Namespace, task: Task) -> list[Result]:
     """Fit and score the probe for each seed. Raises UserError."""
-    by_pixel = getattr(args, "vote", None) == "pixels" or getattr(args, "head", None) == "lbfgs"
-    if by_pixel:
-        predictors = fitted_to_pixels(args, task)
-    elif getattr(args, "head", None) == "sgd":
-        predictors = fitted_by_steps(args, task)
-    else:
-        predictors = fitted_to_memory(args, standardised(task) if args.standardise else task)
     keep = samples_of(args, task.val.images).tolist()
     counting = Counting([args.match], args.absent)
     return [
         result
-        for predictor in predictors
+        for predictor in predictors_of(args, task)
         for result in evaluate(predictor, task.val, counting, keep=keep)
     ]
 

@@ -54,6 +54,10 @@ EXAMPLES = """examples:
       --root data/coco --features teacher pixels --seeds 0 1 2 --flip --crf --picture eval.png
   python -m evaluation.unsupervised_segmentation --features supervised timm:vit_small_patch16_224.dino \\
       --dataset camvid --root data/CamVid --clusters 11
+  python -m evaluation.unsupervised_segmentation --protocol picie --checkpoint runs/coco \\
+      --dataset coco-stuff --root data/coco
+  python -m evaluation.unsupervised_segmentation --protocol leopart --clusters 500 \\
+      --features timm:vit_small_patch16_224.dino --dataset voc --root VOCdevkit/VOC2012
 """  # noqa: E501
 
 Decide = Callable[[Tensor, int], Tensor]
