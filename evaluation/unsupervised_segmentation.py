@@ -199,8 +199,8 @@ def check(args: argparse.Namespace) -> None:
     one_to_one = args.protocol is not None and args.match == "pixels"
     if one_to_one and args.subset == "all":
         raise UserError(f"--protocol {args.protocol} scores PiCIE's images: not --subset all")
-    if args.crf and args.masks:
-        raise UserError("--crf refines pixels of the images: not with --masks")
+    if args.crf and (args.masks or args.upsample != "scores"):
+        raise UserError("--crf refines upsampled scores: not with --masks or another --upsample")
     if args.match == "none":
         raise UserError("--match none: clusters are no classes; evaluation.probe predicts classes")
 

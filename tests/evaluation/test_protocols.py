@@ -124,6 +124,7 @@ def test_leoparts_linear_classifier_learns(data: Path, monkeypatch: pytest.Monke
         (("clusters", "--protocol", "neco", "--pca", "9"), "sets --pca 50: --pca 9"),
         (("clusters", "--protocol", "neco", "--match", "iou"), "--match iou with as many clusters"),
         (("clusters", "--protocol", "picie", "--clusters", "2"), "2 clusters are fewer than 3"),
+        (("clusters", "--crf", "--upsample", "features"), "--crf refines upsampled scores"),
         (("clusters", "--match", "none"), "evaluation.probe predicts classes"),
         (("clusters", "--protocol", "picie", "--subset", "all"), "scores PiCIE's images"),
         (("knn", "--protocol", "capi", "--memory", "99"), "sets --memory all: --memory 99"),
