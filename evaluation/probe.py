@@ -33,7 +33,6 @@ from evaluation.scoring import (
     Result,
     evaluate,
     print_scores,
-    require_clusters,
     score_rows,
 )
 from pipeline.errors import UserError
@@ -177,7 +176,6 @@ def check_classes(args: argparse.Namespace, train: LabelledImages) -> None:
     if void_as is not None and not 0 <= void_as < train.num_classes:
         raise UserError(f"--void-as {void_as}: the classes are 0 to {train.num_classes - 1}")
     require_table(args, train)
-    require_clusters(train.num_classes, [args.match], train.names, "predictions")
 
 
 def open_both(args: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:

@@ -56,6 +56,26 @@ class Counting:
     absent: Absent = "skip"
     masks: int | None = None
     """Side in pixels at which predictions and labels are compared; None: that of the images."""
+    as_many: bool = False
+    """There must be as many clusters as classes."""
+
+    def require(self, count: int, class_names: Sequence[str] | None, what: str) -> None:
+        """Raise UserError unless `what` has enough clusters for a matching one to one, or as many
+        as classes if the rule asks for it. Without names, the number of classes is not known yet.
+        """
+        classes = len(class_names or [])
+        if class_names is None or count == classes:
+            return
+        if self.as_many:
+            raise UserError(
+                f"{what}: {count} clusters for {classes} classes: the protocol has as many"
+            )
+        one_to_one = [match for match in self.matches if match in ("pixels", "iou")]
+        if one_to_one and count < classes:
+            raise UserError(
+                f"{what}: {count} clusters are fewer than {classes} classes: --match"
+                f" {one_to_one[0]} gives each class its own; --match majority does not"
+            )
 
     def score(
         self, confusion: np.ndarray, match: Match, class_names: Sequence[str] | None
@@ -118,7 +138,7 @@ def evaluate(
             predicted = predictor.logits(batch.normalised(squares.device))
         for seed, logits in zip(predictor.seeds, predicted, strict=True):
             count = predictor.num_clusters or logits.shape[1]
-            require_clusters(count, counting.matches, data.names, predictor.name)
+            counting.require(count, data.names, predictor.name)
             clusters = predictor.decide(logits.float(), side)
             for refined in (False, True) if crf else (False,):
                 if refined:
@@ -157,18 +177,6 @@ def scored(
         return counting.score(confusion, match, data.names)
     except ValueError as error:
         raise UserError(f"{data.source}: {error}: the label maps are all void") from None
-
-
-def require_clusters(
-    count: int, matches: Sequence[Match], names: Sequence[str] | None, what: str
-) -> None:
-    """Raise UserError if a matching one to one has fewer clusters than classes."""
-    one_to_one = [match for match in matches if match in ("pixels", "iou")]
-    if names is not None and one_to_one and count < len(names):
-        raise UserError(
-            f"{what}: {count} clusters are fewer than {len(names)} classes: --match"
-            f" {one_to_one[0]} gives each class its own; --match majority does not"
-        )
 
 
 def score_rows(

@@ -39,7 +39,6 @@ from evaluation.scoring import (
     Result,
     evaluate,
     print_scores,
-    require_clusters,
     score_rows,
 )
 from evaluation.segment import Segmenter, assign, assign_cells
@@ -216,7 +215,8 @@ def counting_of(args: argparse.Namespace, num_classes: int) -> Counting:
     if args.match == BY_COUNT:
         one_to_one = args.clusters in (None, num_classes)
         matches = ["iou"] if one_to_one else ["majority", "majority-iou"]
-    return Counting(matches, args.absent, args.masks)
+    as_many = args.protocol is not None and args.match == "pixels"
+    return Counting(matches, args.absent, args.masks, as_many)
 
 
 def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Iterator[Predictor]:
@@ -227,8 +227,8 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
     if args.features and args.clusters is None and data.names is None:
         raise UserError("k-means needs --clusters: no class table says how many classes")
     if args.features:
-        matches = counting_of(args, data.num_classes).matches
-        require_clusters(args.clusters or data.num_classes, matches, data.names, "k-means")
+        counting = counting_of(args, data.num_classes)
+        counting.require(args.clusters or data.num_classes, data.names, "k-means")
     opened = open_all(args.features, args.checkpoint, args.weights, squares)
     if args.checkpoint is not None and not clusters_itself(args):
         trained, config = load_network(args.checkpoint, squares.device)
