@@ -70,7 +70,7 @@ def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
     void_as, capacity = getattr(args, "void_as", None), args.memory
     if random_crops(args):
         train = random_squares(train, HUMMINGBIRD, seed)
-        capacity = capacity // count * count  # Hummingbird takes as many cells from each image
+        capacity = max(capacity // count, 1) * count  # as many cells from each image
     try:
         return gather_memory(
             labelled_features(task.network, train, void_as),
