@@ -16,8 +16,10 @@ COPY tools/setup.sh tools/setup.sh
 RUN PIP_NO_CACHE_DIR=1 make setup && rm -rf /var/lib/apt/lists/*
 
 COPY . .
-RUN useradd --create-home slotstream && mkdir -p data runs && chown slotstream data runs
+RUN useradd --create-home slotstream && mkdir -p data runs && chown slotstream data runs \
+    && mkdir -m 1777 /var/cache/numba
 USER slotstream
 # Any user id may run it: caches go where every user can write.
-ENV PATH=/app/.venv/bin:$PATH HOME=/tmp
+ENV PATH=/app/.venv/bin:$PATH HOME=/tmp NUMBA_CACHE_DIR=/var/cache/numba
+RUN python -m tools.warm_up
 CMD ["make", "help"]

@@ -7,32 +7,11 @@ Letters: K clusters (or prototypes), C classes.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-Match = Literal["pixels", "iou", "majority", "majority-iou", "none"]
-"""How clusters get their classes.
-
-- pixels: one to one, so that as many pixels as possible match (PiCIE, STEGO, CAUSE). Clusters
-  without a class are errors.
-- iou: one to one, with the highest sum of IoU (Leopart, NeCo, Hummingbird). Clusters without a
-  class count as class 0.
-- majority: each cluster takes the class of most of its pixels (Leopart and NeCo with many clusters:
-  "precision").
-- majority-iou: each cluster takes the class with the highest IoU.
-- none: clusters are classes.
-"""
-Absent = Literal["zero", "skip"]
-"""Which classes count in mIoU.
-
-- skip: those that are labelled or predicted; a class with neither is left out (PiCIE, STEGO, CAUSE,
-  CAPI).
-- zero: all; a class with neither has IoU 0 (Leopart, NeCo, Hummingbird).
-"""
-MATCHES: tuple[Match, ...] = get_args(Match)
-ABSENT: tuple[Absent, ...] = get_args(Absent)
+from evaluation.protocols import Absent, Match
 
 
 @dataclass(frozen=True)

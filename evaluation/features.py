@@ -25,12 +25,6 @@ from train.run.checkpoint import check_weights
 from train.weights import published_weights, read_backbone, read_weights
 
 SPECS = ("teacher", "student", "projector", "untrained", "supervised", "timm:NAME", "pixels")
-FEATURES_HELP = (
-    "teacher, student: encoders of the run; projector: the teacher's encoder and projector; "
-    "untrained: the run's encoder before training; supervised: torchvision's weights for the same "
-    "ResNet (supervised:resnet18: for another); timm:NAME: any timm model (needs the extra "
-    "[timm]); pixels: mean colours of blocks of 8×8 pixels"
-)
 TAKE_WEIGHTS = ("supervised", "timm:")
 BLOCK = 8
 

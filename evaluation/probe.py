@@ -6,35 +6,11 @@ Prints mIoU and pixel accuracy over the whole set, mean ± deviation over --seed
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from evaluation.commands import (
-    add_scoring_options,
-    check_scoring_options,
-    facts,
-    in_words,
-    require_table,
-    samples_of,
-    squares_of,
-    write_results,
-)
-from evaluation.datasets.labelled_images import LabelledImages
-from evaluation.datasets.open import labelled_from
-from evaluation.features import open_all
-from evaluation.pictures.segmentation import Column
-from evaluation.probes.fitting import Task, predictors_of
+from evaluation.options import add_scoring_options, check_scoring_options
 from evaluation.protocols import ALL_CELLS, KNN, LINEAR, MANY, settle
-from evaluation.scoring import (
-    Counting,
-    Result,
-    evaluate,
-    print_scores,
-    score_rows,
-)
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, run
 
@@ -51,17 +27,6 @@ EXAMPLES = """examples:
 
 TABLES = {"knn": KNN, "linear": LINEAR, "clusters": MANY}
 """Settings and protocols of each probe."""
-
-
-def probe(args: argparse.Namespace, task: Task) -> list[Result]:
-    """Fit and score the probe for each seed. Raises UserError."""
-    keep = samples_of(args, task.val.images).tolist()
-    counting = Counting([args.match], args.absent)
-    return [
-        result
-        for predictor in predictors_of(args, task)
-        for result in evaluate(predictor, task.val, counting, keep=keep)
-    ]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -170,62 +135,12 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--head sgd learns from features as they are: not with --standardise")
 
 
-def check_classes(args: argparse.Namespace, train: LabelledImages) -> None:
-    """Refuse settings that do not fit the classes. Raises UserError."""
-    void_as = getattr(args, "void_as", None)
-    if void_as is not None and not 0 <= void_as < train.num_classes:
-        raise UserError(f"--void-as {void_as}: the classes are 0 to {train.num_classes - 1}")
-    require_table(args, train)
-
-
-def open_both(args: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:
-    """The training set and the set to score. Raises UserError if their classes differ, or if they
-    share an image.
-    """
-    val, train = labelled_from(args), labelled_from(args, "train-")
-    if train.names != val.names:
-        raise UserError(f"{train.source}: has other classes than {val.source}")
-    common = {path.resolve() for path in train.paths} & {path.resolve() for path in val.paths}
-    if common:
-        raise UserError(f"{min(common)}: belongs to the training set and to the set to score")
-    return train, val
-
-
 def main() -> None:
     args = parse(sys.argv[1:])
     check(args)
-    train, val = (squares_of(args, data) for data in open_both(args))
-    check_classes(args, train.images)
-    if std := getattr(args, "std", None):
-        train, val = (replace(squares, std=std) for squares in (train, val))
-    names = val.images.class_names
-    common = {
-        "probe": args.probe,
-        "train_images": len(train.images),
-        "train_list": str(args.train_list) if args.train_list else train.images.selection,
-        "size": val.size,
-        "match": args.match,
-        "absent": args.absent,
-    } | facts(args, val.images)
-    rows: list[dict[str, Any]] = []
-    columns: list[Column] = []
-    for network in open_all(args.features, args.checkpoint, args.weights, train):
-        results = probe(args, Task(network, train, val))
-        pixels = results[0].score.pixels
-        for result in results:
-            head = common | {
-                "network": network.name,
-                "seed": result.seed,
-                "memory": result.memory,
-            }
-            rows += score_rows(result.score, names, head)
-        iou = np.mean([result.score.iou for result in results], axis=0)
-        columns.append(Column(network.name, results[0].kept, results[0].score.classes, iou))
-        note = f"seeds: {len(results)}; {in_words(common, results[0].memory)}"
-        if len(results) < len(args.seeds):
-            note += " (one result for all seeds: the memory holds all cells)"
-        print_scores(network.name, [result.score for result in results], note)
-    write_results(args, rows, columns, val, train.images, pixels=pixels)
+    from evaluation.probes.scores import score_probes  # slow: --help does not wait for it
+
+    score_probes(args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Options that a protocol can fix have no default of their own. `settle` gives eac
 import argparse
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pipeline.errors import UserError
 
@@ -21,6 +21,28 @@ SOURCES = {
     "capi": "facebookresearch/capi 98b4fa1",
 }
 """Repository and commit of the evaluator that each protocol equals."""
+
+Match = Literal["pixels", "iou", "majority", "majority-iou", "none"]
+"""How clusters get their classes.
+
+- pixels: one to one, so that as many pixels as possible match (PiCIE, STEGO, CAUSE). Clusters
+  without a class are errors.
+- iou: one to one, with the highest sum of IoU (Leopart, NeCo, Hummingbird). Clusters without a
+  class count as class 0.
+- majority: each cluster takes the class of most of its pixels (Leopart and NeCo with many clusters:
+  "precision").
+- majority-iou: each cluster takes the class with the highest IoU.
+- none: clusters are classes.
+"""
+Absent = Literal["zero", "skip"]
+"""Which classes count in mIoU.
+
+- skip: those that are labelled or predicted; a class with neither is left out (PiCIE, STEGO, CAUSE,
+  CAPI).
+- zero: all; a class with neither has IoU 0 (Leopart, NeCo, Hummingbird).
+"""
+MATCHES: tuple[Match, ...] = get_args(Match)
+ABSENT: tuple[Absent, ...] = get_args(Absent)
 
 BY_COUNT = "iou with as many clusters as classes, else majority"
 """`--match` of Leopart and NeCo, who score their best number of clusters by both."""
@@ -99,6 +121,11 @@ LINEAR: Table = {
 
 MANY: Table = {None: _BY_ID | {"clusters": 500, "standardise": False, "memory": 100_000}}
 """Of clusters that are named after classes of a training set."""
+
+
+def clusters_itself(protocol: str | None) -> bool:
+    """Whether the protocol says how clusters are found: a run's prototypes are no such clusters."""
+    return protocol is not None and "kmeans" in CLUSTERS[protocol]
 
 
 def settle(args: argparse.Namespace, table: Table) -> None:

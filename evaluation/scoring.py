@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from evaluation.confusion import (
-    Absent,
     GroupingScore,
-    Match,
     confusion_matrix,
     score_classes,
     score_grouping,
 )
 from evaluation.crf import refine_clusters
 from evaluation.datasets.images import torch_nearest
-from evaluation.datasets.labelled_images import LabelledImages, LabelledSquares
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.labelled_squares import LabelledSquares
+from evaluation.protocols import Absent, Match
 from evaluation.segment import assign
 from pipeline.errors import UserError
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,10 @@ from pipeline.ffcv_format import (
     VERSION,
     metadata_type,
 )
-from pipeline.manifest import Manifest, manifest_path
+from pipeline.files import open_file
+from pipeline.formats import MAX_PIXELS
+from pipeline.manifest import Manifest, has_tiles, manifest_path
+from pipeline.tiles import decode_crops
 from pipeline.turbojpeg import (
     BAD_HEADER,
     BAD_PIXELS,
@@ -35,9 +37,6 @@ from pipeline.turbojpeg import (
 )
 
 BLOCK = 1 << 20  # bytes of the file that one read-ahead request covers
-MAX_PIXELS = 178_956_970
-"""Pillow's limit for decompression bombs. Larger images are not packed, and a damaged size must not
-cause an allocation of gigabytes."""
 FINGERPRINTED = 1 << 30
 """Bytes that `Beton.fingerprint` reads of a beton with a manifest. It takes half a second from the
 page cache."""
@@ -56,7 +55,8 @@ class Beton:
     None; `height` and `width` int64 [N] in pixels; `records` int64 [N, 5] (pointer, bytes, height,
     width, mode); `bytes`, the size of the file; `page_size` in bytes; `data` and `table`, the
     offsets at which the records begin and end; `checksums` int64 [N], the CRC-32 that each record
-    must have when it is read, or -1, see `require_checksums`. The file stays open, so a beton that
+    must have when it is read, or -1, and `has_tiles` bool [N], whether it is a JPEG with tiles, see
+    `require_checksums`. The file stays open, so a beton that
     is renamed or deleted while a loader runs stays readable.
 
     Raises UserError, naming the file, if it is not a beton that slotstream can read completely.
@@ -66,11 +66,10 @@ class Beton:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self.file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            with open_file(self.path) as file:
+                self.file = os.dup(file.fileno())
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from None
-        if not stat.S_ISREG(os.fstat(self.file).st_mode):
-            raise UserError(f"{self.path}: not a file")
         self.bytes = os.fstat(self.file).st_size
         self._written = os.fstat(self.file).st_mtime_ns
         self._fingerprint = ""
@@ -88,7 +87,7 @@ class Beton:
             raise UserError(f"{self.path}: damaged header: pages of {self.page_size} bytes")
         columns = self._read_samples(int(header["num_fields"]), samples)
         self.index = columns["index"].astype(np.int64)
-        if self.index.min() < 0 or len(np.unique(self.index)) < samples:
+        if self.index.min() < 0 or _repeats(self.index):
             raise UserError(f"{self.path}: damaged table: the images' numbers are not unique")
         self.label = columns["label"].astype(np.int64) if "label" in columns else None
         self.height = columns["image"]["height"].astype(np.int64)
@@ -100,6 +99,7 @@ class Beton:
             )
         self.records = self._locate(columns["image"], table)
         self.checksums = np.full(samples, -1, np.int64)
+        self.has_tiles = np.zeros(samples, bool)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -127,11 +127,12 @@ class Beton:
         if self.checksums[0] >= 0 or not manifest_path(self.path).exists():
             return
         try:
-            self.checksums = self._known_checksums()
+            manifest = Manifest.beside(self.path)
+            self.checksums, self.has_tiles = self._known(manifest)
         except UserError as error:
             print(f"warning: {error}: no image is compared with it", file=sys.stderr, flush=True)
             return
-        if self.sizes_changed(Manifest.beside(self.path)):
+        if self.sizes_changed(manifest):
             raise UserError(f"{self.path}: {SIZES_CHANGED}")
 
     def sizes_changed(self, manifest: Manifest) -> bool:
@@ -157,7 +158,7 @@ class Beton:
             known = self.checksums.copy()
             if known[0] < 0:
                 with suppress(UserError, OSError):
-                    known = self._known_checksums()
+                    known, _ = self._known(Manifest.beside(self.path))
             step = -(-int(self.records[:, 1].sum()) // FINGERPRINTED)
             read = np.flatnonzero((np.arange(len(self)) % step == 0) | (known < 0))
             for i in read.tolist():
@@ -214,6 +215,22 @@ class Beton:
             begin += 1  # only a warning: the pixels are complete
         return -1, ""
 
+    def try_crops(
+        self, i: int, canvas: np.ndarray, boxes: np.ndarray, decoder: Decoder, scale: int = 1
+    ) -> str:
+        """Decode those pixels of record `i` to their place in `canvas` uint8 [H, W, 3] that two
+        crops `boxes` float64 [2, 4] need, x0 y0 x1 y1 in pixels of the whole image; at 1/`scale` as
+        `try_decode`. The others may be anything. Returns the reason if it fails, or "".
+
+        Only of a JPEG with tiles, whose checksum is known, less than the whole image is decoded. So
+        damage outside of the crops is found like any other.
+        """
+        tiles = self.has_tiles[i] and decode_crops(
+            self.file, self.records[i], int(self.checksums[i]),
+            decoder.handle, decoder.scratch, decoder.part, canvas, scale, boxes,
+        )  # fmt: skip
+        return "" if tiles else self.try_decode(np.array([i]), canvas[None], decoder, scale)[1]
+
     def advise(self, blocks: np.ndarray) -> None:
         """Ask the kernel to read these blocks (by number) into memory, and do not wait for it."""
         for block in blocks.tolist():
@@ -223,14 +240,21 @@ class Beton:
         """The error that names record `i`."""
         return CorruptRecord(f"{self.path}: {printable(self.name(i))}: {reason}")
 
-    def _known_checksums(self) -> np.ndarray:
-        """The CRC-32 of each record by the manifest. Raises UserError if it does not match."""
-        manifest = Manifest.beside(self.path)
-        lines = [(record.bytes, int(record.crc32, 16)) for record in manifest.records()]
-        sizes, checksums = np.array(lines, np.int64).reshape(-1, 2).T
+    def _known(self, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+        """By the manifest: each record's CRC-32, int64 [N], and whether it has tiles, bool [N].
+        Raises UserError if the manifest does not match.
+        """
+        sizes: list[int] = []
+        digits: list[str] = []
+        how: list[str] = []
+        for record in manifest.records():
+            sizes.append(record.bytes)
+            digits.append(record.crc32)
+            how.append(record.how)
         if manifest.bytes != self.bytes or not np.array_equal(sizes, self.records[:, 1]):
             raise UserError(f"{manifest.path}: belongs to another beton: sizes differ")
-        return checksums
+        checksums = np.frombuffer(bytes.fromhex("".join(digits)), ">u4").astype(np.int64)
+        return checksums, np.fromiter(map(has_tiles, how), bool, len(how))
 
     def _crc32(self, pointer: int, size: int) -> int:
         """The CRC-32 of bytes of the file; 0 of those after its end."""
@@ -266,18 +290,20 @@ class Beton:
 
     def _locate(self, image: np.ndarray, table: np.ndarray) -> np.ndarray:
         """int64 [N, 5] pointer, bytes, height, width, mode of each image; refuses bad pointers."""
-        table = table[np.argsort(table["ptr"], kind="stable")]
-        row = np.searchsorted(table["ptr"], image["data_ptr"]).clip(max=len(table) - 1)
-        columns = (image["data_ptr"], table["size"][row], self.height, self.width, image["mode"])
+        found = np.ascontiguousarray(table["ptr"])
+        if (found[1:] < found[:-1]).any():
+            order = np.argsort(found, kind="stable")
+            table, found = table[order], found[order]
+        wanted = np.ascontiguousarray(image["data_ptr"])
+        row = np.searchsorted(found, wanted).clip(max=len(table) - 1)
+        columns = (wanted, table["size"][row], self.height, self.width, image["mode"])
         records = np.stack([column.astype(np.int64) for column in columns], axis=1)
         pointer, size, height, width, mode = records.T
-        wrong = (table["ptr"][row] != image["data_ptr"]) | (
-            table["sample_id"][row] != np.arange(len(row))
-        )
+        wrong = (found[row] != wanted) | (table["sample_id"][row] != np.arange(len(row)))
         wrong |= (pointer < self.data) | (size < 1) | (size > self.bytes)
         wrong |= pointer > self.table - size
         wrong |= (height < 1) | (width < 1) | (height * width > MAX_PIXELS)
-        wrong |= ~np.isin(mode, (JPEG, RAW)) | ((mode == RAW) & (size != height * width * 3))
+        wrong |= ((mode != JPEG) & (mode != RAW)) | ((mode == RAW) & (size != height * width * 3))
         wrong |= pointer // self.page_size != (pointer + size - 1) // self.page_size
         order = np.argsort(pointer, kind="stable")
         wrong[order[1:]] |= pointer[order[1:]] < (pointer + size)[order[:-1]]  # an overlap
@@ -285,6 +311,12 @@ class Beton:
             first = printable(self.name(int(np.flatnonzero(wrong)[0])))
             raise UserError(f"{self.path}: {first}: its entry in the table is damaged")
         return records
+
+
+def _repeats(numbers: np.ndarray) -> bool:
+    """Whether a number occurs twice."""
+    ordered = np.sort(numbers)
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def digest_of_sizes(height: np.ndarray, width: np.ndarray) -> str:

@@ -63,7 +63,10 @@ def one_of(names: Iterable[str]) -> Bound:
 
 
 def some_of(names: Iterable[str]) -> Bound:
-    return {f"some of {', '.join(names)}": lambda values: set(values) <= set(names)}
+    return {
+        f"some of {', '.join(names)}": lambda values: set(values) <= set(names),
+        "without repetition": lambda values: len(set(values)) == len(values),
+    }
 
 
 def optional(bound: Bound) -> Bound:

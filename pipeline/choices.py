@@ -13,6 +13,11 @@ Crops = Literal["device", "host", "dali"]
 """Where both crops are cut: on the device, from whole images; on the decoding threads (host); by
 DALI, which then also decodes."""
 CROPS: tuple[Crops, ...] = get_args(Crops)
+AnyCrops = Literal["auto", Crops]
+"""auto: what `pipeline.loader.choose` takes for the backend and the device."""
 
 OnCorrupt = Literal["stop", "replace"]
 """What happens at a record that cannot be decoded: an error, or another image replaces it."""
+
+BACKENDS = ("reference", "compiled", "kornia", "triton")
+"""The modules of `pipeline.augment` that make the views' pixels."""

@@ -1,7 +1,8 @@
-"""Decodes records on threads: into canvases that hold whole images, or into finished crops."""
+"""Decodes records on threads: into canvases that hold whole images, into crops, or into views."""
 
 import itertools
 import math
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.augment.compiled import Plan, as_array
 from pipeline.beton import Beton
 from pipeline.choices import OnCorrupt
 from pipeline.ffcv_format import JPEG
@@ -32,11 +34,15 @@ class RecordLoader(ABC):
     """Decodes lists of records into batches of pixels, on `threads` threads, a few batches ahead.
 
     The pixels are in a small ring of buffers, pinned if `pin` is set. Buffers are reused and grow
-    to the largest batch so far. A subclass defines the shape of the pixels and writes them.
+    to the largest batch so far. A subclass defines the shape of the pixels and writes them; it may
+    also choose their type, and let the receiver `keep` a batch: its memory is then left alone.
 
     A record that cannot be decoded ends the iteration (`on_corrupt` "stop") or is replaced, see
     `pipeline.source.Replacements`.
     """
+
+    dtype = torch.uint8
+    keep = False
 
     def __init__(
         self,
@@ -51,9 +57,10 @@ class RecordLoader(ABC):
         self.pin = pin
         self.on_corrupt = on_corrupt
         self.replacements = Replacements(beton, max_replaced)
-        self._thread = threading.local()  # each thread's decoder and canvas
+        self._thread = threading.local()  # each thread's decoder and memory to work in
         self._pool = ThreadPoolExecutor(threads, "decode")
-        self._ring = [torch.empty(0, dtype=torch.uint8) for _ in range(_AHEAD + 1)]
+        self._ring = [torch.empty(0, dtype=self.dtype) for _ in range(_AHEAD + 1)]
+        self._kept: list[np.ndarray] = []  # in place of the ring, if batches may be kept
         self._pending: _Pending = deque()  # the batches that are being decoded
 
     @abstractmethod
@@ -76,10 +83,10 @@ class RecordLoader(ABC):
     def decode(
         self, batches: Sequence[np.ndarray], epoch: int = 0
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield (which int64 [B], pixels uint8) for each of `batches`, in order.
+        """Yield (which int64 [B], pixels) for each of `batches`, in order.
 
-        Pixels are valid until the next batch is requested. `which` holds the decoded records; they
-        differ from the requested records if one was replaced.
+        Pixels are valid until the next batch is requested, unless `keep`. `which` holds the decoded
+        records; they differ from the requested records if one was replaced.
 
         Raises CorruptRecord, or the exception of a thread, when the iteration reaches the batch;
         RuntimeError after a later call of `decode`, which uses the same buffers.
@@ -113,7 +120,7 @@ class RecordLoader(ABC):
         parts = np.array_split(which, min(len(which), self.threads * _SLICES_PER_THREAD))
         begins = itertools.accumulate((len(part) for part in parts), initial=0)
         slices = [
-            (begin, self._pool.submit(self._write_slice, epoch, part, pixels.numpy(), begin))
+            (begin, self._pool.submit(self._write_slice, epoch, part, as_array(pixels), begin))
             for begin, part in zip(begins, parts, strict=False)
         ]
         return which, pixels, slices
@@ -141,10 +148,10 @@ class RecordLoader(ABC):
         shape = tuple(map(max, self._shape(epoch, which), pixels.shape))
         if shape != pixels.shape:
             small = pixels
-            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
+            pixels = torch.empty(shape, dtype=self.dtype, pin_memory=self.pin)
             pixels[tuple(map(slice, small.shape))] = small
         for b in bad:
-            _, reason = self._write(epoch, which[b : b + 1], pixels.numpy(), b)
+            _, reason = self._write(epoch, which[b : b + 1], as_array(pixels), b)
             if reason:
                 raise self.beton.corrupt(int(which[b]), reason)
         return which, pixels
@@ -162,9 +169,31 @@ class RecordLoader(ABC):
 
     def _buffer(self, slot: int, shape: tuple[int, ...]) -> Tensor:
         size = math.prod(shape)
+        if self.keep:
+            return torch.from_numpy(self._free_memory(size)).view(self.dtype).view(shape)
         if self._ring[slot].numel() < size:
-            self._ring[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=self.pin)
+            self._ring[slot] = torch.empty(size, dtype=self.dtype, pin_memory=self.pin)
         return self._ring[slot][:size].view(shape)
+
+    def _free_memory(self, values: int) -> np.ndarray:
+        """Memory for a batch that its receiver may keep: that of a batch which nobody holds any
+        more, or new one, because new pages cost the kernel time. NumPy asks it for large ones.
+        """
+        size = values * self.dtype.itemsize
+        for i in range(len(self._kept)):
+            if self._kept[i].size >= size and _holders(self._kept, i) == _NOBODY:
+                return self._kept[i][:size]
+        memory = np.empty(size, np.uint8)
+        self._kept = [memory, *self._kept][: _AHEAD + 2]
+        return memory
+
+
+def _holders(memories: list[np.ndarray], i: int) -> int:
+    """How many references there are to a memory; a tensor of it, or a part of one, holds one."""
+    return sys.getrefcount(memories[i])
+
+
+_NOBODY = _holders([np.empty(0, np.uint8)], 0)
 
 
 def _settle(pending: _Pending) -> None:
@@ -194,7 +223,10 @@ class CanvasLoader(RecordLoader):
 
 class CropLoader(RecordLoader):
     """Both crops of each image, resized and flipped by the parameters that `sample_views` draws:
-    pixels [2, B, S, S, 3]. Each thread decodes images into a canvas of its own.
+    pixels [2, B, S, S, 3]. The thread that decoded an image, into a canvas of its own, crops it.
+
+    With `colours`, a type of floats, the thread also colours and normalises both views, while they
+    are in its cache: the whole of an image's way. Without a GPU, these batches may be kept.
 
     A JPEG whose two crops are both much larger than a view is decoded at 1/2, 1/4 or 1/8 of its
     size (libjpeg's scaled inverse DCT). For photographs of 7 and 12 megapixels and views of 224
@@ -214,14 +246,20 @@ class CropLoader(RecordLoader):
         views: ViewConfig,
         seed: int,
         size_of: Callable[[int], int],
+        colours: torch.dtype | None = None,
     ) -> None:
+        self.dtype, self.colours = colours or torch.uint8, colours
+        self.keep = colours is not None and not pin
         super().__init__(beton, threads, pin, on_corrupt, max_replaced)
         self.views, self.seed, self.size_of = views, seed, size_of
 
     def worst_case(self, images: int) -> int:
-        largest = int((self.beton.height * self.beton.width).max()) * 3
-        pixels = images * 2 * self.views.size**2 * 3
-        return (_AHEAD + 1) * self._held(pixels) + self.threads * largest
+        side, height, width = self.views.size, self.beton.height, self.beton.width
+        canvas = int((height * width).max()) * 3
+        resized = int(height.max() + 4 * side) * 3 * side + 96 * int(width.max())
+        batch = images * 2 * side**2 * 3 * self.dtype.itemsize
+        batches = _AHEAD + 1 + self.keep  # the last one is with its receiver
+        return batches * self._held(batch) + self.threads * (canvas + resized)
 
     def _shape(self, epoch: int, which: np.ndarray) -> tuple[int, ...]:
         side = self.size_of(epoch)
@@ -231,27 +269,32 @@ class CropLoader(RecordLoader):
         self, epoch: int, which: np.ndarray, pixels: np.ndarray, begin: int
     ) -> tuple[int, str]:
         params = draw(self.beton, self.seed, epoch, which, self.views)
+        plan = Plan(params, self.colours) if self.colours else None
         for b, i in enumerate(which):
             boxes = params.crops[:, b]
             scale = _scale(boxes, pixels.shape[2]) if self.beton.records[i, 4] == JPEG else 1
-            image = self._canvas(
-                -(-self.beton.height[i] // scale), -(-self.beton.width[i] // scale)
-            )
-            _, reason = self.beton.try_decode(which[b : b + 1], image[None], self._decoder(), scale)
+            shape = -(-self.beton.height[i] // scale), -(-self.beton.width[i] // scale), 3
+            image = self._memory("canvas", shape)
+            reason = self.beton.try_crops(i, image, boxes, self._decoder(), scale)
             if reason:
                 return b, reason
             for v in range(2):
                 out = pixels[v, begin + b]
-                resize(image, boxes[v] / scale, bool(params.flipped[v, b]), out)
+                crop = self._memory("crop", out.shape) if plan else out
+                resize(image, boxes[v] / scale, bool(params.flipped[v, b]), crop)
+                if plan:
+                    planes = self._memory("planes", (3, crop.size // 3))
+                    plan.paint(v, b, crop, planes, out)
         return -1, ""
 
-    def _canvas(self, height: int, width: int) -> np.ndarray:
-        """The canvas of the calling thread, uint8 [height, width, 3]."""
-        size = int(height * width * 3)
-        if not hasattr(self._thread, "canvas") or self._thread.canvas.size < size:
-            self._thread.canvas = np.empty(size, np.uint8)
-        canvas: np.ndarray = self._thread.canvas[:size].reshape(height, width, 3)
-        return canvas
+    def _memory(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Memory of the calling thread, uint8 of this shape, with the last image's values."""
+        size = math.prod(map(int, shape))
+        memory: np.ndarray | None = getattr(self._thread, name, None)
+        if memory is None or memory.size < size:
+            memory = np.empty(size, np.uint8)
+            setattr(self._thread, name, memory)
+        return memory[:size].reshape(shape)
 
 
 def _scale(boxes: np.ndarray, side: int) -> int:

@@ -1,10 +1,7 @@
-"""How mistakes of the user are reported."""
+"""How mistakes of the user are reported, and texts of others shown."""
 
-import errno
-import os
-import stat
+import re
 from collections.abc import Sequence
-from pathlib import Path
 
 _CONTROLS = {
     code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
@@ -47,21 +44,19 @@ def one_line(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+def in_markdown(text: str) -> str:
+    """`text` for one line of Markdown. What is HTML or markup in it stays what it is to read, and
+    does nothing on the page.
+    """
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
+
+
+_MARKUP = re.compile(r"[\\`*\[\]<>|!~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What Markdown or HTML gives a meaning; an underscore has none inside a word."""
+
+
 def safe_lines(text: str) -> str:
     """`text` with all control characters escaped but line breaks and tabs: none of it moves the
     cursor of a terminal, changes its colours, or reverses the order of what it shows.
     """
     return text.translate(_KEEP_LINES)
-
-
-def check_regular(path: Path) -> None:
-    """Check an input before it is opened: to open a pipe waits for its writer, perhaps for ever,
-    and a device may never end.
-
-    Raises UserError if `path` is no regular file, OSError if there is none.
-    """
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: a pipe, socket or device, not a regular file")

@@ -10,7 +10,7 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, printable
@@ -53,7 +53,7 @@ def require_root(root: Path) -> None:
     """Raises UserError if `root` is not a folder."""
     if not is_folder(root):
         if url := as_url(str(root)):
-            raise UserError(f"{url}: a URL; download it, and give the folder on this machine")
+            raise UserError(f"{url}: a URL; give a folder on this machine")
         raise UserError(f"{root}: {'not a' if is_file(root) else 'no such'} folder")
 
 
@@ -62,7 +62,10 @@ def as_url(name: str) -> str:
     none.
     """
     match = _URL.fullmatch(name)
-    return f"{match[1]}://{match[2]}" if match and len(match[1]) > 1 else ""
+    if not match or len(match[1]) == 1:
+        return ""
+    local = match[1].lower() == "file"  # of this machine: file:///a
+    return f"{match[1]}://{'/' * local}{match[2]}"
 
 
 def is_dir(entry: os.DirEntry[str]) -> bool:
@@ -156,15 +159,21 @@ def find_images(top: Path) -> tuple[list[Path], Left]:
 
 
 def say_found(count: int, place: Path, left: Left) -> None:
-    """Print on stderr how many images were found, and what was left aside, on one line. Only the
-    first process of several does.
-    """
+    """Print on stderr how many images were found, and what was left aside, on one line."""
+    plural = "" if count == 1 else "s"
+    _say(f"found {count:,} image{plural} in {printable(str(place))}{aside(left)}")
+
+
+def say_taken(count: int, lists: Sequence[Path]) -> None:
+    """Print on stderr how many of the images that were found are in the files `lists`."""
+    names = " and ".join(printable(str(path)) for path in lists)
+    _say(f"taken: {count:,} of them, listed in {names}")
+
+
+def _say(line: str) -> None:
+    """Print a line on stderr. Only the first process of several does."""
     if os.environ.get("RANK", "0") == "0":
-        plural = "" if count == 1 else "s"
-        print(
-            f"found {count:,} image{plural} in {printable(str(place))}{aside(left)}",
-            file=sys.stderr,
-        )
+        print(line, file=sys.stderr)
 
 
 def aside(left: Left) -> str:

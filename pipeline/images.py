@@ -12,7 +12,6 @@ import io
 import logging
 import os
 import re
-import stat
 import struct
 import warnings
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.errors import BadImage, UserError, printable
+from pipeline.files import open_file
 from pipeline.formats import FORMATS
 from pipeline.jpeg import (
     CMYK_COMPONENTS,
@@ -94,7 +94,7 @@ def load_size(path: Path) -> tuple[int, int]:
     """Width and height of the pixels that `load_rgb` returns, from the file's header. Raises
     UserError, naming the file.
     """
-    with named(path), open_regular(path, LIMITS) as file:
+    with named(path), open_image(path, LIMITS) as file:
         return _size(file)
 
 
@@ -178,28 +178,20 @@ def read_file(path: str | Path, limits: Limits = LIMITS) -> bytes:
     Raises:
         BadImage: if the file cannot be read, is not a regular file, or is too large.
     """
-    with open_regular(path, limits) as file:
+    with open_image(path, limits) as file:
         return file.read()
 
 
 @contextmanager
-def open_regular(path: str | Path, limits: Limits = LIMITS) -> Iterator[BinaryIO]:
+def open_image(path: str | Path, limits: Limits = LIMITS) -> Iterator[BinaryIO]:
     """An image file, open to be read. Raises BadImage as `read_file`, also for errors inside."""
     try:
-        with open(path, "rb", opener=_open_at_once) as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage("not a regular file")
-            limits.check_bytes(status.st_size)
+        with open_file(path) as stream:
+            limits.check_bytes(os.fstat(stream.fileno()).st_size)
             yield stream
     except OSError as error:
         broken = isinstance(error, FileNotFoundError) and os.path.islink(path)  # noqa: PTH114
         raise BadImage("broken symbolic link" if broken else error.strerror or "?") from error
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file; a pipe without a writer would else block for ever."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @contextmanager
@@ -329,9 +321,10 @@ def _check_tiff(file: BinaryIO) -> None:
         return
     order = "<" if head[:1] == b"I" else ">"
     file.seek(struct.unpack(order + "4xI", head)[0])
-    table = file.read(2 + 12 * 65535)
+    count = int.from_bytes(file.read(2), "little" if order == "<" else "big")
+    table = file.read(12 * count)
     file.seek(0)
-    for offset in range(2, len(table) - 11, 12):
+    for offset in range(0, len(table) - 11, 12):
         tag, count = struct.unpack_from(order + "H2xI", table, offset)
         if tag in _STRIPS and count > MAX_STRIPS:
             raise BadImage(f"a TIFF of {count:,} strips; the limit is {MAX_STRIPS:,}")

@@ -10,10 +10,10 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from pipeline import turbojpeg
+from pipeline.compiling import njit
 from pipeline.errors import BadImage
 from pipeline.jpeg_parts import (
     HUFFMAN,

@@ -6,8 +6,9 @@ decoders guess the coefficients that no scan has sent in different ways.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from pipeline.compiling import njit
 
 MAX_SCANS = 500
 """Most scans of an image, as in libjpeg-turbo. Encoders write about ten."""

@@ -1,12 +1,11 @@
 """The lines of text files as people save them: UTF-8, other bytes kept, or UTF-16."""
 
-import codecs
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError, printable
+from pipeline.files import encoding_of, open_file
 from pipeline.folders import as_url
 
 MAX_LINE = 1 << 16
@@ -30,15 +29,12 @@ def text_lines(path: Path, expected: str = "expected a text file") -> Iterator[s
     """
     name = printable(as_url(str(path)) or str(path))
     try:
-        # Without O_NONBLOCK a pipe that no program writes to would block for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(descriptor, True)
-        with os.fdopen(descriptor, "rb") as file:
+        with open_file(path, pipes=True) as file:
             head = file.peek(16)[:16]
             if kind := next((KINDS[magic] for magic in KINDS if head.startswith(magic)), ""):
                 raise UserError(f"{name}: {kind}; {expected}")
-            wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
+            encoding = encoding_of(head)
+            errors = "strict" if encoding == "utf-16" else "surrogateescape"
             text = io.TextIOWrapper(file, encoding, errors, newline="")
             for number, line in enumerate(iter(lambda: text.readline(MAX_LINE + 1), ""), 1):
                 if "\0" in line:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.augment import get_backend
 from pipeline.beton import Beton
-from pipeline.choices import Crops
+from pipeline.choices import AnyCrops, Crops
 from pipeline.dali import DaliLoader
 from pipeline.decode import CanvasLoader, CropLoader, RecordLoader
 from pipeline.errors import UserError
@@ -19,23 +19,31 @@ from pipeline.source import Batch, BatchSource, draw
 from pipeline.views import ViewConfig
 
 
+def choose(backend: str, crops: AnyCrops, device: torch.device) -> tuple[str, Crops]:
+    """What "auto" means on this device: see `train.config.DataConfig`."""
+    on_gpu = device.type == "cuda"
+    if backend == "auto":
+        backend = "triton" if on_gpu else "compiled"
+    if crops == "auto":
+        crops = "device" if on_gpu and backend != "compiled" else "host"
+    return backend, crops
+
+
 def make_loader(
     beton: Beton,
     views: ViewConfig,
     batch_size: int,
     *,
-    crops: Crops,
+    crops: AnyCrops,
     backend: str,
     device: torch.device,
     **options: Any,
 ) -> BatchSource:
     """The source of batches for these settings. `options` are the other arguments of ViewLoader.
-    `backend` "auto" is triton on a GPU and kornia elsewhere.
 
     Raises UserError for a setting that cannot work on this device, or as ViewLoader does.
     """
-    if backend == "auto":
-        backend = "triton" if device.type == "cuda" else "kornia"
+    backend, crops = choose(backend, crops, device)
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "triton" and device.type != "cuda" and not interpreting:
         raise UserError(f"data.backend: triton needs a GPU, and this run is on the {device.type}")
@@ -48,7 +56,8 @@ def make_loader(
 
 class ViewLoader(BatchSource):
     """Batches that libjpeg-turbo decodes. With `crops` "host" the decoding threads also cut both
-    crops; with "device" the backend does. `options` are those of BatchSource.
+    crops, and with `backend` "compiled" they finish both views; with "device" the backend crops.
+    `options` are those of BatchSource.
 
     Raises UserError as BatchSource does, or if the pixels of the batches would not fit in memory.
     """
@@ -68,8 +77,15 @@ class ViewLoader(BatchSource):
         on_gpu = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         arguments = (beton, self.threads, on_gpu, self.on_corrupt, self.max_replaced)
+        self._finished = crops == "host" and backend == "compiled"
         self._records: RecordLoader = (
-            CropLoader(*arguments, views=views, seed=self.seed, size_of=self.size_of)
+            CropLoader(
+                *arguments,
+                views=views,
+                seed=self.seed,
+                size_of=self.size_of,
+                colours=self.dtype if self._finished else None,
+            )
             if crops == "host"
             else CanvasLoader(*arguments)
         )
@@ -92,7 +108,9 @@ class ViewLoader(BatchSource):
         index = self.beton.index[which]
         host = (pixels, *map(torch.from_numpy, (params.overlap, params.flipped, index)))
         (on_device, *geometry), copied = self._copy(host)
-        if isinstance(self._records, CropLoader):
+        if self._finished:
+            views = on_device.permute(0, 1, 4, 2, 3)
+        elif isinstance(self._records, CropLoader):
             views = self._backend.colour(on_device, params, self.device, self.dtype)
         else:
             sizes = torch.from_numpy(self.beton.records[which, 2:4])

@@ -3,7 +3,7 @@
 It is one JSON document with one record per line, so that 1.3 million records are written and read
 as a stream:
 
-    {"format": 3, "tool": …, "source": …, "options": …, "classes": …, "count": …, "digest": …,
+    {"format": 4, "tool": …, "source": …, "options": …, "classes": …, "count": …, "digest": …,
      "skipped": [[name, reason], …],
      "records": [
     ["train2017/000000000009.jpg", 224297, "9f3a11c2", "original"],
@@ -11,12 +11,14 @@ as a stream:
     ]}
 
 A record: name, bytes stored, CRC-32 of the stored bytes as 8 hexadecimal digits, how it is stored:
-"original", "scaled" or "converted: <reasons>", and, in a set with labels, its label. The digest is
-the SHA-256 of the whole document with 64 zeros instead of the digest.
+"original", "tiles", "scaled" or "converted: <reasons>"; in a set with labels, its label; of a JPEG
+with tiles, [bytes, CRC-32] of its source, after null where there is no label. Format 3, of earlier
+versions, has no sources, and is read too. The digest is the SHA-256 of the whole document with 64
+zeros instead of the digest.
 """
 
-import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -31,10 +33,12 @@ from msgspec.json import Decoder
 
 from pipeline.errors import UserError
 from pipeline.ffcv_format import VERSION
+from pipeline.files import open_file
 
-FORMAT = 3
+FORMATS = (3, 4)
+"""That are read; the last one is written."""
 TOOL = "slotstream 0.1.0"
-ORIGINAL, SCALED, CONVERTED = "original", "scaled", "converted: "
+ORIGINAL, TILES, SCALED, CONVERTED = "original", "tiles", "scaled", "converted: "
 
 MAX_LINE = 16 << 20
 """Bytes. A record has some hundred; the longest line lists all class names."""
@@ -42,15 +46,24 @@ MAX_HEAD = 128 << 20
 """Bytes before the records: more than a million skipped images. Reading them takes at most twenty
 times as much memory."""
 
+_BLOCK = 1 << 20  # bytes of records that are decoded at once
 _DIGEST = b'"digest": "%b",\n'
 _NO_DIGEST = "0" * 64
 _RECORDS = b'"records": [\n'
 _END = b"]}\n"
-_FORMAT = b'{"format": %d,' % FORMAT
+_FORMAT = tuple(b'{"format": %d,' % number for number in FORMATS)
 
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+CRC32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}\Z")]
 Option = str | int | float | bool | None
+
+
+class Source(NamedTuple):
+    """The JPEG of which one with tiles was made."""
+
+    bytes: Count
+    crc32: CRC32
 
 
 class Record(NamedTuple):
@@ -59,9 +72,11 @@ class Record(NamedTuple):
     name: str
     """The image's path below its source's root, with forward slashes; unique in a beton."""
     bytes: Count
-    crc32: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}\Z")]
+    crc32: CRC32
     how: str
+    """ORIGINAL: the source's bytes. TILES: a JPEG from which they can be restored."""
     label: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    source: Source | None = None
 
 
 @dataclass
@@ -89,7 +104,7 @@ class Manifest:
     classes: list[str] | None = None
     """Class names in the order of the labels; None for a beton without labels."""
     stored: dict[str, Count] = field(default_factory=dict)
-    """Records by storage: original and jpeg are JPEG streams, raw are pixels."""
+    """Records by storage: original, tiles and jpeg are JPEG streams, raw are pixels."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Name and reason of each skipped image, in the order of the source."""
     shard: Shard | None = None
@@ -108,10 +123,10 @@ class Manifest:
         """Everything before the records.
 
         Raises:
-            UserError: if `path` cannot be read or is not a manifest of format 3.
+            UserError: if `path` cannot be read or is not a manifest of a known format.
         """
         try:
-            with _open(path) as file:
+            with open_file(path) as file:
                 head = b"".join(_until_records(file)) + b'"records": []}'
             if not head.startswith(_FORMAT):
                 raise ValueError("it begins with other text")
@@ -121,7 +136,8 @@ class Manifest:
         except msgspec.MsgspecError as error:
             raise UserError(f"{path}: damaged: {error}") from error
         except ValueError as error:
-            raise UserError(f"{path}: not a manifest of format {FORMAT}: {error}") from error
+            formats = " or ".join(map(str, FORMATS))
+            raise UserError(f"{path}: not a manifest of format {formats}: {error}") from error
         manifest.path = path
         return manifest
 
@@ -140,18 +156,23 @@ class Manifest:
             raise ValueError("this manifest was not read from a file")
         digest, count, line = hashlib.sha256(), 0, b""
         try:
-            with _open(self.path) as file:
+            with open_file(self.path) as file:
                 noted, blank = (_DIGEST % value.encode() for value in (self.digest, _NO_DIGEST))
                 for line in _until_records(file):
                     digest.update(blank if line == noted else line)
                 digest.update(_RECORDS)
-                for line in _lines(file):
+                while (text := _block(file)) and (batch := _batch(text, self.count - count)):
+                    digest.update(text)
+                    yield from batch
+                    count += len(batch)
+                lines = itertools.chain(_lines(io.BytesIO(text)), _lines(file))
+                for line in lines:
                     digest.update(line)
                     if line == _END or count == self.count:
                         break
                     yield decoded(line.rstrip(b",\n"), _RECORD)
                     count += 1
-                digest.update(file.read(1))  # bytes after the end change the digest
+                digest.update(next(lines, b""))  # bytes after the end change the digest
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
         except ValueError as error:
@@ -169,7 +190,7 @@ class Manifest:
         if self.path is None:
             raise ValueError("this manifest was not read from a file")
         try:
-            with _open(self.path) as file:
+            with open_file(self.path) as file:
                 for _ in _until_records(file):
                     pass
                 line = next(itertools.islice(_lines(file), i, None), b"")
@@ -201,6 +222,13 @@ class Manifest:
         self.path = path
 
 
+def has_tiles(how: str) -> bool:
+    """Whether a record that is stored like this is a JPEG with tiles. Packing has read all of its
+    coefficients.
+    """
+    return how == TILES or how.endswith(", " + TILES)
+
+
 def _parts(manifest: Manifest, records: Iterable[Record]) -> Iterator[bytes]:
     """The document, piece by piece."""
     yield _head(manifest)
@@ -212,7 +240,7 @@ def _parts(manifest: Manifest, records: Iterable[Record]) -> Iterator[bytes]:
 
 
 def _head(manifest: Manifest) -> bytes:
-    values = {"format": FORMAT} | {
+    values = {"format": FORMATS[-1]} | {
         key: value for key, value in asdict(manifest).items() if key not in ("path", "skipped")
     }
     if manifest.shard is None:
@@ -238,14 +266,7 @@ def decoded(text: bytes, decoder: Decoder[T]) -> T:
         raise ValueError("nested too deep") from error
 
 
-_HEAD, _RECORD = Decoder(Manifest), Decoder(Record)
-
-
-def _open(path: Path) -> BinaryIO:
-    """Open a regular file. Raises OSError."""
-    if path.exists() and not path.is_file():  # a pipe would block
-        raise OSError(errno.EINVAL, "not a file")
-    return path.open("rb")
+_HEAD, _RECORD, _RECORDS_OF_A_BLOCK = Decoder(Manifest), Decoder(Record), Decoder(list[Record])
 
 
 def _until_records(file: BinaryIO) -> Iterator[bytes]:
@@ -267,6 +288,27 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
+def _block(file: BinaryIO) -> bytes:
+    """The next lines, about a megabyte."""
+    text = file.read(_BLOCK)
+    return text if text.endswith(b"\n") else text + next(_lines(file), b"")
+
+
+def _batch(text: bytes, most: int) -> list[Record]:
+    """The records of these lines, decoded at once. None unless each line is a good record with one
+    after it, and there are at most `most`.
+    """
+    count = text.count(b"\n")
+    if count > most or not text.startswith(b"[") or text.count(b"],\n[") != count - 1:
+        return []
+    try:
+        records = decoded(b"[" + text.removesuffix(b",\n") + b"]", _RECORDS_OF_A_BLOCK)
+    except ValueError:
+        return []
+    return records if len(records) == count else []
+
+
 def _line(record: Record) -> bytes:
     """A record's line in ASCII. Names that are not UTF-8 keep their bytes as lone surrogates."""
-    return json.dumps(record[:-1] if record.label is None else record).encode()
+    used = 6 if record.source else 4 if record.label is None else 5
+    return json.dumps(record[:used]).encode()

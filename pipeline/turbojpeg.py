@@ -11,11 +11,15 @@ images. So each image gets a new handle (0.5 µs, a thousandth of a decode).
 
 import ctypes
 import re
+from typing import Any
 
-import numba
 import numpy as np
+from llvmlite.binding import add_symbol
+from numba import types
+from numba.core.typing.ctypes_utils import make_function_type
 from zlib_ng import zlib_ng
 
+from pipeline.compiling import njit
 from pipeline.ffcv_format import RAW, library
 
 _int, _pointer, _ulong, _size = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_size_t
@@ -36,8 +40,38 @@ _decompress.restype = _int
 _pread = ctypes.CDLL(None).pread
 _pread.argtypes = [_int, _pointer, _size, ctypes.c_int64]
 _pread.restype = ctypes.c_ssize_t
+_transform = lib.tjTransform
+_transform.argtypes = [
+    _pointer, _pointer, _ulong, _int, _pointer, _pointer, _pointer, _int,
+]  # fmt: skip
+_transform.restype = _int
+_transformer = lib.tjInitTransform
+_transformer.argtypes, _transformer.restype = [], _pointer
+_free = lib.tjFree
+_free.argtypes, _free.restype = [_pointer], None
+_memcpy = ctypes.CDLL(None).memcpy
+_memcpy.argtypes, _memcpy.restype = [_pointer, _pointer, _size], None
+_memchr = ctypes.CDLL(None).memchr
+_memchr.argtypes, _memchr.restype = [_pointer, _int, _size], ctypes.c_ssize_t
 _crc32 = ctypes.CDLL(zlib_ng.__file__).zng_crc32_z
 _crc32.argtypes, _crc32.restype = [ctypes.c_uint32, _pointer, _size], ctypes.c_uint32
+
+
+def external(function: Any) -> Any:
+    """A function of a C library, declared as for ctypes, for compiled code that can be cached.
+
+    The code holds a name, not an address, which changes from process to process. The name is one of
+    ours, set to this very function: other libraries in the process, such as Pillow's libjpeg-turbo,
+    have functions of the same names.
+    """
+    symbol = f"slotstream_{function.__name__}"
+    add_symbol(symbol, ctypes.cast(function, ctypes.c_void_p).value)
+    return types.ExternalFunction(symbol, make_function_type(function).sig)
+
+
+c_init, c_destroy, _c_header = external(_init), external(_destroy), external(_header)
+c_decompress, c_pread, c_crc32 = external(_decompress), external(_pread), external(_crc32)
+c_memcpy, c_memchr = external(_memcpy), external(_memchr)
 
 RGB, CMYK = 0, 11  # TJPF_RGB, TJPF_CMYK
 FLAGS = 4096 | 32768
@@ -69,13 +103,14 @@ def is_harmless(complaint: str) -> bool:
 
 
 class Decoder:
-    """One thread's decoder: a buffer for the compressed bytes of one record, and the TurboJPEG
-    handle of the last one.
+    """One thread's decoder: buffers for the compressed bytes of one record and for a part of it,
+    and the TurboJPEG handle of the last one.
     """
 
     def __init__(self, max_record: int) -> None:
         self.handle = np.zeros(1, np.int64)
         self.scratch = np.empty(max_record, np.uint8)
+        self.part = np.empty(max_record, np.uint8)
 
     def __del__(self) -> None:
         if hasattr(self, "handle") and self.handle[0]:
@@ -100,15 +135,43 @@ class Decoder:
         return str(_error(int(self.handle[0])).decode(errors="replace"))
 
 
-@numba.njit(nogil=True)
+class _Transform(ctypes.Structure):
+    """tjtransform. All zeros: nothing changes, all markers are copied."""
+
+    _fields_ = (
+        ("region", _int * 4), ("op", _int), ("options", _int),
+        ("data", _pointer), ("filter", _pointer),
+    )  # fmt: skip
+
+
+def baseline(jpeg: bytes) -> bytes:
+    """The JPEG with the same coefficients in one scan, Huffman-coded, and the same other segments;
+    b"" if libjpeg complains about it.
+    """
+    made, size = _pointer(), _ulong()
+    handle = _transformer()
+    if not handle:
+        raise MemoryError("libturbojpeg could not make a transformer")
+    try:
+        code = _transform(
+            handle, jpeg, len(jpeg), 1, ctypes.byref(made), ctypes.byref(size),
+            ctypes.byref(_Transform()), FLAGS,
+        )  # fmt: skip
+        return b"" if code else ctypes.string_at(made, size.value)
+    finally:
+        _free(made)
+        _destroy(handle)
+
+
+@njit(nogil=True, cache=True)
 def _renew(handle: np.ndarray) -> None:
     """Replace the handle in `handle` int64 [1], 0 = none, by a new one."""
     if handle[0]:
-        _destroy(handle[0])
-    handle[0] = _init()
+        c_destroy(handle[0])
+    handle[0] = c_init()
 
 
-@numba.njit(nogil=True)
+@njit(nogil=True, cache=True)
 def decode_records(
     file: int,
     records: np.ndarray,
@@ -128,9 +191,9 @@ def decode_records(
     shape = np.empty(4, np.int32)  # width, height, subsampling, colour space
     for b in range(records.shape[0]):
         pointer, size, height, width, mode = records[b]
-        if _pread(file, scratch.ctypes.data, size, pointer) != size:
+        if c_pread(file, scratch.ctypes.data, size, pointer) != size:
             return b, SHORT_READ
-        if checksums[b] >= 0 and _crc32(0, scratch.ctypes.data, size) != checksums[b]:
+        if checksums[b] >= 0 and c_crc32(0, scratch.ctypes.data, size) != checksums[b]:
             return b, WRONG_BYTES
         if mode == RAW:
             pixels = scratch[:size].reshape(height, width, 3)
@@ -139,11 +202,11 @@ def decode_records(
         _renew(handle)
         shape[:] = 0
         at = shape.ctypes.data
-        if _header(handle[0], scratch.ctypes.data, size, at, at + 4, at + 8, at + 12) != 0:
+        if _c_header(handle[0], scratch.ctypes.data, size, at, at + 4, at + 8, at + 12) != 0:
             return b, BAD_HEADER
         if shape[0] != width or shape[1] != height:
             return b, WRONG_SIZE
-        code = _decompress(
+        code = c_decompress(
             handle[0], scratch.ctypes.data, size, canvas[b].ctypes.data,
             -(-width // scale), canvas.shape[2] * 3, -(-height // scale), RGB, FLAGS,
         )  # fmt: skip

@@ -30,10 +30,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.bounds import POSITIVE, RANGE, UP_TO_1, Bound, Bounded, at_least, at_most, within
+from pipeline.compiling import njit
 from pipeline.errors import require
 
 _TRIES = 10  # as in torchvision's RandomResizedCrop and in the authors' sampler

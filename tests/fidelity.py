@@ -4,10 +4,11 @@
     python -m tests.fidelity --images /data/coco/train2017 --ways triton --count 8 --size 32 \\
         --cases geometry "all colour" recipe
 
-A way is a backend, which crops and colours whole images; or it is "host" or "dali", which crop
-(DALI also decodes) before the reference colours. Geometry is crop, resize and flip, with everything
-else off. A single colour operation gets PIL's crops, so its row holds no other error. Without a GPU
-triton runs in its interpreter, which takes seconds for each small view.
+A way is a backend, which crops and colours whole images ("compiled": on the threads that decode
+them); or it is "host" or "dali", which crop (DALI also decodes) before the reference colours.
+Geometry is crop, resize and flip, with everything else off. A single colour operation gets PIL's
+crops, so its row holds no other error. Without a GPU triton runs in its interpreter, which takes
+seconds for each small view.
 """
 
 import argparse
@@ -101,6 +102,7 @@ def views_of(
 ) -> list[Tensor]:
     """Batches [2, B, 3, S, S] of the first `count` images' views, through the loader."""
     crops, backend = (way, "reference") if way in ("host", "dali") else ("device", way)
+    crops = "host" if way == "compiled" else crops
     loader = make_loader(
         beton, views, BATCH, crops=crops, backend=backend, device=device, seed=0,
         order="sequential", threads=1,
@@ -185,7 +187,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
     parser.add_argument("--count", type=int, default=128, help="images, a multiple of 8 (128)")
     parser.add_argument("--size", type=int, default=224, help="side of the views (224)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["kornia", "host", "dali"])
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=["compiled", "kornia", "host", "dali"]
+    )
     known = [*WHOLE, *COLOUR]
     parser.add_argument("--cases", nargs="+", choices=known, default=known, metavar="CASE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

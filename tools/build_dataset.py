@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.beton import MAX_PIXELS
 from pipeline.errors import UserError
 from pipeline.folders import say_found
+from pipeline.formats import MAX_PIXELS
 from pipeline.images import Limits
-from pipeline.manifest import manifest_path
+from pipeline.manifest import ORIGINAL, TILES, manifest_path
 from tools.packing import scenes
 from tools.packing.archives import MAX_FILES
 from tools.packing.budget import choose
@@ -29,6 +29,7 @@ MAX_WORKERS = 1024
 EPILOG = """examples:
   python -m tools.build_dataset coco --root /data/coco --out coco.beton
   python -m tools.build_dataset imagenet --root /data/imagenet --out in1k.beton
+  python -m tools.build_dataset coco --root /data/coco --out coco.beton --tiles
   python -m tools.build_dataset imagenet --root /data/imagenet --out in500.beton --store jpeg --max-side 500
   python -m tools.build_dataset openimages --root /data/oi --out oi.beton --store auto --budget 400GB
   python -m tools.build_dataset folder --root ~/photos --out photos.beton --on-error skip
@@ -125,7 +126,9 @@ def _storage(args: argparse.Namespace) -> Storage:
     if (args.budget is not None) != (args.store == "auto"):
         raise UserError("--store auto and --budget need each other")
     store = "original" if args.store == "auto" else args.store
-    return Storage(store, args.max_side, args.quality or Storage.quality, args.check)
+    if args.tiles and args.store == "raw":
+        raise UserError("--tiles cannot be used with --store raw: it stores no JPEG")
+    return Storage(store, args.max_side, args.quality or Storage.quality, args.check, args.tiles)
 
 
 def _warn_of_count(source: Source, kind: str, expected: int) -> None:
@@ -135,14 +138,16 @@ def _warn_of_count(source: Source, kind: str, expected: int) -> None:
 
 
 def _print_summary(out: Path, summary: Summary) -> None:
-    unchanged = summary.images - summary.converted
+    unchanged, tiles = summary.stored[ORIGINAL], summary.stored[TILES]
+    converted = summary.images - unchanged - tiles
+    with_tiles = f" {tiles:,} with tiles," if tiles else ""
     packed = max(0, summary.images + summary.skipped - summary.resumed)
     seconds = max(summary.seconds, 1e-9)
     skipped = f", {summary.skipped:,} skipped: see {manifest_path(out)}" if summary.skipped else ""
     print(
         f"wrote {out}: {summary.images:,} images, {summary.bytes / 1e6:,.1f} MB in {seconds:.1f} s"
         f" ({packed / seconds:,.0f} images/s);"
-        f" {unchanged:,} copied unchanged, {summary.converted:,} converted{skipped}"
+        f"{with_tiles} {unchanged:,} copied unchanged, {converted:,} converted{skipped}"
     )
 
 
@@ -207,6 +212,11 @@ def _add_storage(command: CommandParser) -> None:
         help="original (default): JPEG files unchanged, other images as pixels; jpeg: JPEG files up"
         " to --max-side unchanged, other images encoded; raw: pixels; auto: the largest side and"
         " the storage that fit --budget, from a sample",
+    )  # fmt: skip
+    command.add_argument(
+        "--tiles", action="store_true",
+        help="restart markers about every 64 pixels in each JPEG, without loss: training decodes"
+        " only the region of its crops",
     )  # fmt: skip
     command.add_argument(
         "--max-side", type=_positive, metavar="N",

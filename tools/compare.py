@@ -5,8 +5,6 @@ scores side by side, and the settings in which they differ.
 import sys
 from pathlib import Path
 
-from tools.report.comparison import build, read_runs
-from tools.report.page import write_page
 from train.run.cli import CommandParser, check_writable, run
 
 EXAMPLES = """examples:
@@ -20,6 +18,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the page to write (.html)")
     args = parser.parse_args()
     check_writable("--out", args.out)
+    from tools.report.comparison import build, read_runs  # slow: --help does not wait for it
+    from tools.report.page import write_page
+
     runs = read_runs(args.runs)
     write_page(args.out, build(runs))
     for one in runs.values():

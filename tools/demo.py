@@ -21,7 +21,7 @@ STEPS = {
     "Pack the sample scenes": f"tools.build_dataset sample --out {BETON}",
     "Pre-train": f"train.pretrain --config configs/demo_cpu.yaml --data.path {BETON}",
     "Measure each stage": f"tools.benchmark all --data {BETON} --config configs/demo_cpu.yaml"
-    f" --batch 32 --repeats 3 --seconds 0.1 --backends kornia --json {RUN}/bench.json",
+    f" --batch 32 --repeats 3 --seconds 0.1 --backends compiled --json {RUN}/bench.json",
     "Score the grouping on held-out scenes": f"evaluation.unsupervised_segmentation"
     f" --checkpoint {RUN} --images {SCENES}/images --labels {SCENES}/labels"
     f" --size 192 --baseline untrained --json {RUN}/eval.json --picture {RUN}/eval.png",

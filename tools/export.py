@@ -4,15 +4,20 @@ Writes the teacher's encoder, or the student's with --student. If the format has
 the file also says how the weights were made.
 """
 
+from __future__ import annotations
+
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError, printable
-from tools.weights.formats import FILES, SUFFIXES, check_out, huggingface, official
+from tools.weights.suffixes import SUFFIXES, check_out
 from train.run.cli import CommandParser, run
 from train.run.provenance import new_folder, write_bytes
-from train.weights import Backbone, read_backbone
+
+if TYPE_CHECKING:
+    from train.weights import Backbone
 
 EXAMPLES = """examples:
   python -m tools.export runs/coco --to torchvision --out slotcon_r50.safetensors
@@ -34,6 +39,8 @@ formats:
 def main() -> None:
     args = parse_args()
     check_out(args.to, args.out, args.checkpoint)
+    from tools.weights.formats import FILES, huggingface, official  # --help does not wait for it
+
     licence = {"data_license": args.license} if args.license else {}
     if args.to == "official":
         if args.student:
@@ -50,6 +57,8 @@ def main() -> None:
 
 def read(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
     """The encoder that the options choose, with the licence in its metadata. Raises UserError."""
+    from train.weights import read_backbone
+
     backbone = read_backbone(args.checkpoint, branch="student" if args.student else "teacher")
     known = backbone.metadata
     if "prefix" in known and "arch" not in known:  # else the prefix is that of an earlier reading

@@ -5,15 +5,18 @@ a backbone becomes a file of weights under torchvision's names. The file may hol
 values and settings of argparse; no code in it is executed.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from model.names import Branch
 from pipeline.errors import UserError
-from tools.weights.official import PROTOTYPES, import_backbone, import_run, read_official
 from train.run.cli import CommandParser, run
-from train.weights import read_file, state_below, tensors_in
+
+if TYPE_CHECKING:
+    from model.names import Branch
 
 EXAMPLES = """examples:
   python -m tools.import_official ckpt_epoch_800.pth --out runs/slotcon_coco
@@ -34,6 +37,10 @@ def main() -> None:
     args = parse_args()
     if args.epochs is not None and args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: must be 1 or more")
+    # Slow imports, which --help does not wait for.
+    from tools.weights.official import PROTOTYPES, import_backbone, import_run, read_official
+    from train.weights import read_file, state_below, tensors_in
+
     content, metadata = read_file(args.file)
     tensors = tensors_in(content)
     stated = {"data": args.data, "epochs": args.epochs and str(args.epochs)}

@@ -119,7 +119,8 @@ def print_summary(beton: Beton, summary: dict[str, Any]) -> None:
 def _storage(summary: dict[str, Any]) -> str:
     parts = [f"{summary['jpeg']:,} JPEG", f"{summary['raw']:,} raw"]
     if stored := summary["stored"]:
-        parts[0] += f" ({stored.get('original', 0):,} unchanged)"
+        tiles = f", {stored['tiles']:,} with tiles" if stored.get("tiles") else ""
+        parts[0] += f" ({stored.get('original', 0):,} unchanged{tiles})"
     if summary["skipped"]:
         parts.append(f"{summary['skipped']:,} bad files skipped")
     return ", ".join(parts)

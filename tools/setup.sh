@@ -98,6 +98,11 @@ check_imports() {
         die "the installed packages do not load: $(tail -n 1 <<<"$output")"
 }
 
+# Compiles what the first batch would wait for. The Dockerfile runs this script before the code is there.
+warm_up() {
+    [ ! -e tools/warm_up.py ] || "$venv/bin/python" -m tools.warm_up
+}
+
 if [ -n "${PYTHON3:-}" ] && [ -z "$(find_python)" ]; then
     die "PYTHON3=$PYTHON3 is not Python 3.11 or newer"
 fi
@@ -105,4 +110,5 @@ install_system_packages
 make_venv
 install_python_packages
 check_imports
+warm_up
 say "done"

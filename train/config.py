@@ -9,10 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
 from model import ModelConfig
-from pipeline.augment import BACKENDS
 from pipeline.bounds import (
     BELOW_1,
     MOST_PROCESSES,
@@ -25,11 +22,16 @@ from pipeline.bounds import (
     some_of,
     within,
 )
-from pipeline.choices import CROPS, ORDERS, Crops, OnCorrupt, Order
+from pipeline.choices import BACKENDS, CROPS, ORDERS, AnyCrops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
 from train.run.command import EXIT_CODES
 from train.run.settings import RESUME, RUN_NAME, SEED, Settings
+
+TRACKERS = (
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+"""The trackers that Accelerate speaks to."""
 
 _EXAMPLES = """examples:
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --data.path coco.beton
@@ -62,12 +64,13 @@ class DataConfig(Bounded):
     """The beton, written by tools.build_dataset."""
     backend: str = field(default="auto", metadata=one_of(("auto", *BACKENDS)))
     """Code that colours the views, and crops them if `crops` is "device": "reference", "compiled",
-    "kornia" or "triton", which differ by rounding; "auto" is triton on a GPU and kornia elsewhere.
-    On a CPU, "compiled" takes a seventh of kornia's time."""
-    crops: Crops = field(default="device", metadata=one_of(CROPS))
+    "kornia" or "triton", which differ by rounding. "compiled" works on the CPU, with the bits of
+    PIL. "auto" is triton on a GPU and compiled elsewhere."""
+    crops: AnyCrops = field(default="auto", metadata=one_of(("auto", *CROPS)))
     """Where both crops are made. "device": on the device, from the whole image. "host": by the
-    decoding threads, which saves time and memory of the GPU. "dali": by DALI, which also decodes,
-    on the GPU if there is one."""
+    decoding threads, which saves time and memory of the GPU; with "compiled" they also colour, and
+    a GPU gets finished views. "dali": by DALI, which also decodes, on the GPU if there is one.
+    "auto" is host on a CPU or with "compiled", and device otherwise."""
     order: Order = field(default="random", metadata=one_of(ORDERS))
     """Order of the images: "random"; "quasi-random", shuffled within windows of the file, for a set
     larger than memory; "sequential", the order of the file."""
@@ -167,9 +170,7 @@ class LogConfig(Bounded):
 
     every: int = field(default=10, metadata=at_least(1))
     """Steps between two log lines; their values are averages over these steps."""
-    trackers: tuple[str, ...] = field(
-        default=("tensorboard",), metadata=some_of(sorted(LOGGER_TYPE_TO_CLASS))
-    )
+    trackers: tuple[str, ...] = field(default=("tensorboard",), metadata=some_of(TRACKERS))
     """Accelerate's trackers by name: wandb, or [wandb, mlflow]; [] for none. metrics.jsonl is
     always written."""
     checkpoint_every: int = field(default=1000, metadata=at_least(0))

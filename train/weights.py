@@ -20,7 +20,8 @@ from torch import Tensor
 
 from model.encoder import Encoder
 from model.names import Branch, arch_of, branch_of, choose, resnets_in, with_counts
-from pipeline.errors import UserError, check_regular, printable
+from pipeline.errors import UserError, printable
+from pipeline.files import open_file
 from train.config import RunConfig, from_dict
 from train.pickle_machine import BYTES, TENSORS, NotDense, room
 from train.pickles import read_pickle
@@ -295,7 +296,7 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
     for more tensors or bytes than `train.pickle_machine` allows.
     """
     try:
-        check_regular(path)
+        open_file(path).close()  # what follows opens it by its name
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         content = read_pickle(path)

@@ -3,18 +3,16 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
-from train.run import checkpoint
 from train.run.cli import CommandParser
 from train.run.command import EXIT_CODES, run_training
 from train.run.ends import naming
 from train.run.settings import RESUME, Settings
 from train.run.signals import StopSignals
 from transfer.config import Config
-from transfer.scoring import evaluation
 from transfer.task import Task
-from transfer.trainer import Trainer
 
 _OPTIONS = {
     "resume": RESUME,
@@ -67,8 +65,7 @@ def run_task(
 
     def prepare(signals: StopSignals) -> Callable[[], None]:
         arguments = sys.argv[1:] if argv is None else argv
-        evaluated = _evaluated(arguments)
-        trained_with = checkpoint.read_record(evaluated, settings).config if evaluated else {}
+        evaluated, trained_with = _evaluated(arguments, settings)
         if evaluated:  # writes into a run only if asked to
             trained_with = {**trained_with, "log": {**trained_with["log"], "predictions": False}}
         config, options = settings.load(arguments, trained_with)
@@ -79,6 +76,9 @@ def run_task(
             raise UserError("--resume is for training, --evaluate for scoring: give one of them")
         if out and not evaluated:
             raise UserError("--json is for --evaluate: a run writes result.json to its folder")
+        from transfer.scoring import evaluation  # takes seconds, which --help does not wait for
+        from transfer.trainer import Trainer
+
         with naming(config.name):
             if evaluated:
                 return evaluation(config, build_task, settings, evaluated, out)
@@ -87,9 +87,16 @@ def run_task(
     run_training(prepare)
 
 
-def _evaluated(argv: list[str]) -> Path | None:
-    """The checkpoint that --evaluate names, or None. Raises UserError."""
+def _evaluated(argv: list[str], settings: Settings[Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that --evaluate names, and its configuration; None without it. Raises
+    UserError.
+    """
     parser = CommandParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--evaluate", type=Path)
     path: Path | None = parser.parse_known_args(argv)[0].evaluate
-    return checkpoint.find(path) if path else None
+    if path is None:
+        return None, {}
+    from train.run import checkpoint
+
+    found = checkpoint.find(path)
+    return found, checkpoint.read_record(found, settings).config

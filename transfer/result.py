@@ -1,16 +1,17 @@
 """The file with the scores of a run and its cost."""
 
-import resource
-from typing import Any
+from __future__ import annotations
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+import resource
+from typing import TYPE_CHECKING, Any
 
 from train.run.provenance import provenance
 from train.run.settings import to_dict
 from transfer.config import TransferConfig
 from transfer.task import Row, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 RESULT = "result.json"
 """Its name in the run's folder."""
@@ -39,6 +40,9 @@ def cost(seconds: float, steps: int, batch_size: int, accelerator: Accelerator) 
     """Time, speed and memory of training, without evaluation. The memory is the peak of the largest
     process: GPU memory on a GPU, otherwise host memory.
     """
+    import torch
+    from accelerate.utils import gather_object
+
     on_gpu = accelerator.device.type == "cuda"
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(accelerator.device)

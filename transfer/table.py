@@ -14,14 +14,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
-from pipeline.errors import UserError, printable
+from pipeline.errors import UserError, in_markdown, printable
 from train.run.cli import CommandParser, check_writable, run
 from train.run.json_file import Settings, Text, read_json
 from train.run.provenance import provenance, write_bytes, write_json
@@ -414,16 +413,9 @@ def aligned(title: str, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join((title, *lines))
 
 
-_MARKUP = re.compile(r"[\\`|\[\]*~$]|\b_|_\b")
-"""What Markdown gives a meaning; an underscore has none inside a word."""
-
-
 def markdown(title: str, rows: Sequence[Sequence[str]]) -> str:
     """The table in Markdown. Texts of the files are neither markup nor HTML in it."""
-    head, *lines = (
-        "| " + " | ".join(_MARKUP.sub(r"\\\g<0>", escape(cell, False)) for cell in row)
-        + " |" for row in rows
-    )  # fmt: skip
+    head, *lines = ("| " + " | ".join(map(in_markdown, row)) + " |" for row in rows)
     return "\n".join((f"**{title}**", "", head, "|---" * len(rows[0]) + "|", *lines))
 
 

@@ -1,10 +1,13 @@
 """What the trainer needs from a task."""
 
-from pathlib import Path
-from typing import Any, Protocol
+from __future__ import annotations
 
-from accelerate import Accelerator
-from torch import nn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
 
 Row = dict[str, Any]
 """A result: {"metric": str, "value": float in 0..1} and, for one class of many, {"class": str}."""

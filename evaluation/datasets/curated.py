@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.datasets.coco_classes import CLASSES, STUFF
+from evaluation.datasets.images import DECODE_THREADS
 from evaluation.datasets.labelled_images import LabelledImages
-from evaluation.datasets.squares import DECODE_THREADS
 from pipeline.errors import UserError
 from pipeline.images import load_size
 from pipeline.parallel import ordered_map

@@ -18,6 +18,8 @@ from pipeline.formats import IMAGE_SUFFIXES
 from pipeline.images import load_rgb
 
 TRAINING_SIDE, EVALUATION_SIDE, STRIDE = 224, 320, 32
+DECODE_THREADS = 4
+"""Threads that read images while the network runs on earlier ones."""
 
 
 def evaluation_size(training_size: int) -> int:

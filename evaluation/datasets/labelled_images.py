@@ -5,14 +5,13 @@ evaluated image, in pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from evaluation.datasets.images import DECODE_THREADS
 from evaluation.datasets.label_maps import VOID, LabelReader
 from evaluation.datasets.pairs import Pair, require_labels
-from evaluation.datasets.squares import DECODE_THREADS, SquareImages, Squares
 from pipeline.errors import UserError
 from pipeline.images import load_rgb, load_size
 from pipeline.parallel import ordered_map
@@ -81,23 +80,3 @@ class LabelledImages:
             raise UserError(
                 f"{self.source}: no labelled pixel to score: the label maps are all void"
             )
-
-
-@dataclass(frozen=True)
-class LabelledSquares(SquareImages):
-    """Labelled images to read in batches, as squares of R = `size` pixels."""
-
-    images: LabelledImages
-
-    def square_labels(self, i: int, classes: np.ndarray) -> np.ndarray:
-        """Label map `i`, uint8 [H, W], as [R, R]."""
-        return self.fit.labels(classes, self.size)
-
-    def labels(self, batch: Squares) -> np.ndarray:
-        """uint8 [B, R, R]: the label maps of a batch, cropped or squashed like its images, with
-        nearest neighbour. Raises UserError.
-        """
-        numbers = zip(batch.index.tolist(), batch.shape, strict=True)
-        return np.stack(
-            [self.square_labels(i, self.images.labels(i, *shape)) for i, shape in numbers]
-        )

@@ -32,6 +32,7 @@ from evaluation.datasets.numbering import Numbering
 from evaluation.datasets.pairs import Pair, pair, read_lines, select
 from evaluation.datasets.stored_ids import voc_colours
 from pipeline.errors import UserError
+from pipeline.folders import say_taken
 
 CAMVID = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
@@ -117,6 +118,7 @@ class Request:
         pairs = pair(image_folder, label_folder, *endings)
         if self.lists:
             pairs = select(pairs, self.lists, image_folder)
+            say_taken(len(pairs), self.lists)
         return pairs, label_folder
 
 

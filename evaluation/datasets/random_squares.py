@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms import functional as colours
 
-from evaluation.datasets.labelled_images import LabelledSquares
+from evaluation.datasets.labelled_squares import LabelledSquares
 
 
 @dataclass(frozen=True)

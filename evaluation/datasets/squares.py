@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.datasets.images import FITS, Fit, ImageSource
+from evaluation.datasets.images import DECODE_THREADS, FITS, Fit, ImageSource
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
-
-DECODE_THREADS = 4
-"""Threads that read images while the network runs on earlier ones."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from evaluation.datasets.label_maps import VOID
-from evaluation.datasets.labelled_images import LabelledSquares
+from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.pictures.drawing import FAINT, INK, PAPER, distinct, font
 
 LINE = "#e5e7eb"

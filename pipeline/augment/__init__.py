@@ -9,10 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.choices import BACKENDS
 from pipeline.errors import UserError
 from pipeline.views import ViewParams
-
-BACKENDS = ("reference", "compiled", "kornia", "triton")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

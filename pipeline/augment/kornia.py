@@ -1,4 +1,4 @@
-"""The augmentation by kornia, a whole batch at once, on any device; rounded as PIL rounds.
+"""The augmentation by kornia, many images at once, on any device; rounded as PIL rounds.
 
 PIL keeps uint8 between operations, and each operation rounds in a different way. Following PIL
 costs little and keeps the two backends within one level of 255 on average. Single pixels, of a
@@ -9,7 +9,7 @@ values are whole levels k / 255.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,9 @@ from pipeline.augment import (
 )
 from pipeline.views import ViewParams
 
+PART = 8
+"""Images that a CPU colours at once."""
+
 
 def apply(
     canvas: Tensor,
@@ -49,9 +52,9 @@ def apply(
     """See `pipeline.augment.Apply`."""
     canvas = canvas.to(device, non_blocking=True)
     views = empty_views(len(canvas), size, device, dtype)
-    for v in range(2):
-        x = crop_and_flip(canvas, params.crops[v], params.flipped[v], size)
-        views[v] = _finish(_photometric(x, params, v))
+    for v, part in _parts(views):
+        x = crop_and_flip(canvas[part], params.crops[v, part], params.flipped[v, part], size)
+        views[v, part] = _finish(_photometric(x, params, v, part))
     return views
 
 
@@ -60,10 +63,21 @@ def colour(pixels: Tensor, params: ViewParams, device: torch.device, dtype: torc
     pixels = pixels.to(device, non_blocking=True)
     _, batch, size, *_ = pixels.shape
     views = empty_views(batch, size, device, dtype)
-    for v in range(2):
-        x = pixels[v].permute(0, 3, 1, 2).contiguous().float().div_(255)
-        views[v] = _finish(_photometric(x, params, v))
+    for v, part in _parts(views):
+        x = pixels[v, part].permute(0, 3, 1, 2).contiguous().float().div_(255)
+        views[v, part] = _finish(_photometric(x, params, v, part))
     return views
+
+
+def _parts(views: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each view, and the images to colour at once: all, but on a CPU only as many as its cache and
+    the allocator hold on to.
+    """
+    count = views.shape[1]
+    step = PART if views.device.type == "cpu" else max(count, 1)
+    for v in range(2):
+        for begin in range(0, count, step):
+            yield v, slice(begin, begin + step)
 
 
 def _finish(x: Tensor) -> Tensor:
@@ -84,16 +98,19 @@ def crop_and_flip(
     return x.round_().clamp_(0, 255).div_(255)
 
 
-def _photometric(x: Tensor, params: ViewParams, v: int) -> Tensor:
-    """Apply view v's colour operations to x [B, 3, S, S] in place, each where it was drawn."""
+def _photometric(x: Tensor, params: ViewParams, v: int, part: slice) -> Tensor:
+    """Apply view v's colour operations to x [B, 3, S, S], the images `part` of the batch, in place,
+    each where it was drawn.
+    """
     for position in range(4):
         for number, operation in enumerate(_JITTER):
-            amount = params.jitter[v, :, number]
-            mask = params.jittered[v] & (params.order[v, :, position] == number)
+            amount = params.jitter[v, part, number]
+            mask = params.jittered[v, part] & (params.order[v, part, position] == number)
             _update(x, mask & (amount != JITTER_NEUTRAL[number]), operation, amount)
-    _update(x, params.grey[v], _grey)
-    _update(x, params.sigma[v] > 0, _blur, blur_kernels(params.sigma[v]))
-    _update(x, params.solarized[v], _solarize)
+    _update(x, params.grey[v, part], _grey)
+    sigma = params.sigma[v, part]
+    _update(x, sigma > 0, _blur, blur_kernels(sigma))
+    _update(x, params.solarized[v, part], _solarize)
     return x
 
 

@@ -362,7 +362,9 @@ def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
             open_labelled("folder", **folders, listed=listed)
 
 
-def test_a_list_names_files_that_are_not_utf8(tmp_path: Path) -> None:
+def test_a_list_names_files_that_are_not_utf8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without it images with such names can be scored, but not chosen."""
     name = b"gr\xfcn".decode(errors="surrogateescape")
     for other in (name, "b"):
@@ -372,6 +374,8 @@ def test_a_list_names_files_that_are_not_utf8(tmp_path: Path) -> None:
     folders = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
     data = open_labelled("folder", **folders, listed=tmp_path / "list.txt")
     assert [path.stem for path in data.paths] == [name]
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"taken: 1 of them, listed in {tmp_path / 'list.txt'}"
 
 
 def test_images_without_the_ending_are_counted(

@@ -13,11 +13,12 @@ from evaluation import commands, slots
 from evaluation.datasets.images import BetonImages, FolderImages
 from evaluation.datasets.squares import SquareImages
 from evaluation.pictures import __main__ as pictures
+from evaluation.pictures.draw import PANEL, spread_ends
 from evaluation.pictures.drawing import OUTLINE, distinct, overlay, prototype_colours
 from evaluation.pictures.views import CROPS, HEIGHT, DrawnPair, draw_pairs, picture_of_views, shared
 from evaluation.prototypes import NearestSegments, gather_statistics
 from evaluation.segment import segment_images
-from evaluation.slots import duplicate_pairs, ends, result_rows
+from evaluation.slot_usage import duplicate_pairs, ends, result_rows
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.beton import Beton
 from pipeline.errors import UserError
@@ -152,13 +153,13 @@ def test_confusion_and_attention(
     """The commands draw a row for each image and a column for each checkpoint."""
     data = f"--data {scenes.folder} --size 64"
     grouping = draw(monkeypatch, f"grouping --checkpoint {run} {data}", tmp_path / "g.png")
-    assert grouping.width > 6 * pictures.PANEL and grouping.height > 2 * pictures.PANEL
+    assert grouping.width > 6 * PANEL and grouping.height > 2 * PANEL
     strip = draw(
         monkeypatch, f"attention --run {run} {data} --only 3 --columns 2", tmp_path / "a.png"
     )
-    assert 3 * pictures.PANEL < strip.width < 4 * pictures.PANEL
-    assert pictures.spread_ends(3, 2) == [0, 2] and pictures.spread_ends(3, 1) == [2]
-    assert pictures.spread_ends(10, 4) == [0, 3, 6, 9] and pictures.spread_ends(2, 9) == [0, 1]
+    assert 3 * PANEL < strip.width < 4 * PANEL
+    assert spread_ends(3, 2) == [0, 2] and spread_ends(3, 1) == [2]
+    assert spread_ends(10, 4) == [0, 3, 6, 9] and spread_ends(2, 9) == [0, 1]
 
 
 # ---- views ----

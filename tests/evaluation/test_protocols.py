@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation import probe, protocols, unsupervised_segmentation
+from evaluation import clusters, probe, protocols, unsupervised_segmentation
 from evaluation.features import Features
+from evaluation.probes import scores
 from pipeline.errors import UserError
 from tests.helpers.labelled_sets import NAMES, write_folder_set
 
@@ -29,7 +30,7 @@ def blocks(images: Tensor) -> Tensor:
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_folder_set(tmp_path / "set", train=10, val=3)
-    for module in (unsupervised_segmentation, probe):
+    for module in (clusters, scores):
         monkeypatch.setattr(module, "open_all", lambda *_: [Features("blocks", blocks)])
     return tmp_path
 
@@ -150,7 +151,7 @@ def test_contradictions_are_one_line(
 def test_features_with_nan_are_one_line(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN is near to nothing: clusters and neighbours would be those of the order of cells."""
     broken = Features("broken", lambda images: blocks(images) / 0)
-    monkeypatch.setattr(probe, "open_all", lambda *_: [broken])
+    monkeypatch.setattr(scores, "open_all", lambda *_: [broken])
     with pytest.raises(UserError, match="broken: features with NaN or infinite values"):
         command(data, monkeypatch, ("knn",))
 

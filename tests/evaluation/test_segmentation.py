@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from evaluation import segment, unsupervised_segmentation
+from evaluation import clusters, segment, unsupervised_segmentation
 from evaluation.crf import refine, refine_clusters
 from evaluation.datasets.images import (
     FolderImages,
@@ -99,7 +99,7 @@ def score(
     """Run the command on `root` with a network of colours; returns (metric or class) → value."""
     config = RunConfig(name="x", data=DataConfig("x"), model=TINY)
     network = ColourNetwork(order)
-    monkeypatch.setattr(unsupervised_segmentation, "load_network", lambda *_: (network, config))
+    monkeypatch.setattr(clusters, "load_network", lambda *_: (network, config))
     out = root / "eval.json"
     folders = ["--images", str(root / "images"), "--labels", str(root / "labels")]
     command = ["x", "--checkpoint", "run", *folders, "--size", "64", "--json", str(out), *more]

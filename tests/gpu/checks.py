@@ -25,7 +25,8 @@ from pipeline.augment import get_backend
 from pipeline.beton import Beton
 from pipeline.loader import make_loader
 from pipeline.views import ViewConfig, sample_views
-from tools.benchmark import __main__ as benchmark
+from tools.benchmark import measure as benchmark
+from tools.benchmark import options as benchmark_options
 from tools.benchmark import step as benchmark_step
 from tools.benchmark.stages import least_bytes, repeated
 from tools.benchmark.step import FastStep, spread_prototypes, step_views
@@ -111,7 +112,7 @@ def profiled_kernels(call: Callable[[], object], calls: int) -> dict[str, float]
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    kernels = ("crop_and_resize", "colour", "blur")
+    kernels = ("weigh", "resize_across", "resize_down", "colour", "blur")
     return {
         f"{event.key} ms": round(event.device_time_total / calls / 1e3, 3)
         for event in profile.key_averages()
@@ -293,8 +294,8 @@ def find_largest_batch(start: int) -> None:
     written at once, for the time may end in the middle of one.
     """
     recipe = ["step", "--synthetic", "--config", "coco_r50_800ep", "--batch", str(start)]
-    args = benchmark.parse(recipe)
-    benchmark.check(args)
+    args = benchmark_options.parse(recipe)
+    benchmark_options.check(args)
     bench = benchmark.prepare(args)
     rows: dict[str, dict[str, Any]] = {}
     for variant in (None, "checkpointing"):

@@ -17,9 +17,9 @@ PACKAGES = (
 )  # fmt: skip
 MODULES = (
     "pipeline.loader", "pipeline.turbojpeg", "pipeline.augment.kornia", "pipeline.augment.triton",
-    "model", "train.trainer", "tools.benchmark.__main__", "tools.build_dataset",
+    "model.slotcon", "train.trainer", "tools.benchmark.measure", "tools.build_dataset",
     "transfer.trainer", "transfer.detection.task", "transfer.segmentation.task",
-    "evaluation.probe", "evaluation.unsupervised_segmentation",
+    "evaluation.probes.scores", "evaluation.clusters",
 )  # fmt: skip
 
 

@@ -56,6 +56,8 @@ def details(row: dict[str, Any]) -> list[str]:
         texts.append(f"{row['ratio']:.2f} x {row['ratio_to']}")
     if row.get("wait_share") is not None:
         texts.append(f"wait {row['wait_share']:.2%}")
+    if row.get("levels"):
+        texts.append("off by {:.0f} levels at most, {:.3f} on average".format(*row["levels"]))
     if detail.get("peak_bytes"):
         texts.append(f"{detail['peak_bytes'] / 2**30:.1f} GiB")
     if detail.get("first_s"):

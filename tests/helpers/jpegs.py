@@ -1,10 +1,13 @@
 """JPEG streams of tests: whole, abbreviated and damaged ones of the same picture."""
 
 import io
+from ctypes import byref, c_int, c_ulong, c_void_p, string_at
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from pipeline import turbojpeg
 from tests.helpers.betons import photograph
 
 HEIGHT, WIDTH = 40, 56
@@ -17,6 +20,31 @@ def jpeg(number: int = 0, mode: str = "RGB", **options: Any) -> bytes:
     image = Image.fromarray(photograph(number, HEIGHT, WIDTH)).convert(mode)
     image.save(stream, "JPEG", **options)
     return stream.getvalue()
+
+
+SAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2, "grey": 3, "4:4:0": 4, "4:1:1": 5}
+"""TurboJPEG's numbers of chroma samplings; Pillow knows three of them."""
+
+
+def sampled(pixels: np.ndarray, sampling: str, quality: int = 90) -> bytes:
+    """A stream of TurboJPEG's of pixels uint8 [H, W, 3]."""
+    make, free = turbojpeg.lib.tjCompress2, turbojpeg.lib.tjFree
+    make.argtypes = (
+        c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int, c_int, c_int,
+    )  # fmt: skip
+    turbojpeg.lib.tjInitCompress.restype = c_void_p
+    handle, made, size = turbojpeg.lib.tjInitCompress(), c_void_p(), c_ulong()
+    pixels = np.ascontiguousarray(pixels)
+    height, width, _ = pixels.shape
+    code = make(
+        handle, pixels.ctypes.data, width, 3 * width, height, turbojpeg.RGB,
+        byref(made), byref(size), SAMPLINGS[sampling], quality, 0,
+    )  # fmt: skip
+    assert code == 0
+    stream = string_at(made, size.value)
+    free(made)
+    turbojpeg.lib.tjDestroy(handle)
+    return stream
 
 
 def segments(data: bytes) -> list[bytes]:

@@ -9,7 +9,9 @@ from pipeline.beton import Beton, digest_of_sizes
 from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
 
 
-def write_manifest(beton: Path, names: list[str] | None = None, **head: Any) -> Manifest:
+def write_manifest(
+    beton: Path, names: list[str] | None = None, how: str = ORIGINAL, **head: Any
+) -> Manifest:
     """Write the manifest of a beton; the images are named photos/0.jpg, photos/1.jpg, …"""
     opened, content = Beton(beton), beton.read_bytes()
     names = names or [f"photos/{i}.jpg" for i in range(len(opened))]
@@ -19,7 +21,7 @@ def write_manifest(beton: Path, names: list[str] | None = None, **head: Any) -> 
         names, labels, opened.records.tolist(), strict=True
     ):
         checksum = zlib.crc32(content[pointer : pointer + size])
-        records.append(Record(name, size, f"{checksum:08x}", ORIGINAL, label))
+        records.append(Record(name, size, f"{checksum:08x}", how, label))
     values = {"source": "folder", "options": {}, "count": len(opened), "bytes": opened.bytes}
     values["sizes"] = digest_of_sizes(opened.height, opened.width)
     manifest = Manifest(**(values | head))

@@ -112,11 +112,17 @@ def test_truncated_file_is_refused_on_opening(damaged: Path) -> None:
         Beton(damaged)
 
 
-def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No such file"):
-        Beton(tmp_path / "none.beton")
-    with pytest.raises(UserError, match="not a file"):
-        Beton(tmp_path)
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """Without it a pipe blocks the run for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in (
+        (tmp_path / "none.beton", "No such file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "pipe", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+    ):
+        with pytest.raises(UserError, match=f"{path}: {reason}"):
+            Beton(path)
 
 
 def test_other_version_is_refused(damaged: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_read_ends_an_evaluation(
     ("name", "url"),
     [
         ("https:/host/a", "https://host/a"), ("s3://b/c", "s3://b/c"), ("gs:/b", "gs://b"),
-        ("C:/photos", ""), ("a/b:c", ""), ("/a", ""),
+        ("file:///a/b", "file:///a/b"),        ("C:/photos", ""), ("a/b:c", ""), ("/a", ""),
     ],
 )  # fmt: skip
 def test_urls_are_named_as_such(tmp_path: Path, name: str, url: str) -> None:

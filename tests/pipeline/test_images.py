@@ -219,6 +219,15 @@ def test_slow_files_are_bounded() -> None:
     strips = struct.pack("<4sIHHHII", b"II*\0", 8, 1, 273, 4, 2_000_000, 8)
     with pytest.raises(BadImage, match="a TIFF of 2,000,000 strips; the limit is 1,000,000"):
         read_rgb(strips + bytes(100))
+
+
+@pytest.mark.parametrize("shift", range(12))
+def test_pixels_of_a_tiff_are_no_directory(shift: int, tmp_path: Path) -> None:
+    """Without it a picture is refused for millions of strips that its colours seem to list."""
+    entry = struct.pack("<HHII", 273, 4, 2_000_000, 8)
+    pixels = np.frombuffer((entry * 17)[shift : shift + 192], np.uint8).reshape(8, 8, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    assert (load_rgb(tmp_path / "a.tif") == pixels).all()
     with pytest.raises(BadImage, match="more than 200,000 chunks"):
         read_rgb(with_chunks(FILES["rgb.png"], chunk(b"tEXt", b"") * 200_000))
     gif = saved(Image.new("L", (1, 1)), "GIF")

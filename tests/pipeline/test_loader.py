@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import pipeline.decode
 from pipeline.beton import Beton, CorruptRecord
-from pipeline.choices import Crops
 from pipeline.decode import CanvasLoader, CropLoader
 from pipeline.errors import UserError
 from pipeline.loader import ViewLoader
@@ -25,6 +24,14 @@ from tests.helpers.betons import photograph, varied, write_beton
 from tests.helpers.manifests import damage, write_manifest
 
 IMAGES = 26
+
+WAYS: dict[str, dict[str, str]] = {
+    "canvases": {"crops": "device"},
+    "crops": {"crops": "host"},
+    "views": {"crops": "host", "backend": "compiled"},
+}
+"""What the decoding threads write."""
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +87,21 @@ def test_epochs_and_seeds_shuffle_differently(beton: Beton) -> None:
         assert not np.array_equal(one, other)
 
 
-def test_views_do_not_depend_on_threads_world_or_accumulation(beton: Beton) -> None:
+@ways
+def test_views_do_not_depend_on_threads_world_or_accumulation(beton: Beton, way: dict) -> None:
     """Seam 1: an image's views follow from (seed, epoch, image) alone."""
-    expected = views_by_image(view_loader(beton))
-    for options in ({"threads": 1}, {"accumulation": 4}):
-        assert_same(views_by_image(view_loader(beton, **options)), expected)
-    halves = [views_by_image(view_loader(beton, rank=rank, world=2)) for rank in range(2)]
+    expected = views_by_image(view_loader(beton, **way))
+    for options in ({"threads": 1}, {"threads": 5, "batch_size": 4}, {"accumulation": 4}):
+        found = views_by_image(view_loader(beton, **way, **options))
+        assert_same({i: found[i] for i in expected}, expected)
+    halves = [views_by_image(view_loader(beton, **way, rank=rank, world=2)) for rank in range(2)]
     assert_same(halves[0] | halves[1], expected)
 
 
-def test_start_in_mid_epoch_is_the_tail_of_the_epoch(beton: Beton) -> None:
+@ways
+def test_start_in_mid_epoch_is_the_tail_of_the_epoch(beton: Beton, way: dict) -> None:
     """A resumed run must see exactly the views of an uninterrupted run."""
-    loader = view_loader(beton, accumulation=2)
+    loader = view_loader(beton, accumulation=2, **way)
     whole = list(loader.epoch(5))
     tail = list(loader.epoch(5, start=2))
     assert len(tail) == 2 and len(whole) == 6
@@ -101,12 +111,12 @@ def test_start_in_mid_epoch_is_the_tail_of_the_epoch(beton: Beton) -> None:
         assert torch.equal(one.overlap, other.overlap)
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
+@ways
 def test_start_in_mid_epoch_decodes_nothing_that_it_skips(
-    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+    beton: Beton, way: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume late in an epoch of ImageNet must not read a hundred gigabytes first."""
-    loader = view_loader(beton, crops=crops)
+    loader = view_loader(beton, **way)
     decoded: list[int] = []
     try_decode = Beton.try_decode
 
@@ -119,11 +129,13 @@ def test_start_in_mid_epoch_decodes_nothing_that_it_skips(
     assert sorted(decoded) == sorted(loader.shares(5)[2:].reshape(-1))
 
 
-@pytest.mark.parametrize("options", [{}, {"threads": 1}, {"accumulation": 4}, {"world": 2}])
-def test_crops_of_the_host_are_those_of_the_device(beton: Beton, options: dict) -> None:
-    """The setting changes only speed: with kornia on a CPU, views are bit for bit the same."""
-    one = views_by_image(view_loader(beton, crops="host", **options))
-    other = views_by_image(view_loader(beton, crops="device", **options))
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_crops_of_the_host_are_those_of_the_device(beton: Beton, backend: str) -> None:
+    """The setting changes only speed: backends with PIL's crops give the same views bit for bit."""
+    one, other = (
+        views_by_image(view_loader(beton, crops=crops, backend=backend, size=40))
+        for crops in ("host", "device")
+    )
     assert_same(one, other)
 
 
@@ -154,12 +166,12 @@ def test_large_photographs_are_decoded_smaller(
     assert float(error.max()) < 255**2 / 10**4.4  # 44 dB
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
-def test_size_of_views_follows_the_epoch(beton: Beton, crops: Crops) -> None:
+@ways
+def test_size_of_views_follows_the_epoch(beton: Beton, way: dict) -> None:
     """A progressive size changes only the views' pixels: not the images, not the geometry."""
-    growing = view_loader(beton, crops=crops, size=32, size_of=lambda epoch: 16 * (epoch + 1))
+    growing = view_loader(beton, **way, size=32, size_of=lambda epoch: 16 * (epoch + 1))
     for epoch, side in ((0, 16), (1, 32), (0, 16)):
-        fixed = view_loader(beton, crops=crops, size=side)
+        fixed = view_loader(beton, **way, size=side)
         for one, other in zip(growing.epoch(epoch), fixed.epoch(epoch), strict=True):
             assert torch.equal(one.views, other.views) and one.views.shape[-1] == side
             assert torch.equal(one.overlap, other.overlap)
@@ -187,14 +199,14 @@ def test_corrupt_record_is_raised_and_the_loader_stays_usable(tmp_path: Path) ->
     assert len(list(loader.decode([np.arange(0, 6)]))) == 1
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
+@ways
 def test_error_of_a_thread_surfaces_at_its_batch(
-    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+    beton: Beton, way: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This holds for unexpected errors too. The batches before it are intact, and the loader can be
     used again.
     """
-    loader = view_loader(beton, crops=crops)
+    loader = view_loader(beton, **way)
     victim = loader.shares(0)[1, 3]
     try_decode = Beton.try_decode
 
@@ -212,11 +224,11 @@ def test_error_of_a_thread_surfaces_at_its_batch(
     assert len(list(loader.epoch(0))) == 3
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
-def test_file_cut_short_under_a_running_loader(tmp_path: Path, crops: Crops) -> None:
+@ways
+def test_file_cut_short_under_a_running_loader(tmp_path: Path, way: dict) -> None:
     """A memory map would end the process with SIGBUS here."""
     path = write_beton(tmp_path / "cut.beton", varied(IMAGES))
-    loader = view_loader(Beton(path), batch_size=4, crops=crops)
+    loader = view_loader(Beton(path), batch_size=4, **way)
     batches = loader.epoch(0)
     next(batches)
     os.truncate(path, int(loader.beton.records[:, 0].min()))
@@ -269,15 +281,20 @@ def test_corrupt_image_is_replaced_by_the_next(
     assert lines[0].endswith("; photos/7.jpg replaces it")
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
-def test_replacement_does_not_depend_on_threads_or_world(spoilt: Beton, crops: Crops) -> None:
+@ways
+def test_replacement_does_not_depend_on_threads_or_world(spoilt: Beton, way: dict) -> None:
     """Otherwise ranks and resumed runs would train on different sets."""
 
     def replacing(**options) -> ViewLoader:
-        replacing = {"on_corrupt": "replace", "max_replaced": 0.2}
-        return view_loader(spoilt, **replacing | {"crops": crops, "size": 32} | options)
+        replacing = {
+            "on_corrupt": "replace",
+            "max_replaced": 0.2,
+            "size": 32,
+            "backend": "compiled",
+        }
+        return view_loader(spoilt, **replacing | way | options)
 
-    loader = replacing(crops="device", threads=1)
+    loader = replacing(crops="device", backend="compiled", threads=1)
     expected = views_by_image(loader)
     assert len(loader.replaced) == 4
     assert 4 not in expected and 7 in expected
@@ -316,15 +333,15 @@ def test_beton_of_which_nothing_decodes_is_an_error(tmp_path: Path) -> None:
         list(loader.decode([np.arange(5)]))
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
-def test_too_many_replacements_end_the_run(spoilt: Beton, crops: Crops) -> None:
+@ways
+def test_too_many_replacements_end_the_run(spoilt: Beton, way: dict) -> None:
     """Without it a beton that was overwritten trains on what is left of it. By default 5 % may be
     bad; the line names count, share, the first file and its reason, and the setting.
     """
     message = r"at least [23] of \d+ images.* are bad \(\d+\.\d%; data.max_replaced: 0\.05\)"
     with pytest.raises(UserError, match=message + r"; the first one is photos/\d+\.jpg: not a"):
-        list(view_loader(spoilt, crops=crops, on_corrupt="replace").epoch(0))
-    enough = view_loader(spoilt, crops=crops, on_corrupt="replace", max_replaced=0.16)
+        list(view_loader(spoilt, **way, on_corrupt="replace").epoch(0))
+    enough = view_loader(spoilt, **way, on_corrupt="replace", max_replaced=0.16)
     assert len(list(enough.epoch(0))) == 3
 
 
@@ -350,15 +367,15 @@ def test_share_of_replacements_counts_the_images_that_were_read(
     assert many.apply(np.array([3, 4])).tolist() == [4, 4]
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
-def test_overwritten_file_ends_the_run_at_the_next_epoch(tmp_path: Path, crops: Crops) -> None:
+@ways
+def test_overwritten_file_ends_the_run_at_the_next_epoch(tmp_path: Path, way: dict) -> None:
     """Without it the rest of the run trains on whatever lies at the old places. The epoch in which
     it happens does not end well either.
     """
     path = write_beton(tmp_path / "photos.beton", varied(IMAGES))
     content = path.read_bytes()
     opened = Beton(path)
-    loader = view_loader(opened, crops=crops)
+    loader = view_loader(opened, **way)
     batches = loader.epoch(0)
     next(batches)
     path.write_bytes(content[::-1])
@@ -382,7 +399,7 @@ def test_loader_compares_each_record_with_the_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"crops": "device"}, {"crops": "host", "order": "quasi-random"}]
+    "options", [WAYS["canvases"], WAYS["crops"] | {"order": "quasi-random"}, WAYS["views"]]
 )
 def test_200_epochs_leave_nothing_behind(beton: Beton, options: dict) -> None:
     """Breaks if an epoch starts threads, opens files, keeps memory, or continues to decode after a

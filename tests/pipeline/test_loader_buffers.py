@@ -11,12 +11,12 @@ import torch
 import pipeline.decode
 import pipeline.order
 from pipeline.beton import Beton
-from pipeline.choices import Crops
 from pipeline.decode import CanvasLoader
 from pipeline.loader import ViewLoader
 from pipeline.source import Batch
 from pipeline.views import ViewConfig
 from tests.helpers.betons import varied, write_beton
+from tests.pipeline.test_loader import ways
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,13 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return log
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
+@ways
 def test_pixels_are_not_written_while_they_are_copied(
-    beton: Beton, crops: Crops, log: list[str]
+    beton: Beton, way: dict[str, str], log: list[str]
 ) -> None:
     """On a GPU the copy continues after the call, so a batch could hold parts of a later one. The
     first epoch ends by exhaustion, the second by the start of another, as in the trainer."""
-    loader = view_loader(beton, crops=crops)
+    loader = view_loader(beton, **way)
     assert len(list(loader.epoch(0))) == 3
     assert log == ["decode"] * 3 + ["copy", "waited"] * 3
     log.clear()
@@ -75,10 +75,10 @@ def test_pixels_are_not_written_while_they_are_copied(
     assert log == ["decode"] * 3 + ["copy", "waited"] * 3 + ["decode"] * 3 + ["copy"]
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
-def test_a_later_epoch_ends_the_one_before(beton: Beton, crops: Crops) -> None:
+@ways
+def test_a_later_epoch_ends_the_one_before(beton: Beton, way: dict[str, str]) -> None:
     """Epochs share the buffers: views of the first would silently become those of the second."""
-    loader = view_loader(beton, crops=crops)
+    loader = view_loader(beton, **way)
     old: Iterator[Batch] = loader.epoch(0)
     next(old)
     new = loader.epoch(1)
@@ -86,7 +86,7 @@ def test_a_later_epoch_ends_the_one_before(beton: Beton, crops: Crops) -> None:
     with pytest.raises(RuntimeError, match="this epoch has ended"):
         next(old)
     views = torch.cat([batch.views for batch in (first, *new)], dim=1)
-    alone = torch.cat([batch.views for batch in view_loader(beton, crops=crops).epoch(1)], dim=1)
+    alone = torch.cat([batch.views for batch in view_loader(beton, **way).epoch(1)], dim=1)
     assert torch.equal(views, alone)
 
 
@@ -109,15 +109,15 @@ def test_no_thread_writes_after_an_early_end(beton: Beton, monkeypatch: pytest.M
     assert not running
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
+@ways
 def test_reading_ahead_follows_the_epoch(
-    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+    beton: Beton, way: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Breaks if only the first windows of a quasi-random epoch are requested."""
     monkeypatch.setattr(pipeline.order, "BLOCK", 1 << 11)
     requested: list[int] = []
     monkeypatch.setattr(Beton, "advise", lambda self, blocks: requested.extend(blocks.tolist()))
-    loader = view_loader(beton, crops=crops, order="quasi-random", window_bytes=1 << 12)
+    loader = view_loader(beton, **way, order="quasi-random", window_bytes=1 << 12)
     batches = loader.epoch(0)
     next(batches)
     assert loader._ahead
@@ -130,9 +130,9 @@ def test_reading_ahead_follows_the_epoch(
     assert 0 < early < len(blocks) and sorted(requested) == blocks.tolist()
 
 
-@pytest.mark.parametrize("crops", ["device", "host"])
+@ways
 def test_buffers_are_pinned_for_a_gpu(
-    beton: Beton, crops: Crops, monkeypatch: pytest.MonkeyPatch
+    beton: Beton, way: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With unpinned memory the host would wait for each copy."""
     pinned: list[bool] = []
@@ -143,7 +143,7 @@ def test_buffers_are_pinned_for_a_gpu(
         return empty(*shape, **options)
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    loader = view_loader(beton, crops=crops, device=torch.device("cuda", 0))
+    loader = view_loader(beton, **way, device=torch.device("cuda", 0))
     monkeypatch.setattr(torch, "empty", recording)
     next(iter(loader._records.decode([np.arange(4)])))
     assert pinned == [True]
@@ -153,3 +153,24 @@ def test_pinned_buffers_count_as_what_they_take(beton: Beton) -> None:
     """PyTorch pins powers of two: buffers of 600 MB take 1 GiB each, and may not fit."""
     exact, pinned = (CanvasLoader(beton, 1, pin).worst_case(5) for pin in (False, True))
     assert exact % 3 == 0 and pinned == 3 * 2 ** (exact // 3 - 1).bit_length()
+
+
+def test_finished_views_stay_with_their_receiver(beton: Beton) -> None:
+    """On a CPU no copy is made: views would become those of a later batch, and silently. A part of
+    them is enough to hold a batch; what nobody holds is used again.
+    """
+    loader = view_loader(beton, crops="host", backend="compiled")
+    kept = [
+        (batch.views[1, 2:4].flatten(), batch.views[1, 2:4].flatten().clone())
+        if epoch % 2
+        else (batch.views[0].detach(), batch.views[0].clone())
+        for epoch in range(4)
+        for batch in loader.epoch(epoch)
+    ]
+    assert all(torch.equal(views, copy) for views, copy in kept)
+    kept.clear()
+    places = {batch.views.data_ptr() for epoch in range(4) for batch in loader.epoch(epoch)}
+    assert len(places) <= 4
+    crops = view_loader(beton, crops="host")._records.worst_case(1000)
+    size, views = 1000 * 2 * 16 * 16 * 3, loader._records.worst_case(1000)
+    assert views - crops == (4 * 4 - 3) * size

@@ -1,7 +1,9 @@
 """The list of a beton's records, written and read as a stream."""
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,14 +13,24 @@ from hypothesis import strategies as st
 
 from pipeline import manifest as manifests
 from pipeline.errors import UserError
-from pipeline.manifest import Manifest, Record, Shard
+from pipeline.manifest import Manifest, Record, Shard, Source
 from tests.helpers.manifests import names_of
 
 RECORDS = [
     Record("a/é.jpg", 12, "0123abcd", "original"),
     Record("b\udc80\u2028\n.jpg", 0, "00000000", "converted: not a JPEG"),
     Record('"]}', 1 << 40, "ffffffff", "scaled"),
+    Record("t.jpg", 9, "00000001", "tiles", None, Source(8, "0000000a")),
+    Record("p.jpg", 9, "00000001", "converted: coded anew, tiles", -5, Source(8, "0000000a")),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module", params=[1, 60, 1 << 20])
+def block(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Bytes that are decoded at once: a line, two lines, the whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifests, "_BLOCK", request.param)
+        yield
 
 
 def written(path: Path, records: list[Record] = RECORDS) -> Manifest:
@@ -35,20 +47,34 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert list(again.records()) == RECORDS
     assert names_of(again) == [record.name for record in RECORDS]
     content = json.loads((tmp_path / "a.json").read_text())
-    assert content["format"] == 3
+    assert content["format"] == 4
     assert content["digest"] == manifest.digest
-    assert [Record(*row) for row in content["records"]] == RECORDS
+    rows = [[*row[:5], Source(*row[5])] if len(row) == 6 else row for row in content["records"]]
+    assert [Record(*row) for row in rows] == RECORDS
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_format_3_is_read(tmp_path: Path) -> None:
+    """Without it the betons of earlier versions lose their names and checksums."""
+    path, records = tmp_path / "a.json", RECORDS[:3]
+    written(path, records)
+    old = path.read_bytes().replace(b'{"format": 4,', b'{"format": 3,')
+    digest = Manifest.read(path).digest.encode()
+    blank = old.replace(digest, b"0" * 64)
+    path.write_bytes(old.replace(digest, hashlib.sha256(blank).hexdigest().encode()))
+    assert list(Manifest.read(path).records()) == records
 
 
 def test_a_record_a_line(tmp_path: Path) -> None:
     """With one record per line, 1.3 million records need no memory."""
     written(tmp_path / "a.json")
     lines = (tmp_path / "a.json").read_text().splitlines()
-    assert lines[-4:-1] == [
+    assert lines[-6:-1] == [
         '["a/\\u00e9.jpg", 12, "0123abcd", "original"],',
         '["b\\udc80\\u2028\\n.jpg", 0, "00000000", "converted: not a JPEG"],',
-        '["\\"]}", 1099511627776, "ffffffff", "scaled"]',
+        '["\\"]}", 1099511627776, "ffffffff", "scaled"],',
+        '["t.jpg", 9, "00000001", "tiles", null, [8, "0000000a"]],',
+        '["p.jpg", 9, "00000001", "converted: coded anew, tiles", -5, [8, "0000000a"]]',
     ]
 
 
@@ -82,6 +108,7 @@ def test_wrong_values_of_each_key(tmp_path: Path, key: str) -> None:
     [
         "7", "{}", "[]", "[" * 100_000, '["a"]', '["a",1,"0123abcd"]', '["a","1","0123abcd","x"]',
         '["a",1,"0123abcg","x"]', '["a",-1,"0123abcd","x"]', '["a",1e400,"0123abcd","x"]',
+        '["a",1,"0123abcd","x",null,[1]]', '["a",1,"0123abcd","x",null,[1,"x"]]',
         '["a",1,"0123abcd","x",1.5]', '["a",1,"0123abcd","x",1,2]',
         f'["a",{10**40},"0123abcd","x"]', f'["\\udc80",{"[" * 100_000}',
         '["a",1,"0123abcd","x\xff"]', "\0", "",
@@ -92,7 +119,7 @@ def test_damaged_records(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.json"
     written(path)
     lines = path.read_text().splitlines(keepends=True)
-    lines[-3] = line + ",\n"
+    lines[-5] = line + ",\n"
     path.write_text("".join(lines), encoding="latin-1")
     manifest = Manifest.read(path)
     for read in (lambda: list(manifest.records()), lambda: manifest.name(1)):
@@ -100,6 +127,20 @@ def test_damaged_records(tmp_path: Path, line: str) -> None:
             read()
         assert str(error.value).startswith(f"{path}: ")
         assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("edit", [(",\n", ","), (', "0123', ',\n "0123'), ("],\n", "], \n")])
+def test_each_record_has_a_line(tmp_path: Path, edit: tuple[str, str]) -> None:
+    """Records are decoded many at once, and found again by their lines. Without it a file that is
+    good JSON, with two records in a line, gives names of other images.
+    """
+    path = tmp_path / "a.json"
+    written(path)
+    head, end, records = path.read_text().partition('"records": [\n')
+    path.write_text(head + end + records.replace(*edit, 1))
+    with pytest.raises(UserError, match=r"damaged|digest"):
+        list(Manifest.read(path).records())
+    json.loads(path.read_text())
 
 
 def test_more_records_than_the_head_says(tmp_path: Path) -> None:
@@ -112,7 +153,7 @@ def test_more_records_than_the_head_says(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not match its digest"):
         for _ in Manifest.read(path).records():
             seen += 1
-    assert seen == 3
+    assert seen == len(RECORDS)
 
 
 @pytest.mark.parametrize(("name", "size"), [("MAX_LINE", 150), ("MAX_HEAD", 200)])
@@ -128,14 +169,14 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size
 def test_what_is_no_file(tmp_path: Path) -> None:
     """Without it a pipe blocks the command for ever."""
     os.mkfifo(tmp_path / "pipe")
-    for name, reason in (("pipe", "not a file"), (".", "not a file"), ("none", "No such file")):
+    for name, reason in (("pipe", "not a regular"), (".", "Is a dir"), ("none", "No such file")):
         with pytest.raises(UserError) as error:
             Manifest.read(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path / name}: {reason}")
     (tmp_path / "other").write_text('{"format": 2,\n"records": [\n]}\n')
     with pytest.raises(UserError) as error:
         Manifest.read(tmp_path / "other")
-    reason = "not a manifest of format 3: it begins with other text"
+    reason = "not a manifest of format 3 or 4: it begins with other text"
     assert str(error.value) == f"{tmp_path / 'other'}: {reason}"
 
 

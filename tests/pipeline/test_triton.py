@@ -1,6 +1,6 @@
 """The triton backend against PIL: in Triton's interpreter, and the same tests on a GPU.
 
-Colour must give PIL's bytes. A resize may sometimes round a value to the level next to PIL's.
+All operations must give PIL's bytes.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,6 @@ from tests.pipeline.test_augment import (
     ONE,
     PLAIN,
     draw,
-    errors,
     levels,
     noise,
     pack,
@@ -171,11 +170,8 @@ def assert_same_geometry(runner: Runner, image: NDArray[np.uint8], boxes: Any, s
     """Crops x0 y0 x1 y1 of one image, made by the backend and by PIL."""
     canvas, sizes = pack([image] * len(boxes), padding=255)
     params = with_crops(draw(sizes, seed=3, **PLAIN), boxes)
-    difference = levels(runner.apply(canvas, sizes, params, size)) - levels(
-        REFERENCE.apply(canvas, sizes, params, size, CPU, torch.float32)
-    )
-    assert difference.abs().max() < 1.01
-    assert (difference.abs() > 0.5).sum() <= 2 + difference.numel() // 1000
+    expected = REFERENCE.apply(canvas, sizes, params, size, CPU, torch.float32)
+    assert_same_bytes(runner.apply(canvas, sizes, params, size), expected)
 
 
 def test_any_crop_is_that_of_pil(runner: Runner) -> None:
@@ -204,9 +200,17 @@ def test_a_long_crop(runner: Runner, shape: tuple[int, int]) -> None:
     assert_same_geometry(runner, noise(*shape), [(0, 0, *shape[::-1])], 8)
 
 
+def test_sums_are_exact_where_they_are_largest(runner: Runner) -> None:
+    """Without it the sums of white crops, up to 250 times as large as the view, lose a bit."""
+    for width in (9, 15, 16, 17, 31, 33, 64, 129, 500):
+        white = np.full((3, width, 3), 255, np.uint8)
+        white[:, ::3, 1] = 254
+        assert_same_geometry(runner, white, [(0, 0, width, 3)], 2)
+
+
 @pytest.mark.cuda
 def test_large_photographs() -> None:
-    """Scratch memory must not grow with the crop, and offsets must not overflow."""
+    """Offsets must not overflow, and a filter may be wider than a part of the crop."""
     runner = Runner(get_backend("triton"), torch.device("cuda"))
     assert_same_geometry(runner, noise(4000, 4500), [(0, 0, 4500, 4000), (7, 5, 4400, 3999)], 224)
 
@@ -247,14 +251,11 @@ def small_photographs() -> list[NDArray[np.uint8]]:
 
 @pytest.mark.parametrize("config", [PLAIN, {}], ids=["geometry", "recipe"])
 def test_photographs_are_those_of_pil(runner: Runner, config: dict[str, Any]) -> None:
-    """The project's bounds are 1 level and 38 dB for geometry, and 2 levels with colour. Later
-    operations may amplify a rounding of the resize that differs from PIL's.
-    """
+    """Without it two passes may be right alone and hand each other the wrong pixels."""
     canvas, sizes = pack(small_photographs())
     params = draw(sizes, seed=11, **config)
     expected = REFERENCE.apply(canvas, sizes, params, SIZE, CPU, torch.float32)
-    error, psnr = errors(runner.apply(canvas, sizes, params), expected)
-    assert error <= 0.02 and psnr >= 60, (error, psnr)
+    assert_same_bytes(runner.apply(canvas, sizes, params), expected)
 
 
 def test_colour_is_the_rest_of_apply(runner: Runner) -> None:
@@ -322,10 +323,16 @@ def test_a_blur_beyond_the_kernel_is_refused(runner: Runner) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile_without_spills(arch: int) -> None:
-    """Spilled registers go to memory and make a kernel slow. Needs no GPU."""
-    from tests.compile_kernels import KERNELS, compile_kernel
+    """Spilled registers go to memory and make a kernel slow; so do more instructions than
+    docs/benchmarks.md states. Needs no GPU.
+    """
+    from tests.compile_kernels import KERNELS, compile_kernel, executed_millions
+    from tests.helpers.kernel_work import coco, runs
 
+    work, millions = runs(coco(512, 224), 224), 0.0
     for name in KERNELS:
         used = compile_kernel(name, arch)
-        assert used.registers <= 255 and used.spilled == 0, used
-        assert used.shared + used.static_shared <= 48 * 1024, used
+        assert used.registers <= 255 and used.spilled == 0, used[:-1]
+        assert used.shared + used.static_shared <= 48 * 1024, used[:-1]
+        millions += executed_millions(used, work) or 0
+    assert 600 < millions < 1300

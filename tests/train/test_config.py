@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from pipeline.errors import UserError
 from tests import ROOT
-from train.config import from_dict, load_config
+from train.config import TRACKERS, from_dict, load_config
 from train.pretrain import main
 from train.run.settings import flatten, to_dict, to_yaml
 
@@ -259,3 +260,10 @@ def test_command_prints_one_line_and_exits_with_2(
     output = capsys.readouterr()
     assert ended.value.code == 2 and output.out == ""
     assert output.err.startswith("error: model.arch must be") and output.err.count("\n") == 1
+
+
+def test_trackers_are_those_of_accelerate() -> None:
+    """The names stand in the configuration, so that --help does not import Accelerate. Without it
+    a tracker that Accelerate gains or loses is refused or fails late.
+    """
+    assert list(TRACKERS) == sorted(LOGGER_TYPE_TO_CLASS)

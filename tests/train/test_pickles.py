@@ -311,9 +311,9 @@ def test_a_pipe_is_no_file_of_weights(suffix: str, tmp_path: Path) -> None:
     """Without it a command waits for ever for the writer of a pipe."""
     path = tmp_path / f"w{suffix}"
     os.mkfifo(path)
-    with pytest.raises(UserError, match=r"w.*: a pipe, socket or device, not a regular file"):
+    with pytest.raises(UserError, match=r"w.*: not a regular file"):
         read_file(path)
-    with pytest.raises(UserError, match=r"/dev/zero: a pipe"):
+    with pytest.raises(UserError, match=r"/dev/zero: not a regular file"):
         read_file(Path("/dev/zero"))
     with pytest.raises(UserError, match="Is a directory"):
         read_file(tmp_path)

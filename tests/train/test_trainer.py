@@ -2,6 +2,7 @@
 settings or data."""
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +285,21 @@ def test_checkpoints_are_not_overwritten(whole: RunConfig, beton: Path, tmp_path
         trainer(whole, str(run_dir(whole) / "checkpoints" / "step_8"))
     with pytest.raises(UserError, match="no such checkpoint"):
         trainer(whole, str(tmp_path / "nothing"))
+
+
+def test_a_restart_by_torchrun_goes_on(whole: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it `--max_restarts` only repeats the refusal above. An older run stays as it is."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    newest = run_dir(whole) / "checkpoints" / "step_10"
+    written = newest.stat().st_mtime
+    for resume in (None, str(newest.with_name("step_8"))):
+        assert trainer(whole, resume).run.step == 10
+    os.utime(newest, (1.0, 1.0))
+    try:
+        with pytest.raises(UserError, match="already holds checkpoints, up to step_10"):
+            trainer(whole)
+    finally:
+        os.utime(newest, (written, written))
 
 
 def test_a_new_run_may_start_from_a_checkpoint_of_another(whole: RunConfig, tmp_path: Path) -> None:

@@ -9,20 +9,8 @@ from torch import Tensor
 
 from model import SlotCon
 from pipeline.errors import UserError
-from tests.helpers.exported import trained_model
 from tests.train.test_weights import same, under
 from train.weights import read_backbone, read_file, read_weights, tensors_in
-
-
-@pytest.fixture(scope="module")
-def model() -> SlotCon:
-    return trained_model()
-
-
-@pytest.fixture(scope="module")
-def encoder(model: SlotCon) -> dict[str, Tensor]:
-    """The weights of the teacher's encoder."""
-    return dict(model.teacher.encoder.state_dict())
 
 
 def nested(path: str, value: Any) -> Any:

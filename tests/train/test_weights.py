@@ -17,22 +17,11 @@ from model import SlotCon
 from model.names import arch_of, from_detectron2, to_detectron2
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
-from tests.helpers.exported import CONFIG, meta_state, trained_model
+from tests.helpers.exported import CONFIG, meta_state
 from train.pickles import pickle_arrays, read_pickle
 from train.weights import published_weights, read_backbone, read_weights
 
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
-
-
-@pytest.fixture(scope="module")
-def model() -> SlotCon:
-    return trained_model()
-
-
-@pytest.fixture(scope="module")
-def encoder(model: SlotCon) -> dict[str, Tensor]:
-    """The weights of the teacher's encoder."""
-    return dict(model.teacher.encoder.state_dict())
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor], *, counts: bool = True) -> bool:

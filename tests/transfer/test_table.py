@@ -425,9 +425,9 @@ def test_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = result(tmp_path / "run", metadata=COCO | {"run": "a|b"})
     call(main, run / "result.json", "--markdown", tmp_path / "table.md")
     page = (tmp_path / "table.md").read_text()
-    assert r"| \* SlotCon: a\|b | COCO | 800 |" in page
+    assert "| &#42; SlotCon: a&#124;b | COCO | 800 |" in page
     lines = [line for line in page.splitlines() if line.startswith("|")]
-    assert all(line.count("|") - line.count(r"\|") in (13, 5) for line in lines)
+    assert all(line.count("|") in (13, 5) for line in lines)
     printed = capsys.readouterr().out.splitlines()
     head = next(line for line in printed if line.startswith("Method"))
     row = next(line for line in printed if line.startswith("* SlotCon"))
@@ -488,14 +488,19 @@ def test_odd_metadata_have_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert max(map(len, printed.splitlines())) < 2000
 
 
+def escaped(text: str) -> str:
+    """All but letters and parentheses as character references, which any Markdown knows."""
+    return "".join(one if one.isalnum() or one in " =;()" else f"&#{ord(one)};" for one in text)
+
+
 def test_markdown_has_no_markup_of_a_file(tmp_path: Path) -> None:
     """Without it a table from elsewhere brings HTML and links into a page on GitHub."""
     names = {"run": "<img src=x>&amp;|`a`[b](c)\\", "data": "d|\n| e"}
     run = result(tmp_path / "run", metadata=COCO | names, name="![x](y)<b>", dataset="own")
     call(main, run, "--markdown", tmp_path / "table.md")
     page = (tmp_path / "table.md").read_text()
-    assert r"&lt;img src=x&gt;&amp;amp;\|\`a\`\[b\](c)\\ |" in page
-    assert r"!\[x\](y)&lt;b&gt;" in page
+    assert f"{escaped(names['run'])} |" in page
+    assert escaped("![x](y)<b>") in page
     assert "<" not in page
     assert all(line.startswith(("|", "**")) or not line for line in page.splitlines())
 

@@ -28,8 +28,6 @@ from tools.benchmark.verdict import aligned
 from train.config import RunConfig
 from train.run.provenance import hardware
 
-CO2_PER_KWH = 445.0
-"""g CO2 a kWh: the world's electricity in 2024 (IEA, Electricity 2025, "Emissions")."""
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 IMAGES = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 """Images of the recipes' sets, by the beton's name: used where the beton is missing."""
@@ -193,11 +191,14 @@ def _measure_size(bench: Bench, side: int, epochs: int) -> Size:
 
 def _loader(bench: Bench, label: str) -> float:
     """images/s of the configuration's data path."""
+    from pipeline.loader import choose
+
     data, batch = bench.config.data, bench.batch
-    with closing(batches(bench, data.backend, data.crops, batch)) as stream:
+    backend, crops = choose(data.backend, data.crops, bench.device)
+    with closing(batches(bench, backend, crops, batch)) as stream:
         work = Work(
-            "pipeline", data.backend, partial(next, stream), batch, batch, bench.cores,
-            operation=label, crops=data.crops,
+            "pipeline", backend, partial(next, stream), batch, batch, bench.cores,
+            operation=label, crops=crops,
         )  # fmt: skip
         return bench.measure([work])[0].images_per_s
 

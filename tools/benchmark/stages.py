@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +23,11 @@ from pipeline.choices import CROPS, Crops
 from pipeline.errors import UserError
 from pipeline.ffcv_format import JPEG
 from pipeline.views import ViewConfig, ViewParams, sample_views
+from tools.benchmark import decoders
+from tools.benchmark.options import FROM_A_FILE
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
-from tools.benchmark.verdict import find, plain_copy
+from tools.benchmark.verdict import FINISHED, find, plain_copy
 from train.run.log import Stopwatch
 
 if TYPE_CHECKING:
@@ -49,10 +50,9 @@ def repeated(beton: "Beton", count: int) -> "Beton":
     longer = copy.copy(beton)
     longer.file = os.dup(beton.file)  # both betons close their file
     times = -(-count // len(beton))
-    longer.records, longer.checksums = (
-        np.tile(beton.records, (times, 1)),
-        np.tile(beton.checksums, times),
-    )
+    longer.records = np.tile(beton.records, (times, 1))
+    longer.checksums = np.tile(beton.checksums, times)
+    longer.has_tiles = np.tile(beton.has_tiles, times)
     longer.height, longer.width = np.tile(beton.height, times), np.tile(beton.width, times)
     longer.index = np.arange(len(longer.records))
     longer.label = None
@@ -60,9 +60,7 @@ def repeated(beton: "Beton", count: int) -> "Beton":
 
 
 def read(bench: Bench) -> None:
-    """Records into memory, not decoded: from the page cache; then from the disk, unless the system
-    ignores the advice to forget the pages. Bytes: the records'.
-    """
+    """See `options.STAGES`."""
     beton = _beton(bench)
     records = np.unique(beton.records[: bench.images, :2], axis=0).tolist()
     size = sum(count for _, count in records)
@@ -85,10 +83,7 @@ def read(bench: Bench) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """Bare libjpeg-turbo on bytes in memory, the upper bound; the loader, which reads and decodes
-    the same images into canvases; the loader that cuts both crops too; DALI's decoder. Bytes: the
-    images' pixels.
-    """
+    """See `options.STAGES`."""
     from pipeline.decode import CanvasLoader, CropLoader
 
     beton = _beton(bench)
@@ -100,17 +95,23 @@ def decode(bench: Bench) -> None:
     for threads in bench.threads:
         made = partial(Work, "decode", images=len(images), batch=bench.batch, threads=threads)
         whole = CanvasLoader(beton, threads, pin)
-        cut = CropLoader(beton, threads, pin, views=views, seed=0, size_of=lambda _: views.size)
+        drawn: dict[str, Any] = {"views": views, "seed": 0, "size_of": lambda _: views.size}
+        cut = CropLoader(beton, threads, pin, **drawn)
+        finish = CropLoader(beton, threads, pin, colours=bench.dtype, **drawn)
         works = [
             made("loader", partial(_decode_all, whole, batches), bytes=pixels),
             made("loader", partial(_decode_all, cut, batches), bytes=pixels, crops="host"),
-        ]
+            made(
+                "loader", partial(_decode_all, finish, batches), bytes=pixels, crops="host",
+                operation=FINISHED,
+            ),
+        ]  # fmt: skip
         if jpegs:
             bare = partial(_in_threads, partial(_decode_part, beton), jpegs, threads)
             works.insert(0, made("libjpeg-turbo", bare, bytes=pixels))
-            if _has_dali(bench, "decode"):
-                call = _dali_decoder(bench, [jpeg for jpeg, *_ in jpegs], threads)
-                works.append(made("dali", call, bytes=pixels))
+            for name, call in decoders.usable(bench, [jpeg for jpeg, *_ in jpegs], threads).items():
+                levels = decoders.difference(call, map(beton.decode, images.tolist()))
+                works.append(made(name, call, bytes=pixels, levels=levels))
         bench.measure(works, ratio_to="libjpeg-turbo")
 
 
@@ -141,48 +142,8 @@ def _decode_part(beton: "Beton", jpegs: Iterator[tuple[np.ndarray, int, int]]) -
             raise UserError(f"{beton.path}: {complaint}")
 
 
-def _dali_decoder(bench: Bench, jpegs: list[np.ndarray], threads: int) -> Callable[[], object]:
-    """DALI's decoder on bytes in memory, with the same DCT, on the GPU if there is one.
-
-    One batch at a time: decoding ahead would take its time from the next measurement.
-    """
-    from nvidia.dali import fn
-    from nvidia.dali.pipeline import Pipeline
-
-    on_gpu = bench.device.type == "cuda"
-    batch = min(bench.batch, len(jpegs))
-    batches = [jpegs[begin : begin + batch] for begin in range(0, len(jpegs), batch)]
-    stream = (files for _ in iter(int, 1) for files in batches)  # without end
-    pipe = Pipeline(
-        batch_size=batch,
-        num_threads=threads,
-        device_id=0 if on_gpu else None,
-        exec_async=False,
-        exec_pipelined=False,
-    )
-    with pipe:
-        pipe.set_outputs(
-            fn.decoders.image(
-                fn.external_source(source=lambda: next(stream), no_copy=True),
-                device="mixed" if on_gpu else "cpu",
-                use_fast_idct=False,
-                jpeg_fancy_upsampling=True,
-                affine=False,
-            )
-        )
-    pipe.build()
-
-    def call() -> None:
-        for _ in batches:
-            pipe.run()
-        if on_gpu:
-            torch.cuda.synchronize(bench.device)
-
-    return call
-
-
 def params(bench: Bench) -> None:
-    """All random numbers of a batch's pairs of views, on one core by Numba, as in training."""
+    """See `options.STAGES`."""
     images = _sizes(bench)
     call = partial(sample_views, 0, 0, *images, bench.config.views)
     bench.measure([Work("params", "numba", call, len(images[0]), bench.batch, 1)])
@@ -197,9 +158,7 @@ def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def transfer(bench: Bench) -> None:
-    """Canvases from pinned host memory to the device; a plain copy in the memory where views are
-    made, the upper bound of every pass over it. Bytes: the canvases'; of a copy, read and written.
-    """
+    """See `options.STAGES`."""
     if bench.device.type == "cuda":
         _, canvas, *_ = bench.sample()
         pinned, target = canvas.pin_memory(), torch.empty_like(canvas, device=bench.device)
@@ -244,9 +203,7 @@ def operations(views: ViewConfig) -> dict[str, ViewConfig]:
 
 
 def augment(bench: Bench) -> None:
-    """Both views of decoded images by each backend: the whole recipe; crop and resize with one
-    operation more; normalisation of finished crops. Bytes: crops read, views written.
-    """
+    """See `options.STAGES`."""
     if plain_copy(bench.results) is None:
         _copy(bench)
     backends = _usable(bench, "augment")
@@ -278,16 +235,13 @@ def augment(bench: Bench) -> None:
 
 
 def pipeline(bench: Bench) -> None:
-    """The whole data path, from the beton to views on the device, by each backend, with crops on
-    the device, on the host, by DALI; then training from the fastest of each ("overlap"), and its
-    wait for data. Bytes: the records'.
-    """
+    """See `options.STAGES`."""
     beton = _beton(bench)
     backends = _usable(bench, "pipeline")
     model = SlotCon(bench.config.model).to(bench.device)
     train = make_step(model, bench.config, "fast", bench.dtype)
     for crops in CROPS:
-        if crops == "dali" and not _has_dali(bench, "pipeline"):
+        if crops == "dali" and not decoders.has_dali(bench, "pipeline"):
             continue
         results = []
         for name in backends:
@@ -298,7 +252,9 @@ def pipeline(bench: Bench) -> None:
                 work = Work("pipeline", name, call, batch, batch, bench.cores, size, crops=crops)
                 results += bench.measure([work])
         fastest = max(results, key=lambda result: result.images_per_s)
-        _overlap(bench, train, fastest.backend, crops)
+        finished = ["compiled"] if crops == "host" and "compiled" in backends else []
+        for name in dict.fromkeys([fastest.backend, *finished]):
+            _overlap(bench, train, name, crops)
 
 
 def batches(bench: Bench, backend: str, crops: Crops, batch: int) -> Generator["Batch", None, None]:
@@ -370,13 +326,12 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "step": step,
     "pipeline": pipeline,
 }
-FROM_A_FILE = ("read", "decode", "pipeline")
-"""Stages that need a beton."""
 
 
 def _threads(bench: Bench, name: str) -> int:
-    """Threads of the host: on a CPU kornia uses PyTorch's."""
-    return torch.get_num_threads() if bench.device.type == "cpu" and name == "kornia" else 1
+    """Threads of the host: compiled, and on a CPU kornia, use PyTorch's."""
+    several = name == "compiled" or (bench.device.type == "cpu" and name == "kornia")
+    return torch.get_num_threads() if several else 1
 
 
 def _batch(bench: Bench, name: str) -> int:
@@ -395,13 +350,6 @@ def _usable(bench: Bench, stage: str) -> list[str]:
         return list(bench.backends)
     bench.skip(f"{stage} by triton", "without a GPU it runs in an interpreter, for tests only")
     return [name for name in bench.backends if name != "triton"]
-
-
-def _has_dali(bench: Bench, stage: str) -> bool:
-    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    if not installed:
-        bench.skip(f"{stage} by dali", "NVIDIA DALI is not installed")
-    return installed
 
 
 def _in_threads(part: Callable[[Iterator[Any]], None], items: Sequence[Any], threads: int) -> None:

@@ -21,6 +21,7 @@ from model import ModelConfig, ModelOutput, SlotCon, prepare
 from model.encoder import cells_of
 from pipeline.errors import UserError
 from pipeline.views import ViewConfig, sample_views
+from tools.benchmark.options import VARIANTS
 from tools.benchmark.plain_step import PlainStep, is_plain
 from tools.benchmark.profile import beside_networks, profile_step
 from tools.benchmark.timing import Bench, Result, StepDetail, Work
@@ -35,15 +36,6 @@ SMALL = 1e-6
 the last step as in the first."""
 MOST_OVERFLOWS = 40
 """The loss scale begins at 2^16 and is halved at each: far below 1 it cannot be the cause."""
-VARIANTS: dict[str, dict[str, Any]] = {
-    "compile": {"compile": True, "checkpointing": False},
-    "checkpointing": {"checkpointing": True, "compile": False},
-    "exact": {"slot_selection": "exact"},
-    "static": {"slot_selection": "static"},
-    "nchw": {"channels_last": False},
-}
-"""Settings of `efficiency` that can be measured besides the configuration's."""
-
 Way = tuple[str, str | None]
 """A backend, "plain" or "fast", and one of `VARIANTS` or None."""
 
@@ -191,9 +183,7 @@ def step_works(bench: Bench, start: SlotCon, ways: Sequence[Way]) -> Iterator[Wo
 
 
 def step(bench: Bench) -> None:
-    """A training step on views that are already on the device: the plain recipe, the trainer's step
-    and the variants of --also by turns; then parts, operators, launches and memory of each.
-    """
+    """See `options.STAGES`."""
     ways, start = ways_of(bench.config.model), start_of(bench)
     if len(ways) == 1:
         bench.skip("step, plain", "this configuration is a variant of the method")

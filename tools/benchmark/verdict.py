@@ -52,6 +52,8 @@ def _beside(result: Result) -> str:
         parts.append(f"data wait {result.wait_share:.1%}")
     if result.ratio is not None:
         parts.append(f"{result.ratio:.3g} x {result.ratio_to}")
+    if result.levels is not None:
+        parts.append("off by {:.0f} levels at most, {:.3f} on average".format(*result.levels))
     return ", ".join(parts)
 
 
@@ -89,12 +91,21 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+FINISHED = "finished views"
+"""The operation of a loader whose threads colour the views as well: data.backend=compiled with
+data.crops=host."""
+
+
 def find(
-    results: Sequence[Result], stage: str, *backends: str, crops: str | None = None
+    results: Sequence[Result],
+    stage: str,
+    *backends: str,
+    crops: str | None = None,
+    operation: str | None = None,
 ) -> Result | None:
-    """A whole stage by the first of `backends` that was measured, with the most threads."""
+    """A stage by the first of `backends` that was measured, with the most threads."""
     for backend in backends:
-        wanted = (stage, backend, crops, None)
+        wanted = (stage, backend, crops, operation)
         rows = [r for r in results if (r.stage, r.backend, r.crops, r.operation) == wanted]
         if rows:
             return max(rows, key=lambda result: result.threads)
@@ -135,7 +146,7 @@ def verdict(results: Sequence[Result], cores: int) -> str:
             f" the training step can process. "
             + _path_limit(results, path, cores, step.images_per_s)
         )
-    return text + _while_training(results, path)
+    return text + _while_training(results, path) + _finished_views(results)
 
 
 def _step_advice(results: Sequence[Result], step: Result) -> str:
@@ -153,7 +164,8 @@ def _while_training(results: Sequence[Result], path: Result) -> str:
     rows = [r for r in results if r.operation == "overlap" and r.crops == path.crops]
     if not rows:
         return ""
-    both, wait = rows[0], rows[0].wait_share or 0
+    both = next((row for row in rows if row.backend == path.backend), rows[0])
+    wait = both.wait_share or 0
     text = (
         f" Together ({both.backend}, crops {both.crops}) they ran at {_rate(both)} images/s"
         f" with a data wait of {wait:.1%}"
@@ -161,6 +173,22 @@ def _while_training(results: Sequence[Result], path: Result) -> str:
     if both.ratio is not None and both.ratio < 0.95 and wait < 0.02:
         text += ": a step that shares its processor with the data path takes longer"
     return text + "."
+
+
+def _finished_views(results: Sequence[Result]) -> str:
+    """Beside a GPU: whether training is faster if the processor makes the views, or the GPU."""
+    rows = [r for r in results if r.operation == "overlap"]
+    gpu = max((r.images_per_s for r in rows if r.backend == "triton"), default=0.0)
+    host = next((r for r in rows if (r.backend, r.crops) == ("compiled", "host")), None)
+    if not gpu or host is None:
+        return ""
+    ratio = host.images_per_s / gpu
+    better = "the better choice" if ratio > 1.02 else "no better choice"
+    return (
+        f" Views that the processor finishes (data.backend=compiled, data.crops=host) are {better}"
+        f" here: with them training ran at {_rate(host)} images/s, {ratio:.2g} times the rate with"
+        " the GPU's views."
+    )
 
 
 _ADVICE = {
@@ -182,7 +210,9 @@ def _path_limit(results: Sequence[Result], path: Result, cores: int, needed: flo
         stages["transfer"] = find(results, "transfer", "host to device")
         stages["augmentation"] = find(results, "augment", path.backend)
     else:  # these threads decode and crop; DALI's stage is never measured alone
-        stages["decoding"] = find(results, "decode", "loader", crops=path.crops) or path
+        finished = FINISHED if (path.backend, path.crops) == ("compiled", "host") else None
+        found = find(results, "decode", "loader", crops=path.crops, operation=finished)
+        stages["decoding"] = found or path
     measured = {name: stage for name, stage in stages.items() if stage}
     if not measured:
         return "Measure its stages too, to learn which one limits it."

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.files import open_file
+
 SUFFIXES = (".tar", ".zip")
 UNREAD = (
     *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
@@ -85,16 +87,12 @@ def members(path: Path) -> Iterator[Member]:
     a fault.
     """
     try:
-        # Without O_NONBLOCK a pipe would block for ever. Regular files ignore the flag.
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with _Stream(io.FileIO(file)) as stream:
-            status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode):
-                yield Member("", fault="not a regular file")
-            elif path.name.lower().endswith(".zip"):
+        with _Stream(open_file(path).detach()) as stream:
+            if path.name.lower().endswith(".zip"):
                 yield from _zip(stream)
             else:
-                yield from _tar(file, 0, status.st_size)
+                file = stream.fileno()
+                yield from _tar(file, 0, os.fstat(file).st_size)
     except OSError as error:
         yield Member("", fault=error.strerror or str(error))
     except _DAMAGE as error:

@@ -19,10 +19,11 @@ from zlib_ng.zlib_ng import crc32
 from pipeline.beton import SIZES_CHANGED, Beton
 from pipeline.errors import UserError
 from pipeline.ffcv_format import DESCRIPTOR, HEADER, IMAGE, INTEGER, RAW, VERSION, metadata_type
-from pipeline.manifest import Manifest, Record
+from pipeline.manifest import TILES, Manifest, Record
 from pipeline.parallel import ordered_map
 from pipeline.turbojpeg import Decoder
 from tools.packing.progress import progress
+from tools.packing.tiles import restored
 
 CHUNK = 32  # records of one task
 GAP = 1 << 23  # bytes of unused space read at once
@@ -75,12 +76,15 @@ class RecordReader:
 
 
 def verify(beton: Beton, manifest: Manifest | None, workers: int) -> Outcome:
-    """Decode every record, and compare it with the manifest if there is one."""
+    """Decode every record, and compare it with the manifest if there is one. Of one with tiles the
+    source is restored and compared too.
+    """
     reader = RecordReader(beton)
 
     def check(i: int, expected: Record) -> str:
         stored, _, reason = reader.read(i)
-        return _difference(stored, expected, reason) or _wrong_label(beton, i, expected)
+        reason = _difference(stored, expected, reason) or _wrong_label(beton, i, expected)
+        return reason or _source_of(stored, expected)[1]
 
     outcome = for_each(beton, manifest, check, workers, "verifying")
     if manifest:
@@ -91,8 +95,9 @@ def verify(beton: Beton, manifest: Manifest | None, workers: int) -> Outcome:
 def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int) -> Outcome:
     """Write each record under its source's name to `folder`, which must be new or empty.
 
-    JPEG files stay unchanged, raw pixels become PNG. Damaged records are skipped. The folder
-    appears when it is complete.
+    JPEG files stay unchanged, those with tiles get their source's bytes back where that is
+    possible, raw pixels become PNG. Damaged records are skipped. The folder appears when it is
+    complete.
     """
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -107,7 +112,8 @@ def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int)
 
     def write(i: int, expected: Record) -> str:
         stored, pixels, reason = reader.read(i)
-        if reason := _difference(stored, expected, reason):
+        source, lost = _source_of(stored, expected)
+        if reason := _difference(stored, expected, reason) or lost:
             return reason
         raw = beton.records[i, 4] == RAW
         path = partial / inner_path(expected.name, ".png" if raw else ".jpg")
@@ -117,7 +123,7 @@ def extract(beton: Beton, manifest: Manifest | None, folder: Path, workers: int)
                 if raw:
                     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
                 else:
-                    file.write(stored.data)
+                    file.write(source)
         except OSError as error:
             if error.errno in (28, 122):  # no space or no quota: every further file would fail
                 shutil.rmtree(partial)
@@ -230,6 +236,16 @@ def _difference(stored: np.ndarray, expected: Record, reason: str) -> str:
     if f"{crc32(stored.data):08x}" != expected.crc32:
         return "its bytes are not those that were packed" + (f": {reason}" if reason else "")
     return reason
+
+
+def _source_of(stored: np.ndarray, expected: Record) -> tuple[bytes | memoryview, str]:
+    """The file of which a record was made, as far as the record holds it, and the problem or ""."""
+    if expected.how != TILES or not expected.source:
+        return stored.data, ""
+    source = restored(stored.tobytes())
+    if (len(source), f"{crc32(source):08x}") != expected.source:
+        return source, "its coefficients are not those of its source"
+    return source, ""
 
 
 def _wrong_label(beton: Beton, i: int, expected: Record) -> str:

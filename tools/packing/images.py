@@ -18,8 +18,12 @@ from pipeline.errors import BadImage
 from pipeline.ffcv_format import MAX_SIDE
 from pipeline.images import LIMITS, Limits, Pixels, decode, examine
 from pipeline.jpeg import END_ADDED
-from pipeline.manifest import CONVERTED, ORIGINAL, SCALED
+from pipeline.manifest import CONVERTED, ORIGINAL, SCALED, TILES, Source
 from pipeline.resize import resize
+from tools.packing.tiles import tiled
+
+CODED_ANEW = "coded anew"
+"""Of a JPEG with tiles: it holds the source's coefficients, but does not give back its bytes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class Storage:
     """JPEG quality of encoded images, 1 to 100."""
     check: str = "structure"
     """How a copied JPEG is checked: structure or decode."""
+    tiles: bool = False
+    """Whether JPEGs get tiles, see `tools.packing.tiles`. Then each one is decoded, since training
+    may never see some part of it."""
 
 
 class Packed(NamedTuple):
@@ -47,7 +54,10 @@ class Packed(NamedTuple):
     crc: int
     """CRC-32 of the stored bytes."""
     how: str
-    """As in the manifest: "original", "scaled" with reasons, or "converted: " with reasons."""
+    """As in the manifest: "original", "tiles", "scaled" with reasons, or "converted: " with
+    reasons."""
+    source: Source | None = None
+    """Of a file's JPEG that got tiles."""
 
     @property
     def size(self) -> int:
@@ -59,18 +69,22 @@ def pack_image(data: bytes, storage: Storage, limits: Limits = LIMITS) -> Packed
     """Check the bytes of an image file and convert them to their stored form.
 
     A JPEG that FFCV decodes correctly stays unchanged, or only gets the end-of-image marker that it
-    lacks. Any other image becomes upright RGB, stored
-    as pixels without loss, or as JPEG with `storage.store` "jpeg".
+    lacks, and with `storage.tiles` restart markers. Any other image becomes upright RGB, stored as
+    pixels without loss, or as JPEG with `storage.store` "jpeg".
 
     Raises:
         BadImage: if the file is damaged, beyond the limits, or not an image that can be stored.
     """
-    data, header, reasons = examine(data, limits, storage.check)
+    file = data
+    check = "decode" if storage.tiles else storage.check
+    data, header, reasons = examine(data, limits, check)
     side = storage.max_side
     too_large = header and side and max(header.height, header.width) > side
     how = CONVERTED + ", ".join(reasons) if reasons else ORIGINAL
     if header and reasons in ([], [END_ADDED]) and not too_large and storage.store != "raw":
-        return Packed(data, header.height, header.width, crc32(data), how)
+        packed = Packed(data, header.height, header.width, crc32(data), how)
+        source = Source(len(file), f"{crc32(file):08x}")
+        return _with_tiles(packed, reasons, source) if storage.tiles else packed
     pixels, changes = decode(data, header, limits, side)
     reasons += changes
     how = CONVERTED + ", ".join(reasons or ["decoded"])
@@ -80,7 +94,23 @@ def pack_image(data: bytes, storage: Storage, limits: Limits = LIMITS) -> Packed
     if max(height, width) > MAX_SIDE:
         raise BadImage(f"a side of {max(height, width)} pixels; {MAX_SIDE} can be stored")
     stored = encode(pixels, storage.quality) if storage.store == "jpeg" else pixels
-    return Packed(stored, height, width, crc32(stored), how)
+    packed = Packed(stored, height, width, crc32(stored), how)
+    return _with_tiles(packed, [how]) if storage.tiles else packed
+
+
+def _with_tiles(packed: Packed, reasons: list[str], source: Source | None = None) -> Packed:
+    """A JPEG with tiles, for these `reasons` no copy of its source; `packed` itself if it is none,
+    or one that cannot have them.
+    """
+    made = tiled(packed.data) if isinstance(packed.data, bytes) else None
+    if not made:
+        return packed
+    if source and not made.restorable:
+        reasons = [*reasons, CODED_ANEW]
+    how = ", ".join([*reasons, TILES])
+    if source and reasons:
+        how = CONVERTED + how
+    return Packed(made.data, packed.height, packed.width, crc32(made.data), how, source)
 
 
 def scaled(pixels: Pixels, max_side: int) -> Pixels:

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.images import LIMITS, Limits
 from pipeline.manifest import Option, Shard
+from pipeline.manifest import Source as SourceJpeg
 from tools.packing.images import Packed, Storage
 from tools.packing.read import load
 from tools.packing.sources import Source
@@ -38,6 +39,21 @@ class Job:
     """How to deal with bad images, for the error message."""
 
 
+class Sources:
+    """The source of each image, or None, in 12 bytes."""
+
+    def __init__(self) -> None:
+        self._bytes, self._crc = array("Q"), array("I")
+
+    def append(self, source: SourceJpeg | None) -> None:
+        """Add the next image's."""
+        self._bytes.append(source.bytes if source else 0)
+        self._crc.append(int(source.crc32, 16) if source else 0)
+
+    def __getitem__(self, i: int) -> SourceJpeg | None:
+        return SourceJpeg(self._bytes[i], f"{self._crc[i]:08x}") if self._bytes[i] else None
+
+
 def job_of(
     kind: str,
     source: Source,
@@ -51,6 +67,8 @@ def job_of(
         UserError: if the shard is empty.
     """
     options = asdict(storage)
+    if not storage.tiles:
+        del options["tiles"]  # as earlier versions, whose shards and unfinished betons stay usable
     listing = _listing_digest(kind, source, options)
     number, shards = shard or (1, 1)
     first, last = len(source) * (number - 1) // shards, len(source) * number // shards

@@ -20,9 +20,9 @@ from msgspec.json import Decoder
 from zlib_ng.zlib_ng import crc32
 
 from pipeline.ffcv_format import MAX_PAGE, MAX_SIDE
-from pipeline.manifest import decoded
+from pipeline.manifest import Source, decoded
 
-FORMAT = 2
+FORMAT = 3
 MAX_LINE = 1 << 20
 """Bytes. A batch is a few kilobytes; a longer line is damage, and must not fill the memory."""
 
@@ -41,6 +41,8 @@ class Row(NamedTuple):
     crc: Annotated[int, Meta(ge=0, lt=1 << 32)]
     how: str
     """How it is stored, as in the manifest. For a bad image: why it is bad."""
+    source: Source | None = None
+    """As in the manifest."""
 
 
 class Head(NamedTuple):

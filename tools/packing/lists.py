@@ -70,7 +70,7 @@ def _is_heading(path: Path, row: list[str]) -> bool:
     paths = [name in _HEADINGS for name in names]
     if paths[0] and len(row) <= 2 and not any(paths[1:]):
         return True
-    if any(paths):
+    if any(paths) or names[0] in _OF_URLS:
         shown = printable(",".join(row)[:80])
         raise UserError(
             f"{path}: line 1: its columns are {shown}: expected path or path,label, in this order"
@@ -94,7 +94,7 @@ def _described(name: str, label: str | None) -> str:
     """What an odd row is, and what was expected."""
     shown = printable(name[:80])
     if url := as_url(name):
-        return f"{printable(url[:80])} is a URL: download the images, and list their paths"
+        return f"{printable(url[:80])} is a URL: list the paths of images on this machine"
     if name.lstrip()[:1] in ("{", "["):
         return f"JSON, not a path: {EXPECTED}"
     if (label or "").lower().endswith(IMAGE_SUFFIXES):
@@ -129,6 +129,7 @@ _HEADINGS = (
     *("path", "file", "filename", "file_name", "image", "name", "filepath", "file_path", "img"),
     *("image_path", "img_path", "image_name", "img_name", "imagepath", "fname", "images"),
 )
+_OF_URLS = ("url", "image_url", "img_url", "uri", "link")
 _SECOND_COLUMN = re.compile(
     rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})[\"']?[\s,;|]+[^\s/]+\s*$|^[^/]*[,;\t][^/]*$",
     re.IGNORECASE,

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.ffcv_format import RAW
 from pipeline.manifest import Manifest, Shard
 from tools.packing.images import Packed
-from tools.packing.job import Job
+from tools.packing.job import Job, Sources
 
 MAX_NAMED = 20  # missing shards in a message
 
@@ -54,6 +54,7 @@ class _Shards:
         self.labels = None if self.betons[0].label is None else array("q")
         self._how: list[str] = []
         self._crcs = array("I")
+        self._sources = Sources()
         for manifest, beton in opened:
             self._read(manifest, beton)
         self._starts = np.cumsum([0, *map(len, self.betons)])
@@ -71,6 +72,7 @@ class _Shards:
                 raise other
             self.names.append(record.name)
             self._crcs.append(int(record.crc32, 16))
+            self._sources.append(record.source)
             self._how.append(sys.intern(record.how))  # one string object for equal strings
             if self.labels is not None:
                 self.labels.append(label)
@@ -95,7 +97,8 @@ class _Shards:
             pixels = (
                 np.frombuffer(data, np.uint8).reshape(height, width, 3) if mode == RAW else data
             )
-            packed.append(Packed(pixels, height, width, self._crcs[i], self._how[i]))
+            facts = self._crcs[i], self._how[i], self._sources[i]
+            packed.append(Packed(pixels, height, width, *facts))
         return packed
 
     def _check(self) -> None:

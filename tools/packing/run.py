@@ -24,11 +24,11 @@ from pipeline.beton import Beton
 from pipeline.beton_writer import BetonWriter, Sample
 from pipeline.errors import UserError, printable
 from pipeline.ffcv_format import JPEG, RAW
-from pipeline.manifest import ORIGINAL, Manifest, Record, manifest_path
+from pipeline.manifest import ORIGINAL, TILES, Manifest, Record, has_tiles, manifest_path
 from pipeline.parallel import ordered_map
 from tools.packing.check import stray_byte
 from tools.packing.images import Packed
-from tools.packing.job import Job, journal_path, partial_path
+from tools.packing.job import Job, Sources, journal_path, partial_path
 from tools.packing.journal import Done, Journal, Row, read_done, read_head
 from tools.packing.progress import progress
 
@@ -49,7 +49,8 @@ class Summary:
     """Images that an earlier run has already processed."""
     bytes: int
     seconds: float
-    converted: int
+    stored: dict[str, int]
+    """Images by storage, as in the manifest."""
     skipped: int
 
 
@@ -87,7 +88,7 @@ def pack(job: Job, out: Path, on_error: str = "stop", workers: int = 1) -> Summa
         run.resumed,
         size,
         time.perf_counter() - start,
-        sum(how is not None and how != ORIGINAL for how in run.how),
+        run.stored,
         len(run.bad) + len(job.skipped),
     )
 
@@ -127,8 +128,9 @@ class _Run:
         self.how: list[str | None] = []
         """How each image is stored; None for a bad one."""
         self.crc = array("I")
+        self.sources = Sources()
         self.bad: dict[int, str] = {}
-        self.stored = {ORIGINAL: 0, "jpeg": 0, "raw": 0}
+        self.stored = {ORIGINAL: 0, TILES: 0, "jpeg": 0, "raw": 0}
         self.journal: Journal
         self.resumed = 0
         """Images that an earlier run has packed."""
@@ -258,11 +260,11 @@ class _Run:
             if isinstance(image, str):
                 rows.append(Row(0, 0, 0, 0, 0, image))
             else:
-                data, height, width, crc, how = image
+                data, height, width, crc, how, source = image
                 integers = (self.writer.count + len(samples), *self._label(len(self.how)))
                 samples.append(Sample(data, height, width, integers))
                 mode = JPEG if isinstance(data, bytes) else RAW
-                rows.append(Row(image.size, height, width, mode, crc, how))
+                rows.append(Row(image.size, height, width, mode, crc, how, source))
             self._note(rows[-1])
         self.writer.append(samples)
         self.journal.append(rows)
@@ -274,13 +276,13 @@ class _Run:
         """Keep the facts about the next image that the manifest needs."""
         if row.size:
             self.how.append(sys.intern(row.how))  # one string object for equal strings
-            kind = "raw" if row.mode == RAW else ORIGINAL if row.how == ORIGINAL else "jpeg"
-            self.stored[kind] += 1
+            self.stored[_kind(row)] += 1
         else:
             self.bad[len(self.how)] = row.how
             self.how.append(None)
             self.writer.skip()
         self.crc.append(row.crc)
+        self.sources.append(row.source)
 
     def _replay(self, path: Path, synced: int) -> Done | None:
         """Restore the images of a journal up to the first whose data is not in the file; returns
@@ -336,7 +338,15 @@ class _Run:
         sizes = iter(self.writer.sizes())
         for i, (name, crc, how) in enumerate(zip(self.job.names, self.crc, self.how, strict=True)):
             if how is not None:
-                yield Record(name, int(next(sizes)), f"{crc:08x}", how, *self._label(i))
+                label = None if self.job.labels is None else self.job.labels[i]
+                yield Record(name, int(next(sizes)), f"{crc:08x}", how, label, self.sources[i])
+
+
+def _kind(row: Row) -> str:
+    """How a good image is stored, in one word of the manifest."""
+    if row.mode == RAW:
+        return "raw"
+    return TILES if has_tiles(row.how) else ORIGINAL if row.how == ORIGINAL else "jpeg"
 
 
 def _report_bad(job: Job, bad: dict[int, str], out: Path, on_error: str) -> None:

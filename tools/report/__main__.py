@@ -8,9 +8,7 @@ of shown. The page ends with the commands that make the measurements which are s
 import sys
 from pathlib import Path
 
-from tools.report.one_run import build
-from tools.report.page import write_page
-from tools.report.results import PICTURES, RESULTS, read_run
+from tools.report.parts import PICTURES, RESULTS
 from train.run.cli import CommandParser, check_writable, run
 
 EXAMPLES = """examples:
@@ -33,6 +31,10 @@ def main() -> None:
     out = args.out or args.run / "report.html"
     check_writable("--out", out)
     given = {part.name: getattr(args, part.name) for part in (*RESULTS, *PICTURES)}
+    from tools.report.one_run import build  # takes seconds, which --help does not wait for
+    from tools.report.page import write_page
+    from tools.report.results import read_run
+
     content = read_run(args.run, given)
     write_page(out, build(content))
     for line in content.damaged:

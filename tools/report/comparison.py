@@ -6,7 +6,8 @@ from pathlib import Path
 from pipeline.errors import UserError
 from tools.report.charts import line_chart, short
 from tools.report.page import Table, render
-from tools.report.results import SCORES, Line, Part, Run, read_run, slot_values
+from tools.report.parts import SCORES, Part
+from tools.report.results import Line, Run, read_run, slot_values
 from tools.report.scores import METRICS, Evaluation, network_values, note
 from train.run.log import duration
 

@@ -15,16 +15,8 @@ import yaml
 from pipeline.errors import UserError
 from tools.report.charts import dot_chart, line_chart, short
 from tools.report.page import Table, picture, render
-from tools.report.results import (
-    BENCHMARK,
-    PICTURES,
-    RESULTS,
-    SCORES,
-    Part,
-    Run,
-    slot_values,
-    wait_share,
-)
+from tools.report.parts import BENCHMARK, PICTURES, RESULTS, SCORES, Part
+from tools.report.results import Run, slot_values, wait_share
 from tools.report.schema import LARGEST, Measured, Rate
 from tools.report.scores import evaluation, network_values
 from train.run.log import duration

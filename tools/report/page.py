@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.errors import safe_lines
 from pipeline.images import load_rgb
-from tools.report.results import PICTURES, RESULTS
+from tools.report.parts import PICTURES, RESULTS
 from train.run.provenance import write_bytes
 
 PICTURE_WIDTH = 1800

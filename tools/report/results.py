@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import msgspec
 
 from pipeline.errors import UserError
 from tools.report import schema
+from tools.report.parts import BENCHMARK, COST, PICTURES, RESULTS, SLOTS, Part
 from tools.report.schema import Cost, Costs, Measured, Rate, Rates, Score, Scores, Use, Uses
 from train.pretrained import read_record
 from train.run.checkpoint import Record, latest
@@ -24,69 +25,6 @@ LOG_BYTES, LOG_LINES = 256 << 20, 1_000_000
 """Bytes and lines of metrics.jsonl: so many lines take half a minute and 1 GB."""
 MOST_NETWORKS, MOST_CLASSES = 32, 255
 """Networks and classes of an evaluation: its table has a cell for each pair."""
-
-
-class Part(NamedTuple):
-    """A part of a report: one command measures or draws it."""
-
-    name: str
-    """Of the part, and of the option that gives its file."""
-    title: str
-    file: str
-    """Its usual name in the run's folder."""
-    command: str
-    """The command after `python -m`, with {run}, {config}, {data} and {out}."""
-
-    @property
-    def made_by(self) -> str:
-        """The command without its options: evaluation.probe knn"""
-        return self.command.split(" --")[0]
-
-
-def _probe(name: str, title: str) -> Part:
-    labels = "--train-images DIR --train-labels DIR --images DIR --labels DIR"
-    command = f"evaluation.probe {name} --checkpoint {{run}} {labels} --json {{out}}"
-    return Part(name, title, f"{name}.json", command)
-
-
-def _picture(name: str, title: str, run: str = "--checkpoint") -> Part:
-    command = f"evaluation.pictures {name} {run} {{run}} --data {{data}} --out {{out}}"
-    return Part(name, title, f"{name}.png", command)
-
-
-_SEGMENTATION = "evaluation.unsupervised_segmentation --checkpoint {run} --images DIR --labels DIR"
-_SEGMENTATION_PICTURE = _SEGMENTATION + " --picture {out}"
-_SLOTS = "evaluation.slots --checkpoint {run} --data {data} --json {out}"
-_SLOTS_PICTURE = "evaluation.slots --checkpoint {run} --data {data} --picture {out}"
-_STAGES = "tools.benchmark all --data {data} --json {out}"
-_COST = "tools.benchmark cost --config {config} --data {data} --json {out}"
-
-SCORES = (
-    Part(
-        "evaluation",
-        "Clusters matched to classes",
-        "eval.json",
-        f"{_SEGMENTATION} --baseline untrained --json {{out}}",
-    ),
-    _probe("knn", "Dense k-NN retrieval"),
-    _probe("linear", "Linear probe"),
-    _probe("clusters", "Over-clustering"),
-)
-"""Scores against label maps."""
-
-SLOTS = Part("slots", "Use of the prototypes", "slots.json", _SLOTS)
-BENCHMARK = Part("benchmark", "Throughput of each stage alone", "bench.json", _STAGES)
-COST = Part("cost", "Cost of the whole recipe", "cost.json", _COST)
-RESULTS = (*SCORES, SLOTS, BENCHMARK, COST)
-
-PICTURES = (
-    _picture("prototypes", "Prototypes and their nearest segments"),
-    Part("ends", "Prototypes of the most and the fewest images", "slots.png", _SLOTS_PICTURE),
-    _picture("grouping", "Images under the colours of their prototypes"),
-    _picture("attention", "Grouping over the training", "--run"),
-    Part("segmentation", "Clusters beside label maps", "eval.png", _SEGMENTATION_PICTURE),
-    _picture("views", "The two views that it trains on"),
-)
 
 
 @dataclass(frozen=True)

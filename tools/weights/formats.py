@@ -14,7 +14,6 @@ from tools.weights.official_settings import official_settings
 from train.pickles import pickle_arrays, torch_bytes
 from train.pretrained import load_model, read_record
 from train.run.checkpoint import find
-from train.run.cli import check_writable
 from train.weights import (
     FOLDER_CONFIG,
     FOLDER_WEIGHTS,
@@ -23,19 +22,6 @@ from train.weights import (
     describe,
     safetensors_bytes,
 )
-
-
-def check_out(to: str, out: Path, source: Path) -> None:
-    """Raise UserError if the output cannot be written, is `source` or a file in it, or has a wrong
-    suffix: its readers choose the format by the suffix.
-    """
-    suffixes = SUFFIXES[to]
-    if suffixes and out.suffix not in suffixes:
-        raise UserError(f"--out {out}: --to {to} writes a {' or '.join(suffixes)} file")
-    if suffixes:
-        check_writable("--out", out, source)
-        if source.is_dir() and out.exists() and out.resolve().is_relative_to(source.resolve()):
-            raise UserError(f"--out {out}: is a file of {source}: give the name of a new file")
 
 
 def state_dict(backbone: Backbone, suffix: str) -> bytes:
@@ -119,12 +105,3 @@ FILES: dict[str, Callable[[Backbone, str], bytes]] = {
     "mmseg": mmseg,
 }
 """The formats that are a single file with a backbone."""
-SUFFIXES = {
-    "torchvision": (".safetensors", ".pth"),
-    "timm": (".safetensors", ".pth"),
-    "detectron2": (".pkl",),
-    "mmseg": (".pth",),
-    "huggingface": (),
-    "official": (".pth",),
-}
-"""Allowed suffixes of each format; empty: the format is a folder."""

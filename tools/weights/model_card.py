@@ -2,7 +2,7 @@
 
 import re
 
-from pipeline.errors import one_line
+from pipeline.errors import in_markdown
 from train.weights import Backbone
 
 CARD = """---
@@ -70,21 +70,23 @@ def model_card(backbone: Backbone) -> str:
     """The README.md of a model on Hugging Face's hub."""
     known = backbone.metadata
     facts = "\n".join(
-        f"| {title} | {_text(known[name])} |" for name, title in TITLES.items() if name in known
+        f"| {title} | {in_markdown(known[name])} |"
+        for name, title in TITLES.items()
+        if name in known
     )
     ours = of_slotcon(backbone)
-    title = f"{backbone.arch}, {_text(known.get('run', 'weights'))}"
+    title = f"{backbone.arch}, {in_markdown(known.get('run', 'weights'))}"
     return CARD.format(
         head=_yaml_licence(known.get("data_license", "")),
         tags=SLOTCON_TAGS if ours else "",
         title=f"SlotCon {title}" if ours else title,
         about=(SLOTCON if ours else OTHER).format(
-            encoder=_text(f"{known.get('branch', '')} encoder".strip()),
+            encoder=in_markdown(f"{known.get('branch', '')} encoder".strip()),
             arch=backbone.arch,
             by="" if "imported" in known else " by slotstream",
         ),
         facts=facts,
-        license=_text(" ".join(known.get("data_license", "not stated").split())),
+        license=in_markdown(" ".join(known.get("data_license", "not stated").split())),
     )
 
 
@@ -102,14 +104,3 @@ def _yaml_licence(text: str) -> str:
 def of_slotcon(backbone: Backbone) -> bool:
     """Whether the metadata name SlotCon: weights of other methods can be exported too."""
     return backbone.metadata.get("method", "").startswith("SlotCon")
-
-
-def _text(fact: str) -> str:
-    """A fact as plain text: HTML, Markdown and line breaks of a file's metadata stay what they are
-    to read, and do nothing on the page.
-    """
-    return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", one_line(fact))
-
-
-_SPECIAL = re.compile(r"[\\`*\[\]<>|!~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-"""What Markdown or HTML gives a meaning; an underscore has none inside a word."""

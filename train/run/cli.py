@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.errors import UserError, one_line, safe_lines
+from train.run.environment import check_before_import
 
 _LONGEST_NAME = 255 - len(".partial.journal")  # Linux's limit, less our endings
 
@@ -81,6 +82,7 @@ def run(main: Callable[[], None]) -> None:
     """
     escape_output()
     try:
+        check_before_import()
         main()
         sys.stdout.flush()
     except UserError as error:

@@ -8,6 +8,7 @@ from typing import NoReturn
 from pipeline.errors import UserError, one_line
 from train.run.cli import escape_output, print_error
 from train.run.ends import EarlyEnd
+from train.run.environment import check_before_import
 from train.run.signals import StopSignals
 
 EXIT_CODES = """exit codes:
@@ -41,6 +42,7 @@ def _prepared(
     prepare: Callable[[StopSignals], Callable[[], None]], signals: StopSignals
 ) -> Callable[[], None]:
     try:
+        check_before_import()
         return prepare(signals)
     except UserError as error:  # all processes fail alike: one of them prints the reason
         if _is_first():

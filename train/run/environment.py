@@ -1,6 +1,7 @@
 """What a launcher has put into the environment. Accelerate follows some of it without a word, and
 ends in a traceback on the rest, so it is compared with the configuration first."""
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -35,6 +36,18 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets."""
 
 
+def check_before_import() -> None:
+    """Check what Accelerate and its packages read as soon as they are imported. Every command calls
+    this first. Raises UserError, which names the variable.
+    """
+    for name in ("USE_TORCH_XLA", "ACCELERATE_USE_MEGATRON_LM"):
+        is_set(name)
+    level, known = os.environ.get("ACCELERATE_LOG_LEVEL"), logging.getLevelNamesMapping()
+    if level is not None and level.upper() not in known:
+        shown = printable(repr(level[:40]))
+        raise UserError(f"ACCELERATE_LOG_LEVEL must be one of {', '.join(known)}, not {shown}")
+
+
 def check_environment(precision: str, accumulation: int, on_gpu: bool) -> None:
     """Compare the environment with `efficiency.precision` and `efficiency.accumulation`, and with
     itself. Raises UserError, which names the variable.
@@ -53,6 +66,10 @@ def check_environment(precision: str, accumulation: int, on_gpu: bool) -> None:
         raise UserError(
             f"ACCELERATE_DYNAMO_BACKEND is {compiler}: unset it; pre-training compiles with "
             "efficiency.compile"
+        )
+    if (fp8 := os.environ.get("ACCELERATE_FP8_BACKEND", "NO")) != "NO":
+        raise UserError(
+            f"ACCELERATE_FP8_BACKEND is {printable(repr(fp8[:40]))}: fp8 is not supported"
         )
     # accelerate launch always sets it; "no" if its user has said nothing
     launched = _text("ACCELERATE_MIXED_PRECISION", "no").lower()
@@ -87,6 +104,8 @@ def _check_processes(on_gpu: bool) -> None:
         return
     if world == 1 and local is None:
         return
+    if not on_gpu:
+        _number(("OMP_NUM_THREADS",))
     if rank is not None and world is not None and rank >= world:
         raise UserError(f"{_first(_RANK)} is {rank}, and {_first(_WORLD)} is {world}")
     by_mpi = not on_gpu and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()

@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import msgspec
-import torch
 
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 LONGEST_LINE = 1 << 20
 """Bytes. A line with the scores of 1,000 classes takes about 60 kB; a longer one is damaged."""
@@ -191,7 +193,7 @@ class Stopwatch:
     runs ahead of the device, so its own waiting costs nothing while the device has work.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: "torch.device") -> None:
         self._device = device
         self.restart()
 
@@ -216,6 +218,8 @@ class Stopwatch:
     def waiting(self) -> Iterator[None]:
         """Time spent inside counts as waiting."""
         if self._device.type == "cuda":
+            import torch
+
             begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begun.record()
             yield

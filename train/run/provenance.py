@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.errors import UserError
 
 PACKAGES = (
@@ -24,6 +22,8 @@ PACKAGES = (
 
 def hardware() -> dict[str, Any]:
     """This machine: CPU model, cores this process may use, memory in GiB, GPUs by name."""
+    import torch  # a second, which --help of the commands does not wait for
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
@@ -46,6 +46,8 @@ def cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that results depend on."""
+    import torch
+
     known = {"python": platform.python_version()}
     if torch.cuda.is_available():
         known["cuda"] = str(torch.version.cuda)

@@ -1,9 +1,11 @@
 """The checkpoints that a run may resume from."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -16,11 +18,13 @@ def candidates(
     config: Config, settings: Settings[Config], run_dir: Path, resume: str | None
 ) -> list[Path]:
     """The checkpoints to resume from: the first one, or the next if it is damaged, and so on.
-    Empty for a new run.
+    Empty for a new run. torchrun's restart of a run goes on with it, whatever `resume` is.
 
     Raises UserError instead of overwriting a run or mixing two.
     """
     newest = checkpoint.latest(run_dir)
+    if newest and _is_restart(newest):
+        resume = "auto"
     if resume is None and newest:
         raise UserError(
             f"{run_dir} already holds checkpoints, up to {newest.name}: "
@@ -45,6 +49,16 @@ def candidates(
         _check_same_science(config, settings, origin, record)
         break
     return origins
+
+
+def _is_restart(newest: Path) -> bool:
+    """Whether torchrun restarted its processes, and those before wrote the checkpoint `newest`: it
+    is younger than torchrun itself. Older ones are of another launch, which was to be kept.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    launched = psutil.Process(os.getppid()).create_time()
+    return newest.stat().st_mtime > launched
 
 
 def restore_first_whole(

@@ -39,8 +39,8 @@ RESUME = (
 """The option that every training command has."""
 
 RUN_NAME: Bound = {
-    "made of letters, digits, '.', '_' and '-'": lambda name: bool(
-        re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name)
+    "made of letters, digits, '.', '_' and '-', the first one no '.' or '-'": lambda name: bool(
+        re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name)  # -x is an option for other programs
     )
 }
 SEED: Bound = {"in 0..2^32-1": lambda seed: 0 <= seed < 2**32}
@@ -98,6 +98,7 @@ class Settings(Generic[Config]):
             sys.exit(0)
         given = self._typed([*_leaves(under or {}), *self._given(argv)])
         if "--print_config" in argv:
+            self._check(given)
             print(text.to_yaml(_plain(_nested(self._defaults() | _values(given)))), end="")
             sys.exit(0)
         return self._build(given), {name: _values(given).get(name) for name in self.options}
@@ -187,12 +188,25 @@ class Settings(Generic[Config]):
                 raise UserError(f"{must}, not {_shown(value)}") from None
         return typed
 
+    def _missing(self, given: Mapping[str, _Given]) -> list[str]:
+        """The keys without default that are not given."""
+        known = self._sections.keys() | given.keys()
+        return [k for k, field in self._fields.items() if k not in known and _required(field)]
+
+    def _check(self, given: Mapping[str, _Given]) -> None:
+        """Raise UserError for a value beyond its own bounds, and for values that do not fit each
+        other if none is missing.
+        """
+        for key, (_, value, source) in given.items():
+            for meaning, holds in self._fields[key].metadata.items() if key in self._fields else ():
+                if not holds(value):
+                    raise UserError(f"{source}{key} must be {meaning}, not {value!r}")
+        if not self._missing(given):
+            self._build(given)
+
     def _build(self, given: Mapping[str, _Given]) -> Config:
         """A configuration from typed values. Raises UserError, which names the key."""
-        known = self._sections.keys() | given.keys()
-        if missing := [
-            k for k, field in self._fields.items() if k not in known and _required(field)
-        ]:
+        if missing := self._missing(given):
             keys = f"missing: {', '.join(missing)}"
             where = "set each in the --config file or as --KEY VALUE"
             raise UserError(f"{_source('', given)}{keys}; {where}")

@@ -1,8 +1,6 @@
 """Texts from files: of a limited size, and YAML that cannot grow, run or hide anything."""
 
-import codecs
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError, printable
+from pipeline.files import encoding_of, open_file
 
 LARGEST_YAML = 1 << 18
 """Bytes of a text in YAML. A configuration with all its keys has 2 kB."""
@@ -26,23 +25,17 @@ def read_text(path: Path, limit: int) -> str:
     """
     name = printable(str(path))
     try:
-        kind = path.stat().st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind) or path.is_relative_to("/dev")):
-            raise UserError(f"{name}: not a regular file")
-        with path.open("rb") as file:
+        with open_file(path, pipes=path.is_relative_to("/dev")) as file:
             content = file.read(limit + 1)
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: {error}") from None  # NUL in the name
+    except ValueError as error:  # NUL in the name
+        raise UserError(f"{name}: {error}") from None
     if len(content) > limit:
         size = max(path.stat().st_size, len(content))
         raise UserError(f"{name}: too large: {size:,} bytes, at most {limit:,} are read")
     try:
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return content.decode("utf-16" if wide else "utf-8-sig")
+        return content.decode(encoding_of(content))
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not {error.encoding.upper()} (byte {error.start})") from None
 
@@ -78,6 +71,10 @@ def to_yaml(values: Any) -> str:
 _FLOAT, _TIMESTAMP = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
 
 
+_TWO_MEANINGS = re.compile(r"[-+]?(0[0-9_]|[^:]+:)")
+"""010 and 1:30 are 8 and 90 in YAML 1.1, but 10 and a text in YAML 1.2."""
+
+
 class _Loader(yaml.SafeLoader):  # not in C, where deep nesting ends in a segmentation fault
     yaml_implicit_resolvers = {  # noqa: RUF012 (of the base class)
         letter: [(tag, regexp) for tag, regexp in known if tag not in (_FLOAT, _TIMESTAMP)]
@@ -85,12 +82,14 @@ class _Loader(yaml.SafeLoader):  # not in C, where deep nesting ends in a segmen
     }
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        line = node.start_mark.line + 1
+        if _TWO_MEANINGS.match(node.value):
+            raise yaml.YAMLError(f"line {line}: {node.value[:40]}: write a number in plain digits")
         try:
             value = int(super().construct_yaml_int(node))
         except ValueError:  # 5,000 digits, or 0x_
             value = 1 << 64
         if value.bit_length() > 64:
-            line = node.start_mark.line + 1
             raise yaml.YAMLError(f"line {line}: {node.value[:40]} is no integer of 64 bits")
         return value
 

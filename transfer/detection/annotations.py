@@ -17,6 +17,7 @@ from faster_coco_eval.core import mask as rle
 from msgspec import Meta, Struct
 
 from pipeline.errors import UserError, printable
+from pipeline.formats import MAX_PIXELS
 from train.run.json_file import read_json
 
 ANNOTATION_BYTES = 4 << 30
@@ -24,8 +25,6 @@ ANNOTATION_BYTES = 4 << 30
 memory for files like COCO's, up to 30 times for others."""
 FARTHEST = 100_000
 """Pixels: the largest side of an image, and the largest coordinate of a box or a corner."""
-PIXELS = 178_956_970
-"""H · W of an image; PIL refuses to open larger ones."""
 OUTLINES = 2_000_000
 """Pixels, along x and y, of all polygons of an image: drawing so many takes 0.1 s and 75 MB. In
 COCO an image has less than 100,000."""
@@ -214,8 +213,8 @@ def _image(path: Path, image: _ImageInFile) -> ImageEntry:
     height, width = int(image.height), int(image.width)
     if (height, width) != (image.height, image.width):
         raise UserError(f"{where}: height or width is no whole number of pixels")
-    if height * width > PIXELS:
-        raise UserError(f"{where}: {width}×{height} are more than {PIXELS:,} pixels")
+    if height * width > MAX_PIXELS:
+        raise UserError(f"{where}: {width}×{height} are more than {MAX_PIXELS:,} pixels")
     return ImageEntry(image.id, image.file_name, height, width)
 
 

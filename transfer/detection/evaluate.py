@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluation.datasets.squares import DECODE_THREADS
+from evaluation.datasets.images import DECODE_THREADS
 from pipeline.parallel import ordered_map
 from train.run.provenance import write_bytes
 from transfer.detection.annotations import RunLengths, read_annotations

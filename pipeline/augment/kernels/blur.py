@@ -1,4 +1,4 @@
-"""Pass 3: the Gaussian blur, for views that have it; then solarize, normalise and store."""
+"""Pass 4: the Gaussian blur, for views that have it; then solarize, normalise and store."""
 
 import triton
 import triton.language as tl
@@ -45,7 +45,7 @@ def blur(
     tiles_across = (S + side - 1) // side
     if (box >= 0) & (tile < tiles_across * tiles_across):
         near = tl.load(words + BOX_NEAR).to(tl.uint32)
-        far = tl.load(words + BOX_FAR).to(tl.uint32)
+        far = tl.load(words + BOX_FAR).to(tl.uint32) - near * FAR  # in 32 bits that wrap
         k = tl.arange(0, WINDOW) - margin
         i = (tile // tiles_across) * side + k
         j = (tile % tiles_across) * side + k
@@ -58,14 +58,14 @@ def blur(
         wanted = (k >= 0) & (k < side)
         inside = (wanted & (i < S))[:, None] & (wanted & (j < S))[None, :]
         first = row.to(tl.int64) * (S * S * 3)
-        view = scratch + first + (i_here[:, None] * S + j_here[None, :]) * 3
+        view = scratch + first + i_here[:, None] * S + j_here[None, :]
         target = out + first + (i[:, None] * S + j[None, :]) * 3
         threshold = solarize_threshold(words)
         r = _blur_channel(view, across, down, near, far)
         tl.store(target, normalize(r, threshold, RED_SCALE, RED_SHIFT), mask=inside)
-        g = _blur_channel(view + 1, across, down, near, far)
+        g = _blur_channel(view + S * S, across, down, near, far)
         tl.store(target + 1, normalize(g, threshold, GREEN_SCALE, GREEN_SHIFT), mask=inside)
-        b = _blur_channel(view + 2, across, down, near, far)
+        b = _blur_channel(view + 2 * S * S, across, down, near, far)
         tl.store(target + 2, normalize(b, threshold, BLUE_SCALE, BLUE_SHIFT), mask=inside)
 
 
@@ -90,4 +90,4 @@ def _blur_channel(pixel: tensor, across: tensor, down: tensor, near: tensor, far
 def _blur_lines(level: tensor, matrix: tensor, near: tensor, far: tensor) -> tensor:
     """One box: exact sums, weighted and rounded in Pillow's fixed point."""
     total = tl.dot(level, matrix).to(tl.int32).to(tl.uint32)
-    return (((total % FAR) * near + (total // FAR) * far + (1 << 23)) >> 24).to(tl.float16)
+    return ((total * near + (total // FAR) * far + (1 << 23)) >> 24).to(tl.float16)

@@ -1,4 +1,4 @@
-"""Pass 2: the colour operations, which passes 1 and 3 use too.
+"""Pass 3: the colour operations, which passes 2 and 4 use too.
 
 The contrast needs the mean of the whole view, so the operations before it are in the pass before.
 """
@@ -39,20 +39,21 @@ def colour(
     BEFORE_CONTRAST: tl.constexpr,
 ) -> None:
     """With BEFORE_CONTRAST: apply the operations that precede the contrast to `pixels`. Without it:
-    apply the others to the views that have contrast; `pixels` is then the scratch memory.
+    apply the others to the views that have contrast; `pixels` is then the scratch memory, which
+    has a plane for each channel, so that a thread reads and writes four levels at once.
     """
     blocks: tl.constexpr = (S * S + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // blocks
     pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < S * S
     words += row * WORDS
-    source = pixels + row.to(tl.int64) * (S * S * 3) + pixel * 3
+    view = pixels + row.to(tl.int64) * (S * S * 3)
     position = tl.load(words + CONTRAST_POSITION)
     if BEFORE_CONTRAST:
-        r, g, b = _load(source, inside)
+        r, g, b = _load(view + pixel * 3, 1, inside)
         colour_before_contrast(r, g, b, words, row, sums, scratch, out, pixel, inside, S)
     elif position < 4:
-        r, g, b = _load(source, inside)
+        r, g, b = _load(view + pixel, S * S, inside)
         mean = (2 * tl.load(sums + row) + S * S) // (2 * S * S)
         r, g, b = _jitter(r, g, b, words, position, 4, mean.to(tl.int32))
         _grey_and_finish(r, g, b, words, row, scratch, out, pixel, inside, S)
@@ -80,7 +81,7 @@ def colour_before_contrast(
     r, g, b = _jitter(r, g, b, words, 0, position, 0)
     if position < 4:
         tl.atomic_add(sums + row, tl.sum(tl.where(inside, _lightness(r, g, b), 0)).to(tl.int64))
-        _store(scratch, r, g, b, row, pixel, inside, S)
+        _keep(scratch, r, g, b, row, pixel, inside, S)
     else:
         _grey_and_finish(r, g, b, words, row, scratch, out, pixel, inside, S)
 
@@ -106,13 +107,14 @@ def _grey_and_finish(
         g = r
         b = r
     if tl.load(words + BOX) >= 0:
-        _store(scratch, r, g, b, row, pixel, inside, S)
+        _keep(scratch, r, g, b, row, pixel, inside, S)
     else:
         threshold = solarize_threshold(words)
         red = normalize(r, threshold, RED_SCALE, RED_SHIFT)
         green = normalize(g, threshold, GREEN_SCALE, GREEN_SHIFT)
         blue = normalize(b, threshold, BLUE_SCALE, BLUE_SHIFT)
-        _store(out, red, green, blue, row, pixel, inside, S)
+        target = out + row.to(tl.int64) * (S * S * 3) + pixel * 3
+        _store(target, 1, red, green, blue, inside)
 
 
 @triton.jit
@@ -127,8 +129,8 @@ def normalize(level: tensor, threshold: tensor, SCALE: tl.constexpr, SHIFT: tl.c
 
 
 @triton.jit
-def _store(
-    memory: tensor,
+def _keep(
+    scratch: tensor,
     r: tensor,
     g: tensor,
     b: tensor,
@@ -137,18 +139,25 @@ def _store(
     inside: tensor,
     S: tl.constexpr,
 ) -> None:
-    """Store into `memory` [rows, S, S, 3]; tl.store converts to its type."""
-    target = memory + row.to(tl.int64) * (S * S * 3) + pixel * 3
-    tl.store(target, r, mask=inside)
-    tl.store(target + 1, g, mask=inside)
-    tl.store(target + 2, b, mask=inside)
+    target = scratch + row.to(tl.int64) * (S * S * 3) + pixel
+    _store(target, S * S, r, g, b, inside)
 
 
 @triton.jit
-def _load(source: tensor, inside: tensor) -> tensor:
+def _store(
+    target: tensor, STEP: tl.constexpr, r: tensor, g: tensor, b: tensor, inside: tensor
+) -> None:
+    """Store channels that lie STEP apart; tl.store converts to the memory's type."""
+    tl.store(target, r, mask=inside)
+    tl.store(target + STEP, g, mask=inside)
+    tl.store(target + 2 * STEP, b, mask=inside)
+
+
+@triton.jit
+def _load(source: tensor, STEP: tl.constexpr, inside: tensor) -> tensor:
     r = tl.load(source, mask=inside, other=0).to(tl.int32)
-    g = tl.load(source + 1, mask=inside, other=0).to(tl.int32)
-    b = tl.load(source + 2, mask=inside, other=0).to(tl.int32)
+    g = tl.load(source + STEP, mask=inside, other=0).to(tl.int32)
+    b = tl.load(source + 2 * STEP, mask=inside, other=0).to(tl.int32)
     return r, g, b
 
 

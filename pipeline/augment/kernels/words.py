@@ -16,4 +16,6 @@ FACTORS = tl.constexpr(10)  # float32: brightness, contrast, saturation
 BOX = tl.constexpr(13)  # pixels of full weight on either side in a box of the blur; -1: no blur
 BOX_NEAR = tl.constexpr(14)  # weight of these pixels, in 2^-24
 BOX_FAR = tl.constexpr(15)  # weight of the next pixel on either side
-WORDS = tl.constexpr(16)
+FIRST_LINE = tl.constexpr(16)  # where the view begins among the lines of all crops
+LOW_BITS = tl.constexpr(17)  # of a weight's two parts in the resize across
+WORDS = tl.constexpr(18)

@@ -20,9 +20,10 @@ from pipeline.errors import UserError
 from pipeline.views import ViewConfig, sample_views
 from tests.helpers.betons import varied, write_beton
 from tools.benchmark import __main__ as benchmark
-from tools.benchmark.stages import COPY, least_bytes, operations, repeated
+from tools.benchmark import measure, options
+from tools.benchmark.stages import COPY, STAGES, least_bytes, operations, repeated
 from tools.benchmark.timing import Bench, Result, Work
-from tools.benchmark.verdict import compare, verdict
+from tools.benchmark.verdict import FINISHED, compare, verdict
 from tools.report.schema import Rates
 from train.config import load_config
 from train.run.log import Stopwatch
@@ -80,6 +81,7 @@ def test_every_stage_is_measured_and_written_down(
         ("decode", "libjpeg-turbo", None, None),
         ("decode", "loader", None, None),
         ("decode", "loader", "host", None),
+        ("decode", "loader", "host", FINISHED),
         ("params", "numba", None, None),
         ("transfer", "memory copy", None, None),
         ("step", "plain", None, None),
@@ -89,9 +91,10 @@ def test_every_stage_is_measured_and_written_down(
         ("augment", "kornia", None, "normalise"),
         *(
             ("pipeline", name, crops, None)
-            for name in ("reference", "kornia")
+            for name in ("reference", "compiled", "kornia")
             for crops in ("device", "host")
         ),
+        ("pipeline", "compiled", "host", "overlap"),
     }
     assert [row["threads"] for row in rows if row["backend"] == "libjpeg-turbo"] == [1, 2]
     for row in rows:
@@ -127,6 +130,11 @@ benchmark.main()
     assert {row["stage"] for row in content["results"]} == {"transfer", "augment"}  # the copy
 
 
+def test_each_stage_is_explained() -> None:
+    """Without it a new stage is missing from --help, or --help names one that there is not."""
+    assert list(STAGES) == list(options.STAGES)
+
+
 def test_a_benchmark_that_fails_keeps_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +144,7 @@ def test_a_benchmark_that_fails_keeps_what_it_measured(
         raise RuntimeError("no memory")
 
     path = tmp_path / "bench.json"
-    monkeypatch.setattr(benchmark, "STAGES", {"params": benchmark.STAGES["params"], "step": fail})
+    monkeypatch.setattr(measure, "STAGES", {"params": STAGES["params"], "step": fail})
     options = ["--synthetic", "--device", "cpu", "--batch", "2", "--repeats", "1", "--json", path]
     arguments = ["benchmark", "params", "step", *map(str, options), "--seconds", "0.001"]
     monkeypatch.setattr("sys.argv", arguments)
@@ -340,6 +348,38 @@ VERDICTS: dict[str, tuple[list[Result], int, list[str]]] = {
         [DECODE, result("decode", "loader", 700, crops="host"), STEP, path(650, crops="host")],
         8,
         ["decoding (700", "7 threads"],
+    ),
+    "views finished by the decoding threads": (
+        [
+            DECODE,
+            result("decode", "loader", 800, crops="host"),
+            result("decode", "loader", 700, crops="host", operation=FINISHED),
+            path(650, "compiled", "host"),
+        ],
+        2,
+        ["data.backend=compiled, data.crops=host", "decoding (700"],
+    ),
+    "the processor's views leave the GPU to training": (
+        [
+            STEP,
+            path(6000),
+            path(4000, "compiled", "host"),
+            path(1500, operation="overlap", wait_share=0.0, ratio=0.75),
+            path(1800, "compiled", "host", operation="overlap", wait_share=0.0, ratio=0.9),
+        ],
+        64,
+        ["finishes (data.backend=compiled, data.crops=host) are the better choice", "1.2 times"],
+    ),
+    "the processor is too slow for the GPU": (
+        [
+            STEP,
+            path(6000),
+            path(900, "compiled", "host"),
+            path(1500, operation="overlap", wait_share=0.0, ratio=0.75),
+            path(850, "compiled", "host", operation="overlap", wait_share=0.5, ratio=0.4),
+        ],
+        2,
+        ["no better choice here: with them training ran at 850 images/s, 0.57 times"],
     ),
     "both share a processor": (
         [STEP, path(6000), path(1500, operation="overlap", wait_share=0.01, ratio=0.75)],

@@ -10,6 +10,7 @@ import torch
 from pipeline import turbojpeg
 from pipeline.beton import Beton
 from tests.helpers.betons import varied, write_beton
+from tools.benchmark import decoders
 from tools.benchmark import stages as benchmark_stages
 from tools.benchmark.timing import Bench
 from train.config import load_config
@@ -72,3 +73,18 @@ def test_the_ceiling_decodes_as_the_loader_does(
     benchmark_stages._decode_part(beton, iter(jpegs))
     assert len(made) == IMAGES
     assert all(np.array_equal(pixels, beton.decode(i)) for i, pixels in enumerate(made))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("name", ["dali", "torchvision"])
+def test_other_decoders_decode_the_same_images(beton: Beton, name: str, device: str) -> None:
+    """Without it a decoder that skips or swaps images has a false rate, or an unknown error."""
+    if name == "dali":
+        pytest.importorskip("nvidia.dali")
+    jpegs = [jpeg for jpeg, *_ in benchmark_stages._jpegs(beton, np.arange(IMAGES))]
+    decode = getattr(decoders, name)(jpegs, 4, 1, torch.device(device))
+    decode()
+    largest, mean = decoders.difference(decode, map(beton.decode, range(IMAGES)))
+    assert mean < 1 and (device == "cuda" or largest == 0), (largest, mean)
+    wrong = (pixels ^ 16 for pixels in map(beton.decode, range(IMAGES)))
+    assert decoders.difference(decode, wrong)[1] > 14

@@ -210,7 +210,7 @@ def test_a_manifest_that_is_no_file(beton: Path, capsys: pytest.CaptureFixture[s
     path = manifest_path(beton)
     for make, reason in (
         (lambda: path.symlink_to("nowhere"), "No such file"),
-        (lambda: os.mkfifo(path), "not a file"),
+        (lambda: os.mkfifo(path), "not a regular file"),
     ):
         path.unlink()
         make()

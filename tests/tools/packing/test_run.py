@@ -367,7 +367,7 @@ def test_stores(tmp_path: Path) -> None:
             assert set(beton.records[:, 4]) == {0}
         else:
             assert set(beton.records[:, 4]) == {1}
-            assert manifest.stored == {"original": 0, "jpeg": 0, "raw": 3}
+            assert manifest.stored == {"original": 0, "tiles": 0, "jpeg": 0, "raw": 3}
 
 
 @pytest.mark.parametrize(
@@ -418,4 +418,4 @@ def test_json_of_a_manifest(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "o.beton.json").read_text())
     assert content["count"] == len(content["records"]) == 5
     assert content["bytes"] == (tmp_path / "o.beton").stat().st_size
-    assert content["stored"] == {"original": 3, "jpeg": 0, "raw": 2}
+    assert content["stored"] == {"original": 3, "tiles": 0, "jpeg": 0, "raw": 2}

@@ -20,7 +20,8 @@ from tools.report import __main__ as report
 from tools.report import results
 from tools.report.charts import MAX_POINTS, dot_chart, histogram, line_chart, short, thin, ticks
 from tools.report.one_run import listed
-from tools.report.results import PICTURES, RESULTS, wait_share
+from tools.report.parts import PICTURES, RESULTS
+from tools.report.results import wait_share
 
 VOID_ELEMENTS = {"meta", "img", "br", "line", "circle", "polyline", "rect"}
 MACHINE = {

@@ -124,6 +124,10 @@ def test_resuming_from_damage_is_one_line(run: RunConfig, copy: Path, name: str)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
         trainer(config, "auto")
+    file.write_bytes(b"\x80\x02.")  # a pickle that takes a value from an empty stack
+    rewrite_record(file.parent)
+    with pytest.raises(UserError, match=f"{name}: damaged"):
+        trainer(config, "auto")
     file.unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
         trainer(config, "auto")

@@ -75,6 +75,8 @@ def refusal(
         ("ACCELERATE_DEBUG_MODE", "2", "must be true or false, not '2'"),
         ("ACCELERATE_CPU_AFFINITY", "all", "must be true or false, not 'all'"),
         ("ACCELERATE_TORCH_DEVICE", "cuda:1", "a run chooses its device"),
+        ("ACCELERATE_FP8_BACKEND", "TE", "is 'TE': fp8 is not supported"),
+        ("ACCELERATE_FP8_BACKEND", "", "is '': fp8 is not supported"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
         ("ACCELERATE_USE_FSDP", "1", "FSDP is not supported"),
         ("ACCELERATE_USE_MEGATRON_LM", "True", "Megatron-LM is not supported"),
@@ -160,12 +162,40 @@ def test_one_process_instead_of_two_is_said(tmp_path: Path) -> None:
     assert ended.returncode and len(lines) == 1 and "torchrun --nproc_per_node" in lines[0]
 
 
+@pytest.mark.parametrize("module", ["train.pretrain", "transfer.segmentation", "evaluation.slots"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_LOG_LEVEL", "loud"),
+        ("ACCELERATE_LOG_LEVEL", ""),
+        ("USE_TORCH_XLA", "maybe"),
+        ("ACCELERATE_USE_MEGATRON_LM", "maybe"),
+    ],
+)
+def test_what_accelerate_reads_when_it_is_imported(
+    module: str, name: str, value: str, tmp_path: Path
+) -> None:
+    """Without it each command ends in a traceback, before it can look at the environment."""
+    nothing = str(tmp_path / "none")
+    arguments = {
+        "evaluation.slots": ["--checkpoint", nothing, "--data", nothing],
+        "transfer.segmentation": ["--evaluate", nothing],
+    }.get(module, ["--config", "configs/demo_cpu.yaml", "--data.path", nothing])
+    ended = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT, env=os.environ | {name: value}, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {name} must be") and ended.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE must be 1 to"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT must be 1 to 65535"),
         ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "MASTER_ADDR: not set"),
+        (TORCHRUN | {"OMP_NUM_THREADS": "4,2"}, "OMP_NUM_THREADS must be a whole number"),
         ({"RANK": "1"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set"),
     ],
 )

@@ -243,6 +243,8 @@ def chain(levels: int) -> str:
         ("a: " + "9" * 5000, "is no integer of 64 bits"),
         ("a: 0x" + "f" * 5000, "is no integer of 64 bits"),
         ("a: 0x_", "is no integer of 64 bits"),
+        ("a: 010", "line 1: 010: write a number in plain digits"),  # 8 in YAML 1.1
+        ("a: 1:30", "line 1: 1:30: write a number in plain digits"),  # 90 in YAML 1.1
         ("a: b\0c", "special characters are not allowed"),
         ("a: !!timestamp x", "only plain values are read"),
         ("a: 1\nb: 2\na: 3", "line 3: a is given a second time"),
@@ -391,7 +393,18 @@ def test_print_config_shows_all_values(capsys: pytest.CaptureFixture[str]) -> No
         (["--data", "{path: x, on_corrupt: 3}"], "data.on_corrupt must be one of stop, replace"),
         (["--a\nb", "x"], "unknown key 'a\\nb'"),
         (["--data.path", "x", "--name", "x\ny"], "name must be made of"),
+        (["--data.path", "x", "--name", "-x"], "name must be made of"),
+        (["--data.path", "x", "--name", ".x"], "name must be made of"),
         (["--data.path", "x" * 5000], "data.path must be text"),
+        (["--train.epochs", "-3", "--print_config"], "train.epochs must be at least 1, not -3"),
+        (
+            ["--data.path", "x", "--name", "x", "--train.view_sizes", "[[0, 9]]", "--print_config"],
+            "train.view_sizes",
+        ),
+        (
+            ["--data.path", "x", "--name", "x", "--log.trackers", "[wandb, wandb]"],
+            "log.trackers must be without repetition",
+        ),
         (["--log.trackers+", "x"], "unknown key log.trackers+ (did you mean log.trackers?)"),
     ],
 )

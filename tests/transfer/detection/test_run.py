@@ -126,7 +126,7 @@ def test_training_images_are_not_scored(tmp_path: Path) -> None:
     config = small_config(tmp_path, tmp_path)
     build(config)
     one = tmp_path / "val2017/000000000002.png"
-    shutil.copy(tmp_path / "train2017" / one.name, one)
+    shutil.copy(tmp_path / "train2017" / "000000000003.png", one)  # under another name
     message = r"val2017\.json: {} of the 3 images to score are in the training set .*{}\.png"
     with pytest.raises(UserError, match=message.format(1, "0002")):
         build(config)

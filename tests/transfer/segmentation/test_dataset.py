@@ -172,11 +172,11 @@ def test_training_images_are_not_scored(folder: DataConfig, tmp_path: Path) -> N
     ):
         open_sets(both)
     copy = tmp_path / "val/images/val00.png"
-    shutil.copy(copy, tmp_path / "train/images/val00.png")
-    shutil.copy(tmp_path / "val/labels/val00.png", tmp_path / "train/labels/val00.png")
+    shutil.copy(copy, tmp_path / "train/images/other.png")
+    shutil.copy(tmp_path / "val/labels/val00.png", tmp_path / "train/labels/other.png")
     with pytest.raises(UserError, match=r"1 of the 1 images to score are in the training set"):
         open_sets(folder)
-    Image.open(copy).rotate(180).save(copy)  # another picture of the same name
+    Image.open(copy).rotate(180).save(copy)  # another picture
     assert len(open_sets(folder)[0]) == 3
     (tmp_path / "val/classes.json").write_text(json.dumps(["a", "b"]))
     with pytest.raises(UserError, match="has other classes than"):

@@ -1,4 +1,4 @@
-"""Fits the probes to a training set, as the options of `evaluation.probe` say.
+"""Fits probes to features and scores them; `evaluation.probe` is the command.
 
 Letters: B images, D features, Q cells to classify, C classes, h w cells of an image.
 """
@@ -13,11 +13,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from evaluation.commands import (
+    facts,
+    in_words,
+    require_table,
+    samples_of,
+    squares_of,
+    write_results,
+)
 from evaluation.datasets.label_maps import VOID
-from evaluation.datasets.labelled_images import LabelledSquares
+from evaluation.datasets.labelled_images import LabelledImages
+from evaluation.datasets.labelled_squares import LabelledSquares
+from evaluation.datasets.open import labelled_from
 from evaluation.datasets.random_squares import HUMMINGBIRD, LEOPART, RandomSquares, Recipe
-from evaluation.features import Features
+from evaluation.features import Features, open_all
 from evaluation.kmeans import kmeans
+from evaluation.pictures.segmentation import Column
 from evaluation.probes.linear import fit_linear
 from evaluation.probes.linear_sgd import Schedule, fit_sgd
 from evaluation.probes.memory import LabelledFeatures, Memory, gather_memory
@@ -26,7 +37,7 @@ from evaluation.probes.retrieval import Retrieval
 from evaluation.probes.selection import Held, regressions, select, votes
 from evaluation.probes.voting import gather_pixels, join_pixels
 from evaluation.reduction import fit_reduction
-from evaluation.scoring import Predictor
+from evaluation.scoring import Counting, Predictor, Result, evaluate, print_scores, score_rows
 from pipeline.errors import UserError
 
 Head = Callable[[Tensor], Tensor]
@@ -191,3 +202,71 @@ def predictors_of(args: argparse.Namespace, task: Task) -> Iterator[Predictor]:
     if getattr(args, "head", None) == "sgd":
         return fitted_by_steps(args, task)
     return fitted_to_memory(args, standardised(task) if args.standardise else task)
+
+
+def probe(args: argparse.Namespace, task: Task) -> list[Result]:
+    """Fit and score the probe for each seed. Raises UserError."""
+    keep = samples_of(args, task.val.images).tolist()
+    counting = Counting([args.match], args.absent)
+    return [
+        result
+        for predictor in predictors_of(args, task)
+        for result in evaluate(predictor, task.val, counting, keep=keep)
+    ]
+
+
+def check_classes(args: argparse.Namespace, train: LabelledImages) -> None:
+    """Refuse settings that do not fit the classes. Raises UserError."""
+    void_as = getattr(args, "void_as", None)
+    if void_as is not None and not 0 <= void_as < train.num_classes:
+        raise UserError(f"--void-as {void_as}: the classes are 0 to {train.num_classes - 1}")
+    require_table(args, train)
+
+
+def open_both(args: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:
+    """The training set and the set to score. Raises UserError if their classes differ, or if they
+    share an image.
+    """
+    val, train = labelled_from(args), labelled_from(args, "train-")
+    if train.names != val.names:
+        raise UserError(f"{train.source}: has other classes than {val.source}")
+    common = {path.resolve() for path in train.paths} & {path.resolve() for path in val.paths}
+    if common:
+        raise UserError(f"{min(common)}: belongs to the training set and to the set to score")
+    return train, val
+
+
+def score_probes(args: argparse.Namespace) -> None:
+    """Fit, score, print, and write the files that the options name. Raises UserError."""
+    train, val = (squares_of(args, data) for data in open_both(args))
+    check_classes(args, train.images)
+    if std := getattr(args, "std", None):
+        train, val = (replace(squares, std=std) for squares in (train, val))
+    names = val.images.class_names
+    common = {
+        "probe": args.probe,
+        "train_images": len(train.images),
+        "train_list": str(args.train_list) if args.train_list else train.images.selection,
+        "size": val.size,
+        "match": args.match,
+        "absent": args.absent,
+    } | facts(args, val.images)
+    rows: list[dict[str, Any]] = []
+    columns: list[Column] = []
+    for network in open_all(args.features, args.checkpoint, args.weights, train):
+        results = probe(args, Task(network, train, val))
+        pixels = results[0].score.pixels
+        for result in results:
+            head = common | {
+                "network": network.name,
+                "seed": result.seed,
+                "memory": result.memory,
+            }
+            rows += score_rows(result.score, names, head)
+        iou = np.mean([result.score.iou for result in results], axis=0)
+        columns.append(Column(network.name, results[0].kept, results[0].score.classes, iou))
+        note = f"seeds: {len(results)}; {in_words(common, results[0].memory)}"
+        if len(results) < len(args.seeds):
+            note += " (one result for all seeds: the memory holds all cells)"
+        print_scores(network.name, [result.score for result in results], note)
+    write_results(args, rows, columns, val, train.images, pixels=pixels)

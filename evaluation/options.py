@@ -1,0 +1,104 @@
+"""Options that the commands share, and their checks: what --help needs, without torch."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.datasets.images import FIT_HELP, FITS
+from evaluation.datasets.open import add_dataset_options
+from evaluation.pictures.drawing import check_picture
+from evaluation.protocols import ABSENT, MATCHES, Table
+from pipeline.errors import UserError
+from train.run.cli import CommandParser, check_writable
+
+SHOWN = 5
+"""Prototypes in each column of the picture of evaluation.slots."""
+FEATURES_HELP = (
+    "teacher, student: encoders of the run; projector: the teacher's encoder and projector; "
+    "untrained: the run's encoder before training; supervised: torchvision's weights for the same "
+    "ResNet (supervised:resnet18: for another); timm:NAME: any timm model (needs the extra "
+    "[timm]); pixels: mean colours of blocks of 8×8 pixels"
+)
+
+
+def add_scoring_options(parser: CommandParser, features: list[str], table: Table) -> None:
+    """The options of commands that score features on labelled images. `features` is the default;
+    `table` has the protocols and the usual values of settings, see `protocols.settle`.
+    """
+    if protocols := [name for name in table if name]:
+        parser.add_argument(
+            "--protocol",
+            choices=protocols,
+            help="settings of a published evaluator; prints what it sets",
+        )
+    else:
+        parser.set_defaults(protocol=None)
+    parser.add_argument("--checkpoint", type=Path, help="run folder, or one of its checkpoints")
+    add_dataset_options(parser)
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        default=features,
+        metavar="SPEC",
+        help=f"features to score (default: {' '.join(features) or 'none'}). {FEATURES_HELP}",
+    )
+    parser.add_argument("--weights", type=Path, help="file of weights for supervised or timm:NAME")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help=f"random seeds, one result each ({' '.join(map(str, table[None]['seeds']))})",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        help="side of the evaluated square in pixels (320 for 224-pixel views, others in "
+        "proportion)",
+    )
+    parser.add_argument("--fit", choices=FITS, help=f"how images become squares. {FIT_HELP}")
+    parser.add_argument(
+        "--match",
+        choices=MATCHES,
+        help="class of a cluster: one to one by most pixels or by the sum of IoU, by the majority "
+        f"of its pixels or by its best IoU, or its own number ({table[None]['match']})",
+    )
+    parser.add_argument(
+        "--absent",
+        choices=ABSENT,
+        help="classes that are neither labelled nor predicted: left out of mIoU, or 0 (skip)",
+    )
+    parser.add_argument(
+        "--standardise",
+        action="store_true",
+        default=None,
+        help="subtract the mean of each feature, divide by its deviation",
+    )
+    parser.add_argument("--batch", type=int, default=8, help="images at once (8)")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument(
+        "--picture", type=Path, help="draw samples and IoU by class to this file (.png)"
+    )
+
+
+def check_scoring_options(args: argparse.Namespace, positive: Sequence[str]) -> None:
+    """Refuse bad options before any work; `positive` as in `require_positive`. Raises UserError."""
+    require_positive(args, ("batch", "size", *positive))
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise UserError("--seeds must be different and at least 0")
+    check_outputs(args)
+
+
+def require_positive(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise UserError if one of these options is given and not above 0."""
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise UserError if --json or --picture cannot be written."""
+    if args.json:
+        check_writable("--json", args.json)
+    if args.picture:
+        check_picture("--picture", args.picture)

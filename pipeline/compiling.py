@@ -1,0 +1,97 @@
+"""Numba's compiler, with a cache on disk that is safe to trust.
+
+Numba's own cache looks at one file: code that was compiled together with a function of another file
+stays in use when that other one changes. It ends in a traceback when its files are damaged, when
+the disk is full, or when no folder can be written. And of two processes that store two signatures
+of a function at once, one may find the other's code. Here all of this means only: compile again.
+"""
+
+import contextlib
+import hashlib
+import pickle
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+_PLAIN = (bool, int, float, str, bytes, tuple, np.generic)
+"""Types of the constants that compiled code may have from another file."""
+_DIGEST = hashlib.sha256().digest_size
+
+
+def njit(*, cache: bool, **options: Any) -> Callable[[Any], Any]:
+    """`numba.njit`, whose code is kept for the next process if `cache` is set."""
+
+    def compiled(function: Any) -> Any:
+        dispatcher = numba.njit(**options)(function)
+        if cache:
+            with contextlib.suppress(RuntimeError):  # no folder can be written
+                dispatcher._cache = _Kept(function)
+        return dispatcher
+
+    return compiled
+
+
+class _Kept(FunctionCache):
+    """The cache of one function."""
+
+    def __init__(self, function: Any) -> None:
+        """Raises RuntimeError if no folder can be written."""
+        super().__init__(function)
+        self.stamp = _stamp(function)
+        self._cache_file = _Files(self.cache_path, self._impl.filename_base, self.stamp)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk
+            super().save_overload(sig, data)
+
+
+class _Files(IndexDataCacheFile):
+    """The files of a function. Each holds the key of its code and ends with a checksum."""
+
+    def save(self, key: Any, data: Any) -> None:
+        super().save(key, (key, data))
+
+    def load(self, key: Any) -> Any:
+        found = super().load(key)
+        return found[1] if found and found[0] == key else None
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            index: dict[Any, str] = super()._load_index()
+        except Exception:  # damaged: pickle raises many types
+            return {}
+        return index
+
+    def _load_data(self, name: str) -> Any:
+        content = Path(self._data_path(name)).read_bytes()
+        if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
+            raise OSError(f"{name}: damaged")  # to Numba the same as a file that is gone
+        return pickle.loads(content)
+
+    def _dump(self, obj: Any) -> bytes:
+        content: bytes = super()._dump(obj)
+        return content + hashlib.sha256(content).digest()
+
+
+def _stamp(function: Any) -> str:
+    """A checksum of all that the code of a function is made of: its file, and the compiled
+    functions and constants that its file has from others.
+    """
+    digest = hashlib.sha256(_text(function.__code__.co_filename))
+    for name, value in sorted(function.__globals__.items()):
+        kept = getattr(value, "_cache", None)
+        if isinstance(kept, _Kept):
+            digest.update(f"{name} {kept.stamp};".encode())
+        elif isinstance(value, _PLAIN) and not name.startswith("__"):
+            digest.update(f"{name} {value!r};".encode())
+    return digest.hexdigest()
+
+
+@cache
+def _text(path: str) -> bytes:
+    return Path(path).read_bytes()

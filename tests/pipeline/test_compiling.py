@@ -1,0 +1,130 @@
+"""Compiled code is kept for the next process, and nothing that is kept can do harm."""
+
+import importlib.util
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numba
+import pytest
+from numba.core.caching import CacheImpl
+
+from pipeline import compiling
+
+INNER = """
+from pipeline.compiling import njit
+
+STEP = 1
+
+@njit(cache=True)
+def inner(x):
+    return x + STEP
+"""
+OUTER = """
+from inner import STEP, inner
+from pipeline.compiling import njit
+
+@njit(cache=True)
+def outer(x):
+    return 10 * inner(x) + STEP
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Two files, the second with a function that calls one of the first."""
+    (tmp_path / "inner.py").write_text(INNER)
+    (tmp_path / "outer.py").write_text(OUTER)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    yield tmp_path
+    sys.modules.pop("inner", None)
+
+
+def start(folder: Path) -> ModuleType:
+    """`outer` as a new process would import it."""
+    compiling._text.cache_clear()
+    for name in ("inner", "outer"):
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        exec(compile((folder / f"{name}.py").read_text(), str(folder / f"{name}.py"), "exec"),
+             module.__dict__)  # fmt: skip  # not through .pyc files, whose times are too coarse
+    return sys.modules.pop("outer")
+
+
+def call(folder: Path, x: float) -> tuple[float, bool]:
+    """The result in a new process, and whether the code was there already."""
+    outer = start(folder).outer
+    return outer(x), bool(sum(outer.stats.cache_hits.values()))
+
+
+def files(folder: Path, kind: str) -> list[Path]:
+    return sorted((folder / "cache").rglob(f"outer.outer*.{kind}"))
+
+
+def test_the_second_process_compiles_nothing(folder: Path) -> None:
+    """Without it each process waits seconds for its first batch."""
+    assert [call(folder, 2), call(folder, 2), call(folder, 2.5)] == [
+        (31, False), (31, True), (36.0, False),
+    ]  # fmt: skip
+
+
+def test_a_change_in_another_file_is_noticed(folder: Path) -> None:
+    """Numba's own cache looks at one file. Without it an update that changes a function, or a
+    constant, goes on with the old code in all functions that call it.
+    """
+    call(folder, 2)
+    (folder / "inner.py").write_text(INNER.replace("x + STEP", "x - STEP"))
+    assert call(folder, 2) == (11, False)
+    (folder / "inner.py").write_text(INNER.replace("STEP = 1", "STEP = 3"))
+    assert call(folder, 2) == (53, False)
+    assert call(folder, 2) == (53, True)
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other"])
+def test_damaged_files_are_compiled_again(folder: Path, kind: str, damage: str) -> None:
+    """After a power cut files may be empty. Without it every later start ends in a traceback, or
+    runs damaged machine code.
+    """
+    call(folder, 2)
+    for path in files(folder, kind):
+        content = bytearray(path.read_bytes())
+        if damage == "flipped":
+            for i in range(20, len(content), 97):
+                content[i] ^= 0x10
+        cut = {"empty": 0, "cut": len(content) // 2}.get(damage, len(content))
+        path.write_bytes(b"something else" if damage == "other" else content[:cut])
+    assert call(folder, 2) == (31, False)
+    assert call(folder, 2) == (31, True)
+
+
+def test_code_of_another_signature_is_not_taken(folder: Path) -> None:
+    """Two processes that store two signatures at once may give them the same file. Without it one
+    of them later runs the code of the other.
+    """
+    call(folder, 2)
+    call(folder, 2.5)
+    first, second = files(folder, "nbc")
+    first.write_bytes(second.read_bytes())
+    assert {call(folder, 2), call(folder, 2.5)} == {(31, False), (36.0, True)}
+
+
+def test_a_full_disk_is_no_error(folder: Path) -> None:
+    """Without it a run ends because its compiled code cannot be stored."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        assert call(folder, 2) == (31, False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert call(folder, 2) == (31, False)
+
+
+def test_without_a_folder_to_write_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it nothing can be imported in a container whose file system is read-only."""
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert [call(folder, 2), call(folder, 2)] == [(31, False)] * 2

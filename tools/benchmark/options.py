@@ -1,0 +1,256 @@
+"""The options of the benchmark and their checks: what --help needs, without torch."""
+
+import argparse
+import math
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.choices import BACKENDS
+from pipeline.errors import UserError
+from train.run.cli import CommandParser, check_writable
+
+EXAMPLES = """examples:
+  python -m tools.benchmark all --data coco.beton --config configs/coco_r50_800ep.yaml \\
+      --batch 512 --threads 16 --json h200.json --plot h200.png
+  python -m tools.benchmark decode --data coco.beton --threads 1 2 4
+  python -m tools.benchmark augment transfer --synthetic --batch 512 --backends kornia triton
+  python -m tools.benchmark step --synthetic --config configs/coco_r50_800ep.yaml --batch 512 \\
+      --also compile checkpointing --largest-batch --plot step.png
+  python -m tools.benchmark cost --config coco_r50_800ep --minutes 1 --json cost.json
+  python -m tools.benchmark cost --config coco_r50_800ep --config ablations/progressive_160_224
+  python -m tools.benchmark --compare before.json after.json
+
+Stages
+{stages}
+  cost      alone: step and loader for a minute, then hours, energy and CO2e of the whole recipe
+
+images/s are medians; lowest and highest are those of the repeats. GB/s count the bytes that must
+move at least.
+"""
+
+MOST_THREADS = 1024  # enough for any machine; the system kills processes with far more
+CO2_PER_KWH = 445.0
+"""g CO2 a kWh: the world's electricity in 2024 (IEA, Electricity 2025, "Emissions")."""
+
+STAGES = {
+    "read": (
+        "Records into memory, not decoded: from the page cache; then from the disk, unless "
+        "the system ignores the advice to forget the pages. Bytes: the records'."
+    ),
+    "decode": (
+        "Bare libjpeg-turbo on bytes in memory, the upper bound; the loader, which reads and "
+        "decodes the same images into canvases; the loader that cuts both crops too, and the one "
+        "that finishes both views; DALI's decoder, and with a GPU torchvision's, and how far their "
+        "pixels are from libjpeg-turbo's. Bytes: the images' pixels."
+    ),
+    "params": (
+        "All random numbers of a batch's pairs of views, on one core by Numba, as in training."
+    ),
+    "transfer": (
+        "Canvases from pinned host memory to the device; a plain copy in the memory where "
+        "views are made, the upper bound of every pass over it. Bytes: the canvases'; of a "
+        "copy, read and written."
+    ),
+    "augment": (
+        "Both views of decoded images by each backend: the whole recipe; crop and resize with "
+        "one operation more; normalisation of finished crops. Bytes: crops read, views "
+        "written."
+    ),
+    "step": (
+        "A training step on views that are already on the device: the plain recipe, the "
+        "trainer's step and the variants of --also by turns; then parts, operators, launches "
+        "and memory of each."
+    ),
+    "pipeline": (
+        "The whole data path, from the beton to views on the device, by each backend, with "
+        "crops on the device, on the host, by DALI; then training from the fastest of each, and "
+        'from views that the decoding threads finish ("overlap"), and its wait for data. Bytes: '
+        "the records'."
+    ),
+}
+"""What each stage of `tools.benchmark.stages` measures."""
+FROM_A_FILE = ("read", "decode", "pipeline")
+"""Stages that need a beton."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "compile": {"compile": True, "checkpointing": False},
+    "checkpointing": {"checkpointing": True, "compile": False},
+    "exact": {"slot_selection": "exact"},
+    "static": {"slot_selection": "static"},
+    "nchw": {"channels_last": False},
+}
+"""Settings of `efficiency` that can be measured besides the configuration's."""
+
+
+def parse(argv: Sequence[str], description: str = "") -> argparse.Namespace:
+    """The options; `config` becomes the arguments of `load_config`."""
+    stages = "\n".join(
+        textwrap.fill(
+            text,
+            width=100,
+            initial_indent=f"  {name:10}",
+            subsequent_indent=" " * 12,
+        )
+        for name, text in STAGES.items()
+    )
+    parser = CommandParser(
+        prog="python -m tools.benchmark",
+        description=description,
+        epilog=EXAMPLES.format(stages=stages),
+    )
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}, or all")
+    _add_subject(parser)
+    _add_extent(parser)
+    _add_cost(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar="FILE.json",
+        help="print the ratios between the --json files of two runs",
+    )
+    args = parser.parse_args(argv)
+    files = args.config or [_config("demo_cpu")]
+    args.config = [word for file in files for word in ("--config", file)]
+    return args
+
+
+def _add_subject(parser: CommandParser) -> None:
+    """Options that choose the data, the model and the machine."""
+    parser.add_argument("--data", help="the beton to measure on")
+    parser.add_argument(
+        "--synthetic",
+        action="store_true",
+        help="generated canvases instead of a beton: params, transfer, augment, step",
+    )
+    parser.add_argument(
+        "--config",
+        type=_config,
+        action="append",
+        help="views, model and precision: a file, or the name of a file in configs/ (demo_cpu);"
+        " a later file overrides an earlier one",
+    )
+    parser.add_argument(
+        "--batch", type=int, help="images in a batch (64; cost: the recipe's on a GPU, 4 on a CPU)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[len(os.sched_getaffinity(0))],
+        help="decoding threads (all cores); decode is measured with each of several numbers, all"
+        " other stages with the largest",
+    )
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        choices=VARIANTS,
+        default=[],
+        help="step: also measure it with these efficiency settings",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(the GPU, if there is one)")
+
+
+def _add_extent(parser: CommandParser) -> None:
+    """Options that choose the length of the measurement."""
+    parser.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="step: find the largest batch that fits the GPU, to an eighth",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="repeats after one warm-up (5)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="length of a repeat, at least one batch (0.5)"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        help="largest number of images read and decoded at a time (256 for each thread)",
+    )
+
+
+def _add_cost(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--minutes", type=float, default=1.0, help="cost: length of the measurement, about (1)"
+    )
+    parser.add_argument(
+        "--watts", type=float, help="cost: power of a GPU, if nvidia-ml-py is missing"
+    )
+    parser.add_argument(
+        "--co2-per-kwh",
+        type=float,
+        default=CO2_PER_KWH,
+        metavar="GRAMS",
+        help=f"cost: CO2 of electricity ({CO2_PER_KWH:.0f}: the world's in 2024, by the IEA's"
+        " Electricity 2025)",
+    )
+
+
+def _config(name: str) -> str:
+    """The path of a configuration, from its path or its bare name."""
+    known = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    return str(known) if known.is_file() and not Path(name).is_file() else name
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options that cannot be measured, before the first measurement. Raises UserError."""
+    for stage in args.stages:
+        if stage not in (*STAGES, "all", "cost"):
+            raise UserError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}, all, cost")
+    if "cost" in args.stages:
+        check_cost(args)
+    elif not args.stages:
+        raise UserError(f"name a stage: {', '.join(STAGES)}, or all")
+    elif bool(args.data) == args.synthetic:
+        raise UserError("give either --data FILE.beton or --synthetic")
+    needing = [stage for stage in FROM_A_FILE if stage in args.stages]
+    if args.synthetic and needing:
+        raise UserError(f"--synthetic has no file, which {' and '.join(needing)} would measure")
+    check_numbers(args)
+    if args.plot and args.plot.suffix.lower() != ".png":
+        raise UserError(f"--plot {args.plot}: must end in .png")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path:
+            check_writable(option, path)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse impossible amounts, and work that needs a GPU; choose the device if none is given.
+    Raises UserError.
+    """
+    import torch  # a second, which --help does not wait for
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    images, batch = (1 if n is None else n for n in (args.images, args.batch))
+    if min(batch, *args.threads, args.repeats, images) < 1 or not 0 < args.seconds < math.inf:
+        raise UserError(
+            "--batch, --threads, --repeats and --images must be at least 1, --seconds above 0"
+        )
+    if max(args.threads) > MOST_THREADS:
+        raise UserError(f"--threads: at most {MOST_THREADS}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU here")
+    if args.device == "cpu" and args.largest_batch:
+        raise UserError("--largest-batch: needs a GPU, whose memory it fills")
+    if args.device == "cpu" and args.backends == ["triton"]:
+        raise UserError("--backends triton: needs a GPU; the interpreter is for tests only")
+
+
+def check_cost(args: argparse.Namespace) -> None:
+    """Refuse options that do not apply to `cost`. Raises UserError."""
+    if args.stages != ["cost"] or args.synthetic or args.plot:
+        raise UserError("cost cannot be combined with other stages, --synthetic or --plot")
+    usual = parse(["cost"])
+    for name in ("also", "backends", "images", "repeats", "seconds"):
+        if getattr(args, name) != getattr(usual, name):
+            raise UserError(
+                f"cost: --{name} has no effect here; --minutes sets the length of the measurement"
+            )
+    positive = (args.minutes, args.co2_per_kwh, 1 if args.watts is None else args.watts)
+    if not all(0 < value < math.inf for value in positive):
+        raise UserError("--minutes, --watts and --co2-per-kwh must be above 0")
