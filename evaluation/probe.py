@@ -131,8 +131,6 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--neighbours must be above 0, not {min(args.neighbours)}")
         if args.vote == "cells" and (len(args.neighbours) > 1 or args.distance != ["cosine"]):
             raise UserError("--vote cells takes one number of --neighbours, and --distance cosine")
-    if args.probe == "linear" and args.head == "sgd" and args.standardise:
-        raise UserError("--head sgd learns from features as they are: not with --standardise")
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Options that a protocol can fix have no default of their own. `settle` gives eac
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Literal, get_args
 
 from pipeline.errors import UserError
@@ -122,6 +122,14 @@ LINEAR: Table = {
 MANY: Table = {None: _BY_ID | {"clusters": 500, "standardise": False, "memory": 100_000}}
 """Of clusters that are named after classes of a training set."""
 
+UNUSED = {
+    ("vote", "pixels"): {"temperature", "void_as", "crops", "memory"},
+    ("head", "adamw"): {"epochs", "step_images"},
+    ("head", "sgd"): {"steps", "memory", "standardise"},
+    ("head", "lbfgs"): {"steps", "epochs", "step_images", "learning_rate", "memory"},
+}
+"""Settings of a probe that this vote or head has no use for."""
+
 
 def clusters_itself(protocol: str | None) -> bool:
     """Whether the protocol says how clusters are found: a run's prototypes are no such clusters."""
@@ -130,7 +138,8 @@ def clusters_itself(protocol: str | None) -> bool:
 
 def settle(args: argparse.Namespace, table: Table) -> None:
     """Give each setting of `table` its value: that of args.protocol, else the user's, else the
-    usual one. Prints what the protocol sets. Raises UserError for a setting that contradicts it.
+    usual one. Prints what the protocol sets. Raises UserError for a setting that contradicts it,
+    and for one that the user gives and nothing uses.
     """
     protocol = args.protocol
     fixed = table[protocol] if protocol is not None else {}
@@ -141,14 +150,23 @@ def settle(args: argparse.Namespace, table: Table) -> None:
                 f"--protocol {protocol} sets {flag(name, value)}: {flag(name, given)} contradicts"
                 " it"
             )
-    for name, usual in table[None].items():
-        if getattr(args, name) is None:
-            setattr(args, name, usual)
+    chosen = {name for name in table[None] if getattr(args, name) is not None}
+    for name in table[None].keys() - chosen:
+        setattr(args, name, table[None][name])
     for name, value in fixed.items():
         setattr(args, name, value)
+    require_used(args, chosen - fixed.keys())
     if fixed:
         listed = ", ".join(flag(name, value) for name, value in fixed.items())
         print(f"protocol {protocol} ({SOURCES[protocol]}): {listed}", flush=True)
+
+
+def require_used(args: argparse.Namespace, chosen: Set[str]) -> None:
+    """Raise UserError if one of the settings `chosen` is in `UNUSED` by the vote or head."""
+    for (setting, choice), unused in UNUSED.items():
+        if getattr(args, setting, None) == choice and (wrong := sorted(chosen & unused)):
+            options = ", ".join(flag(name, getattr(args, name)) for name in wrong)
+            raise UserError(f"{flag(setting, choice)} has no use for {options}")
 
 
 def flag(name: str, value: Any) -> str:

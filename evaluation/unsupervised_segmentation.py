@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from evaluation.options import add_scoring_options, check_scoring_options
-from evaluation.protocols import CLUSTERS, KMEANS, UPSAMPLE, clusters_itself, settle
+from evaluation.protocols import CLUSTERS, KMEANS, UPSAMPLE, clusters_itself, flag, settle
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, run
 
@@ -79,6 +79,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse bad options before any work. Raises UserError."""
+    of_kmeans = ("clusters", "kmeans", "restarts", "pca", "standardise", "seeds")
+    if not args.features:
+        for name in of_kmeans:
+            if (value := getattr(args, name)) is not None:
+                raise UserError(f"{flag(name, value)} is for k-means, which needs --features")
     settle(args, CLUSTERS)
     check_scoring_options(args, ["clusters", "restarts", "pca", "masks"])
     if len(set(args.features)) < len(args.features):

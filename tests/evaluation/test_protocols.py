@@ -136,7 +136,14 @@ def test_leoparts_linear_classifier_learns(data: Path, monkeypatch: pytest.Monke
         (("knn", "--neighbours", "0"), "--neighbours must be above 0, not 0"),
         (("knn", "--vote", "pixels", "--size", "41"), "41 pixels are no multiple of 2 × 2 cells"),
         (("linear", "--protocol", "leopart"), "10 images do not fill a step of 60"),
-        (("linear", "--head", "sgd", "--standardise"), "not with --standardise"),
+        (("linear", "--head", "sgd", "--standardise"), "--head sgd has no use for --standardise"),
+        (("linear", "--protocol", "neco", "--steps", "9"), "--head sgd has no use for --steps 9"),
+        (("linear", "--head", "lbfgs", "--memory", "all"), "--head lbfgs has no use for --memory"),
+        (("linear", "--epochs", "3"), "--head adamw has no use for --epochs 3"),
+        (
+            ("knn", "--vote", "pixels", "--void-as", "0", "--crops"),
+            "--vote pixels has no use for --crops, --void-as 0",
+        ),
     ],
 )
 def test_contradictions_are_one_line(
