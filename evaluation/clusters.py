@@ -3,51 +3,99 @@ command.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from evaluation.commands import samples_of, squares_of, write_results
-from evaluation.confusion import score_grouping
+from evaluation.commands import (
+    facts,
+    in_words,
+    require_table,
+    samples_of,
+    squares_of,
+    write_results,
+)
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, open_all
-from evaluation.kmeans import kmeans, sample_cells
+from evaluation.kmeans import RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
-from evaluation.scoring import Predictor, Result, evaluate, print_scores, score_rows
-from evaluation.segment import Segmenter
+from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
+from evaluation.reduction import fit_reduction
+from evaluation.scoring import (
+    Counting,
+    Predictor,
+    Result,
+    evaluate,
+    print_scores,
+    score_rows,
+)
+from evaluation.segment import Segmenter, assign, assign_cells
 from pipeline.errors import UserError
 
+Decide = Callable[[Tensor, int], Tensor]
+"""As `Predictor.decide`."""
+DECIDE: dict[str, Decide] = dict(zip(UPSAMPLE, (assign, assign, assign_cells), strict=True))
+"""By --upsample."""
 
-def prototype_clusters(name: str, network: Segmenter, seed: int, temperature: float) -> Predictor:
-    """Clusters that are a network's prototypes. `temperature` is that of its assignments."""
-    return Predictor(
-        name, "prototypes", [seed], lambda images: [network.segment(images)[0] / temperature]
-    )
+
+def prototype_clusters(
+    name: str, network: Segmenter, seed: int, temperature: float, decide: Decide, unit: bool
+) -> Predictor:
+    """Clusters that are a network's prototypes. `temperature` is that of its assignments; `unit` as
+    in `Clusters.logits`.
+    """
+
+    def logits(images: Tensor) -> list[Tensor]:
+        scores, features = network.segment(images)
+        if not unit:
+            scores = scores * torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        return [scores / temperature]
+
+    return Predictor(name, "prototypes", [seed], logits, decide)
 
 
 def kmeans_clusters(
-    features: Features, squares: LabelledSquares, num_clusters: int, seeds: list[int]
+    features: Features, squares: LabelledSquares, args: argparse.Namespace
 ) -> Predictor:
-    """K = `num_clusters` clusters of `features` of the images: k-means from a start for each seed.
-    All starts share one sample of cells. Raises UserError.
+    """Clusters of `features` of the images: k-means for each of args.seeds. All share one sample of
+    cells. Raises UserError.
     """
-    name = f"{features.name}, k-means"
+    name, seeds = f"{features.name}, k-means", args.seeds
+    count = args.clusters or squares.images.num_classes
+    recipe = RECIPES[args.kmeans]
+    if args.standardise or args.pca:
+        features = reduced(features, squares, args)
     maps = (features(b.normalised(squares.device)) for b in squares.batches(f"{name}: cells"))
-    cells = sample_cells(maps, len(squares.images), seeds[0])
+    cells = sample_cells(maps, len(squares.images), seeds[0], most=recipe.most(count))
+    cosine = features.cosine and args.kmeans != "faiss"
     try:
-        fits = [kmeans(cells, num_clusters, seed, cosine=features.cosine) for seed in seeds]
+        fits = [
+            kmeans(cells, count, seed, cosine=cosine, recipe=recipe, restarts=args.restarts)
+            for seed in seeds
+        ]
     except ValueError as error:
-        raise UserError(f"--clusters {num_clusters}: {error}") from None
+        raise UserError(f"--clusters {count}: {error}") from None
 
     def logits(images: Tensor) -> list[Tensor]:
         maps = features(images)
-        return [clusters.logits(maps) for clusters in fits]
+        return [clusters.logits(maps, args.upsample != "features") for clusters in fits]
 
-    return Predictor(name, "k-means", seeds, logits)
+    return Predictor(name, "k-means", seeds, logits, DECIDE[args.upsample], memory=len(cells))
+
+
+def reduced(features: Features, squares: LabelledSquares, args: argparse.Namespace) -> Features:
+    """`features`, standardised and projected as the options say. Raises UserError."""
+    progress = f"{features.name}: mean and variance"
+    maps = (features(b.normalised(squares.device)) for b in squares.batches(progress))
+    try:
+        return fit_reduction(maps, standardise=args.standardise, pca=args.pca).of(features)
+    except ValueError as error:
+        raise UserError(f"{features.name}: {error}") from None
 
 
 def with_mirror_image(predictor: Predictor) -> Predictor:
@@ -61,6 +109,16 @@ def with_mirror_image(predictor: Predictor) -> Predictor:
     return replace(predictor, logits=averaged)
 
 
+def counting_of(args: argparse.Namespace, num_classes: int) -> Counting:
+    """How the options count."""
+    matches: list[Match] = [args.match]
+    if args.match == BY_COUNT:
+        one_to_one = args.clusters in (None, num_classes)
+        matches = ["iou"] if one_to_one else ["majority", "majority-iou"]
+    as_many = args.protocol is not None and args.match == "pixels"
+    return Counting(matches, args.absent, args.masks, as_many)
+
+
 def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Iterator[Predictor]:
     """The clusterings that the options name, one at a time. Opens all networks first, so that a
     missing file is found before any computation.
@@ -68,16 +126,20 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
     data = squares.images
     if args.features and args.clusters is None and data.names is None:
         raise UserError("k-means needs --clusters: no class table says how many classes")
+    if args.features:
+        counting = counting_of(args, data.num_classes)
+        counting.require(args.clusters or data.num_classes, data.names, "k-means")
     opened = open_all(args.features, args.checkpoint, args.weights, squares)
-    if args.checkpoint is not None:
+    if args.checkpoint is not None and not clusters_itself(args.protocol):
         trained, config = load_network(args.checkpoint, squares.device)
         seed, temperature = config.train.seed, config.model.teacher_temp
-        yield prototype_clusters("trained", trained, seed, temperature)
+        how = DECIDE[args.upsample], args.upsample != "features"
+        yield prototype_clusters("trained", trained, seed, temperature, *how)
         if args.baseline == "untrained":
             network = untrained_network(config.model, seed, squares)
-            yield prototype_clusters("untrained", network, seed, temperature)
+            yield prototype_clusters("untrained", network, seed, temperature, *how)
     for features in opened:
-        yield kmeans_clusters(features, squares, args.clusters or data.num_classes, args.seeds)
+        yield kmeans_clusters(features, squares, args)
 
 
 def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
@@ -88,37 +150,41 @@ def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> lis
         "num_clusters": result.num_clusters,
         "crf": result.crf,
         "seed": result.seed,
+        "match": result.match,
+        "memory": result.memory,
     }
     used = "used_prototypes" if result.kind == "prototypes" else "used_clusters"
     return score_rows(result.score, names, head | common, used)
 
 
-def print_results(results: list[Result]) -> None:
-    """One line for each network, over its seeds."""
+def print_results(results: list[Result], facts: dict[str, Any]) -> None:
+    """One line for each network, over its seeds; `facts` of `commands.facts`."""
     for name in dict.fromkeys(result.network for result in results):
         same = [result for result in results if result.network == name]
         kind = "prototypes" if same[0].kind == "prototypes" else "clusters"
         note = f"{same[0].score.used} of {same[0].num_clusters} {kind} in use"
-        print_scores(
-            name, [r.score for r in same], note if len(same) == 1 else f"{len(same)} seeds"
-        )
+        note = note if len(same) == 1 else f"{len(same)} seeds"
+        note = f"{note}; {in_words(facts, same[0].memory)}"
+        print_scores(name, [result.score for result in same], note)
 
 
 def score_clusters(args: argparse.Namespace) -> None:
     """Score, print, and write the files that the options name. Raises UserError."""
     data = labelled_from(args)
+    require_table(args, data)
     squares, keep = squares_of(args, data), samples_of(args, data).tolist()
-    common = {"flip": args.flip, "images": len(data), "size": squares.size, "dataset": args.dataset}
+    counting = counting_of(args, data.num_classes)
+    common = {"flip": args.flip, "size": squares.size, "absent": args.absent} | facts(args, data)
     results: list[Result] = []
     predictors = open_predictors(args, squares)
     for predictor in map(with_mirror_image, predictors) if args.flip else predictors:
-        scored = evaluate(predictor, squares, score_grouping, crf=args.crf, keep=keep)
-        print_results(scored)
+        scored = evaluate(predictor, squares, counting, crf=args.crf, keep=keep)
+        print_results(scored, common)
         results += scored
     rows = [row for result in results for row in result_rows(result, data.class_names, common)]
     first = {result.network: result for result in reversed(results)}  # the first seed of each
     columns = [
-        Column(name, first[name].kept, first[name].score.cluster, first[name].score.iou)
+        Column(name, first[name].kept, first[name].score.classes, first[name].score.iou)
         for name in dict.fromkeys(result.network for result in results)
     ]
-    write_results(args, rows, columns, squares)
+    write_results(args, rows, columns, squares, pixels=results[0].score.pixels)

@@ -40,9 +40,14 @@ class Features:
     """k-means compares directions of features; otherwise distances."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S], ImageNet-normalised, on the network's device → [B, D, h, w]."""
+        """Images [B, 3, S, S], ImageNet-normalised, on the network's device → [B, D, h, w]. Raises
+        UserError if a feature is NaN or infinite: it would be nearest to nothing, or to everything.
+        """
         with torch.inference_mode():
-            return self.function(images).float()
+            features = self.function(images).float()
+            if not bool(features.isfinite().all()):
+                raise UserError(f"{self.name}: features with NaN or infinite values")
+        return features
 
 
 def block_means(images: Tensor) -> Tensor:

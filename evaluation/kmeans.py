@@ -23,11 +23,39 @@ COSINE_TEMPERATURE = 0.07
 """SlotCon's temperature for cells and prototypes, used here for cells and centres."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How clusters are found."""
+
+    greedy: bool = True
+    """Start by greedy k-means++; otherwise from K of the cells."""
+    cells_per_cluster: int | None = None
+    """Cluster a sample of so many cells times K; None: of `SAMPLE_FLOATS` floats."""
+    tolerance: float = 1e-4
+    """Stop when the mean squared step of the centres is at most this share of the mean variance of
+    a feature."""
+    max_iterations: int = 100
+
+    def most(self, num_clusters: int) -> int | None:
+        """Cells to sample at most; None for no other bound than the sample's."""
+        return self.cells_per_cluster and self.cells_per_cluster * num_clusters
+
+
+RECIPES = {"greedy": Recipe(), "faiss": Recipe(greedy=False, cells_per_cluster=256, tolerance=0)}
+"""By name on the command line. faiss: what faiss.Kmeans does by default, with 100 iterations as
+Leopart and NeCo call it."""
+
+
 def sample_cells(
-    batches: Iterable[Tensor], num_images: int, seed: int, floats: int = SAMPLE_FLOATS
+    batches: Iterable[Tensor],
+    num_images: int,
+    seed: int,
+    floats: int = SAMPLE_FLOATS,
+    most: int | None = None,
 ) -> Tensor:
     """Features [B, D, h, w] of N = `num_images` images, batch by batch → [M, D]: a uniform sample
-    of their cells, in order; all of them if they have at most `floats` numbers. M·D ≤ `floats`.
+    of their cells, in order; all of them if they have at most `floats` numbers. M·D ≤ `floats`,
+    M ≤ `most`.
 
     The sample depends on `seed` and N, not on the batches. Raises ValueError if there are none.
     """
@@ -37,7 +65,7 @@ def sample_cells(
         cells = features.permute(0, 2, 3, 1).flatten(0, 2)  # [B·h·w, D]
         if sample is None:
             total = num_images * features.shape[2] * features.shape[3]
-            size = min(total, max(floats // features.shape[1], 1))
+            size = min(total, max(floats // features.shape[1], 1), most or total)
             chosen = np.random.default_rng(seed).choice(total, size, replace=False)
             chosen.sort()
             sample = cells.new_empty(size, features.shape[1])
@@ -63,15 +91,17 @@ class Clusters:
     iterations: int
 
     @full_precision
-    def logits(self, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor, unit: bool = True) -> Tensor:
         """Features [B, D, h, w] → [B, K, h, w]: log-likelihood of each cluster, up to a constant
         for each cell. The nearest centre has the largest.
 
-        The result is affine in the features (with `cosine`, in their directions). Bilinear
-        upsampling therefore gives the same clusters for logits as for features.
+        The result is affine in the features (with `cosine` and `unit`, in their directions).
+        Bilinear upsampling therefore gives the same clusters for logits as for features. Without
+        `unit`, with `cosine`, a cell's logits grow with its length: their upsampling gives the
+        clusters of features that are upsampled first and then normalised.
         """
         if self.cosine:
-            features = F.normalize(features, dim=1)
+            features = F.normalize(features, dim=1) if unit else features
             return torch.einsum("kd,bdhw->bkhw", self.centres, features) / COSINE_TEMPERATURE
         # A Gaussian around each centre, all of the same variance.
         closeness = torch.einsum("kd,bdhw->bkhw", 2 * self.centres, features)
@@ -89,23 +119,35 @@ def kmeans(
     seed: int,
     *,
     cosine: bool = True,
-    tolerance: float = 1e-4,
-    max_iterations: int = 100,
+    recipe: Recipe = RECIPES["greedy"],
+    restarts: int = 1,
 ) -> Clusters:
-    """Cluster cells [M, D] on their device, from a k-means++ start drawn with `seed`.
+    """Cluster cells [M, D] on their device: of `restarts` starts drawn with `seed` the one that
+    ends with the lowest inertia.
 
-    Stops when the mean squared step of the centres is at most `tolerance` times the mean variance
-    of a feature. A cluster that loses its last cell restarts at the cell farthest from its centre.
-    Raises ValueError if there are fewer cells than clusters.
+    A cluster that loses its last cell restarts at the cell farthest from its centre. Raises
+    ValueError if there are fewer cells than clusters.
     """
     if len(cells) < num_clusters:
         raise ValueError(f"{len(cells)} cells are fewer than {num_clusters} clusters")
     if cosine:
         cells = F.normalize(cells, dim=1)
-    stop = tolerance * float(cells.var(dim=0, correction=0).mean())
-    centres = plus_plus(cells, num_clusters, np.random.default_rng(seed))
+    generator = np.random.default_rng(seed)
+    ends = [_lloyd(cells, num_clusters, generator, cosine, recipe) for _ in range(restarts)]
+    return min(ends, key=lambda clusters: clusters.inertia)
+
+
+def _lloyd(
+    cells: Tensor, num_clusters: int, generator: np.random.Generator, cosine: bool, recipe: Recipe
+) -> Clusters:
+    """Lloyd's iterations from one start."""
+    stop = recipe.tolerance * float(cells.var(dim=0, correction=0).mean())
+    if recipe.greedy:
+        centres = plus_plus(cells, num_clusters, generator)
+    else:
+        centres = cells[generator.choice(len(cells), num_clusters, replace=False)]
     step, iterations = math.inf, 0
-    while step > stop and iterations < max_iterations:
+    while step > stop and iterations < recipe.max_iterations:
         moved = mean_of_nearest(cells, centres, cosine)
         step = float((moved - centres).square().sum(dim=1).mean())
         centres, iterations = moved, iterations + 1

@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.datasets.images import FIT_HELP, FITS
 from evaluation.datasets.open import add_dataset_options
 from evaluation.pictures.drawing import check_picture
+from evaluation.protocols import ABSENT, MATCHES, Table
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, check_writable
 
@@ -19,10 +21,18 @@ FEATURES_HELP = (
 )
 
 
-def add_scoring_options(parser: CommandParser, features: list[str], seeds: list[int]) -> None:
-    """The options of commands that score features on labelled images; `features` and `seeds` are
-    the defaults.
+def add_scoring_options(parser: CommandParser, features: list[str], table: Table) -> None:
+    """The options of commands that score features on labelled images. `features` is the default;
+    `table` has the protocols and the usual values of settings, see `protocols.settle`.
     """
+    if protocols := [name for name in table if name]:
+        parser.add_argument(
+            "--protocol",
+            choices=protocols,
+            help="settings of a published evaluator; prints what it sets",
+        )
+    else:
+        parser.set_defaults(protocol=None)
     parser.add_argument("--checkpoint", type=Path, help="run folder, or one of its checkpoints")
     add_dataset_options(parser)
     parser.add_argument(
@@ -37,14 +47,31 @@ def add_scoring_options(parser: CommandParser, features: list[str], seeds: list[
         "--seeds",
         type=int,
         nargs="+",
-        default=seeds,
-        help=f"random seeds, one result each ({' '.join(map(str, seeds))})",
+        help=f"random seeds, one result each ({' '.join(map(str, table[None]['seeds']))})",
     )
     parser.add_argument(
         "--size",
         type=int,
         help="side of the evaluated square in pixels (320 for 224-pixel views, others in "
         "proportion)",
+    )
+    parser.add_argument("--fit", choices=FITS, help=f"how images become squares. {FIT_HELP}")
+    parser.add_argument(
+        "--match",
+        choices=MATCHES,
+        help="class of a cluster: one to one by most pixels or by the sum of IoU, by the majority "
+        f"of its pixels or by its best IoU, or its own number ({table[None]['match']})",
+    )
+    parser.add_argument(
+        "--absent",
+        choices=ABSENT,
+        help="classes that are neither labelled nor predicted: left out of mIoU, or 0 (skip)",
+    )
+    parser.add_argument(
+        "--standardise",
+        action="store_true",
+        default=None,
+        help="subtract the mean of each feature, divide by its deviation",
     )
     parser.add_argument("--batch", type=int, default=8, help="images at once (8)")
     parser.add_argument("--json", type=Path, help="write the results to this file")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.options import add_scoring_options, check_scoring_options
+from evaluation.protocols import ALL_CELLS, KNN, LINEAR, MANY, settle
+from pipeline.errors import UserError
 from train.run.cli import CommandParser, run
 
 EXAMPLES = """examples:
@@ -19,41 +21,84 @@ EXAMPLES = """examples:
   python -m evaluation.probe linear --checkpoint runs/camvid --dataset camvid --root CamVid
   python -m evaluation.probe clusters --clusters 200 --features timm:vit_small_patch16_224.dino \\
       --dataset voc --root VOCdevkit/VOC2012
+  python -m evaluation.probe knn --protocol hummingbird --size 448 --memory 1024000 \\
+      --features timm:vit_small_patch16_224.dino --dataset voc-aug --root VOCdevkit/VOC2012
 """
+
+TABLES = {"knn": KNN, "linear": LINEAR, "clusters": MANY}
+"""Settings and protocols of each probe."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m evaluation.probe", description=__doc__, epilog=EXAMPLES)
     probes = parser.add_subparsers(dest="probe", required=True, metavar="{knn,linear,clusters}")
-    knn = add_probe(probes, "knn", "dense k-NN retrieval (Hummingbird, arXiv 2306.01667)")
-    knn.add_argument(
+    add_knn_options(add_probe(probes, "knn", "dense k-NN retrieval (Hummingbird, CAPI)"))
+    add_linear_options(add_probe(probes, "linear", "a linear classifier of cells, trained"))
+    clusters = add_probe(probes, "clusters", "k-means clusters, each named by its pixels' majority")
+    clusters.add_argument("--clusters", type=int, metavar="K", help="number of clusters (500)")
+    return parser.parse_args(argv)
+
+
+def add_knn_options(parser: CommandParser) -> None:
+    parser.add_argument(
         "--neighbours",
         type=int,
-        default=30,
+        nargs="+",
         metavar="K",
-        help="nearest training cells of a cell (30)",
+        help="nearest training cells of a cell (30); of several the best on a tenth of the "
+        "training images, with --vote pixels",
     )
-    knn.add_argument(
-        "--temperature", type=float, default=0.02, help="temperature of the vote (0.02)"
+    parser.add_argument("--temperature", type=float, help="temperature of the vote (0.02)")
+    parser.add_argument(
+        "--vote",
+        choices=["cells", "pixels"],
+        help="cells: shares of labels, weighted by similarity; pixels: the most frequent label at "
+        "each place of the cells, all cells kept (cells)",
     )
-    linear = add_probe(probes, "linear", "BatchNorm and a 1×1 convolution, trained")
-    linear.add_argument(
-        "--steps", type=int, default=1000, help="training steps of 1,024 cells (1000)"
+    parser.add_argument(
+        "--distance",
+        nargs="+",
+        choices=["cosine", "L2"],
+        help="of cells, with --vote pixels; of several the best (cosine)",
     )
-    linear.add_argument(
-        "--learning-rate", type=float, default=0.01, help="learning rate of AdamW (0.01)"
+    parser.add_argument(
+        "--void-as", type=int, metavar="N", help="void pixels of the training set are class N"
     )
-    clusters = add_probe(probes, "clusters", "k-means clusters, each named by its pixels' majority")
-    clusters.add_argument(
-        "--clusters", type=int, default=500, metavar="K", help="number of clusters (500)"
+
+    parser.add_argument(
+        "--crops",
+        action="store_true",
+        default=None,
+        help="fill the memory from random crops in random colours, as open-hummingbird-eval does",
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--std",
+        type=float,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="deviation by which pixels are divided (ImageNet's, 0.229 0.224 0.225)",
+    )
+
+
+def add_linear_options(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--head",
+        choices=["adamw", "sgd", "lbfgs"],
+        help="adamw: BatchNorm and a 1×1 convolution, on a sample of cells; sgd: a 1×1 convolution "
+        "on random crops; lbfgs: logistic regression on cells, its penalty selected (adamw)",
+    )
+    parser.add_argument("--steps", type=int, help="steps of 1,024 cells, of adamw (1000)")
+    parser.add_argument("--epochs", type=int, help="of sgd (25)")
+    parser.add_argument(
+        "--step-images", type=int, metavar="N", help="images of a step, of sgd (60)"
+    )
+    parser.add_argument("--learning-rate", type=float, help="of adamw and sgd (0.01)")
 
 
 def add_probe(probes: Any, name: str, summary: str) -> CommandParser:
     """The parser of one probe, with the options that all probes have."""
     parser: CommandParser = probes.add_parser(name, help=summary, description=summary)
-    add_scoring_options(parser, features=["teacher"], seeds=[0, 1, 2])
+    add_scoring_options(parser, ["teacher"], TABLES[name])
     parser.add_argument("--train-images", type=Path, help="folder of training images")
     parser.add_argument("--train-labels", type=Path, help="folder of their label PNGs")
     parser.add_argument(
@@ -64,18 +109,33 @@ def add_probe(probes: Any, name: str, summary: str) -> CommandParser:
     )
     parser.add_argument(
         "--memory",
-        type=int,
-        default=100_000,
+        type=cells,
         metavar="CELLS",
-        help="cells of the training set to keep and learn from (100000)",
+        help="cells of the training set to keep and learn from, or all (100000)",
     )
     return parser
 
 
+def cells(text: str) -> int:
+    """A number of cells, or all."""
+    return ALL_CELLS if text == "all" else int(text)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse bad options before any work. Raises UserError."""
+    settle(args, TABLES[args.probe])
+    counts = ("memory", "steps", "clusters", "temperature", "learning_rate", "epochs")
+    check_scoring_options(args, (*counts, "step_images"))
+    if args.probe == "knn":
+        if min(args.neighbours) < 1:
+            raise UserError(f"--neighbours must be above 0, not {min(args.neighbours)}")
+        if args.vote == "cells" and (len(args.neighbours) > 1 or args.distance != ["cosine"]):
+            raise UserError("--vote cells takes one number of --neighbours, and --distance cosine")
+
+
 def main() -> None:
     args = parse(sys.argv[1:])
-    counts = ("memory", "neighbours", "steps", "clusters", "temperature", "learning_rate")
-    check_scoring_options(args, counts)
+    check(args)
     from evaluation.probes.scores import score_probes  # slow: --help does not wait for it
 
     score_probes(args)

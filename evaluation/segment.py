@@ -49,6 +49,14 @@ def segment_images(
         yield Segmented(batch, scores.float(), features.float())
 
 
+def assign_cells(scores: Tensor, size: int) -> Tensor:
+    """Scores [B, K, h, w] → int64 [B, R, R]: the prototype with the highest score in the cell that
+    torch's nearest neighbour takes for each pixel.
+    """
+    winner = scores.argmax(dim=1, keepdim=True).double()
+    return F.interpolate(winner, (size, size), mode="nearest")[:, 0].long()
+
+
 def assign(scores: Tensor, size: int | tuple[int, int], align_corners: bool = False) -> Tensor:
     """Scores [B, K, h, w] → int64 [B, H, W]: the prototype with the highest score at each pixel.
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from evaluation.options import add_scoring_options, check_scoring_options
+from evaluation.protocols import CLUSTERS, KMEANS, UPSAMPLE, clusters_itself, flag, settle
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, run
 
@@ -20,6 +21,10 @@ EXAMPLES = """examples:
       --root data/coco --features teacher pixels --seeds 0 1 2 --flip --crf --picture eval.png
   python -m evaluation.unsupervised_segmentation --features supervised timm:vit_small_patch16_224.dino \\
       --dataset camvid --root data/CamVid --clusters 11
+  python -m evaluation.unsupervised_segmentation --protocol picie --checkpoint runs/coco \\
+      --dataset coco-stuff --root data/coco
+  python -m evaluation.unsupervised_segmentation --protocol leopart --clusters 500 \\
+      --features timm:vit_small_patch16_224.dino --dataset voc --root VOCdevkit/VOC2012
 """  # noqa: E501
 
 
@@ -29,15 +34,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         epilog=EXAMPLES,
     )
-    add_scoring_options(parser, features=[], seeds=[0])
+    add_scoring_options(parser, features=[], table=CLUSTERS)
     parser.add_argument(
         "--clusters", type=int, metavar="K", help="of k-means (default: the number of classes)"
     )
     parser.add_argument(
-        "--crf", action="store_true", help="also score the clusters refined to colour edges"
+        "--kmeans",
+        choices=KMEANS,
+        help="start of k-means and number of cells: greedy k-means++ and all that fit, or as faiss "
+        "by default, from K of 256 K cells, by distance (greedy)",
     )
     parser.add_argument(
-        "--flip", action="store_true", help="average each image with its mirror image"
+        "--restarts", type=int, metavar="N", help="starts of k-means, of which the best counts (1)"
+    )
+    parser.add_argument(
+        "--pca", type=int, metavar="N", help="cluster N principal components of the features"
+    )
+    parser.add_argument(
+        "--upsample",
+        choices=UPSAMPLE,
+        help="what is upsampled: scores of cells, bilinearly; features, which are then normalised; "
+        "or nothing: each pixel takes the cluster of its cell (scores)",
+    )
+    parser.add_argument(
+        "--masks",
+        type=int,
+        metavar="SIDE",
+        help="compare predictions and labels at so many pixels (that of the images)",
+    )
+    parser.add_argument(
+        "--crf",
+        action="store_true",
+        default=None,
+        help="also score the clusters refined to colour edges",
+    )
+    parser.add_argument(
+        "--flip", action="store_true", default=None, help="average each image with its mirror image"
     )
     parser.add_argument(
         "--baseline", choices=["untrained"], help="also score the prototypes of this network"
@@ -47,13 +79,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse bad options before any work. Raises UserError."""
-    check_scoring_options(args, ["clusters"])
+    of_kmeans = ("clusters", "kmeans", "restarts", "pca", "standardise", "seeds")
+    if not args.features:
+        for name in of_kmeans:
+            if (value := getattr(args, name)) is not None:
+                raise UserError(f"{flag(name, value)} is for k-means, which needs --features")
+    settle(args, CLUSTERS)
+    check_scoring_options(args, ["clusters", "restarts", "pca", "masks"])
     if len(set(args.features)) < len(args.features):
         raise UserError("--features names the same features twice")
     if args.checkpoint is None and not args.features:
         raise UserError("nothing to score: needs --checkpoint or --features")
     if args.checkpoint is None and args.baseline:
         raise UserError(f"--baseline {args.baseline} needs --checkpoint")
+    if clusters_itself(args.protocol) and (args.baseline or not args.features):
+        raise UserError(
+            f"--protocol {args.protocol} clusters features by k-means: it needs --features, and has"
+            " no --baseline"
+        )
+    one_to_one = args.protocol is not None and args.match == "pixels"
+    if one_to_one and args.subset == "all":
+        raise UserError(f"--protocol {args.protocol} scores PiCIE's images: not --subset all")
+    if args.crf and (args.masks or args.upsample != "scores"):
+        raise UserError("--crf refines upsampled scores: not with --masks or another --upsample")
+    if args.match == "none":
+        raise UserError("--match none: clusters are no classes; evaluation.probe predicts classes")
 
 
 def main() -> None:

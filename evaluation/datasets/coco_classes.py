@@ -55,6 +55,23 @@ CLASSES = [*THING_ORDER, *STUFF]
 """The 27 names by class id."""
 
 
+THINGS_12, STUFF_15 = sorted(THINGS), sorted(STUFF)
+"""COCO-Things and COCO-Stuff of Leopart and NeCo: half of the supercategories each, by name."""
+
+PANOPTIC_MOVES = {
+    "fog": "sky",
+    "floor-stone": "ground",
+    "napkin": "raw-material",
+    "carpet": "textile",
+}
+"""Categories of COCO-Stuff that panoptic labels count to another of the 27."""
+PANOPTIC_DROPS = (
+    "furniture-other", "metal", "plastic", "solid-other", "structural-other", "waterdrops",
+    "textile-other", "cloth", "clothes", "plant-other", "wood", "ground-other",
+)  # fmt: skip
+"""Categories of COCO-Stuff that panoptic labels leave void."""
+
+
 def coarse_classes() -> dict[int, int]:
     """COCO id (80 things of 1 … 90, stuff 92 … 182) → class id 0 … 26."""
     things = [(name, group) for group, names in THINGS.items() for name in names.split(", ")]
@@ -64,6 +81,20 @@ def coarse_classes() -> dict[int, int]:
         for number, (name, group) in enumerate(things + stuff, start=1)
         if not name.startswith("(")
     }
+
+
+def stuff_15_table(unknown: int, less_one: bool) -> np.ndarray:
+    """int64 [256]: class 0 … 14 of each id of stuff, 255 for things and for pixels without label.
+
+    The ids are those of stuffthingmaps (`less_one`: 0 to 181, 255), or of COCO's own pixel maps of
+    stuff (92 to 182, 0 for no label, 183 for things). Others become `unknown`.
+    """
+    table = np.full(256, unknown, np.int64)
+    table[[*range(91), 255] if less_one else [0, 183]] = 255
+    for number, group in coarse_classes().items():
+        if CLASSES[group] in STUFF:
+            table[number - less_one] = STUFF_15.index(CLASSES[group])
+    return table
 
 
 def stuff_map_table(unknown: int) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""Images for evaluation: sources of images, and the centre crop that every image is reduced to.
+"""Images for evaluation: sources of images, and how every image becomes a square.
 
 Letters: N images, H W a stored image's height and width, R the side of an evaluated image, in
 pixels.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -89,6 +90,62 @@ def spread(count: int, at_most: int | None) -> np.ndarray:
     """
     taken = count if at_most is None else min(count, at_most)
     return np.arange(taken, dtype=np.int64) * count // taken
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an image and its label map become squares of R × R pixels."""
+
+    whole: bool = False
+    """Scale height and width apart. Otherwise scale the shorter side, and crop at the centre."""
+    filter: Image.Resampling = Image.Resampling.BILINEAR
+    """Of the image. Bilinear and bicubic are antialiased: the filter widens with the reduction."""
+    torch_labels: bool = False
+    """Take the label's pixels that torch's nearest neighbour takes, instead of Pillow's."""
+
+    def image(self, pixels: np.ndarray, size: int) -> np.ndarray:
+        """[H, W, 3] → [R, R, 3]."""
+        if self.whole:
+            return np.asarray(Image.fromarray(pixels).resize((size, size), self.filter))
+        return centre_square(pixels, size, self.filter)
+
+    def labels(self, classes: np.ndarray, size: int) -> np.ndarray:
+        """[H, W] → [R, R]."""
+        if self.torch_labels:
+            return torch_nearest(classes, size)
+        nearest = Image.Resampling.NEAREST
+        if self.whole:
+            return np.asarray(Image.fromarray(classes).resize((size, size), nearest))
+        return centre_square(classes, size, nearest)
+
+
+FITS = {
+    "crop": Fit(),
+    "crop-nearest": Fit(filter=Image.Resampling.NEAREST),
+    "square": Fit(whole=True),
+    "square-torch": Fit(whole=True, torch_labels=True),
+    "square-bicubic": Fit(whole=True, filter=Image.Resampling.BICUBIC),
+}
+"""By name on the command line. PiCIE crops. STEGO and CAUSE scale the image, too, by nearest
+neighbour. Leopart and NeCo squash it, open-hummingbird-eval with torch's labels, CAPI by bicubic
+interpolation."""
+FIT_HELP = (
+    "crop: scale the shorter side, crop at the centre; square: squash the whole image. "
+    "crop-nearest scales the image by nearest neighbour, square-bicubic by bicubic interpolation; "
+    "square-torch takes the label's pixels that torch's nearest neighbour takes (crop)"
+)
+
+
+def torch_nearest(classes: np.ndarray, size: int) -> np.ndarray:
+    """[…, H, W] → […, R, R]: the pixels that torch's nearest neighbour takes. It rounds down, in
+    float32, and Pillow takes the pixel under the centre.
+    """
+
+    def taken(side: int) -> np.ndarray:
+        places = np.arange(size, dtype=np.float32) * np.float32(np.float32(side) / size)
+        return places.astype(np.int64).clip(max=side - 1)
+
+    return classes[..., taken(classes.shape[-2])[:, None], taken(classes.shape[-1])]
 
 
 def centre_square(pixels: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from PIL import Image
 
 from evaluation.datasets.coco_classes import CLASSES as COCO_CLASSES
+from evaluation.datasets.coco_classes import PANOPTIC_DROPS, PANOPTIC_MOVES
 from evaluation.datasets.numbering import Numbering
 from evaluation.datasets.stored_ids import MODES, REMEDY, has_channels, ids_of, palette_of
 from pipeline.errors import UserError, printable
@@ -173,17 +174,20 @@ class PanopticReader:
     """Reads COCO panoptic PNGs: the number of a segment is R + 256 G + 65536 B.
 
     A JSON `file` gives the category of each segment and the supercategory of each category. The
-    supercategory is the class here. Panoptic labels merge some of COCO-Stuff's categories across
-    supercategories (rug is textile and includes carpet, which is floor in COCO-Stuff). Scores on
-    the two data sets therefore differ.
+    supercategory is the class here; those that are not in `names` are void. Panoptic labels merge
+    some of COCO-Stuff's categories across supercategories (`PANOPTIC_MOVES`: rug is textile and
+    includes carpet, which is floor in COCO-Stuff) and drop others. Scores on the two data sets
+    therefore differ.
     """
 
     kind = MapKind("panoptic PNG", frozenset(("RGB", "RGBA", "P", "L", "1")), "RGB")
 
-    def __init__(self, file: Path, paths: Sequence[Path]) -> None:
+    def __init__(
+        self, file: Path, paths: Sequence[Path], names: Sequence[str] = COCO_CLASSES
+    ) -> None:
         """Raises UserError unless `file` describes all label maps in `paths`."""
-        self.file, self.segments = file, read_panoptic(file)
-        self.names, self.num_classes = list(COCO_CLASSES), len(COCO_CLASSES)
+        self.file, self.segments = file, read_panoptic(file, names)
+        self.names, self.num_classes = list(names), len(names)
         missing = [path.name for path in paths if path.name not in self.segments]
         if missing:
             raise UserError(
@@ -211,8 +215,15 @@ class PanopticReader:
         return classes[position].reshape(height, width)
 
     def notes(self) -> list[str]:
-        """None: segments have no numbering that could be another."""
-        return []
+        """How the 27 classes differ from COCO-Stuff's."""
+        if self.names != COCO_CLASSES:
+            return []
+        moved = ", ".join(f"{name} to {group}" for name, group in PANOPTIC_MOVES.items())
+        dropped = ", ".join(PANOPTIC_DROPS)
+        return [
+            f"panoptic labels move {len(PANOPTIC_MOVES)} categories of COCO-Stuff ({moved}) and"
+            f" make {len(PANOPTIC_DROPS)} void ({dropped}): scores differ from coco-stuff's"
+        ]
 
 
 LabelReader = IdReader | PanopticReader
@@ -228,15 +239,18 @@ def table_of(ids: Collection[int], void: Collection[int]) -> np.ndarray:
     return table
 
 
-def read_panoptic(path: Path) -> dict[str, dict[int, int]]:
-    """PNG name → segment number → class id (segment 0 is void). Raises UserError."""
+def read_panoptic(path: Path, names: Sequence[str] = COCO_CLASSES) -> dict[str, dict[int, int]]:
+    """PNG name → segment number → class id among `names` (segment 0, and supercategories of COCO's
+    that are not there, are void). Raises UserError.
+    """
     content = read_json(path, _Panoptic, PANOPTIC_BYTES, "COCO panoptic annotations")
     coarse = {}
     for category in content.categories:
         if category.supercategory not in COCO_CLASSES:
             group = category.supercategory[:99]
             raise UserError(f"{path}: supercategory {group!r} is none of COCO's 27")
-        coarse[category.id] = COCO_CLASSES.index(category.supercategory)
+        group = category.supercategory
+        coarse[category.id] = names.index(group) if group in names else VOID
     maps: dict[str, dict[int, int]] = {}
     for one in content.annotations:
         unknown = [s.category_id for s in one.segments_info if s.category_id not in coarse]

@@ -23,13 +23,22 @@ class LabelledImages:
     Raises UserError if a label map is missing.
     """
 
-    def __init__(self, pairs: Sequence[Pair], reader: LabelReader, source: Path) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], reader: LabelReader, source: Path, selection: str = "all"
+    ) -> None:
         require_labels(pairs, source)
         self.paths = [image for image, _ in pairs]
         self.label_paths = [labels for _, labels in pairs]
         self.reader, self.names, self.num_classes = reader, reader.names, reader.num_classes
         self.source = source
         """The folder of the label maps, for messages."""
+        self.selection = selection
+        """Which images of the part of the data set these are, in words."""
+
+    def only(self, numbers: np.ndarray, selection: str) -> "LabelledImages":
+        """The images `numbers`, int64 [M], described as `selection`."""
+        pairs = [(self.paths[i], self.label_paths[i]) for i in numbers]
+        return LabelledImages(pairs, self.reader, self.source, selection)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -1,4 +1,4 @@
-"""Batches of labelled images, each scaled and cropped to a square.
+"""Batches of labelled images, each cropped or squashed to a square.
 
 Letters: B images, R the side of an evaluated image, in pixels.
 """
@@ -6,9 +6,7 @@ Letters: B images, R the side of an evaluated image, in pixels.
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from evaluation.datasets.images import centre_square
 from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.squares import SquareImages, Squares
 
@@ -19,10 +17,15 @@ class LabelledSquares(SquareImages):
 
     images: LabelledImages
 
+    def square_labels(self, i: int, classes: np.ndarray) -> np.ndarray:
+        """Label map `i`, uint8 [H, W], as [R, R]."""
+        return self.fit.labels(classes, self.size)
+
     def labels(self, batch: Squares) -> np.ndarray:
-        """uint8 [B, R, R]: the label maps of a batch, cropped like its images, with nearest
-        neighbour. Raises UserError.
+        """uint8 [B, R, R]: the label maps of a batch, cropped or squashed like its images, with
+        nearest neighbour. Raises UserError.
         """
         numbers = zip(batch.index.tolist(), batch.shape, strict=True)
-        maps = (self.images.labels(i, *shape) for i, shape in numbers)
-        return np.stack([centre_square(m, self.size, Image.Resampling.NEAREST) for m in maps])
+        return np.stack(
+            [self.square_labels(i, self.images.labels(i, *shape)) for i, shape in numbers]
+        )

@@ -12,7 +12,13 @@ from typing import Literal
 import numpy as np
 
 from evaluation.datasets.coco_classes import CLASSES as COCO_CLASSES
-from evaluation.datasets.coco_classes import coarse_classes, stuff_map_table
+from evaluation.datasets.coco_classes import (
+    STUFF_15,
+    THINGS_12,
+    coarse_classes,
+    stuff_15_table,
+    stuff_map_table,
+)
 from evaluation.datasets.label_maps import (
     UNKNOWN,
     VOID,
@@ -46,7 +52,24 @@ CITYSCAPES = {
     33: "bicycle",
 }  # fmt: skip
 """The benchmark's 19 classes by their id in *_labelIds.png. Other ids up to 33 are void."""
+CITYSCAPES_27 = [
+    "road", "sidewalk", "parking", "rail track", "building", "wall", "fence", "guard rail",
+    "bridge", "tunnel", "pole", "polegroup", "traffic light", "traffic sign", "vegetation",
+    "terrain", "sky", "person", "rider", "car", "truck", "bus", "caravan", "trailer", "train",
+    "motorcycle", "bicycle",
+]  # fmt: skip
+"""Ids 7 to 33 of *_labelIds.png, which unsupervised methods score."""
 ADE20K_CLASSES = 150
+CONTEXT = [
+    "aeroplane", "bag", "bed", "bedclothes", "bench", "bicycle", "bird", "boat", "book", "bottle",
+    "building", "bus", "cabinet", "car", "cat", "ceiling", "chair", "cloth", "computer", "cow",
+    "cup", "curtain", "dog", "door", "fence", "floor", "flower", "food", "grass", "ground",
+    "horse", "keyboard", "light", "motorbike", "mountain", "mouse", "person", "plate", "platform",
+    "pottedplant", "road", "rock", "sheep", "shelves", "sidewalk", "sign", "sky", "snow", "sofa",
+    "table", "track", "train", "tree", "truck", "tvmonitor", "wall", "water", "window", "wood",
+]  # fmt: skip
+"""The 59 classes of PASCAL Context, ids 1 to 59 of its maps; 0 is background."""
+CONTEXT_FOLDERS = ("", "VOC2010/", "VOCdevkit/VOC2010/")
 
 
 @dataclass(frozen=True)
@@ -156,7 +179,26 @@ def _coco_stuff(request: Request, table: np.ndarray, other: Numbering) -> Labell
     return LabelledImages(pairs, IdReader(COCO_CLASSES, table, others=[other]), labels)
 
 
-def coco_panoptic(request: Request) -> LabelledImages:
+def coco_stuff_15(request: Request) -> LabelledImages:
+    """The 15 classes of stuff; things are void. The maps are COCO's own, ROOT/annotations/
+    stuff_val2017_pixelmaps/*.png, or those of COCO-Stuff, ROOT/stuffthingmaps/val2017/*.png.
+    """
+    part = f"{request.split}2017"
+    maps = f"stuff_{part}_pixelmaps"
+    above = ("annotations/", "", "annotations/stuff_annotations/", "stuff_annotations/")
+    folders = [*(f"{up}{maps}" for up in above), f"stuffthingmaps/{part}"]
+    pairs, labels = request.pairs((part, f"images/{part}"), folders)
+    less_one = "pixelmaps" not in labels.name
+    reader = IdReader(STUFF_15, stuff_15_table(UNKNOWN, less_one))
+    return LabelledImages(pairs, reader, labels)
+
+
+def coco_things_12(request: Request) -> LabelledImages:
+    """The 12 classes of things in COCO's panoptic labels; stuff is void."""
+    return coco_panoptic(request, THINGS_12)
+
+
+def coco_panoptic(request: Request, names: Sequence[str] = COCO_CLASSES) -> LabelledImages:
     """COCO panoptic: ROOT/val2017/*.jpg, ROOT/annotations/panoptic_val2017/*.png and the JSON file
     of this name beside that folder or one folder up, in 27 classes.
     """
@@ -170,7 +212,7 @@ def coco_panoptic(request: Request) -> LabelledImages:
     for parent in (labels.parent, labels.parent.parent):
         file = parent / f"{labels.name}.json"
         if file.is_file():
-            reader = PanopticReader(file, [label for _, label in pairs])
+            reader = PanopticReader(file, [label for _, label in pairs], names)
             return LabelledImages(pairs, reader, labels)
     raise UserError(f"{labels}: expected {labels.name}.json beside this folder, found none")
 
@@ -187,15 +229,24 @@ def cityscapes(request: Request) -> LabelledImages:
     """Cityscapes: ROOT/leftImg8bit/val/CITY/*_leftImg8bit.png and ROOT/gtFine/val/CITY/
     *_gtFine_labelIds.png, in the benchmark's 19 classes.
     """
+    return _cityscapes(request, CITYSCAPES)
+
+
+def cityscapes_27(request: Request) -> LabelledImages:
+    """Cityscapes, in the 27 classes that unsupervised methods score."""
+    return _cityscapes(request, dict(enumerate(CITYSCAPES_27, start=7)))
+
+
+def _cityscapes(request: Request, classes: dict[int, str]) -> LabelledImages:
     folders = [f"leftImg8bit/{request.split}"], [f"gtFine/{request.split}"]
     pairs, labels = request.pairs(*folders, "_leftImg8bit", "_gtFine_labelIds.png")
-    table = table_of(CITYSCAPES, void=[*(set(range(34)) - set(CITYSCAPES)), VOID])
+    table = table_of(classes, void=[*(set(range(34)) - set(classes)), VOID])
     train_ids = Numbering(
         frozenset((*range(len(CITYSCAPES)), VOID)),
         "train ids (0 to 18) in place of label ids (0 to 33)?",
         expected=frozenset(range(len(CITYSCAPES), 34)),
     )
-    reader = IdReader([*CITYSCAPES.values()], table, others=[train_ids])
+    reader = IdReader([*classes.values()], table, others=[train_ids])
     return LabelledImages(pairs, reader, labels)
 
 
@@ -251,6 +302,50 @@ def _voc_list(root: Path, request: Request) -> Path:
     return first_existing(root, names, purpose)
 
 
+def pascal_context(request: Request) -> LabelledImages:
+    """PASCAL Context: ROOT/JPEGImages/*.jpg, ROOT/SegmentationClassContext/*.png of ids 0 to 59,
+    and the images of a split in ROOT/ImageSets/SegmentationContext/val.txt, in 59 classes;
+    background is void. ROOT can also be a folder of `CONTEXT_FOLDERS` above these.
+    """
+    return _pascal_context(request, background=False)
+
+
+def pascal_context_60(request: Request) -> LabelledImages:
+    """PASCAL Context with background as a class."""
+    return _pascal_context(request, background=True)
+
+
+def _pascal_context(request: Request, *, background: bool) -> LabelledImages:
+    if not request.lists and request.root is not None:
+        lists = [f"{up}ImageSets/SegmentationContext/{request.split}.txt" for up in CONTEXT_FOLDERS]
+        purpose = f"list of the split {request.split} of {request.kind}"
+        request = replace(request, lists=[first_existing(request.root, lists, purpose)])
+    images, labels = "JPEGImages", "SegmentationClassContext"
+    pairs, folder = request.pairs(
+        [f"{up}{images}" for up in CONTEXT_FOLDERS], [f"{up}{labels}" for up in CONTEXT_FOLDERS]
+    )
+    if not request.lists:
+        pairs = [each for each in pairs if each[1].is_file()] or pairs
+    ids, void = range(1, len(CONTEXT) + 1), (0, VOID)
+    if background:
+        names, table = ["background", *CONTEXT], table_of((0, *ids), (VOID,))
+    else:
+        names, table = CONTEXT, table_of(ids, void)
+    return LabelledImages(pairs, IdReader(names, table), folder)
+
+
+def ade20k_151(request: Request) -> LabelledImages:
+    """ADE20K as open-hummingbird-eval and NeCo count it: "other" is class 0, of 151, and its pixels
+    are not scored. A memory shows it with `--void-as 0`.
+    """
+    data = ade20k(request)
+    names, table = ["other", *data.class_names], table_of(range(ADE20K_CLASSES + 1), (0, VOID))
+    assert isinstance(data.reader, IdReader)
+    reader = IdReader(names, table, others=data.reader.others)
+    pairs = [*zip(data.paths, data.label_paths, strict=True)]
+    return LabelledImages(pairs, reader, data.source)
+
+
 def ade20k(request: Request) -> LabelledImages:
     """ADE20K: ROOT/images/validation/*.jpg and ROOT/annotations/validation/*.png of ids 1 to 150,
     0 for "other". ROOT/objectInfo150.txt gives the class names if it exists.
@@ -286,10 +381,16 @@ LAYOUTS: dict[str, Callable[[Request], LabelledImages]] = {
     "coco-stuff": coco_stuff,
     "coco-stuff-182": coco_stuff_182,
     "coco-panoptic": coco_panoptic,
+    "coco-things-12": coco_things_12,
+    "coco-stuff-15": coco_stuff_15,
     "camvid": camvid,
     "cityscapes": cityscapes,
+    "cityscapes-27": cityscapes_27,
     "voc": voc,
     "voc-aug": voc_aug,
     "ade20k": ade20k,
+    "ade20k-151": ade20k_151,
+    "pascal-context": pascal_context,
+    "pascal-context-60": pascal_context_60,
 }
 KINDS = tuple(LAYOUTS)

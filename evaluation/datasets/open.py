@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Collection
 from pathlib import Path
 
+from evaluation.datasets.curated import curated
 from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.layouts import KINDS, LAYOUTS, Request
 from pipeline.errors import UserError
@@ -49,6 +50,11 @@ def add_dataset_options(parser: CommandParser) -> None:
         "--list", type=Path, metavar="FILE", help="use only these images: names or ids, one a line"
     )
     parser.add_argument(
+        "--subset",
+        choices=["curated", "all"],
+        help="images of COCO's val2017 in 27 classes: PiCIE's 2,175 (default), or all 5,000",
+    )
+    parser.add_argument(
         "--classes",
         type=Path,
         help="JSON list of class names by id (default: classes.json beside or above the labels; "
@@ -59,14 +65,24 @@ def add_dataset_options(parser: CommandParser) -> None:
     )
 
 
+CURATED = ("coco-stuff", "coco-stuff-182")
+"""Kinds of which PiCIE's list is scored, unless the options say otherwise."""
+
+
 def labelled_from(args: argparse.Namespace, prefix: str = "") -> LabelledImages:
     """Open the data set that the options of `add_dataset_options` name. With `prefix` "train-",
     --train-images, --train-labels, --train-split and --train-list replace the options without it.
-    Raises UserError.
+    Of the 27 classes' val2017, only PiCIE's images are taken, unless a list or --subset all is
+    given. Raises UserError.
     """
     names = ("images", "labels", "split", "list")
     part = {name: getattr(args, f"{prefix}{name}".replace("-", "_")) for name in names}
-    return open_labelled(
+    whole = args.dataset not in CURATED or part["split"] != "val" or part["list"] is not None
+    if args.subset == "curated" and whole:
+        raise UserError(
+            f"--subset curated is for {' and '.join(CURATED)}, split val, without --list"
+        )
+    data = open_labelled(
         args.dataset,
         root=args.root,
         classes=args.classes,
@@ -75,3 +91,4 @@ def labelled_from(args: argparse.Namespace, prefix: str = "") -> LabelledImages:
         part=prefix,
         **part,
     )
+    return data if whole or args.subset == "all" else curated(data)

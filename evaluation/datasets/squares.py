@@ -1,20 +1,19 @@
-"""Batches of images, each scaled and cropped to a square.
+"""Batches of images, each scaled to a square.
 
 Letters: B images, H W a stored image's height and width, R the side of an evaluated image, in
 pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.datasets.images import DECODE_THREADS, ImageSource, centre_square
+from evaluation.datasets.images import DECODE_THREADS, FITS, Fit, ImageSource
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -28,18 +27,20 @@ class Squares:
     """Stored (height, width) of each."""
     pixels: np.ndarray
     """uint8 [B, R, R, 3]."""
+    std: Sequence[float] = IMAGENET_STD
+    """As in `SquareImages`."""
 
     def normalised(self, device: torch.device) -> Tensor:
-        """float32 [B, 3, R, R] with ImageNet's mean and deviation, channels_last, on `device`."""
-        return normalise(torch.from_numpy(self.pixels).to(device))
+        """float32 [B, 3, R, R] with ImageNet's mean and `std`, channels_last, on `device`."""
+        return normalise(torch.from_numpy(self.pixels).to(device), self.std)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] → float32 [B, 3, H, W], channels_last, with ImageNet's mean and
-    deviation.
+def normalise(pixels: Tensor, deviation: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """uint8 [B, H, W, 3] → float32 [B, 3, H, W], channels_last, with ImageNet's mean and a
+    deviation by channel.
     """
     mean = torch.tensor(IMAGENET_MEAN, device=pixels.device)
-    std = torch.tensor(IMAGENET_STD, device=pixels.device)
+    std = torch.tensor(deviation, device=pixels.device)
     return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -52,6 +53,13 @@ class SquareImages:
     device: torch.device
     """Where networks run on these images."""
     batch_size: int = 8
+    fit: Fit = FITS["crop"]
+    std: Sequence[float] = IMAGENET_STD
+    """Of the three channels, by which networks' inputs are divided."""
+
+    def square(self, i: int, pixels: np.ndarray) -> np.ndarray:
+        """Image `i` as uint8 [R, R, 3]."""
+        return self.fit.image(pixels, self.size)
 
     def batches(
         self, progress: str | None = None, indices: np.ndarray | None = None
@@ -65,12 +73,12 @@ class SquareImages:
 
         def load(i: int) -> tuple[tuple[int, int], np.ndarray]:
             pixels = self.images.load(i)
-            return pixels.shape[:2], centre_square(pixels, self.size, Image.Resampling.BILINEAR)
+            return pixels.shape[:2], self.square(i, pixels)
 
         bar = tqdm(total=len(indices), desc=progress, unit="image", disable=progress is None)
         with bar, ThreadPoolExecutor(DECODE_THREADS) as pool:
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
                 shapes, pixels = zip(*pool.map(load, batch.tolist()), strict=True)
-                yield Squares(batch, list(shapes), np.stack(pixels))
+                yield Squares(batch, list(shapes), np.stack(pixels), self.std)
                 bar.update(len(batch))

@@ -37,10 +37,10 @@ class Column:
     title: str
     clusters: list[np.ndarray]
     """int64 [R, R] for each sample"""
-    matched: np.ndarray
-    """int64 [C], the cluster of each class; -1 for none"""
+    classes: np.ndarray
+    """int64 [K], the class of each cluster; -1 for none"""
     iou: np.ndarray
-    """float64 [C]; NaN for a class that does not occur in the labels"""
+    """float64 [C]; NaN for a class that does not count"""
 
 
 def read_samples(squares: LabelledSquares, numbers: np.ndarray) -> list[Sample]:
@@ -58,15 +58,13 @@ def palette(num_classes: int) -> np.ndarray:
     return colours
 
 
-def paint(clusters: np.ndarray, matched: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Clusters int64 [R, R] → uint8 [R, R, 3] in the colours of their classes; unmatched clusters
-    in shades of grey.
+def paint(clusters: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Clusters int64 [R, R] → uint8 [R, R, 3] in the colours of their `classes` int64 [K]; clusters
+    without one in shades of grey.
     """
-    count = max(int(clusters.max()), int(matched.max())) + 1
-    greys = 150 + 37 * np.arange(count) % 90
+    greys = 150 + 37 * np.arange(len(classes)) % 90
     table = np.repeat(greys[:, None], 3, axis=1).astype(np.uint8)
-    of_class = np.flatnonzero(matched >= 0)
-    table[matched[of_class]] = colours[of_class]
+    table[classes >= 0] = colours[classes[classes >= 0]]
     return table[clusters]
 
 
@@ -90,14 +88,14 @@ def draw_segmentations(
         write(pen, (left, MARGIN), title, INK)
     for row, sample in enumerate(samples):
         top = MARGIN + CAPTION + row * (TILE + GAP)
-        painted = [paint(column.clusters[row], column.matched, colours) for column in columns]
+        painted = [paint(column.clusters[row], column.classes, colours) for column in columns]
         tiles_of_row = [sample.pixels, colours[sample.truth], *painted]
         for left, pixels in zip(lefts, tiles_of_row, strict=True):
             nearest = Image.Resampling.NEAREST if pixels is not sample.pixels else None
             tile = Image.fromarray(pixels).resize((TILE, TILE), nearest)
             picture.paste(tile, (left, top))
     top = MARGIN + tiles
-    unmatched = any((~np.isin(k.clusters, k.matched)).any() for k in columns)
+    unmatched = any((k.classes[np.stack(k.clusters)] < 0).any() for k in columns)
     void = any((sample.truth == VOID).any() for sample in samples)
     caption = "IoU by class" + "; black: void" * void + "; grey: clusters of no class" * unmatched
     write(pen, (lefts[0], top), caption, FAINT, 2 * TILE)

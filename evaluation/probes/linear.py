@@ -52,3 +52,37 @@ def fit_linear(
         optimiser.step()
         schedule.step()
     return model.eval()
+
+
+def fit_logistic(
+    features: Tensor, counts: Tensor, *, strength: float | None = None, iterations: int = 1000
+) -> nn.Linear:
+    """Logistic regression on cells [M, D] with `counts` [M, C] of their pixels' labels: cells
+    [Q, D] → logits [Q, C].
+
+    Minimises `strength` times the summed cross-entropy plus half the squared weights, biases left
+    out, as scikit-learn and cuML do with C = `strength`; None: without the second term. L-BFGS to
+    convergence, or `iterations`.
+    """
+    model = nn.Linear(features.shape[1], counts.shape[1]).to(features.device)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimiser = torch.optim.LBFGS(
+        model.parameters(),
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+    decay = 0.0 if strength is None else 1 / (2 * strength * float(counts.sum()))
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = pixel_cross_entropy(model(features), counts) + decay * model.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return model.eval()

@@ -37,8 +37,8 @@ def test_matching_is_the_best_of_all_permutations(confusion: np.ndarray) -> None
 @given(confusions)
 def test_matching_is_one_to_one(confusion: np.ndarray) -> None:
     """If one cluster could match two classes, merging classes would cost nothing."""
-    cluster = match(confusion)
-    used = cluster[cluster >= 0]
+    classes = match(confusion)
+    used = classes[classes >= 0]
     assert len(set(used.tolist())) == len(used) == min(confusion.shape)
 
 
@@ -47,12 +47,11 @@ def test_iou_follows_from_the_matching(confusion: np.ndarray) -> None:
     """IoU from its definition, TP / (TP + FP + FN)."""
     scored = score_grouping(confusion)
     for c in range(confusion.shape[1]):
-        k, truth = scored.cluster[c], confusion[:, c].sum()
-        if truth == 0:
+        of_class, truth = confusion[scored.classes == c], confusion[:, c].sum()
+        hit, claimed = of_class[:, c].sum(), of_class.sum()
+        if truth + claimed == 0:
             assert np.isnan(scored.iou[c])
             continue
-        hit = confusion[k, c] if k >= 0 else 0
-        claimed = confusion[k].sum() if k >= 0 else 0
         assert scored.iou[c] == pytest.approx(hit / (truth + claimed - hit))
     assert scored.miou == pytest.approx(np.nanmean(scored.iou))
 
@@ -91,14 +90,30 @@ def test_fewer_clusters_than_classes_leave_classes_at_zero() -> None:
     scored = score_grouping(np.array([[6, 3, 1]]))
     assert scored.iou.tolist() == [0.6, 0.0, 0.0]
     assert scored.miou == pytest.approx(0.2)
-    assert scored.cluster.tolist() == [0, -1, -1]
+    assert scored.classes.tolist() == [0]
 
 
-def test_absent_class_takes_no_part() -> None:
-    """Without it an absent class would lower the mean for every grouping."""
-    scored = score_grouping(np.array([[4, 0, 0], [0, 0, 4]]))
-    assert scored.miou == 1.0
-    assert np.isnan(scored.iou[1])
+def test_absent_class_counts_if_it_is_predicted() -> None:
+    """PiCIE's rule: left out, an absent class would forgive pixels that are predicted as it. A
+    class that is neither labelled nor predicted says nothing; Leopart's rule counts it as 0.
+    """
+    idle = np.array([[4, 0, 0], [0, 0, 0], [0, 0, 4]])
+    assert score_grouping(idle).miou == 1.0
+    assert np.isnan(score_grouping(idle).iou[1])
+    assert score_grouping(idle, absent="zero").miou == pytest.approx(2 / 3)
+    used = np.array([[4, 0, 0], [1, 0, 0], [0, 0, 4]])
+    assert score_grouping(used).iou.tolist() == [0.8, 0.0, 1.0]
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_spare_clusters_of_absent_classes_have_no_order(seed: int) -> None:
+    """With more clusters than classes, the numbering would decide whether an absent class gets an
+    idle cluster, and is left out, or a used one, and is 0.
+    """
+    generator = np.random.default_rng(seed)
+    confusion = np.array([[8, 0, 0], [0, 0, 4], [2, 0, 0], [0, 0, 0], [1, 0, 1]])
+    scored = score_grouping(confusion[generator.permutation(5)])
+    assert scored.iou.tolist() == [8 / 11, 0.0, 4 / 5]
 
 
 def test_nothing_labelled_is_refused() -> None:

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.datasets.coco_classes import CLASSES, STUFF, THINGS, coarse_classes
+from evaluation.datasets.coco_classes import (
+    CLASSES,
+    PANOPTIC_DROPS,
+    PANOPTIC_MOVES,
+    STUFF,
+    THINGS,
+    coarse_classes,
+)
 from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.layouts import KINDS
 from evaluation.datasets.open import open_labelled
@@ -161,6 +168,44 @@ def test_panoptic_colours_are_segment_numbers(tmp_path: Path) -> None:
         open_labelled("coco-panoptic", root=tmp_path)
 
 
+def test_things_12_and_stuff_15_leave_the_others_void(tmp_path: Path) -> None:
+    """COCO-Things and COCO-Stuff of Leopart and NeCo: each scores half of the supercategories. The
+    stuff is stored in two numberings.
+    """
+    colours = np.stack([grid(7, 8, 9, 0), grid(0), grid(0)], axis=-1)
+    segments = [{"id": n, "category_id": c} for n, c in ((7, 1), (8, 196), (9, 52))]
+    panoptic(tmp_path, segments, colours)
+    things = open_labelled("coco-things-12", root=tmp_path)
+    assert things.names is not None
+    assert things.names == sorted(THINGS)
+    person, food = things.names.index("person"), things.names.index("food")
+    np.testing.assert_array_equal(only(things), grid(person, 255, food, 255))
+
+    save_png(tmp_path / "stuffthingmaps/val2017/000000000139.png", grid(0, 91, 181, 255))
+    stuff = open_labelled("coco-stuff-15", root=tmp_path)
+    assert stuff.names == sorted(STUFF)
+    expected = grid(255, stuff.names.index("textile"), stuff.names.index("solid"), 255)
+    np.testing.assert_array_equal(only(stuff), expected)
+    maps = tmp_path / "annotations/stuff_val2017_pixelmaps/000000000139.png"
+    save_png(maps, grid(183, 92, 182, 0), palette=True)
+    np.testing.assert_array_equal(only(open_labelled("coco-stuff-15", root=tmp_path)), expected)
+    save_png(maps, grid(1), palette=True)
+    with pytest.raises(UserError, match="class id 1 is not in the table of 15 classes"):
+        only(open_labelled("coco-stuff-15", root=tmp_path))
+
+
+def test_panoptic_says_what_it_moves(tmp_path: Path) -> None:
+    """Without it a score on panoptic labels would be put beside one on COCO-Stuff."""
+    panoptic(tmp_path, [{"id": 7, "category_id": 1}], np.stack(3 * [grid(0)], axis=-1))
+    (note,) = open_labelled("coco-panoptic", root=tmp_path).notes()
+    assert "move 4 categories of COCO-Stuff (fog to sky, floor-stone to ground" in note
+    assert "make 12 void (furniture-other, metal" in note
+    assert not open_labelled("coco-things-12", root=tmp_path).notes()
+    group_of = {name: group for group, names in STUFF.items() for name in names.split(", ")}
+    assert set(PANOPTIC_DROPS) < group_of.keys()
+    assert all(group_of[name] != group for name, group in PANOPTIC_MOVES.items())
+
+
 # ---- driving scenes and VOC -----------------------------------------------------------------
 
 
@@ -186,6 +231,48 @@ def test_cityscapes(tmp_path: Path) -> None:
     save_png(labels, grid(34))
     with pytest.raises(UserError, match="class id 34"):
         only(data)
+
+
+def test_cityscapes_27(tmp_path: Path) -> None:
+    """The 27 classes of unsupervised methods: ids 7 to 33, parking and caravans among them."""
+    photograph(tmp_path / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
+    labels = tmp_path / "gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png"
+    save_png(labels, grid(7, 33, 0, 9, 29, 255))
+    data = open_labelled("cityscapes-27", root=tmp_path)
+    assert data.num_classes == 27
+    assert [data.class_names[c] for c in (2, 22)] == ["parking", "caravan"]
+    np.testing.assert_array_equal(only(data), grid(0, 26, 255, 2, 22, 255))
+
+
+def test_ade20k_in_both_countings(tmp_path: Path) -> None:
+    """With 151 classes "other" is one, but its pixels are not scored: open-hummingbird-eval's mean
+    is over one class more.
+    """
+    photograph(tmp_path / "images/validation/a.jpg")
+    save_png(tmp_path / "annotations/validation/a.png", grid(0, 1, 150))
+    np.testing.assert_array_equal(only(open_labelled("ade20k", root=tmp_path)), grid(255, 0, 149))
+    data = open_labelled("ade20k-151", root=tmp_path)
+    assert (data.num_classes, data.class_names[0], data.class_names[150]) == (
+        151, "other", "class 150",
+    )  # fmt: skip
+    np.testing.assert_array_equal(only(data), grid(255, 1, 150))
+
+
+def test_pascal_context_with_and_without_background(tmp_path: Path) -> None:
+    """Papers score 59 classes, or 60 with background."""
+    root = tmp_path / "VOCdevkit/VOC2010"
+    photograph(root / "JPEGImages/2008_000002.jpg")
+    save_png(root / "SegmentationClassContext/2008_000002.png", grid(0, 1, 59))
+    (root / "ImageSets/SegmentationContext").mkdir(parents=True)
+    (root / "ImageSets/SegmentationContext/val.txt").write_text("2008_000002\n")
+    data = open_labelled("pascal-context", root=tmp_path)
+    assert (data.num_classes, data.class_names[0], data.class_names[58]) == (
+        59, "aeroplane", "wood",
+    )  # fmt: skip
+    np.testing.assert_array_equal(only(data), grid(255, 0, 58))
+    with_background = open_labelled("pascal-context-60", root=tmp_path)
+    assert with_background.class_names[:2] == ["background", "aeroplane"]
+    np.testing.assert_array_equal(only(with_background), grid(0, 1, 59))
 
 
 def test_voc(tmp_path: Path) -> None:

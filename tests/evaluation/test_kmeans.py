@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from evaluation import kmeans as module
-from evaluation.kmeans import Clusters, kmeans, mean_of_nearest, plus_plus, sample_cells
+from evaluation.kmeans import (
+    RECIPES,
+    Clusters,
+    Recipe,
+    kmeans,
+    mean_of_nearest,
+    plus_plus,
+    sample_cells,
+)
 from evaluation.segment import assign
 
 
@@ -32,7 +40,7 @@ def test_step_is_lloyds(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ends_where_another_step_changes_nothing() -> None:
     """Without it the result would depend on the number of iterations."""
     x = cells(200, 3)
-    result = kmeans(x, 6, 0, cosine=False, tolerance=0)
+    result = kmeans(x, 6, 0, cosine=False, recipe=Recipe(tolerance=0))
     moved = naive_step(x.numpy(), result.centres.numpy())
     np.testing.assert_allclose(moved, result.centres, atol=1e-5)
     distances = ((x[:, None] - result.centres) ** 2).sum(-1).min(dim=1).values
@@ -82,7 +90,8 @@ def test_ends_near_the_best() -> None:
 def test_stops_only_when_it_hardly_moves() -> None:
     """Without it k-means could stop before it converges."""
     x = cells(2000, 3)
-    result, rest = kmeans(x, 8, 0, cosine=False), kmeans(x, 8, 0, cosine=False, tolerance=0)
+    result = kmeans(x, 8, 0, cosine=False)
+    rest = kmeans(x, 8, 0, cosine=False, recipe=Recipe(tolerance=0))
     moved = mean_of_nearest(x, result.centres, cosine=False)
     assert result.iterations <= rest.iterations
     assert float((moved - result.centres).square().sum(dim=1).mean()) < 2e-4
@@ -116,6 +125,23 @@ def test_same_seed_same_clusters() -> None:
     torch.manual_seed(2)
     assert torch.equal(first, kmeans(x, 7, 5).centres)
     assert not torch.equal(first, kmeans(x, 7, 6).centres)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_best_of_several_starts_counts(recipe: str) -> None:
+    """One start of k-means can end far from the best. The first of several is the one alone."""
+    x, how = cells(400, 3), RECIPES[recipe]
+    starts = [kmeans(x, 30, 5, recipe=how, restarts=count).inertia for count in (1, 2, 20)]
+    assert starts == sorted(starts, reverse=True)
+    assert starts[2] < starts[0]
+
+
+def test_sample_of_faiss_is_bounded_by_cells() -> None:
+    """faiss clusters 256 cells for each centre: another number would be another protocol."""
+    features = torch.randn(2, 3, 9, 9)
+    assert RECIPES["faiss"].most(2) == 512
+    assert RECIPES["greedy"].most(2) is None
+    assert len(sample_cells([features], 2, seed=0, most=50)) == 50
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

@@ -149,9 +149,8 @@ def test_notes_reach_the_terminal_and_the_results(
     write(tmp_path, "coco-stuff", [(0, 1, 157)])
     out = tmp_path / "eval.json"
     command = ["x", "--dataset", "coco-stuff", "--root", str(tmp_path), "--features", "pixels"]
-    monkeypatch.setattr(
-        "sys.argv", [*command, "--clusters", "2", "--size", "32", "--json", str(out)]
-    )
+    more = ["--subset", "all", "--clusters", "2", "--match", "majority", "--size", "32"]
+    monkeypatch.setattr("sys.argv", [*command, *more, "--json", str(out)])
     unsupervised_segmentation.main()
     notes = json.loads(out.read_text())["notes"]
     assert "coco-stuff-182" in notes[0]

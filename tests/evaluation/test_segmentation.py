@@ -225,6 +225,8 @@ def test_kmeans_on_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("options", "message"),
     [
         ([], "needs --checkpoint or --features"),
+        (["--checkpoint", "x", "--pca", "9"], "--pca 9 is for k-means, which needs --features"),
+        (["--checkpoint", "x", "--seeds", "0"], "--seeds 0 is for k-means"),
         (["--features", "pixels", "pixels"], "the same features twice"),
         (["--features", "pixels", "--baseline", "untrained"], "needs --checkpoint"),
         (
@@ -254,7 +256,7 @@ def test_picture_paints_clusters_as_their_classes() -> None:
     """Predictions and ground truth must have the same colours."""
     colours = palette(3)
     truth = np.array([[0, 1], [2, 255]], np.uint8)
-    painted = paint(np.array([[5, 0], [1, 3]]), np.array([5, 0, 1]), colours)
+    painted = paint(np.array([[5, 0], [1, 3]]), np.array([1, 2, -1, -1, -1, 0]), colours)
     np.testing.assert_array_equal(painted[0], colours[truth[0]])
     np.testing.assert_array_equal(painted[1, 0], colours[2])
     assert len(set(painted[1, 1].tolist())) == 1  # grey: of no class

@@ -48,6 +48,10 @@ class Score(Struct):
     images: Count | None = None
     train_images: Count | None = None
     size: Count | None = None
+    protocol: Text | None = None
+    """Name of the published evaluator whose settings were used."""
+    list: Text | None = None
+    """Which images of the set were scored, if not all."""
     flip: bool = False
 
 

@@ -53,9 +53,12 @@ def evaluation(title: str, rows: Sequence[Score]) -> Evaluation | None:
 
 
 def note(rows: Sequence[Score]) -> str:
-    """300 images, 320 pixels, mean ± deviation over 3 seeds"""
+    """protocol picie, 300 images, 320 pixels, mean ± deviation over 3 seeds"""
     first, seeds = rows[0], max(map(len, network_values(rows).values()))
-    parts = [] if first.images is None else [f"{first.images:,} images"]
+    parts = [] if first.protocol is None else [f"protocol {first.protocol}"]
+    if first.images is not None:
+        which = f" ({first.list})" if first.list not in (None, "all") else ""
+        parts.append(f"{first.images:,} images{which}")
     if first.train_images is not None:
         parts.append(f"learnt from {first.train_images:,}")
     if first.size is not None:
