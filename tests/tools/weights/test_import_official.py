@@ -216,7 +216,7 @@ def test_warning_for_another_optimiser(
 ) -> None:
     """slotstream has only LARS, so a reader of config.yaml would assume LARS."""
     content = {"args": {"optimizer": "sgd"}, "model": model.official_state_dict()}
-    monkeypatch.setattr("tools.import_official.read_file", lambda _: (content, {}))
+    monkeypatch.setattr("train.weights.read_file", lambda _: (content, {}))
     call(main, "w.pth", "--out", tmp_path / "run")
     assert "warning: trained with sgd, not config.yaml's LARS" in capsys.readouterr().err
     assert describe(read_record(find(tmp_path / "run")))["optimizer"] == "sgd"
@@ -255,7 +255,7 @@ def test_facts_that_the_file_of_a_backbone_lacks(
             call(main, out, "--out", tmp_path / "other.safetensors", "--epochs", epochs)
     assert not (tmp_path / "other.safetensors").exists()
     content = {"model": {"grouping_k.slot_embed.weight": torch.ones(4, 6)}}
-    monkeypatch.setattr("tools.import_official.read_file", lambda _: (content, {}))
+    monkeypatch.setattr("train.weights.read_file", lambda _: (content, {}))
     with pytest.raises(UserError, match="only for a backbone"):
         call(main, "full.pth", "--out", tmp_path / "run", *stated)
     with pytest.raises(UserError, match="only for a backbone"):
