@@ -25,7 +25,7 @@ from tests.benchmark_peers.peers import PEERS, Job
 from tests.benchmark_peers.turn import Turn
 from tests.helpers.betons import varied, write_beton
 
-WIDTH, HEIGHT, SIDE, BATCH, BATCHES = 320, 240, 64, 16, 12
+WIDTH, HEIGHT, SIDE, BATCH, BATCHES = 320, 240, 64, 16, 8
 OFF: dict[str, Any] = {"jitter": 0, "grey": 0, "blur": (0, 0), "solarize": (0, 0)}
 NEEDS = {"lightly": "lightly", "dali": "nvidia", "slotstream-dali": "nvidia"}
 OTHERS = ("authors", "torchvision", "lightly", "dali", "ffcv")

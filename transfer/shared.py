@@ -7,27 +7,33 @@ from pathlib import Path
 
 from pipeline.errors import UserError, printable
 
+FEW = 0.01
+"""Share of the images to score that may be copies of training images under another name, for large
+collections have some photographs twice."""
 _PROBE = 4096  # bytes
 
 
 def check_apart(train: Sequence[Path], val: Sequence[Path], source: Path) -> None:
     """Raise UserError if an image of `val`, which `source` describes, is in `train`: as the same
-    file or as a copy of any name. The same picture in another file is not noticed.
+    file or as a copy of the same name, or if more than `FEW` are there as copies of any name. The
+    same picture in another file is not noticed.
     """
     try:
-        common = list(_shared(train, val))
+        shared = list(_shared(train, val))
     except OSError as error:
         raise UserError(f"{printable(str(error.filename))}: {error.strerror}") from None
-    if common:
+    if len(shared) > FEW * len(val) or any(
+        path.name == other.name or path.samefile(other) for path, other in shared
+    ):
         raise UserError(
-            f"{source}: {len(common)} of the {len(val)} images to score are in the training set"
-            f" (the first: {printable(str(common[0]))})"
+            f"{source}: {len(shared)} of the {len(val)} images to score are in the training set"
+            f" (the first: {printable(str(shared[0][0]))})"
         )
 
 
-def _shared(train: Iterable[Path], val: Sequence[Path]) -> Iterator[Path]:
-    """The images of `val` that are in `train`. Reads little: the sizes of all files, a few bytes of
-    those whose size is in both sets, and whole files only if these agree.
+def _shared(train: Iterable[Path], val: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """The images of `val` that are in `train`, each with its twin there. Reads little: the sizes of
+    all files, a few bytes of those whose size is in both sets, and whole files only if these agree.
     """
     sizes = {path.stat().st_size for path in val}
     alike: dict[tuple[int, int], list[Path]] = defaultdict(list)
@@ -35,9 +41,13 @@ def _shared(train: Iterable[Path], val: Sequence[Path]) -> Iterator[Path]:
         if path.stat().st_size in sizes:
             alike[_probe(path)].append(path)
     for path in val if alike else ():
-        others = alike.get(_probe(path), ())
-        if any(path.samefile(other) or filecmp.cmp(path, other, shallow=False) for other in others):
-            yield path
+        others = [
+            other
+            for other in alike.get(_probe(path), ())
+            if path.samefile(other) or filecmp.cmp(path, other, shallow=False)
+        ]
+        if others:
+            yield path, next((other for other in others if other.name == path.name), others[0])
 
 
 def _probe(path: Path) -> tuple[int, int]:

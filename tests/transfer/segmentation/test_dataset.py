@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from tests.helpers.labelled_sets import save_png, write_folder_set
 from transfer.segmentation.config import DataConfig
 from transfer.segmentation.dataset import fingerprint, open_part, open_sets
+from transfer.shared import check_apart
 
 SHAPE = (4, 6)
 
@@ -28,7 +29,8 @@ def grid(*values: int) -> np.ndarray:
 
 
 def photograph(path: Path) -> None:
-    save_png(path, np.zeros((*SHAPE, 3)))
+    """No two names have the same picture."""
+    save_png(path, np.random.default_rng(list(path.stem.encode())).integers(0, 256, (*SHAPE, 3)))
 
 
 def folder_config(root: Path) -> DataConfig:
@@ -181,6 +183,23 @@ def test_training_images_are_not_scored(folder: DataConfig, tmp_path: Path) -> N
     (tmp_path / "val/classes.json").write_text(json.dumps(["a", "b"]))
     with pytest.raises(UserError, match="has other classes than"):
         open_sets(folder)
+
+
+def test_a_large_set_may_have_a_few_copies(tmp_path: Path) -> None:
+    """Without it a published set is refused for a photograph that its authors took twice."""
+    paths = [tmp_path / f"{i}.png" for i in range(100)]
+    for path in paths:
+        photograph(path)
+    others = [tmp_path / f"copy{i}.png" for i in range(2)]
+    for path, other in zip(paths, others, strict=False):
+        shutil.copy(path, other)
+    check_apart(others[:1], paths, tmp_path)
+    with pytest.raises(UserError, match="2 of the 100 images to score"):
+        check_apart(others, paths, tmp_path)
+    (tmp_path / "train").mkdir()
+    same_name = Path(shutil.copy(paths[7], tmp_path / "train"))
+    with pytest.raises(UserError, match="1 of the 100 images to score"):
+        check_apart([same_name], paths, tmp_path)
 
 
 @pytest.mark.parametrize(
