@@ -176,6 +176,7 @@ def test_one_process_instead_of_two_is_said(tmp_path: Path) -> None:
         ("ACCELERATE_LOG_LEVEL", ""),
         ("USE_TORCH_XLA", "maybe"),
         ("ACCELERATE_USE_MEGATRON_LM", "maybe"),
+        ("ACCELERATE_ENABLE_RICH", "maybe"),  # if the package rich is installed
     ],
 )
 def test_what_accelerate_reads_when_it_is_imported(
