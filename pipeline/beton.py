@@ -23,6 +23,7 @@ from pipeline.ffcv_format import (
     metadata_type,
 )
 from pipeline.files import open_file
+from pipeline.folders import as_url
 from pipeline.formats import MAX_PIXELS
 from pipeline.manifest import Manifest, has_tiles, manifest_path
 from pipeline.tiles import decode_crops
@@ -69,7 +70,9 @@ class Beton:
             with open_file(self.path) as file:
                 self.file = os.dup(file.fileno())
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}") from None
+            url = as_url(str(path))
+            reason = "a URL; give a file on this machine" if url else error.strerror
+            raise UserError(f"{url or self.path}: {reason}") from None
         self.bytes = os.fstat(self.file).st_size
         self._written = os.fstat(self.file).st_mtime_ns
         self._fingerprint = ""

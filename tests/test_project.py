@@ -158,6 +158,17 @@ def test_the_data_path_does_not_import_ffcv() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_tests_are_collected_without_ffcv() -> None:
+    """Without it `pytest -m cuda` runs nothing on a GPU machine without ffcv, which has to be
+    compiled, and without OpenCV, which comes with it.
+    """
+    for source in [*sources("tests/helpers"), *(ROOT / "tests").rglob("test_*.py")]:
+        for node in ast.parse(source.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                text = ast.unparse(node)
+                assert not re.search(r"(import|from) (ffcv|cv2)\b", text), f"{source}: {text}"
+
+
 @pytest.mark.parametrize("module", commands())
 def test_command_explains_itself(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

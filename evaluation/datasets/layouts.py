@@ -32,7 +32,7 @@ from evaluation.datasets.numbering import Numbering
 from evaluation.datasets.pairs import Pair, pair, read_lines, select
 from evaluation.datasets.stored_ids import voc_colours
 from pipeline.errors import UserError
-from pipeline.folders import say_taken
+from pipeline.folders import require_root, say_taken
 
 CAMVID = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
@@ -124,8 +124,7 @@ class Request:
 
 def first_existing(root: Path, names: Sequence[str], purpose: str) -> Path:
     """The first of `names` that exists below `root`. Raises UserError if none does."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
+    require_root(root)
     for name in names:
         if (root / name).exists():
             return root / name

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 from evaluation.datasets.images import FolderImages, open_images
+from evaluation.datasets.open import open_labelled
+from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.folders import SERVICE_FOLDERS, as_url, find_images
 from tools.packing.sources import SOURCES
+from transfer.detection.dataset import open_instances
 
 
 def fill(root: Path, *names: str) -> None:
@@ -110,3 +113,9 @@ def test_urls_are_named_as_such(tmp_path: Path, name: str, url: str) -> None:
                 SOURCES[kind](Path(name))
         with pytest.raises(UserError, match=f"{url}: a URL"):
             open_images(Path(name))
+        with pytest.raises(UserError, match=f"{url}: a URL"):
+            Beton(Path(name))
+        with pytest.raises(UserError, match=f"{url}: a URL"):
+            open_instances(Path(name), "instances_{split}.json", "{split}", "val2017")
+        with pytest.raises(UserError, match=f"{url}: a URL"):
+            open_labelled("voc", root=Path(name))

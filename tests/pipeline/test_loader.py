@@ -190,9 +190,7 @@ def test_corrupt_record_is_raised_and_the_loader_stays_usable(tmp_path: Path) ->
     """An error in a thread must reach the caller; FFCV's loader hangs here."""
     path = write_beton(tmp_path / "bad.beton", varied(8))
     beton = Beton(path)
-    with path.open("r+b") as file:
-        file.seek(beton.records[6, 0])
-        file.write(b"\0" * 20)
+    damage(path, beton.records[6, 0], b"\0" * 20)
     loader = CanvasLoader(beton, threads=2, pin=False)
     with pytest.raises(CorruptRecord, match="record 6"):
         list(loader.decode([np.arange(0, 4), np.arange(4, 8)]))
@@ -232,7 +230,7 @@ def test_file_cut_short_under_a_running_loader(tmp_path: Path, way: dict) -> Non
     batches = loader.epoch(0)
     next(batches)
     os.truncate(path, int(loader.beton.records[:, 0].min()))
-    with pytest.raises(CorruptRecord, match=r"cut\.beton: record \d+: the file ends before"):
+    with pytest.raises(UserError, match=r"cut\.beton: the file was written to while it was in use"):
         list(batches)
 
 

@@ -40,7 +40,7 @@ def check_before_import() -> None:
     """Check what Accelerate and its packages read as soon as they are imported. Every command calls
     this first. Raises UserError, which names the variable.
     """
-    for name in ("USE_TORCH_XLA", "ACCELERATE_USE_MEGATRON_LM"):
+    for name in ("USE_TORCH_XLA", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_ENABLE_RICH"):
         is_set(name)
     level, known = os.environ.get("ACCELERATE_LOG_LEVEL"), logging.getLevelNamesMapping()
     if level is not None and level.upper() not in known:

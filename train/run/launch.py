@@ -94,7 +94,8 @@ def _join(**options: Any) -> Accelerator:
     try:
         return Accelerator(**options)
     except (RuntimeError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
-        if not {"WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys():
+        launched = {"WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys()
+        if not launched or torch.distributed.is_initialized():  # the group stands: another fault
             raise
         place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -157,7 +157,7 @@ def read_annotations(path: Path) -> Annotations:
             f"that is not among the {len(categories)} categories (the first: {unknown[0]})"
         )
     _check_amounts(path, images, annotations)
-    _check_pixels(path, annotations)
+    _check_pixels(path, images, annotations)
     without_box = [one for one in annotations if not one.bbox]
     without_area = [one for one in annotations if math.isnan(one.area)]
     for incomplete in (*without_box, *without_area):
@@ -218,9 +218,14 @@ def _image(path: Path, image: _ImageInFile) -> ImageEntry:
     return ImageEntry(image.id, image.file_name, height, width)
 
 
-def _check_pixels(path: Path, annotations: Sequence[Annotation]) -> None:
-    """Refuse boxes that are relative to the image: all of them would lie in one pixel."""
-    boxes = [one.bbox for one in annotations if one.bbox]
+def _check_pixels(
+    path: Path, images: dict[int, ImageEntry], annotations: Iterable[Annotation]
+) -> None:
+    """Refuse boxes that are relative to the image: all of them would lie in its first pixel. An
+    image of one pixel says nothing.
+    """
+    large = {image.id for image in images.values() if image.height * image.width > 1}
+    boxes = [one.bbox for one in annotations if one.bbox and one.image_id in large]
     if boxes and all(min(b) >= 0 and b[0] + b[2] <= 1 and b[1] + b[3] <= 1 for b in boxes):
         raise UserError(
             f"{path}: all boxes lie within 0..1: expected x, y, width, height in pixels"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import UserError, printable
+from pipeline.folders import require_root
 from pipeline.images import load_rgb, load_size
 from transfer.detection.annotations import (
     Annotation,
@@ -181,8 +182,7 @@ def open_instances(root: Path, annotations: str, images: str, split: str) -> Coc
     """A split of a data set in COCO's layout. `annotations` and `images` are paths, absolute or
     under `root`, in which {split} stands for the split. Raises UserError.
     """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
+    require_root(root)
     file, folder = (root / path.replace("{split}", split) for path in (annotations, images))
     if not file.is_file():
         parent = file.parent if file.parent.is_dir() else root

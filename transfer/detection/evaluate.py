@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from evaluation.datasets.images import DECODE_THREADS
+from pipeline.errors import UserError, printable
 from pipeline.parallel import ordered_map
 from train.run.provenance import write_bytes
 from transfer.detection.annotations import RunLengths, read_annotations
@@ -80,8 +81,13 @@ def to_results(
 ) -> list[CocoResult]:
     """The detections of one image in COCO's format: boxes and masks move from `size`, the (height,
     width) of the network's input, to the stored size. Masks are encoded one at a time, so that
-    memory holds only one at full size. A detector without masks gives none.
+    memory holds only one at full size. A detector without masks gives none. Raises UserError for
+    boxes or scores that are no finite numbers: the evaluator and JSON have no place for them.
     """
+    if not all(detections[name].isfinite().all() for name in ("boxes", "scores")):
+        raise UserError(
+            f"{printable(record.name)}: the detector's boxes or scores are not finite numbers"
+        )
     scale = torch.tensor([record.width / size[1], record.height / size[0]] * 2)
     boxes = detections["boxes"].float().cpu()
     mask_boxes = ((boxes + HALF_PIXEL) * scale).numpy()

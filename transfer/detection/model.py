@@ -33,6 +33,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from model.encoder import Encoder
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.errors import UserError
 from transfer.detection.config import ModelConfig
 
 STRIDE = 64
@@ -70,9 +71,14 @@ class Detector(nn.Module):
             Scalars, whose sum is the loss; or B dicts of boxes [D, 4], labels [D], scores [D],
             the best first, and if it learns masks, masks [D, 1, M, M], the probability that a cell
             of the box belongs to the object.
+
+        Raises:
+            UserError: in evaluation mode, if a map is not finite. torchvision would find nothing.
         """
         images = _normalised(batch["images"])
         features = self.backbone(images.tensors)
+        if not self.training and not all(bool(m.isfinite().all()) for m in features.values()):
+            raise UserError("the detector's maps have NaN or infinite values")
         targets = batch["targets"] if self.training else None
         proposals, proposal_losses = self.rpn(images, features, targets)
         detections, losses = self.roi_heads(features, proposals, images.image_sizes, targets)

@@ -5,6 +5,7 @@ Letters: B images, C classes, H W an image's height and width, h w the resized i
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from evaluation.confusion import confusion_matrix
 from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.segment import assign
+from pipeline.errors import UserError, printable
 from pipeline.parallel import ordered_map
 from transfer.segmentation.augment import fit, resize
 from transfer.segmentation.config import InferenceConfig
@@ -33,6 +35,8 @@ class Example:
     """uint8 [H, W] of the stored image; 255 is void."""
     index: int
     """The image's number in its set."""
+    path: Path
+    """The image's file, for messages."""
 
 
 def examples(
@@ -47,7 +51,7 @@ def examples(
         pixels = data.load(i)
         resized = resize(pixels, fit(pixels.shape, size))
         labels = data.labels(i, *pixels.shape[:2])
-        return Example(torch.from_numpy(resized.copy()), labels, i)
+        return Example(torch.from_numpy(resized.copy()), labels, i, data.paths[i])
 
     return ordered_map(load, indices, threads)
 
@@ -87,7 +91,8 @@ def confusion_of(
 ) -> np.ndarray:
     """The confusion matrix of all examples: int64 [C, C] (predicted, true), C = `num_classes`.
     `model` must be in evaluation mode on `device`. `keep` is called with each image's number and
-    predicted classes, int64 [H, W].
+    predicted classes, int64 [H, W]. Raises UserError for scores that are no finite numbers: of
+    them the first would be the class.
     """
     confusion = np.zeros((num_classes, num_classes), np.int64)
     for example in examples:
@@ -96,6 +101,8 @@ def confusion_of(
             logits = slide(model.scores, pixels, inference.window, inference.stride)
         else:
             logits = model.scores(pixels)
+        if not bool(logits.isfinite().all()):
+            raise UserError(f"{printable(str(example.path))}: the network's scores are not finite")
         height, width = example.labels.shape
         predicted = assign(logits, (height, width), model.align_corners)[0].cpu().numpy()
         if keep:

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ffcv.libffcv import imdecode
-from ffcv.reader import Reader
 from PIL import Image, ImageOps
 
 from pipeline.errors import BadImage, UserError
 from pipeline.images import read_file
 from pipeline.manifest import Manifest
-from tests.helpers.betons import photograph
+from tests.helpers.betons import ffcv_reader, photograph
 from tests.pipeline.test_beton_writer import jpeg, ramp, stored
 from tools import build_dataset
 from tools.packing.sources import SOURCES
@@ -45,11 +43,13 @@ def fill(root: Path, *names: str) -> Path:
 
 def ffcv_pixels(path: Path, index: int) -> np.ndarray:
     """Sample `index` [H, W, 3] as FFCV decodes it."""
-    field = Reader(str(path)).metadata["f0"][index]
+    field = ffcv_reader(path).metadata["f0"][index]
     height, width = int(field["height"]), int(field["width"])
     data = np.frombuffer(stored(path)[index], np.uint8)
     if field["mode"] == 1:
         return data.reshape(height, width, 3)
+    from ffcv.libffcv import imdecode
+
     pixels = np.zeros((height, width, 3), np.uint8)
     code = imdecode(data, pixels, height, width, height, width, 0, 0, 1, 1, False, False)
     assert code == 0
@@ -196,7 +196,7 @@ def test_max_side(tmp_path: Path) -> None:
     save(tmp_path / "in" / "c.png", picture(300, 200))
     options = "--store jpeg --max-side 64 --quality 90"
     run("folder", tmp_path / "in", tmp_path / "o.beton", *options.split())
-    field = Reader(str(tmp_path / "o.beton")).metadata["f0"]
+    field = ffcv_reader(tmp_path / "o.beton").metadata["f0"]
     assert field["mode"].tolist() == [0, 0, 0]
     assert field["height"].tolist() == [48, 43, 64]
     assert field["width"].tolist() == [64, 64, 43]
@@ -221,7 +221,7 @@ def test_labels_are_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """Evaluation needs ImageNet's labels."""
     fill(tmp_path, "train/n02/x.JPEG", "train/n01/x.JPEG", "train/n01/y.JPEG")
     run("imagenet", tmp_path, tmp_path / "o.beton")
-    reader = Reader(str(tmp_path / "o.beton"))
+    reader = ffcv_reader(tmp_path / "o.beton")
     assert reader.field_names == ["image", "index", "label"]
     assert reader.metadata["f2"].tolist() == [0, 0, 1]
     assert json.loads((tmp_path / "o.beton.json").read_text())["classes"] == ["n01", "n02"]

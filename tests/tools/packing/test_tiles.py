@@ -8,13 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
 import torchvision
-from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
-from ffcv.loader import Loader, OrderOption
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -277,6 +274,7 @@ def test_other_readers(folder: Path) -> None:
     """Without it a beton with tiles is no standard file any more: ffcv, OpenCV and torchvision read
     it as they read the source.
     """
+    cv2 = pytest.importorskip("cv2", reason="needs OpenCV, which ffcv brings")
     (folder / "f.jpg").unlink()  # pixels in one of the two
     out = folder.parent / "o.beton"
     run("folder", folder, out, "--tiles")
@@ -298,9 +296,16 @@ def test_other_readers(folder: Path) -> None:
 
 def _by_ffcv(path: Path) -> list[np.ndarray]:
     """What ffcv's own loader reads: a square of each image."""
+    loaders = pytest.importorskip("ffcv.loader", reason="needs ffcv")
+    from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
+
     pipelines = {"image": [CenterCropRGBImageDecoder((32, 32), 0.5)], "index": [IntDecoder()]}
-    loader = Loader(
-        str(path), batch_size=1, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines
+    loader = loaders.Loader(
+        str(path),
+        batch_size=1,
+        num_workers=1,
+        order=loaders.OrderOption.SEQUENTIAL,
+        pipelines=pipelines,
     )
     return [images.copy() for images, _ in loader]
 

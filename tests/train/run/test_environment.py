@@ -5,8 +5,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 
 from pipeline.errors import UserError
@@ -14,6 +17,7 @@ from tests import ROOT
 from tests.helpers.runs import in_this_process
 from tests.helpers.training import small_beton, small_run
 from train.run import environment
+from train.run import launch as launching
 from train.run.environment import check_environment
 from train.run.launch import launch
 from train.run.settings import to_yaml
@@ -172,6 +176,7 @@ def test_one_process_instead_of_two_is_said(tmp_path: Path) -> None:
         ("ACCELERATE_LOG_LEVEL", ""),
         ("USE_TORCH_XLA", "maybe"),
         ("ACCELERATE_USE_MEGATRON_LM", "maybe"),
+        ("ACCELERATE_ENABLE_RICH", "maybe"),  # if the package rich is installed
     ],
 )
 def test_what_accelerate_reads_when_it_is_imported(
@@ -213,6 +218,41 @@ def test_numbers_that_launchers_give(
         check_environment("no", 1, on_gpu=False)
 
 
+def alone(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    """What torchrun sets for a group of one process."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_other_faults_of_the_start_are_not_those_of_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a fault of the device, say, names an address and a port that are right."""
+
+    def broken(**options: Any) -> None:
+        Accelerator(**options)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(launching, "Accelerator", broken)
+    alone(monkeypatch, free_port())
+    try:
+        with pytest.raises(RuntimeError, match=r"^CUDA error: out of memory"):
+            in_this_process(lambda: launch(tmp_path, "no", [], timeout_minutes=0.2))
+    finally:
+        torch.distributed.destroy_process_group()
+        in_this_process(lambda: None)
+
+
 @pytest.mark.parametrize("fault", ["port in use", "GLOO_SOCKET_IFNAME"])
 def test_a_group_that_cannot_be_formed(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -220,18 +260,11 @@ def test_a_group_that_cannot_be_formed(
     """Two runs on one machine often get the same port. Without it the second ends in a traceback,
     which does not say which variable is wrong.
     """
-    with socket.socket() as taken, socket.socket() as free:
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        free.bind(("127.0.0.1", 0))
-        port = (taken if fault == "port in use" else free).getsockname()[1]
-        free.close()
-        for name in ("RANK", "LOCAL_RANK"):
-            monkeypatch.setenv(name, "0")
-        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            monkeypatch.setenv(name, "1")
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", str(port))
+        port = taken.getsockname()[1] if fault == "port in use" else free_port()
+        alone(monkeypatch, port)
         if fault != "port in use":
             monkeypatch.setenv(fault, "no_such_interface")
         with pytest.raises(UserError, match=rf"cannot form a group at 127.0.0.1:{port} \(MASTER"):

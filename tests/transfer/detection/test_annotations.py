@@ -359,6 +359,13 @@ def test_numbers_of_other_tools_are_read(tmp_path: Path) -> None:
     assert all(type(one.height) is int for one in read_annotations(file).images)
 
 
+def test_images_of_one_pixel_are_read(tmp_path: Path) -> None:
+    """Without it such a set is refused: all its boxes lie within 0..1, as relative ones do."""
+    objects = [annotation(1, 7, (0, 0, 1, 1), None)]
+    file = write_coco(tmp_path, "train2017", [(1, 1)], objects)
+    assert read_annotations(file).annotations[0].bbox == [0, 0, 1, 1]
+
+
 def test_masks_survive_their_reading(tmp_path: Path) -> None:
     """Without it text of another program, with trailing runs of 0, is refused or read otherwise."""
     mask = box_mask(BOX, 50, 60)

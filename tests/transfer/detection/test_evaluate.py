@@ -255,6 +255,22 @@ def test_results_are_of_the_stored_image(tmp_path: Path) -> None:
     assert (mask == box_mask((10, 10, 10, 20), *mask.shape)).mean() > 0.99
 
 
+@pytest.mark.parametrize("name", ["boxes", "scores"])
+def test_detections_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -> None:
+    """Without it a NaN ends the evaluator in a traceback, or is null in the written results."""
+    varied_set(tmp_path)
+    source = opened(tmp_path)
+    detections = {
+        "boxes": torch.tensor([[1.0, 2, 3, 4]]),
+        "labels": torch.tensor([1]),
+        "scores": torch.tensor([0.5]),
+    }
+    detections[name] = detections[name] * torch.nan
+    record = source.records[0]
+    with pytest.raises(UserError, match=rf"{record.name}: the detector's boxes or scores are not"):
+        to_results(detections, record, (record.height, record.width), list(source.categories))
+
+
 def test_masks_are_resized_without_a_shift() -> None:
     """Twice the size repeats every pixel; half of that is the original mask."""
     mask = np.random.default_rng(0).integers(0, 2, (1, 9, 7), dtype=np.uint8)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.transforms import Normalize
 
+from pipeline.errors import UserError
 from transfer.backbone import build_backbone
 from transfer.config import InitConfig
 from transfer.detection.config import ModelConfig
@@ -272,6 +273,14 @@ def test_detections_lie_in_their_image() -> None:
         limit = torch.tensor([image.shape[2], image.shape[1]] * 2)
         assert (one["boxes"] >= 0).all() and (one["boxes"] <= limit).all()
         assert one["labels"].min() >= 1 and one["labels"].max() <= 3
+
+
+def test_maps_that_are_no_numbers_are_refused() -> None:
+    """Without it a detector that overflows in fp16 finds nothing, without a word."""
+    model = detector().eval()
+    nn.init.constant_(model.backbone.fpn.layer_blocks[0][0].weight, torch.inf)  # type: ignore[arg-type, index]
+    with torch.no_grad(), pytest.raises(UserError, match="maps have NaN or infinite values"):
+        model(batch())
 
 
 def test_boxes_are_computed_in_float32_under_mixed_precision() -> None:

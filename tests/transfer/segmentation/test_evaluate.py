@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.datasets.open import open_labelled
+from pipeline.errors import UserError
 from tests.helpers.labelled_sets import NAMES, blocks, picture, save_png, write_folder_set
 from transfer.segmentation.config import InferenceConfig
 from transfer.segmentation.evaluate import confusion_of, examples, score_rows, slide, starts
@@ -128,3 +129,18 @@ def test_images_are_scored_at_their_labels_size(tmp_path: Path, inference: Infer
     assert confusion.sum() == 2 * 47 * 64 + 39 * 72  # all but the first rows, which are void
     values = {row["metric"]: row["value"] for row in score_rows(confusion, NAMES)}
     assert values["pixel_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("inference", [InferenceConfig(), InferenceConfig(window=24, stride=16)])
+def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, inference: InferenceConfig) -> None:
+    """Without it a network that overflows in fp16 predicts the first class, without a word."""
+
+    class Overflowing(Colours):
+        def scores(self, pixels: Tensor) -> Tensor:
+            return super().scores(pixels) * torch.inf  # 0 becomes NaN
+
+    write_folder_set(tmp_path, 0, 1)
+    data = open_labelled(images=tmp_path / "val/images", labels=tmp_path / "val/labels")
+    found = examples(data, range(1), (32, 24), threads=1)
+    with pytest.raises(UserError, match=r"images/val00\.png: the network's scores are not finite"):
+        confusion_of(Overflowing(), found, 3, inference, torch.device("cpu"))  # type: ignore[arg-type]
