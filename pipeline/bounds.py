@@ -10,7 +10,7 @@ The metadata of a dataclass field are its bounds: words after "must be", and a t
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -91,8 +91,13 @@ class Bounded:
         for field in fields(self):
             value = _as_tuple(getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-            for meaning, holds in field.metadata.items():
-                require(holds(value), field.name, value, meaning)
+            check(field.name, value, field.metadata)
+
+
+def check(name: str, value: Any, bound: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Refuse a value beyond its bound with a ValueError that names the setting."""
+    for meaning, holds in bound.items():
+        require(holds(value), name, value, meaning)
 
 
 def _as_tuple(value: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_ori
 import msgspec
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from pipeline.bounds import Bound
+from pipeline.bounds import Bound, check
 from pipeline.errors import UserError
 from train.run import text
 from train.run.text import DEEPEST, LARGEST_YAML, read_text, read_yaml
@@ -199,9 +199,10 @@ class Settings(Generic[Config]):
         other if none is missing.
         """
         for key, (_, value, source) in given.items():
-            for meaning, holds in self._fields[key].metadata.items() if key in self._fields else ():
-                if not holds(value):
-                    raise UserError(f"{source}{key} must be {meaning}, not {value!r}")
+            try:
+                check(key, value, self._fields[key].metadata if key in self._fields else {})
+            except ValueError as error:
+                raise UserError(f"{source}{error}") from None
         if not self._missing(given):
             self._build(given)
 

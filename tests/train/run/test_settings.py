@@ -400,6 +400,10 @@ def test_print_config_shows_all_values(capsys: pytest.CaptureFixture[str]) -> No
         (["--data.path", "x" * 5000], "data.path must be text"),
         (["--train.epochs", "-3", "--print_config"], "train.epochs must be at least 1, not -3"),
         (
+            ["--name", "x" * 300, "--print_config"],
+            f"name must be at most 200 characters long, not '{'x' * 99}…",
+        ),
+        (
             ["--data.path", "x", "--name", "x", "--train.view_sizes", "[[0, 9]]", "--print_config"],
             "train.view_sizes",
         ),
