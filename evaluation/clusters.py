@@ -25,7 +25,7 @@ from evaluation.kmeans import RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
 from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
-from evaluation.reduction import fit_reduction
+from evaluation.reduction import reduced
 from evaluation.scoring import (
     Counting,
     Predictor,
@@ -69,7 +69,10 @@ def kmeans_clusters(
     count = args.clusters or squares.images.num_classes
     recipe = RECIPES[args.kmeans]
     if args.standardise or args.pca:
-        features = reduced(features, squares, args)
+        try:
+            features = reduced(features, squares, standardise=args.standardise, pca=args.pca)
+        except ValueError as error:
+            raise UserError(f"{features.name}: {error}") from None
     maps = (features(b.normalised(squares.device)) for b in squares.batches(f"{name}: cells"))
     cells = sample_cells(maps, len(squares.images), seeds[0], most=recipe.most(count))
     cosine = features.cosine and args.kmeans != "faiss"
@@ -86,16 +89,6 @@ def kmeans_clusters(
         return [clusters.logits(maps, args.upsample != "features") for clusters in fits]
 
     return Predictor(name, "k-means", seeds, logits, DECIDE[args.upsample], memory=len(cells))
-
-
-def reduced(features: Features, squares: LabelledSquares, args: argparse.Namespace) -> Features:
-    """`features`, standardised and projected as the options say. Raises UserError."""
-    progress = f"{features.name}: mean and variance"
-    maps = (features(b.normalised(squares.device)) for b in squares.batches(progress))
-    try:
-        return fit_reduction(maps, standardise=args.standardise, pca=args.pca).of(features)
-    except ValueError as error:
-        raise UserError(f"{features.name}: {error}") from None
 
 
 def with_mirror_image(predictor: Predictor) -> Predictor:

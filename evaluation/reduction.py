@@ -6,9 +6,11 @@ Letters: B images, D features, P features kept, h w cells.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features
 from model.precision import full_precision
 
@@ -62,3 +64,19 @@ def fit_reduction(batches: Iterable[Tensor], *, standardise: bool, pca: int | No
         _, directions = torch.linalg.eigh(covariance / torch.outer(scale, scale))
         matrix = matrix @ directions.flip(1)[:, :pca]
     return Reduction((origin + total / count).float(), matrix.float())
+
+
+def reduced(
+    features: Features,
+    squares: SquareImages,
+    *,
+    standardise: bool,
+    pca: int | None = None,
+    indices: np.ndarray | None = None,
+) -> Features:
+    """`features`, standardised and projected as `fit_reduction` learns from the images: all, or
+    `indices` int64 [M]. Raises ValueError as it does.
+    """
+    batches = squares.batches(f"{features.name}: mean and variance", indices)
+    maps = (features(batch.normalised(squares.device)) for batch in batches)
+    return fit_reduction(maps, standardise=standardise, pca=pca).of(features)

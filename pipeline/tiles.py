@@ -19,11 +19,10 @@ from pipeline.turbojpeg import (
     RGB,
     c_crc32,
     c_decompress,
-    c_destroy,
-    c_init,
     c_memchr,
     c_memcpy,
     c_pread,
+    renew,
 )
 
 MOST_RECTANGLES = 4
@@ -72,7 +71,7 @@ def frame_of(data: NDArray[np.uint8]) -> Frame:
     good = len(data) > 4 and data[0] == 0xFF and data[1] == 0xD8
     while good and at + 4 <= len(data) and data[at] == 0xFF:
         kind = data[at + 1]
-        end = at + 2 + (np.int64(data[at + 2]) << 8 | data[at + 3])
+        end = at + 2 + _word(data, at + 2)
         body = data[at + 4 : end]
         if end > len(data) or kind < 0xC0 or kind == 0xFF or 0xD0 <= kind <= 0xD9:
             break
@@ -90,17 +89,22 @@ def frame_of(data: NDArray[np.uint8]) -> Frame:
         elif kind == 0xDD:
             if len(body) != 2:
                 break
-            interval = np.int64(body[0]) << 8 | body[1]
+            interval = _word(body, 0)
         elif kind == 0xDA:
             if sides and _is_whole(body, ids, tables):
-                height = np.int64(data[sides]) << 8 | data[sides + 1]
-                width = np.int64(data[sides + 2]) << 8 | data[sides + 3]
+                height, width = _word(data, sides), _word(data, sides + 2)
                 return _frame(height, width, sampling, tables, interval, sides, at, end)
             break
         elif 0xC2 <= kind <= 0xCF and kind != 0xC4:
             break
         at = end
     return Frame(0, 0, sampling, tables, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@_compiled
+def _word(data: NDArray[np.uint8], at: int) -> int:
+    """A number of two bytes."""
+    return int(np.int64(data[at])) << 8 | int(data[at + 1])
 
 
 @_compiled
@@ -325,7 +329,7 @@ def _header(
     """
     size, at = _copy(data, 0, 2, out, 0), 2
     while at < frame.data:
-        end = at + 2 + (np.int64(data[at + 2]) << 8 | data[at + 3])
+        end = at + 2 + _word(data, at + 2)
         kind = data[at + 1]
         # Of the other segments only JFIF's and Adobe's say how colours are stored.
         if kind < 0xE0 or kind == 0xE0 or kind == 0xEE:
@@ -383,9 +387,7 @@ def decode_crops(
         size = put_together(data, frame, grid, starts, rectangles[k], part)
         height, width = size_of(frame, grid, rectangles[k])
         y, x = rectangles[k, 1] * grid.height // scale, rectangles[k, 0] * grid.width // scale
-        if handle[0]:
-            c_destroy(handle[0])
-        handle[0] = c_init()
+        renew(handle)
         if c_decompress(
             handle[0], part.ctypes.data, size, canvas.ctypes.data + y * stride + 3 * x,
             -(-width // scale), stride, -(-height // scale), RGB, FLAGS,

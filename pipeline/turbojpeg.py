@@ -69,7 +69,7 @@ def external(function: Any) -> Any:
     return types.ExternalFunction(symbol, make_function_type(function).sig)
 
 
-c_init, c_destroy, _c_header = external(_init), external(_destroy), external(_header)
+_c_init, _c_destroy, _c_header = external(_init), external(_destroy), external(_header)
 c_decompress, c_pread, c_crc32 = external(_decompress), external(_pread), external(_crc32)
 c_memcpy, c_memchr = external(_memcpy), external(_memchr)
 
@@ -121,7 +121,7 @@ class Decoder:
         libjpeg's scales that fits. Returns libjpeg's first error or warning, or "".
         """
         data, (height, width, _) = np.frombuffer(jpeg, np.uint8), pixels.shape
-        _renew(self.handle)
+        renew(self.handle)
         code = _decompress(
             int(self.handle[0]), data.ctypes.data, data.size, pixels.ctypes.data,
             width, 0, height, colours, FLAGS,
@@ -164,11 +164,11 @@ def baseline(jpeg: bytes) -> bytes:
 
 
 @njit(nogil=True, cache=True)
-def _renew(handle: np.ndarray) -> None:
+def renew(handle: np.ndarray) -> None:
     """Replace the handle in `handle` int64 [1], 0 = none, by a new one."""
     if handle[0]:
-        c_destroy(handle[0])
-    handle[0] = c_init()
+        _c_destroy(handle[0])
+    handle[0] = _c_init()
 
 
 @njit(nogil=True, cache=True)
@@ -199,7 +199,7 @@ def decode_records(
             pixels = scratch[:size].reshape(height, width, 3)
             canvas[b, :height, :width] = pixels
             continue
-        _renew(handle)
+        renew(handle)
         shape[:] = 0
         at = shape.ctypes.data
         if _c_header(handle[0], scratch.ctypes.data, size, at, at + 4, at + 8, at + 12) != 0:

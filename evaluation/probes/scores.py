@@ -36,7 +36,7 @@ from evaluation.probes.overclustering import Overclustering
 from evaluation.probes.retrieval import Retrieval
 from evaluation.probes.selection import Held, regressions, select, votes
 from evaluation.probes.voting import gather_pixels, join_pixels
-from evaluation.reduction import fit_reduction
+from evaluation.reduction import reduced
 from evaluation.scoring import Counting, Predictor, Result, evaluate, print_scores, score_rows
 from pipeline.errors import UserError
 
@@ -69,10 +69,8 @@ def labelled_features(
 
 def standardised(task: Task, indices: np.ndarray | None = None) -> Task:
     """The task with features standardised on the training images `indices`, all if None."""
-    batches = task.train.batches(f"{task.network.name}: mean and variance", indices)
-    maps = (task.network(b.normalised(task.train.device)) for b in batches)
-    reduction = fit_reduction(maps, standardise=True, pca=None)
-    return replace(task, network=reduction.of(task.network))
+    network = reduced(task.network, task.train, standardise=True, indices=indices)
+    return replace(task, network=network)
 
 
 def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:

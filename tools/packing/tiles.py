@@ -52,10 +52,10 @@ def tiled(jpeg: bytes) -> Tiled | None:
 
 def restored(jpeg: bytes) -> bytes:
     """The source of a JPEG that `tiled` made. Any bytes, or b"", if it is not restorable."""
-    frame, scan = frame_of(np.frombuffer(jpeg, np.uint8)), _scan(jpeg)
+    scan = _scan(jpeg)
     if scan is None:
         return b""
-    symbols, blocks, end = scan
+    frame, symbols, blocks, end = scan
     header = jpeg[:2]
     for part in _segments(jpeg, frame):
         if part[1] == _KEPT:
@@ -89,8 +89,7 @@ def _with_markers(jpeg: bytes) -> bytes | None:
     scan = _scan(jpeg)
     if scan is None:
         return None
-    symbols, blocks, end = scan
-    frame = frame_of(np.frombuffer(jpeg, np.uint8))
+    frame, symbols, blocks, end = scan
     interval = interval_of(frame)
     frequency = np.zeros((TABLES, 257), np.int64)
     if not huffman.count(symbols, blocks, interval, frequency):
@@ -110,9 +109,9 @@ def _with_markers(jpeg: bytes) -> bytes | None:
     return header + _encoded(symbols, blocks, interval, (counts, values), frequency) + jpeg[end:]
 
 
-def _scan(jpeg: bytes) -> tuple[Symbols, NDArray[np.int64], int] | None:
-    """The symbols of the scan of a JPEG, for each block of an MCU its component and tables, and the
-    offset of the end-of-image marker. None if they cannot be read beyond doubt.
+def _scan(jpeg: bytes) -> tuple[Frame, Symbols, NDArray[np.int64], int] | None:
+    """The frame of a JPEG, the symbols of its scan, for each block of an MCU its component and
+    tables, and the offset of the end-of-image marker. None if they cannot be read beyond doubt.
     """
     data = np.frombuffer(jpeg, np.uint8)
     frame = frame_of(data)
@@ -136,7 +135,7 @@ def _scan(jpeg: bytes) -> tuple[Symbols, NDArray[np.int64], int] | None:
         np.empty(number, np.int32), np.zeros(number + 1, np.int32), np.empty(most, np.int32)
     )
     good = huffman.decode(clean, ends, blocks, interval, looks, lasts, tables[1], symbols)
-    return (symbols, blocks, end) if good else None
+    return (frame, symbols, blocks, end) if good else None
 
 
 def _encoded(
