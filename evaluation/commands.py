@@ -49,6 +49,8 @@ def facts(args: argparse.Namespace, data: LabelledImages) -> dict[str, Any]:
         "dataset": args.dataset,
         "list": str(args.list) if args.list else data.selection,
         "images": len(data),
+        "output_stride": args.output_stride,
+        "whiten": args.whiten,
     }
 
 
