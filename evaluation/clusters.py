@@ -20,12 +20,12 @@ from evaluation.commands import (
 )
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
-from evaluation.features import Features, open_all
+from evaluation.features import Features
 from evaluation.kmeans import RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
 from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
-from evaluation.reduction import reduced
+from evaluation.reduction import reduced, whitened
 from evaluation.scoring import (
     Counting,
     Predictor,
@@ -35,6 +35,8 @@ from evaluation.scoring import (
     score_rows,
 )
 from evaluation.segment import Segmenter, assign, assign_cells
+from evaluation.specs import open_all
+from model.encoder import dilate
 from pipeline.errors import UserError
 
 Decide = Callable[[Tensor, int], Tensor]
@@ -88,7 +90,10 @@ def kmeans_clusters(
         maps = features(images)
         return [clusters.logits(maps, args.upsample != "features") for clusters in fits]
 
-    return Predictor(name, "k-means", seeds, logits, DECIDE[args.upsample], memory=len(cells))
+    decide = DECIDE[args.upsample]
+    return Predictor(
+        name, "k-means", seeds, logits, decide, memory=len(cells), stage=features.stage
+    )
 
 
 def with_mirror_image(predictor: Predictor) -> Predictor:
@@ -122,17 +127,19 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
     if args.features:
         counting = counting_of(args, data.num_classes)
         counting.require(args.clusters or data.num_classes, data.names, "k-means")
-    opened = open_all(args.features, args.checkpoint, args.weights, squares)
+    opened = open_all(args, squares)
     if args.checkpoint is not None and not clusters_itself(args.protocol):
         trained, config = load_network(args.checkpoint, squares.device)
+        if args.output_stride is not None:
+            dilate(trained.teacher.encoder, args.output_stride)
         seed, temperature = config.train.seed, config.model.teacher_temp
         how = DECIDE[args.upsample], args.upsample != "features"
         yield prototype_clusters("trained", trained, seed, temperature, *how)
         if args.baseline == "untrained":
-            network = untrained_network(config.model, seed, squares)
+            network = untrained_network(config.model, seed, squares, args.output_stride)
             yield prototype_clusters("untrained", network, seed, temperature, *how)
     for features in opened:
-        yield kmeans_clusters(features, squares, args)
+        yield kmeans_clusters(whitened(features, squares, args.whiten), squares, args)
 
 
 def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,6 +152,7 @@ def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> lis
         "seed": result.seed,
         "match": result.match,
         "memory": result.memory,
+        "stage": result.stage,
     }
     used = "used_prototypes" if result.kind == "prototypes" else "used_clusters"
     return score_rows(result.score, names, head | common, used)

@@ -35,10 +35,15 @@ def squares_of(args: argparse.Namespace, data: LabelledImages) -> LabelledSquare
     """The images of `data` at --size, else at the side for the views of --checkpoint, else at 320
     pixels. Raises UserError.
     """
-    size = args.size or EVALUATION_SIDE
-    if args.checkpoint and not args.size:
-        size = evaluation_size(run_config(args.checkpoint).views.size)
+    size = args.size or side_for(args.checkpoint)
     return LabelledSquares(data, size, default_device(), args.batch, FITS[args.fit])
+
+
+def side_for(checkpoint: Path | None) -> int:
+    """The side of an evaluated square for the views of a run; 320 without one. Raises UserError."""
+    if checkpoint is None:
+        return EVALUATION_SIDE
+    return evaluation_size(run_config(checkpoint).views.size)
 
 
 def facts(args: argparse.Namespace, data: LabelledImages) -> dict[str, Any]:
@@ -49,6 +54,8 @@ def facts(args: argparse.Namespace, data: LabelledImages) -> dict[str, Any]:
         "dataset": args.dataset,
         "list": str(args.list) if args.list else data.selection,
         "images": len(data),
+        "output_stride": args.output_stride,
+        "whiten": args.whiten,
     }
 
 

@@ -11,6 +11,7 @@ from evaluation.protocols import ABSENT, MATCHES, Table
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, check_writable
 
+WHITEN = 0.25
 SHOWN = 5
 """Prototypes in each column of the picture of evaluation.slots."""
 FEATURES_HELP = (
@@ -19,6 +20,53 @@ FEATURES_HELP = (
     "ResNet (supervised:resnet18: for another); timm:NAME: any timm model (needs the extra "
     "[timm]); pixels: mean colours of blocks of 8×8 pixels"
 )
+
+
+def stages_of(text: str) -> tuple[int, ...]:
+    """The numbers in 2 or 2+3+4 of `--stage`. Raises ValueError for anything else."""
+    numbers = tuple(int(number) for number in text.split("+"))
+    if min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise ValueError(text)
+    return numbers
+
+
+def stage(text: str) -> str:
+    """2 or 2+3+4: the type of `--stage`."""
+    return "+".join(map(str, stages_of(text)))
+
+
+def add_feature_options(parser: CommandParser, features: list[str]) -> None:
+    """The options that `specs.open_all` reads. `features` is the default."""
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        default=features,
+        metavar="SPEC",
+        help=f"features to take (default: {' '.join(features) or 'none'}). {FEATURES_HELP}",
+    )
+    parser.add_argument("--weights", type=Path, help="file of weights for supervised or timm:NAME")
+    parser.add_argument(
+        "--stage",
+        type=stage,
+        nargs="+",
+        metavar="N[+N…]",
+        help="stages of the networks to read, each alone, or joined by +: each is scaled to length "
+        "1 by cell and brought to the finest grid. Stages are a ResNet's layers (1 to 4), a ViT's "
+        "blocks, the levels of timm's other networks (the last one)",
+    )
+    parser.add_argument(
+        "--output-stride",
+        type=int,
+        choices=[8, 16],
+        help="dilate the networks' last stages, so that cells are so many pixels wide",
+    )
+    parser.add_argument(
+        "--baseline",
+        choices=["untrained", "none"],
+        default="untrained",
+        help="untrained: beside each network, the same one before training, read at the same "
+        "stages: what a run started from; else drawn with seed 0 (untrained)",
+    )
 
 
 def add_scoring_options(parser: CommandParser, features: list[str], table: Table) -> None:
@@ -35,14 +83,16 @@ def add_scoring_options(parser: CommandParser, features: list[str], table: Table
         parser.set_defaults(protocol=None)
     parser.add_argument("--checkpoint", type=Path, help="run folder, or one of its checkpoints")
     add_dataset_options(parser)
+    add_feature_options(parser, features)
     parser.add_argument(
-        "--features",
-        nargs="+",
-        default=features,
-        metavar="SPEC",
-        help=f"features to score (default: {' '.join(features) or 'none'}). {FEATURES_HELP}",
+        "--whiten",
+        type=float,
+        nargs="?",
+        const=WHITEN,
+        metavar="P",
+        help="centre the features and multiply them by covariance^-P of unlabelled cells (those of "
+        f"the training set, where there is one): {WHITEN} without P; 0.5 whitens in full",
     )
-    parser.add_argument("--weights", type=Path, help="file of weights for supervised or timm:NAME")
     parser.add_argument(
         "--seeds",
         type=int,
@@ -85,7 +135,20 @@ def check_scoring_options(args: argparse.Namespace, positive: Sequence[str]) -> 
     require_positive(args, ("batch", "size", *positive))
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError("--seeds must be different and at least 0")
+    check_feature_options(args)
+    if args.whiten is not None and not 0 < args.whiten <= 1:
+        raise UserError(f"--whiten must be above 0 and at most 1, not {args.whiten}")
     check_outputs(args)
+
+
+def check_feature_options(args: argparse.Namespace) -> None:
+    """Refuse options of `add_feature_options` that contradict each other. Raises UserError."""
+    if len(set(args.features)) < len(args.features):
+        raise UserError("--features names the same features twice")
+    if args.stage and "projector" in args.features:
+        raise UserError("--stage is of encoders: the projector follows the last stage")
+    if args.output_stride and not {*args.features} - {"pixels"} and not args.checkpoint:
+        raise UserError(f"--output-stride {args.output_stride}: no network to dilate")
 
 
 def require_positive(args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -15,10 +15,12 @@ from pipeline.errors import UserError
 from train.run.cli import CommandParser, run
 
 EXAMPLES = """examples:
-  python -m evaluation.probe knn --checkpoint runs/demo --features teacher untrained pixels \\
+  python -m evaluation.probe knn --checkpoint runs/demo --features teacher pixels \\
       --train-images data/scenes/train/images --train-labels data/scenes/train/labels \\
       --images data/scenes/val/images --labels data/scenes/val/labels --json knn.json
   python -m evaluation.probe linear --checkpoint runs/camvid --dataset camvid --root CamVid
+  python -m evaluation.probe knn --checkpoint runs/camvid --dataset camvid --root CamVid \\
+      --stage 2 4 3+4 --whiten
   python -m evaluation.probe clusters --clusters 200 --features timm:vit_small_patch16_224.dino \\
       --dataset voc --root VOCdevkit/VOC2012
   python -m evaluation.probe knn --protocol hummingbird --size 448 --memory 1024000 \\

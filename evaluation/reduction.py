@@ -1,10 +1,10 @@
-"""Linear maps of features, fitted to unlabelled cells: standardisation and PCA.
+"""Linear maps of features, fitted to unlabelled cells: standardisation, PCA and whitening.
 
 Letters: B images, D features, P features kept, h w cells.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,21 @@ from torch import Tensor
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features
 from model.precision import full_precision
+from pipeline.errors import UserError
+
+RIDGE = 1e-3
+"""Share of the largest variance that whitening adds to all: directions of noise stay small."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of cells, in float64."""
+
+    count: int
+    mean: Tensor
+    """[D]"""
+    covariance: Tensor
+    """[D, D], of the population"""
 
 
 @dataclass(frozen=True)
@@ -32,16 +47,11 @@ class Reduction:
 
     def of(self, features: Features) -> Features:
         """`features` reduced; they are compared by distance: their lengths mean something."""
-        return Features(features.name, lambda images: self(features(images)), cosine=False)
+        return replace(features, function=lambda images: self(features(images)), cosine=False)
 
 
-def fit_reduction(batches: Iterable[Tensor], *, standardise: bool, pca: int | None) -> Reduction:
-    """Fit to features [B, D, h, w], batch by batch, in float64.
-
-    `standardise` divides each feature by its deviation (of the population; a constant feature is
-    left alone), as scikit-learn's StandardScaler. `pca` then keeps the P directions of largest
-    variance, without whitening. Raises ValueError if there are no cells or fewer than P features.
-    """
+def moments(batches: Iterable[Tensor]) -> Moments:
+    """Of features [B, D, h, w], batch by batch. Raises ValueError if there are no cells."""
     count, total, products = 0, torch.zeros(()), torch.zeros(())
     for features in batches:
         cells = features.permute(0, 2, 3, 1).flatten(0, 2).double()
@@ -52,18 +62,66 @@ def fit_reduction(batches: Iterable[Tensor], *, standardise: bool, pca: int | No
         total = total.to(cells) + cells.sum(dim=0)
         products = products.to(cells) + cells.T @ cells
     if not count:
-        raise ValueError("no cells to standardise")
-    if pca is not None and pca > len(origin):
-        raise ValueError(f"--pca {pca}: there are only {len(origin)} features")
+        raise ValueError("no cells to learn from")
     covariance = products / count - torch.outer(total, total) / count**2
-    deviation = covariance.diagonal().clamp_min(0).sqrt()
-    varies = deviation > 1e-9 * origin.abs()  # less is rounding
+    return Moments(count, origin + total / count, covariance)
+
+
+def fit_reduction(batches: Iterable[Tensor], *, standardise: bool, pca: int | None) -> Reduction:
+    """Fit to features [B, D, h, w], batch by batch, in float64.
+
+    `standardise` divides each feature by its deviation (of the population; a constant feature is
+    left alone), as scikit-learn's StandardScaler. `pca` then keeps the P directions of largest
+    variance, without whitening. Raises ValueError if there are no cells or fewer than P features.
+    """
+    of_cells = moments(batches)
+    dim = len(of_cells.mean)
+    if pca is not None and pca > dim:
+        raise ValueError(f"--pca {pca}: there are only {dim} features")
+    deviation = of_cells.covariance.diagonal().clamp_min(0).sqrt()
+    varies = deviation > 1e-9 * of_cells.mean.abs()  # less is rounding
     scale = torch.where(varies & standardise, deviation, 1.0)
     matrix = (1 / scale).diag()
     if pca is not None:
-        _, directions = torch.linalg.eigh(covariance / torch.outer(scale, scale))
+        _, directions = torch.linalg.eigh(of_cells.covariance / torch.outer(scale, scale))
         matrix = matrix @ directions.flip(1)[:, :pca]
-    return Reduction((origin + total / count).float(), matrix.float())
+    return Reduction(of_cells.mean.float(), matrix.float())
+
+
+def fit_whitening(batches: Iterable[Tensor], power: float) -> Reduction:
+    """x → (x - mean) · (covariance + `RIDGE` · its largest eigenvalue)^-`power`, fitted to features
+    [B, D, h, w], batch by batch, in float64. The directions stay those of the features (ZCA).
+
+    With a power of 1/2 the features are uncorrelated and of variance 1, ridge aside; with less,
+    directions of large variance still count more. Raises ValueError for fewer cells than features.
+    """
+    of_cells = moments(batches)
+    dim = len(of_cells.mean)
+    if of_cells.count < dim:
+        raise ValueError(f"--whiten: {of_cells.count} cells are fewer than {dim} features")
+    values, directions = torch.linalg.eigh(of_cells.covariance)
+    if not values[-1] > 0:
+        raise ValueError("--whiten: all cells have the same features")
+    scale = (values.clamp_min(0) + RIDGE * values[-1]) ** -power
+    return Reduction(of_cells.mean.float(), (directions * scale @ directions.T).float())
+
+
+def whitened(features: Features, squares: SquareImages, power: float | None) -> Features:
+    """`features`, whitened as `fit_whitening` learns from the images; themselves without `power`.
+    What compares directions still does: those from the mean. Raises UserError.
+    """
+    if power is None:
+        return features
+    batches = squares.batches(f"{features.name}: whitening")
+    maps = (features(batch.normalised(squares.device)) for batch in batches)
+    try:
+        whiten = fit_whitening(maps, power)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{features.name}: {error}") from None
+    name = f"{features.name}, whitened"
+    return replace(features, name=name, function=lambda images: whiten(features(images)))
 
 
 def reduced(

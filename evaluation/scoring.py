@@ -45,6 +45,8 @@ class Predictor:
     """None: as many as there are logits."""
     memory: int | None = None
     """Cells that the clusters or the probe were fitted to; None for prototypes."""
+    stage: str | None = None
+    """Of the network, as in `Features`."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Result:
     num_clusters: int
     match: Match
     memory: int | None
+    stage: str | None
     score: GroupingScore
     kept: list[np.ndarray]
     """int64 [R, R], the clusters in each image to show in a picture."""
@@ -156,6 +159,7 @@ def evaluate(
             len(confusion),
             match,
             predictor.memory,
+            predictor.stage,
             scored(counting, confusion, match, data),
             kept[seed, refined],
         )

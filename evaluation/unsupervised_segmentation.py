@@ -16,7 +16,7 @@ from train.run.cli import CommandParser, run
 EXAMPLES = """examples:
   python -m evaluation.unsupervised_segmentation --checkpoint runs/demo \\
       --images data/scenes/val/images --labels data/scenes/val/labels \\
-      --baseline untrained --json eval.json
+      --json eval.json
   python -m evaluation.unsupervised_segmentation --checkpoint runs/coco --dataset coco-stuff \\
       --root data/coco --features teacher pixels --seeds 0 1 2 --flip --crf --picture eval.png
   python -m evaluation.unsupervised_segmentation --features supervised timm:vit_small_patch16_224.dino \\
@@ -71,31 +71,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--flip", action="store_true", default=None, help="average each image with its mirror image"
     )
-    parser.add_argument(
-        "--baseline", choices=["untrained"], help="also score the prototypes of this network"
-    )
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse bad options before any work. Raises UserError."""
-    of_kmeans = ("clusters", "kmeans", "restarts", "pca", "standardise", "seeds")
+    of_kmeans = (
+        "clusters", "kmeans", "restarts", "pca", "standardise", "seeds", "stage", "whiten",
+    )  # fmt: skip
     if not args.features:
         for name in of_kmeans:
             if (value := getattr(args, name)) is not None:
                 raise UserError(f"{flag(name, value)} is for k-means, which needs --features")
     settle(args, CLUSTERS)
     check_scoring_options(args, ["clusters", "restarts", "pca", "masks"])
-    if len(set(args.features)) < len(args.features):
-        raise UserError("--features names the same features twice")
     if args.checkpoint is None and not args.features:
         raise UserError("nothing to score: needs --checkpoint or --features")
-    if args.checkpoint is None and args.baseline:
-        raise UserError(f"--baseline {args.baseline} needs --checkpoint")
-    if clusters_itself(args.protocol) and (args.baseline or not args.features):
+    if clusters_itself(args.protocol) and not args.features:
         raise UserError(
-            f"--protocol {args.protocol} clusters features by k-means: it needs --features, and has"
-            " no --baseline"
+            f"--protocol {args.protocol} clusters features by k-means: it needs --features"
         )
     one_to_one = args.protocol is not None and args.match == "pixels"
     if one_to_one and args.subset == "all":

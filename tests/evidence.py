@@ -42,10 +42,8 @@ MEASURES = {
     "linear.json": "probe linear",
 }
 """File and command of each evaluation."""
-BASELINES = {"eval.json": " untrained pixels --baseline untrained"} | dict.fromkeys(
-    ("knn.json", "linear.json"), " untrained pixels"
-)
-"""More options when the full method is scored, once for each seed."""
+WITH_BASELINES, WITHOUT = "teacher untrained pixels", "teacher --baseline none"
+"""Features to score: of the full method, once for each seed, and of the others."""
 COLUMNS = ("prototypes", "k-means", "knn", "linear")
 """Columns of the tables: the two clusterings and the two probes."""
 
@@ -117,8 +115,8 @@ def train_and_score(
     for file, command in MEASURES.items():
         options = (
             f"--checkpoint {folder} {data.scored} --size {data.size} --seeds {starts}"
-            f" --json {folder / file} --features teacher"
-            + (BASELINES[file] if baselines and variant == "full" else "")
+            f" --json {folder / file} --features "
+            + (WITH_BASELINES if baselines and variant == "full" else WITHOUT)
         )
         if command.startswith("probe"):
             options += f" {data.learnt}"

@@ -24,7 +24,7 @@ STEPS = {
     f" --batch 32 --repeats 3 --seconds 0.1 --backends compiled --json {RUN}/bench.json",
     "Score the grouping on held-out scenes": f"evaluation.unsupervised_segmentation"
     f" --checkpoint {RUN} --images {SCENES}/images --labels {SCENES}/labels"
-    f" --size 192 --baseline untrained --json {RUN}/eval.json --picture {RUN}/eval.png",
+    f" --size 192 --json {RUN}/eval.json --picture {RUN}/eval.png",
     "Count its slots": f"evaluation.slots --checkpoint {RUN} --data {BETON} --size 192"
     f" --max-images 300 --json {RUN}/slots.json --picture {RUN}/slots.png",
     "Draw the prototypes": f"evaluation.pictures prototypes --checkpoint {RUN} --data {BETON}"

@@ -1,12 +1,12 @@
-"""Draw pictures of a run: the segments nearest to each prototype, the grouping of whole images, the
-views of training, and the grouping over the checkpoints.
+"""Draw pictures of a run: the segments nearest to each prototype, the grouping of whole images,
+principal components of features, the views of training, and the grouping over the checkpoints.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from evaluation.options import require_positive
+from evaluation.options import add_feature_options, check_feature_options, require_positive
 from evaluation.pictures.drawing import check_picture, write_picture
 from train.run.cli import CommandParser, run
 
@@ -16,6 +16,10 @@ EXAMPLES = """examples:
   python -m evaluation.pictures prototypes --checkpoint runs/coco/checkpoints/step_9000 \\
       --data val2017 --out prototypes.png --prototypes 40 --max-images 2000
   python -m evaluation.pictures grouping --checkpoint runs/demo --data val2017 --out grouping.png
+  python -m evaluation.pictures features --checkpoint runs/demo --data val2017 --stage 2 4 \\
+      --out features.png
+  python -m evaluation.pictures features --features timm:vit_small_patch16_224.dino \\
+      --data val2017 --out features.png
   python -m evaluation.pictures views --checkpoint runs/demo --data sample.beton --out views.png
   python -m evaluation.pictures attention --run runs/demo --data sample.beton --only 3 7 \\
       --out attention.png
@@ -23,10 +27,11 @@ EXAMPLES = """examples:
 PICTURES = {
     "prototypes": "The nearest segments of each prototype in a row, the most frequent first.",
     "grouping": "Images beside themselves under the colours of their pixels' prototypes.",
+    "features": "Images beside the first three principal components of features, as colours.",
     "views": "Both views of images as in training: crops, flips, overlap.",
     "attention": "The grouping of the same images at several checkpoints.",
 }
-_IMAGES = {"grouping": 12, "views": 6, "attention": 4}
+_IMAGES = {"grouping": 12, "features": 6, "views": 6, "attention": 4}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -41,7 +46,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             one.add_argument("--columns", type=int, default=6, help="checkpoints to show (6)")
         else:
             one.add_argument(
-                "--checkpoint", type=Path, required=True, help="run folder, or a checkpoint of it"
+                "--checkpoint",
+                type=Path,
+                required=name != "features",
+                help="run folder, or a checkpoint of it",
             )
         one.add_argument("--data", type=Path, required=True, help="a beton, or a folder of images")
         one.add_argument("--out", type=Path, required=True, help="picture to write (.png)")
@@ -58,6 +66,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             one.add_argument(
                 "--only", type=int, nargs="+", metavar="I", help="draw these images, by number"
             )
+        if name == "features":
+            add_feature_options(one, ["teacher"])
         if name == "views":
             one.add_argument("--epoch", type=int, default=0, help="counted from 0 (0)")
         else:
@@ -74,6 +84,8 @@ def main() -> None:
     counts = ("top", "prototypes", "max_images", "size", "batch", "images", "columns")
     require_positive(args, counts)
     check_picture("--out", args.out)
+    if args.picture == "features":
+        check_feature_options(args)
     from evaluation.pictures.draw import DRAW  # takes seconds, which --help does not wait for
 
     write_picture(args.out, DRAW[args.picture](args))

@@ -4,17 +4,20 @@ import argparse
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from PIL import Image
 
-from evaluation.commands import open_run
+from evaluation.commands import open_run, side_for
 from evaluation.datasets.images import ImageSource, open_images, spread
 from evaluation.datasets.squares import SquareImages
-from evaluation.networks import run_config
+from evaluation.networks import default_device, run_config
+from evaluation.pictures.components import component_colours
 from evaluation.pictures.drawing import overlay, prototype_colours, sheet
 from evaluation.pictures.prototypes import cut_tiles, draw_rows
 from evaluation.pictures.views import draw_pairs, picture_of_views
 from evaluation.prototypes import gather_statistics
 from evaluation.segment import Segmenter, assign, segment_images
+from evaluation.specs import open_all
 from pipeline.errors import UserError
 from train.run.checkpoint import find, step_of, whole_ones
 
@@ -61,6 +64,27 @@ def draw_grouping(args: argparse.Namespace) -> Image.Image:
     shown = len(np.unique(winners))
     title = f"{shown} of {len(colours)} prototypes in {len(pixels)} images, a colour each"
     return sheet(title, rows)
+
+
+def draw_features(args: argparse.Namespace) -> Image.Image:
+    """Images beside the principal components of their features: a column for each network and
+    stage, whose components are those of the images that are drawn.
+    """
+    images = open_images(args.data)
+    which = choose(args, images)
+    size = args.size or side_for(args.checkpoint)
+    squares = SquareImages(images, size, default_device())
+    columns: dict[str, np.ndarray] = {}
+    for features in open_all(args, squares):
+        batches = list(squares.batches(features.name, which))
+        maps = torch.cat([features(batch.normalised(squares.device)) for batch in batches])
+        columns[features.name] = component_colours(maps)
+    pixels = np.concatenate([batch.pixels for batch in batches])
+    rows = [
+        [plain_panel(image), *(component_panel(colours[b]) for colours in columns.values())]
+        for b, image in enumerate(pixels)
+    ]
+    return sheet("principal components of features", rows, ["image", *columns])
 
 
 def draw_views(args: argparse.Namespace) -> Image.Image:
@@ -145,6 +169,13 @@ def grouped_panel(
     return panel(overlay(image, winner, colours)), f"{len(np.unique(winner))} prototypes"
 
 
+def component_panel(colours: np.ndarray) -> tuple[Image.Image, str]:
+    """Colours of cells uint8 [h, w, 3] as a panel of `sheet`, with the size of the map."""
+    height, width = colours.shape[:2]
+    picture = Image.fromarray(colours).resize((PANEL, PANEL), Image.Resampling.BILINEAR)
+    return picture, f"{height} × {width} cells"
+
+
 def panel(image: Image.Image) -> Image.Image:
     """The image scaled to PANEL × PANEL pixels."""
     return image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
@@ -153,6 +184,7 @@ def panel(image: Image.Image) -> Image.Image:
 DRAW: dict[str, Callable[[argparse.Namespace], Image.Image]] = {
     "prototypes": draw_prototypes,
     "grouping": draw_grouping,
+    "features": draw_features,
     "views": draw_views,
     "attention": draw_attention,
 }

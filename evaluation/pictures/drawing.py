@@ -24,9 +24,21 @@ _LOOKS = ((0.85, 0.95), (0.55, 0.75), (0.9, 0.6), (0.35, 1.0))  # saturation and
 _COVER = 0.55  # opacity of a segment's colour over the image
 
 
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def font(size: int) -> Font:
     """Pillow's default font, `size` pixels high."""
     return ImageFont.load_default(size)
+
+
+def fitting_font(
+    text: str, width: int, size: int = 20
+) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of at most `size` pixels in which `text` is at most `width` pixels wide."""
+    while size > 8 and font(size).getlength(text) > width:
+        size -= 1
+    return font(size)
 
 
 def check_picture(option: str, path: Path) -> None:
@@ -102,8 +114,8 @@ def sheet(
     draw = ImageDraw.Draw(picture)
     draw.text((MARGIN, MARGIN - 8), title, INK, title_font)
     lefts = [MARGIN + sum(widths[:i]) + GAP * i for i in range(len(widths))]
-    for left, name in zip(lefts, columns, strict=False):
-        draw.text((left, top - CAPTION + 2), name, INK, font(20))
+    for left, wide, name in zip(lefts, widths, columns, strict=False):
+        draw.text((left, top - CAPTION + 2), name, INK, fitting_font(name, wide))
     for row, line, caption in zip(rows, heights, captions, strict=True):
         for left, (panel, text) in zip(lefts, row, strict=False):
             picture.paste(panel, (left, top))

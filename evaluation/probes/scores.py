@@ -26,7 +26,7 @@ from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.datasets.random_squares import HUMMINGBIRD, LEOPART, RandomSquares, Recipe
-from evaluation.features import Features, open_all
+from evaluation.features import Features
 from evaluation.kmeans import kmeans
 from evaluation.pictures.segmentation import Column
 from evaluation.probes.linear import fit_linear
@@ -36,8 +36,9 @@ from evaluation.probes.overclustering import Overclustering
 from evaluation.probes.retrieval import Retrieval
 from evaluation.probes.selection import Held, regressions, select, votes
 from evaluation.probes.voting import gather_pixels, join_pixels
-from evaluation.reduction import reduced
+from evaluation.reduction import reduced, whitened
 from evaluation.scoring import Counting, Predictor, Result, evaluate, print_scores, score_rows
+from evaluation.specs import open_all
 from pipeline.errors import UserError
 
 Head = Callable[[Tensor], Tensor]
@@ -251,7 +252,8 @@ def score_probes(args: argparse.Namespace) -> None:
     } | facts(args, val.images)
     rows: list[dict[str, Any]] = []
     columns: list[Column] = []
-    for network in open_all(args.features, args.checkpoint, args.weights, train):
+    for features in open_all(args, train):
+        network = whitened(features, train, args.whiten)
         results = probe(args, Task(network, train, val))
         pixels = results[0].score.pixels
         for result in results:
@@ -259,6 +261,7 @@ def score_probes(args: argparse.Namespace) -> None:
                 "network": network.name,
                 "seed": result.seed,
                 "memory": result.memory,
+                "stage": network.stage,
             }
             rows += score_rows(result.score, names, head)
         iou = np.mean([result.score.iou for result in results], axis=0)

@@ -1,6 +1,6 @@
 """Feature maps: the right part of the right network, and bad input."""
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,11 @@ from torch import nn
 
 from evaluation.datasets.images import FolderImages
 from evaluation.datasets.squares import SquareImages
-from evaluation.features import load, open_features
+from evaluation.features import Features, Network, fuse
+from evaluation.options import stage
+from evaluation.specs import open_all, open_features, open_trained
+from evaluation.timm_networks import load
 from model import ModelConfig, SlotCon
-from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.coloured import write_scenes
@@ -150,30 +152,131 @@ def test_bad_weights(tmp_path: Path) -> None:
         )
 
 
-def test_without_timm_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm is an optional dependency."""
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"needs timm \(pip install \.\[timm\]\)"):
-        open_features("timm:resnet18", None, CPU)
+# ---- stages ----
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_resnet"])
-def test_timm_models(name: str, tmp_path: Path) -> None:
-    """Patch tokens lie where their patches are, and the model's own normalisation is used."""
-    timm = pytest.importorskip("timm")
-    model = timm.create_model(name, num_classes=7).eval()
-    torch.save(model.state_dict(), tmp_path / "w.pth")
-    features = open_features(f"timm:{name}", None, CPU, weights=tmp_path / "w.pth")
-    result = features(images())
-    assert result.shape[:2] == (2, model.num_features)
-    if name.startswith("vit"):
-        square = torch.rand(1, 3, 224, 224)
-        mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        with torch.inference_mode():
-            tokens = model.forward_features((square - 0.5) / 0.5)[0, 1:]
-        torch.testing.assert_close(
-            features((square - mean) / std)[0, :, 3, 5], tokens[3 * 14 + 5], rtol=1e-3, atol=1e-4
-        )
-        assert result.shape[2:] == (4, 6)
-    with pytest.raises(UserError, match="Unknown model"):
-        open_features("timm:nonsense", None, CPU, weights=tmp_path / "w.pth")
+def test_stages_of_a_run(run: tuple[Path, SlotCon]) -> None:
+    """Without it another stage, or the student's, could be scored under a stage's name."""
+    checkpoint, model = run
+    network = open_trained("teacher", checkpoint, CPU)
+    assert isinstance(network, Network)
+    with torch.inference_mode():
+        expected = {"4": model.teacher.encoder(images())}
+        layers = model.teacher.encoder
+        early = layers.layer1(layers.maxpool(layers.relu(layers.bn1(layers.conv1(images())))))
+        expected["2"] = layers.layer2(early)
+    for number, value in expected.items():
+        features = network.read(number)
+        assert features.name == f"teacher, stage {number}" and features.stage == number
+        torch.testing.assert_close(features(images()), value)
+    assert network.read().name == "teacher" and network.read().stage == "4"
+
+
+def test_joined_stages_are_scaled_by_cell_and_brought_to_the_finest_grid() -> None:
+    """By NumPy, cell by cell: a bilinear map to twice the side takes 3/4 of the nearest cell and
+    1/4 of the next one, in each direction. Without scaling, the stage of the largest numbers would
+    decide alone.
+    """
+    generator = torch.Generator().manual_seed(3)
+    fine, coarse = (torch.randn(2, d, s, s, generator=generator) for d, s in ((5, 8), (7, 4)))
+    found = fuse([coarse * 100, fine]).numpy()
+    assert found.shape == (2, 12, 8, 8)
+    unit = [
+        m.numpy() / np.sqrt((m.numpy() ** 2).sum(axis=1, keepdims=True)) for m in (coarse, fine)
+    ]
+    weights = np.zeros((8, 4))
+    for cell in range(8):
+        near = cell // 2
+        other = min(max(near + (1 if cell % 2 else -1), 0), 3)
+        weights[cell, near] += 0.75
+        weights[cell, other] += 0.25
+    expected = np.einsum("ip,jq,bdpq->bdij", weights, weights, unit[0])
+    np.testing.assert_allclose(found[:, :7], expected, atol=1e-6)
+    np.testing.assert_allclose(found[:, 7:], unit[1], atol=1e-6)
+    assert fuse([coarse]) is coarse
+
+
+def test_dilated_stages(run: tuple[Path, SlotCon]) -> None:
+    """`--output-stride 8`: the last stage has cells of 8 pixels, among them the old ones."""
+    checkpoint, _ = run
+    coarse, fine = (
+        open_trained("teacher", checkpoint, CPU, output_stride=stride) for stride in (None, 8)
+    )
+    assert isinstance(coarse, Network) and isinstance(fine, Network)
+    found = fine.read("4")(images())
+    assert found.shape == (2, 512, 8, 12)
+    torch.testing.assert_close(found[:, :, ::4, ::4], coarse.read()(images()), rtol=1e-3, atol=1e-3)
+    assert fine.read("2+4")(images()).shape == (2, 640, 8, 12)
+    projector = open_trained("projector", checkpoint, CPU, output_stride=16)
+    assert isinstance(projector, Features) and projector(images()).shape == (2, 6, 4, 6)
+
+
+def options(*features: str, **more: object) -> argparse.Namespace:
+    usual = {"weights": None, "checkpoint": None, "stage": None, "output_stride": None}
+    return argparse.Namespace(features=features, **{**usual, "baseline": "untrained", **more})
+
+
+def test_an_untrained_network_stands_beside_each(run: tuple[Path, SlotCon], tmp_path: Path) -> None:
+    """At the same stages, whatever they are: otherwise a trained network's last stage would be
+    compared with nothing, or an untrained one's second stage with it.
+    """
+    checkpoint, _ = run
+    squares = SquareImages(FolderImages(write_scenes(tmp_path, MAPS)[0]), 64, CPU)
+    specs = ("teacher", "student", "projector", "pixels")
+    found = open_all(options(*specs, checkpoint=checkpoint), squares)
+    names = ["teacher", "untrained", "student", "projector", "projector, untrained", "pixels"]
+    assert [features.name for features in found] == names
+    found = open_all(options("teacher", checkpoint=checkpoint, stage=["2", "3+4"]), squares)
+    assert [(features.name, features.stage) for features in found] == [
+        ("teacher, stage 2", "2"),
+        ("untrained, stage 2", "2"),
+        ("teacher, stage 3+4", "3+4"),
+        ("untrained, stage 3+4", "3+4"),
+    ]
+    assert [features(images()).shape[1] for features in found] == [128, 128, 768, 768]
+    assert not torch.equal(found[0](images()), found[1](images()))
+    left_out = options("teacher", "untrained", checkpoint=checkpoint, baseline="none")
+    assert [features.name for features in open_all(left_out, squares)] == ["teacher", "untrained"]
+
+
+def test_untrained_network_of_others_is_drawn_with_a_fixed_seed(tmp_path: Path) -> None:
+    """The same architecture with other weights, the same ones whatever was drawn before; its
+    BatchNorm has seen the images.
+    """
+    squares = SquareImages(FolderImages(write_scenes(tmp_path, MAPS)[0]), 64, CPU)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    spec, outputs = "supervised:resnet18", []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found = open_all(options(spec, weights=tmp_path / "w.pth"), squares)
+        assert [features.name for features in found] == [spec, f"{spec}, untrained"]
+        outputs.append([features(images()) for features in found])
+    assert torch.equal(outputs[0][1], outputs[1][1])
+    assert not torch.allclose(outputs[0][0], outputs[0][1])
+
+
+@pytest.mark.parametrize(
+    ("stage", "side", "message"),
+    [
+        ("5", 64, "--stage 5: teacher has the stages 1 to 4"),
+        ("2+9", 64, "--stage 9: teacher has the stages 1 to 4"),
+        ("4", 31, r"images of 31 pixels are smaller than a cell of 32 \(--size\)"),
+        ("1+3", 8, r"smaller than a cell of 16"),
+    ],
+)
+def test_impossible_stages(stage: str, side: int, message: str, run: tuple[Path, SlotCon]) -> None:
+    """One line each, before anything is scored."""
+    network = open_trained("teacher", run[0], CPU)
+    assert isinstance(network, Network)
+    with pytest.raises(UserError, match=message):
+        network.read(stage)(torch.zeros(1, 3, side, side))
+    if side >= 16:
+        assert network.read("1+3")(torch.zeros(1, 3, 16, 16)).shape == (1, 320, 4, 4)
+
+
+@pytest.mark.parametrize("text", ["0", "2+2", "x", "", "1+", "-1"])
+def test_stages_are_numbers(text: str) -> None:
+    """argparse makes one line of a ValueError."""
+    with pytest.raises(ValueError):
+        stage(text)
+    assert stage("03+2") == "3+2"

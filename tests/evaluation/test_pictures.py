@@ -13,18 +13,29 @@ from evaluation import commands, slots
 from evaluation.datasets.images import BetonImages, FolderImages
 from evaluation.datasets.squares import SquareImages
 from evaluation.pictures import __main__ as pictures
+from evaluation.pictures.components import component_colours
 from evaluation.pictures.draw import PANEL, spread_ends
-from evaluation.pictures.drawing import OUTLINE, distinct, overlay, prototype_colours
+from evaluation.pictures.drawing import (
+    GAP,
+    OUTLINE,
+    distinct,
+    fitting_font,
+    font,
+    overlay,
+    prototype_colours,
+)
 from evaluation.pictures.views import CROPS, HEIGHT, DrawnPair, draw_pairs, picture_of_views, shared
 from evaluation.prototypes import NearestSegments, gather_statistics
 from evaluation.segment import segment_images
 from evaluation.slot_usage import duplicate_pairs, ends, result_rows
+from model import ModelConfig, SlotCon
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.beton import Beton
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.views import ViewConfig
 from tests.helpers.betons import varied, write_beton
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.coloured import CELL, ColourNetwork, write_scenes
 from train.config import DataConfig, RunConfig
 from train.run.checkpoint import Record, write_record
@@ -244,3 +255,54 @@ def test_wrong_options_are_one_line(
     monkeypatch.setattr("sys.argv", ["x", *arguments])
     with pytest.raises(UserError, match=says):
         pictures.main()
+
+
+# ---- features ----
+
+
+def test_components_are_those_of_numpys_svd() -> None:
+    """Red, green and blue are the first three components of all cells, each over its own range."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(3, 7, generator=generator) * torch.tensor([[9.0], [3.0], [1.0]])
+    maps = torch.einsum("bkhw,kd->bdhw", torch.randn(2, 3, 5, 6, generator=generator), mixing) + 50
+    colours = component_colours(maps)
+    assert colours.shape == (2, 5, 6, 3) and colours.dtype == np.uint8
+    x = maps.permute(0, 2, 3, 1).reshape(-1, 7).double().numpy()
+    directions = np.linalg.svd(x - x.mean(axis=0))[2][:3]
+    for number, direction in enumerate(directions):
+        sign = np.sign(direction[np.abs(direction).argmax()])
+        values = (x - x.mean(axis=0)) @ direction * sign
+        low, high = np.quantile(values, [0.01, 0.99])
+        expected = 255 * ((values - low) / (high - low)).clip(0, 1)
+        assert np.abs(colours[..., number].ravel() - expected).max() < 1
+
+
+def test_components_that_do_not_exist_are_grey() -> None:
+    """Two features have no third component, and a picture of one colour has none that varies."""
+    maps = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert (component_colours(maps)[..., 2] == 128).all()
+    assert (component_colours(torch.ones(1, 5, 2, 2)) == 128).all()
+
+
+def test_features_command(
+    tmp_path: Path, scenes: FolderImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column for each network and stage beside the images, the untrained network among them."""
+    torch.manual_seed(0)
+    tiny = ModelConfig(arch="resnet18", dim_hidden=8, dim_out=6, num_prototypes=4)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", SlotCon(tiny), tiny)
+    words = f"features --data {scenes.folder} --checkpoint {checkpoint} --size 64 --only 3 1"
+    one = draw(monkeypatch, f"{words} --baseline none", tmp_path / "one.png")
+    four = draw(monkeypatch, f"{words} --stage 1 3+4", tmp_path / "four.png")
+    assert four.width == one.width + 3 * (PANEL + GAP) and four.height == one.height
+    with pytest.raises(UserError, match="--stage 5: teacher has the stages 1 to 4"):
+        draw(monkeypatch, f"{words} --stage 5", tmp_path / "none.png")
+    with pytest.raises(UserError, match="--features teacher needs --checkpoint"):
+        draw(monkeypatch, f"features --data {scenes.folder}", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_names_of_columns_fit() -> None:
+    """The name of a network and its stage is longer than a panel is wide."""
+    name = "timm:tf_efficientnet_lite0, untrained, stage 4"
+    assert fitting_font(name, PANEL).getlength(name) <= PANEL < font(20).getlength(name)

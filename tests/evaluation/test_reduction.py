@@ -1,11 +1,17 @@
-"""Standardisation and PCA, compared with their definitions in NumPy."""
+"""Standardisation, PCA and whitening, compared with their definitions in NumPy."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from evaluation.features import Features
-from evaluation.reduction import fit_reduction
+from evaluation.datasets.images import FolderImages
+from evaluation.datasets.squares import SquareImages
+from evaluation.features import Features, block_means
+from evaluation.reduction import fit_reduction, fit_whitening, whitened
+from pipeline.errors import UserError
+from tests.helpers.coloured import write_scenes
 
 
 def skewed(count: int) -> torch.Tensor:
@@ -50,3 +56,50 @@ def test_reduced_features_are_compared_by_distance() -> None:
     assert not reduced.cosine
     with pytest.raises(ValueError, match="--pca 9: there are only 6 features"):
         fit_reduction([skewed(2)], standardise=True, pca=9)
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_whitening_by_svd(power: float, batch: int) -> None:
+    """x = U S Vᵀ, centred: the covariance is V S²/n Vᵀ, so its power needs only S and V. The
+    constant feature, of variance 0, stays 0.
+    """
+    features = skewed(7)
+    found = fit_whitening(features.split(batch), power)(features)
+    x = features.permute(0, 2, 3, 1).reshape(-1, 6).double().numpy()
+    x = x - x.mean(axis=0)
+    _, s, vt = np.linalg.svd(x, full_matrices=True)
+    variance = s**2 / len(x)
+    expected = x @ vt.T @ np.diag((variance + 1e-3 * variance[0]) ** -power) @ vt
+    ours = found.permute(0, 2, 3, 1).reshape(-1, 6).numpy()
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    if power == 0.5:
+        variances = ours[:, :5].var(axis=0)
+        assert variances.max() < 1.001 and variances.min() > 0.5
+
+
+def test_too_few_cells_to_whiten(tmp_path: Path) -> None:
+    """The directions that no cell shows would be scaled up as if they were noise. One line."""
+    with pytest.raises(ValueError, match="--whiten: 4 cells are fewer than 6 features"):
+        fit_whitening([skewed(1)[:, :, :2, :2]], 0.25)
+    with pytest.raises(ValueError, match="all cells have the same features"):
+        fit_whitening([torch.ones(4, 3, 2, 2)], 0.25)
+    squares = SquareImages(
+        FolderImages(write_scenes(tmp_path, [np.array([[0]])])[0]), 8, torch.device("cpu")
+    )
+    with pytest.raises(UserError, match="pixels: --whiten: 1 cells are fewer than 3 features"):
+        whitened(Features("pixels", block_means), squares, 0.25)
+
+
+def test_whitened_features_keep_their_measure(tmp_path: Path) -> None:
+    """k-NN and k-means compare whitened features as they compare others; the name says what they
+    are, so that two tables are not taken for one.
+    """
+    folder = write_scenes(tmp_path, [np.array([[0, 1], [2, 1]])])[0]
+    squares = SquareImages(FolderImages(folder), 64, torch.device("cpu"))
+    plain = Features("x", block_means, cosine=True, stage="3+4")
+    result = whitened(plain, squares, 0.5)
+    assert (result.name, result.cosine, result.stage) == ("x, whitened", True, "3+4")
+    assert whitened(plain, squares, None) is plain
+    everything = next(squares.batches()).normalised(squares.device)
+    assert result(everything).mean(dim=(0, 2, 3)).abs().max() < 1e-5

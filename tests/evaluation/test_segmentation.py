@@ -228,7 +228,6 @@ def test_kmeans_on_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--checkpoint", "x", "--pca", "9"], "--pca 9 is for k-means, which needs --features"),
         (["--checkpoint", "x", "--seeds", "0"], "--seeds 0 is for k-means"),
         (["--features", "pixels", "pixels"], "the same features twice"),
-        (["--features", "pixels", "--baseline", "untrained"], "needs --checkpoint"),
         (
             ["--features", "pixels", "--clusters", "3", "--weights", "w.pth"],
             "--weights needs exactly one of",

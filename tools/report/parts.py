@@ -43,7 +43,7 @@ SCORES = (
         "evaluation",
         "Clusters matched to classes",
         "eval.json",
-        f"{_SEGMENTATION} --baseline untrained --json {{out}}",
+        f"{_SEGMENTATION} --json {{out}}",
     ),
     _probe("knn", "Dense k-NN retrieval"),
     _probe("linear", "Linear probe"),

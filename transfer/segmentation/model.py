@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from evaluation.datasets.label_maps import VOID
 from evaluation.datasets.squares import normalise
-from model.encoder import Encoder
+from model.encoder import Encoder, dilate
 from transfer.segmentation.config import ModelConfig
 
-AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = "layer3", 256, 0.1
+AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = 3, 256, 0.1
 """As in mmsegmentation, with one convolution."""
 
 
@@ -29,7 +29,7 @@ class FCN(nn.Module):
         self.auxiliary_weight = config.auxiliary_weight
         self.auxiliary: nn.Module | None = None
         if config.auxiliary_weight:
-            dim = encoder.stage_dims[AUXILIARY_STAGE]
+            dim = encoder.stage_dims[f"layer{AUXILIARY_STAGE}"]
             self.auxiliary = FCNHead(
                 dim, num_classes, AUXILIARY_CHANNELS, 1, dropout=AUXILIARY_DROPOUT
             )
@@ -53,12 +53,8 @@ class FCN(nn.Module):
 
     def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] → the last map [B, D, h, w], and the map for the auxiliary head."""
-        middle = features = images
-        for name, stage in self.encoder.named_children():
-            features = stage(features)
-            if name == AUXILIARY_STAGE:
-                middle = features
-        return features, middle
+        middle, last = self.encoder.maps(images, [AUXILIARY_STAGE, 4])
+        return last, middle
 
     def _upsampled(self, logits: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(
@@ -133,25 +129,3 @@ def classifier(dim: int, num_classes: int) -> nn.Conv2d:
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return conv
-
-
-def dilate(encoder: Encoder, output_stride: int) -> Encoder:
-    """Change a ResNet in place: cells of its map become `output_stride` (8, 16, 32) pixels wide.
-    Where layer3 and layer4 would halve the map, their strides become 1, and the 3×3 convolutions
-    that follow get twice the dilation.
-
-    The new map contains the old one: every second (fourth) cell keeps its value. torchvision does
-    the same at construction (replace_stride_with_dilation), but not for ResNet-18 and -34.
-    """
-    dilation = 1
-    for name, stride in (("layer3", 16), ("layer4", 32)):
-        convs = [m for m in encoder.get_submodule(name).modules() if isinstance(m, nn.Conv2d)]
-        first, *others = [conv for conv in convs if conv.kernel_size == (3, 3)]
-        first.dilation = first.padding = (dilation, dilation)  # its input is the last stage's map
-        if stride > output_stride:
-            dilation *= 2
-            for conv in convs:
-                conv.stride = (1, 1)
-        for conv in others:
-            conv.dilation = conv.padding = (dilation, dilation)
-    return encoder

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 
 from evaluation.datasets.squares import normalise
-from model.encoder import Encoder
 from transfer.backbone import build_backbone
 from transfer.config import InitConfig
 from transfer.segmentation.config import ModelConfig
-from transfer.segmentation.model import FCN, build_head, dilate
+from transfer.segmentation.model import FCN, build_head
 
 SMALL = ModelConfig(channels=8, convs=2, dilation=2)
 
@@ -27,63 +25,10 @@ def batch(seed: int = 0, side: int = 65) -> dict[str, torch.Tensor]:
     return {"pixels": pixels, "labels": labels}
 
 
-def random_norms(module: nn.Module) -> None:
-    """Residual blocks that start as the identity would hide their convolutions."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.uniform_(norm.bias, -0.5, 0.5)
-
-
 def model(head: ModelConfig = SMALL, **init: object) -> FCN:
     torch.manual_seed(0)
     encoder, _ = build_backbone(InitConfig(arch="resnet18", **init))  # type: ignore[arg-type]
     return FCN(encoder, 3, head)
-
-
-@pytest.mark.parametrize(("stride", "replaced"), [(16, (0, 0, 1)), (8, (0, 1, 1))])
-def test_dilation_is_torchvisions(stride: int, replaced: tuple[int, ...]) -> None:
-    """On the same weights. Another dilation of a stage's first block would differ."""
-    torch.manual_seed(0)
-    encoder = Encoder("resnet50")
-    random_norms(encoder)
-    theirs = torchvision.models.resnet50(
-        replace_stride_with_dilation=[bool(flag) for flag in replaced]
-    )
-    theirs.load_state_dict(encoder.state_dict(), strict=False)
-    theirs.avgpool, theirs.fc = nn.Identity(), nn.Identity()
-    images = torch.randn(1, 3, 65, 49)
-    with torch.inference_mode():
-        found = dilate(encoder, stride).eval()(images)
-        expected = theirs.eval()(images)
-    cells = tuple(-(-side // stride) for side in (65, 49))
-    assert found.shape == (1, 2048, *cells)
-    torch.testing.assert_close(found.flatten(1), expected)
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("stride", [16, 8])
-def test_dilation_keeps_what_the_encoder_has_learnt(arch: str, stride: int) -> None:
-    """Every second (fourth) cell of the finer map equals the coarse map's cell. This holds also for
-    blocks of two 3×3 convolutions, which torchvision refuses to dilate.
-    """
-    torch.manual_seed(0)
-    encoder = Encoder(arch)
-    random_norms(encoder)
-    images = torch.randn(1, 3, 96, 64)
-    with torch.inference_mode():
-        coarse = encoder.eval()(images)
-        fine = dilate(encoder, stride)(images)
-    step = 32 // stride
-    assert fine.shape[2:] == (96 // stride, 64 // stride)
-    torch.testing.assert_close(fine[:, :, ::step, ::step], coarse, rtol=1e-3, atol=2e-3)
-
-
-def test_stride_32_changes_nothing() -> None:
-    """The encoder stays as it was pre-trained."""
-    encoder = Encoder("resnet18")
-    before = str(encoder)
-    assert str(dilate(encoder, 32)) == before
 
 
 def test_head_of_the_published_runs() -> None:
