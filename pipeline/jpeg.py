@@ -125,8 +125,11 @@ def obstacles(data: bytes, header: JpegHeader, check: str) -> tuple[bytes, list[
         raise BadImage(f"{header.width}x{header.height} pixels")
     if (missing := missing_parts(data)) & TOO_MANY:
         raise BadImage(f"more than {MAX_SCANS} scans")
-    state = scans(data, header)
-    if state != WHOLE or check == "decode" or data.endswith(_SAMSUNG):
+    state, complaint = scans(data, header), ""
+    if state == DOUBTFUL or check == "decode" or not header.plain or missing:
+        complaint = _decoder_complaint(data, header)
+    # Compressed data may look like a trailer: without a doubt none is looked for.
+    if state != WHOLE or complaint or data.endswith(_SAMSUNG):
         # A marker in the trailer is not the picture's.
         trailer = _TRAILER.search(data, header.scan)
         picture = data[: trailer.start()] if trailer else data
@@ -134,14 +137,11 @@ def obstacles(data: bytes, header: JpegHeader, check: str) -> tuple[bytes, list[
         if state == CUT:
             whole = _with_end(picture, header)
             return whole, [END_ADDED, *obstacles(whole, header, check)[1]]
-    found = []
-    if state == DOUBTFUL or check == "decode" or not header.plain or missing:
-        complaint = _decoder_complaint(data, header)
-        if missing & (QUANTISATION | HUFFMAN) and complaint:
-            raise BadImage(f"its tables are missing ({complaint})")
-        if _is_damage(complaint):
-            raise BadImage(complaint)
-        found += [complaint] if complaint else []
+    if missing & (QUANTISATION | HUFFMAN) and complaint:
+        raise BadImage(f"its tables are missing ({complaint})")
+    if _is_damage(complaint):
+        raise BadImage(complaint)
+    found = [complaint] if complaint else []
     if missing & HUFFMAN:  # libjpeg takes the standard ones, other readers those of the last image
         found.append("no Huffman tables")
     if missing & SCANS:

@@ -202,7 +202,8 @@ def decode_records(
         renew(handle)
         shape[:] = 0
         at = shape.ctypes.data
-        if _c_header(handle[0], scratch.ctypes.data, size, at, at + 4, at + 8, at + 12) != 0:
+        code = _c_header(handle[0], scratch.ctypes.data, size, at, at + 4, at + 8, at + 12)
+        if code != 0 and shape[0] == 0:  # else only a sampling that TurboJPEG has no number for
             return b, BAD_HEADER
         if shape[0] != width or shape[1] != height:
             return b, WRONG_SIZE

@@ -47,6 +47,15 @@ def sampled(pixels: np.ndarray, sampling: str, quality: int = 90) -> bytes:
     return stream
 
 
+def upright() -> bytes:
+    """A stream of [160, 16] pixels whose chroma has a quarter of luma's rows (4:4:1), a sampling
+    without a number: a stream of 4:1:1 that says that its MCUs are upright.
+    """
+    data = sampled(photograph(1, 40, 64), "4:1:1")
+    sides = data.index(bytes([0xFF, FRAME])) + 5
+    return data[:sides] + b"\0\xa0\0\x10\3\1\x14" + data[sides + 7 :]
+
+
 def segments(data: bytes) -> list[bytes]:
     """The stream in parts: SOI, each segment before the first scan, the rest."""
     parts, at = [data[:2]], 2

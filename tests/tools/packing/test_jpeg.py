@@ -51,6 +51,16 @@ def test_alone_a_stream_is_refused_or_has_pillows_pixels(tmp_path: Path, name: s
         assert np.array_equal(beton.decode(0), pillow(POOL[name]))
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_sampling_that_turbojpeg_has_no_number_for(tmp_path: Path, tiles: bool) -> None:
+    """Without it packing takes an image, also with --check decode, that training refuses."""
+    packed = pack_image(jpegs.upright(), Storage(tiles=tiles))
+    assert isinstance(packed.data, bytes)
+    with BetonWriter(tmp_path / "one.beton", 1) as writer:
+        writer.append([Sample(packed.data, packed.height, packed.width, (0,))])
+    assert np.array_equal(Beton(tmp_path / "one.beton").decode(0), pillow(jpegs.upright()))
+
+
 def early_end() -> bytes:
     """A progressive stream that ends after its first scan."""
     data = jpeg(3, progressive=True)
@@ -180,6 +190,16 @@ def test_a_trailer_in_place_of_the_end_marker(trailer: str, options: dict[str, A
     assert np.array_equal(read_rgb(whole[:-2] + TRAILERS[trailer]), pillow(whole))
     raw = pack_image(whole[:-2] + TRAILERS[trailer], Storage(store="raw"))
     assert np.array_equal(raw.data, pillow(whole))
+
+
+def test_bytes_of_a_picture_that_look_like_a_trailer() -> None:
+    """Without it a progressive JPEG that has such bytes in a scan, as some have, counts as cut
+    short where every JPEG is decoded, which --tiles does too, and stops the packing of a set.
+    """
+    whole = jpeg(1, progressive=True)
+    at = whole.rindex(b"\xff\xda")
+    other = whole[:at] + b"\xff\xfe\0\x0d" + BLOCK[:11] + whole[at:]  # in a comment, to be sure
+    assert pack_image(other, Storage(check="decode")).data == other
 
 
 def test_frames_of_webcams() -> None:
