@@ -52,6 +52,7 @@ class TimmMaps:
                 images,
                 indices=[stage - 1 + self.first for stage in sorted(stages)],
                 norm=True,
+                stop_early=True,
                 output_fmt="NCHW",
                 intermediates_only=True,
             )
