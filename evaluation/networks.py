@@ -69,7 +69,8 @@ def calibrate(network: nn.Module, run: Callable[[Tensor], object], squares: Squa
     sample = spread(len(squares.images), CALIBRATION_IMAGES)
     if len(sample) > CALIBRATION_BATCH:  # only whole batches, since all have the same weight
         sample = sample[: len(sample) // CALIBRATION_BATCH * CALIBRATION_BATCH]
-    batches = replace(squares, batch_size=CALIBRATION_BATCH).batches(indices=sample)
+    eights = replace(squares, batch_size=CALIBRATION_BATCH)
+    batches = eights.batches("untrained network: statistics of BatchNorm", sample)
     with torch.inference_mode():
         for batch in batches:
             try:

@@ -23,7 +23,7 @@ EXAMPLES = """examples:
       --stage 2 4 3+4 --whiten
   python -m evaluation.probe clusters --clusters 200 --features timm:vit_small_patch16_224.dino \\
       --dataset voc --root VOCdevkit/VOC2012
-  python -m evaluation.probe knn --protocol hummingbird --size 448 --memory 1024000 \\
+  python -m evaluation.probe knn --protocol hummingbird --size 512 --memory 1024000 \\
       --features timm:vit_small_patch16_224.dino --dataset voc-aug --root VOCdevkit/VOC2012
 """
 

@@ -3,6 +3,7 @@ of the same networks before training, and of plain pixels.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -47,6 +48,10 @@ def open_all(args: argparse.Namespace, images: SquareImages) -> list[Features]:
         wanted = args.baseline == "untrained" or network is None
         if before is not None and wanted and before not in opened:
             opened[before] = open_untrained(spec, args.checkpoint, images, args.output_stride)
+            print(
+                f"{before}: the same network before training (--baseline none leaves it out)",
+                file=sys.stderr,
+            )
     found = [read(each, stage) for stage in args.stage or [None] for each in opened.values()]
     return list({features.name: features for features in found}.values())
 

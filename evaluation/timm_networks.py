@@ -52,6 +52,7 @@ class TimmMaps:
                 images,
                 indices=[stage - 1 + self.first for stage in sorted(stages)],
                 norm=True,
+                stop_early=True,
                 output_fmt="NCHW",
                 intermediates_only=True,
             )
@@ -115,7 +116,7 @@ def load_weights(model: Any, path: Path) -> None:
     module = sys.modules[type(model).__module__]
     if convert := getattr(module, "checkpoint_filter_fn", None):
         try:
-            state = convert(stored, model)
+            state = convert(dict(stored), model)
         except Exception as error:  # it expects its model's weights
             raise UserError(f"{path}: of another model ({first_line(error)})") from None
     for name, value in state.items():  # timm also resizes patches, which makes another model

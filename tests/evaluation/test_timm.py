@@ -13,7 +13,7 @@ from evaluation.datasets.images import FolderImages
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Network
 from evaluation.specs import open_trained, open_untrained
-from evaluation.timm_networks import create_timm, padded, timm_network
+from evaluation.timm_networks import create_timm, load_weights, padded, timm_network
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from tests.helpers.coloured import write_scenes
@@ -160,6 +160,29 @@ def test_untrained_twin(tmp_path: Path) -> None:
         assert torch.equal(*twins)
         saved(name, tmp_path / "w.pth")
         assert not torch.allclose(opened(name, tmp_path / "w.pth").read()(images), twins[0])
+
+
+def test_files_of_dinov2s_release(tmp_path: Path) -> None:
+    """They have a mask token, and registers under another name, whose class token has no position.
+    Without timm's conversion a user would have to convert them.
+    """
+    torch.manual_seed(0)
+    options = {"img_size": 64, "dynamic_img_size": True, "num_classes": 0, "reg_tokens": 4}
+    model = timm.create_model("test_vit", no_embed_class=True, **options).eval()
+    state = model.state_dict()
+    place = torch.randn(1, 1, 64)
+    release = {name: value for name, value in state.items() if name != "reg_token"} | {
+        "mask_token": torch.zeros(1, 64),
+        "register_tokens": state["reg_token"],
+        "cls_token": state["cls_token"] - place,
+        "pos_embed": torch.cat([place, state["pos_embed"]], dim=1),
+    }
+    torch.save(release, tmp_path / "release.pth")
+    other = timm.create_model("test_vit", no_embed_class=True, **options).eval()
+    load_weights(other, tmp_path / "release.pth")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(images), model(images))
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
