@@ -50,6 +50,17 @@ def add_knn_options(parser: CommandParser) -> None:
         help="nearest training cells of a cell (30); of several the best on a tenth of the "
         "training images, with --vote pixels",
     )
+    parser.add_argument(
+        "--memory-precision",
+        choices=["float32", "float16"],
+        help="of the features in the memory; float16 halves it (float32)",
+    )
+    parser.add_argument(
+        "--memory-folder",
+        type=Path,
+        metavar="DIR",
+        help="keep the features in a temporary file there, not in memory",
+    )
     parser.add_argument("--temperature", type=float, help="temperature of the vote (0.02)")
     parser.add_argument(
         "--vote",

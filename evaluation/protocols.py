@@ -87,17 +87,18 @@ KNN: Table = {
     None: _BY_ID
     | {"vote": "cells", "neighbours": [30], "temperature": 0.02, "distance": ["cosine"]}
     | {"void_as": None, "standardise": False, "memory": 100_000, "crops": False}
-    | {"std": [0.229, 0.224, 0.225]},
+    | {"std": [0.229, 0.224, 0.225], "memory_precision": "float32", "memory_folder": None},
     "hummingbird": {
         "fit": "square-torch", "vote": "cells", "void_as": 0, "neighbours": [30],
         "temperature": 0.02, "distance": ["cosine"], "standardise": False, "match": "iou",
         "absent": "zero", "crops": True, "std": [0.229, 0.224, 0.255],
+        "memory_precision": "float32",
     },
     "capi": {
         "size": 224, "fit": "square-bicubic", "vote": "pixels", "void_as": None,
         "neighbours": [1, 3, 10, 30], "distance": ["cosine", "L2"], "standardise": True,
         "match": "none", "absent": "skip", "memory": ALL_CELLS, "crops": False,
-        "std": [0.229, 0.224, 0.225],
+        "std": [0.229, 0.224, 0.225], "memory_precision": "float32",
     },
 }  # fmt: skip
 """Of dense k-NN."""
@@ -123,11 +124,13 @@ MANY: Table = {None: _BY_ID | {"clusters": 500, "standardise": False, "memory": 
 """Of clusters that are named after classes of a training set."""
 
 UNUSED = {
-    ("vote", "pixels"): {"temperature", "void_as", "crops", "memory"},
+    ("vote", "pixels"): {
+        "temperature", "void_as", "crops", "memory", "memory_precision", "memory_folder",
+    },
     ("head", "adamw"): {"epochs", "step_images"},
     ("head", "sgd"): {"steps", "memory", "standardise"},
     ("head", "lbfgs"): {"steps", "epochs", "step_images", "learning_rate", "memory"},
-}
+}  # fmt: skip
 """Settings of a probe that this vote or head has no use for."""
 
 

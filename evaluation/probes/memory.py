@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from evaluation.confusion import confusion_matrix
 from evaluation.datasets.squares import Squares
+from evaluation.probes.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Memory:
     """M cells, in the order of their images."""
 
     features: Tensor
-    """float32 [M, D], on the network's device."""
+    """[M, D], where and as their `Storage` says; in half precision of length 1, which float16 can
+    hold."""
     counts: Tensor
-    """float32 [M, C]: pixels of the cell with each label; at least one pixel has a label."""
+    """Integers [M, C], beside them: pixels of the cell with each label, at least one in all."""
     complete: bool
     """It holds all labelled cells of the set: another seed would draw the same ones."""
 
@@ -70,6 +73,12 @@ def draw_cells(
     return np.sort(labelled[np.argsort(rank[labelled], kind="stable")[:quota]])
 
 
+def integers(most: int) -> torch.dtype:
+    """The smallest type of integers that holds 0 … `most`."""
+    types = torch.uint8, torch.int16, torch.int32
+    return next(dtype for dtype in types if most <= torch.iinfo(dtype).max)
+
+
 def gather_memory(
     batches: Iterable[LabelledFeatures],
     num_images: int,
@@ -78,30 +87,35 @@ def gather_memory(
     capacity: int,
     seed: int,
     balanced: bool,
+    storage: Storage = Storage(),  # noqa: B008  it is frozen
 ) -> Memory:
     """Read `batches` once and keep at most `capacity` cells, the same number from each of the
     `num_images` images of the set.
 
     The cells drawn from an image depend only on `seed` and its number, not on the batches. Raises
-    ValueError if no cell has a labelled pixel.
+    ValueError if no cell has a labelled pixel, and UserError if `storage` has no room.
     """
     features: Tensor | None = None
     kept, skipped = 0, 0
     for batch in batches:
-        _, dim, height, width = batch.features.shape
+        (_, dim, height, width), device = batch.features.shape, batch.features.device
         counts = cell_counts(batch.labels, height, width, num_classes)
         if features is None:
             room = min(capacity, num_images * height * width)
-            features = batch.features.new_empty(room, dim)
-            all_counts = batch.features.new_empty(room, num_classes)
+            _, rows, columns = batch.labels.shape
+            dtype = integers(-(-rows // height) * -(-columns // width))  # pixels of a cell at most
+            beside = num_classes * dtype.itemsize + dim + 16  # bytes of a cell; the search's, too
+            features = storage.allocate(room, dim, beside, batch.features.device)
+            all_counts = torch.empty(room, num_classes, dtype=dtype, device=features.device)
         for image, i in enumerate(batch.squares.index.tolist()):
             quota = (i + 1) * capacity // num_images - i * capacity // num_images
             generator = np.random.default_rng((seed, i))
             cells = draw_cells(counts[image], quota, generator, balanced=balanced)
-            rows, kept = slice(kept, kept + len(cells)), kept + len(cells)
-            number = torch.from_numpy(cells).to(features.device)
-            features[rows] = batch.features[image].flatten(1).T[number]
-            all_counts[rows] = torch.from_numpy(counts[image][cells]).to(all_counts)
+            place, kept = slice(kept, kept + len(cells)), kept + len(cells)
+            drawn = batch.features[image].flatten(1).T[torch.from_numpy(cells).to(device)]
+            half = features.dtype == torch.float16
+            features[place] = (F.normalize(drawn) if half else drawn).to(features)
+            all_counts[place] = torch.from_numpy(counts[image][cells]).to(all_counts)
             skipped += int(counts[image].any(axis=1).sum()) - len(cells)
     if features is None or not kept:
         raise ValueError("no labelled pixel to learn from")

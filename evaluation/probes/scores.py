@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from evaluation.commands import (
@@ -35,6 +36,7 @@ from evaluation.probes.memory import LabelledFeatures, Memory, gather_memory
 from evaluation.probes.overclustering import Overclustering
 from evaluation.probes.retrieval import Retrieval
 from evaluation.probes.selection import Held, regressions, select, votes
+from evaluation.probes.storage import Storage
 from evaluation.probes.voting import gather_pixels, join_pixels
 from evaluation.reduction import reduced, whitened
 from evaluation.scoring import Counting, Predictor, Result, evaluate, print_scores, score_rows
@@ -89,9 +91,17 @@ def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
             capacity=capacity,
             seed=seed,
             balanced=args.probe == "knn",
+            storage=storage_of(args),
         )
     except ValueError as error:
         raise UserError(f"{train.images.source}: {error}") from None
+
+
+def storage_of(args: argparse.Namespace) -> Storage:
+    """Where the options keep a memory; that of k-NN may lie anywhere."""
+    if args.probe != "knn":
+        return Storage()
+    return Storage(getattr(torch, args.memory_precision), args.memory_folder, anywhere=True)
 
 
 def random_crops(args: argparse.Namespace) -> bool:
@@ -179,7 +189,7 @@ def fitted_to_pixels(args: argparse.Namespace, task: Task) -> Iterator[Predictor
         classes = task.train.images.num_classes
         try:
             batches = labelled_features(scaled.network, task.train)
-            memory = gather_pixels(batches, classes)
+            memory = gather_pixels(batches, len(task.train.images), classes)
             name, classifier = select(fits, memory, held)
         except ValueError as error:
             raise UserError(f"{task.train.images.source}: {error}") from None
@@ -188,7 +198,7 @@ def fitted_to_pixels(args: argparse.Namespace, task: Task) -> Iterator[Predictor
             args.probe,
             scaled.network,
             {seed: classifier},
-            len(memory.known().labels),
+            int(memory.known().sum()),
             decide=join_pixels,
             num_clusters=classes + 1,
         )
@@ -250,6 +260,8 @@ def score_probes(args: argparse.Namespace) -> None:
         "match": args.match,
         "absent": args.absent,
     } | facts(args, val.images)
+    if args.probe == "knn" and args.vote == "cells":
+        common["memory_precision"] = args.memory_precision
     rows: list[dict[str, Any]] = []
     columns: list[Column] = []
     for features in open_all(args, train):

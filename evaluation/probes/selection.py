@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from evaluation.confusion import confusion_matrix, score_classes
 from evaluation.probes.linear import fit_logistic
+from evaluation.probes.nearest import Distance
 from evaluation.probes.voting import PixelMemory, PixelVote
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 8))
@@ -23,14 +24,15 @@ STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 8))
 
 Classifier = Callable[[Tensor], Tensor]
 """Cells [Q, D] → labels [Q, L]."""
-Fit = Callable[[PixelMemory], Classifier]
+Fit = Callable[[PixelMemory, Tensor], Classifier]
+"""A memory and bool [M], the cells to learn from → a classifier."""
 
 
-def votes(neighbours: Sequence[int], distances: Sequence[str]) -> dict[str, Fit]:
+def votes(neighbours: Sequence[int], distances: Sequence[Distance]) -> dict[str, Fit]:
     """k-NN for each pair of settings, by name."""
 
-    def fit(memory: PixelMemory, count: int, distance: str) -> Classifier:
-        return PixelVote(memory, neighbours=count, distance=distance)
+    def fit(memory: PixelMemory, among: Tensor, count: int, distance: Distance) -> Classifier:
+        return PixelVote(memory, among, neighbours=count, distance=distance)
 
     pairs = itertools.product(neighbours, distances)
     return {f"{k} neighbours, {d}": _bound(fit, count=k, distance=d) for k, d in pairs}
@@ -41,7 +43,8 @@ def regressions() -> dict[str, Fit]:
     name. All pixels of a cell get its class.
     """
 
-    def fit(memory: PixelMemory, strength: float) -> Classifier:
+    def fit(memory: PixelMemory, among: Tensor, strength: float) -> Classifier:
+        memory = memory.only(among)
         counts = F.one_hot(memory.class_of_cell, memory.num_classes).float()
         model = fit_logistic(memory.features, counts, strength=strength)
         pixels = memory.labels.shape[1]
@@ -55,7 +58,7 @@ def regressions() -> dict[str, Fit]:
 
 
 def _bound(fit: Callable[..., Classifier], **settings: Any) -> Fit:
-    return lambda memory: fit(memory, **settings)
+    return lambda memory, among: fit(memory, among, **settings)
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,9 @@ def select(fits: dict[str, Fit], memory: PixelMemory, held: Held) -> tuple[str, 
         if not len(held.images):
             raise ValueError(f"selecting settings needs 10 training images, not {held.count}")
         apart = torch.isin(memory.image, torch.from_numpy(held.images).to(memory.image))
-        rest, tried = memory.only(~apart).known(), memory.only(apart)
-        best = max(fits, key=lambda name: _miou(fits[name](rest), tried))
-    return best, fits[best](memory.known())
+        rest, tried = memory.known(~apart), memory.only(apart)
+        best = max(fits, key=lambda name: _miou(fits[name](memory, rest), tried))
+    return best, fits[best](memory, memory.known())
 
 
 def _miou(classifier: Classifier, memory: PixelMemory) -> float:

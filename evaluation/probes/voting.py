@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from evaluation.probes.memory import LabelledFeatures
-from evaluation.probes.retrieval import nearest
+from evaluation.probes.nearest import Distance, NearestCells
+from evaluation.probes.storage import Storage
 
 VOTES = 2**24
 """Labels of neighbours held at once."""
@@ -42,28 +42,45 @@ class PixelMemory:
             self.features[chosen], self.labels[chosen], self.image[chosen], self.num_classes
         )
 
-    def known(self) -> "PixelMemory":
-        """The cells to learn from: those whose most frequent label is a class. Raises ValueError if
-        there are none.
+    def known(self, among: Tensor | None = None) -> Tensor:
+        """bool [M]: the cells to learn from, of bool [M] `among` those whose most frequent label is
+        a class. Raises ValueError if there are none.
         """
-        known = self.only(self.class_of_cell < self.num_classes)
-        if not len(known.labels):
+        known = self.class_of_cell < self.num_classes
+        known = known if among is None else known & among
+        if not known.any():
             raise ValueError("no labelled pixel to learn from")
         return known
 
 
-def gather_pixels(batches: Iterable[LabelledFeatures], num_classes: int) -> PixelMemory:
-    """All cells. Raises ValueError if a side is no multiple of the cells."""
-    features, labels, image = [], [], []
+def gather_pixels(
+    batches: Iterable[LabelledFeatures], num_images: int, num_classes: int
+) -> PixelMemory:
+    """All cells of `num_images` images. Raises ValueError if a side is no multiple of the cells,
+    UserError if they do not fit in memory.
+    """
+    memory: PixelMemory | None = None
+    kept = 0
     for batch in batches:
-        height, width = batch.features.shape[2:]
+        (_, dim, height, width), device = batch.features.shape, batch.features.device
         pixels = torch.from_numpy(batch.labels).clamp_max(num_classes)
-        features.append(batch.features.permute(0, 2, 3, 1).flatten(0, 2))
-        labels.append(split_pixels(pixels, height, width).to(batch.features.device))
-        image.append(torch.from_numpy(batch.squares.index).repeat_interleave(height * width))
-    return PixelMemory(
-        torch.cat(features), torch.cat(labels), torch.cat(image).to(labels[0].device), num_classes
-    )
+        labels = split_pixels(pixels, height, width)
+        if memory is None:
+            room, count = num_images * height * width, labels.shape[1]
+            memory = PixelMemory(
+                Storage().allocate(room, dim, count + dim + 24, device),
+                torch.empty(room, count, dtype=torch.uint8, device=device),
+                torch.empty(room, dtype=torch.int64, device=device),
+                num_classes,
+            )
+        rows, kept = slice(kept, kept + len(labels)), kept + len(labels)
+        memory.features[rows] = batch.features.permute(0, 2, 3, 1).flatten(0, 2)
+        memory.labels[rows] = labels.to(device)
+        index = torch.from_numpy(batch.squares.index)
+        memory.image[rows] = index.repeat_interleave(height * width).to(device)
+    if memory is None:
+        raise ValueError("no cells to learn from")
+    return memory
 
 
 def split_pixels(labels: Tensor, height: int, width: int) -> Tensor:
@@ -89,20 +106,14 @@ class PixelVote:
     `neighbours` nearest cells of `memory`; void (C) votes, too. On a tie the lowest wins.
     """
 
-    def __init__(self, memory: PixelMemory, *, neighbours: int, distance: str) -> None:
-        """`distance`: cosine or L2."""
-        keys = memory.features
-        self.cosine, self.neighbours, self.labels = distance == "cosine", neighbours, memory.labels
-        if self.cosine:
-            self.keys = F.normalize(keys)
-        else:  # 2 q·k - k² orders keys as the distance does
-            self.keys = torch.cat([2 * keys, -keys.square().sum(dim=1, keepdim=True)], dim=1)
+    def __init__(
+        self, memory: PixelMemory, among: Tensor, *, neighbours: int, distance: Distance
+    ) -> None:
+        """The neighbours are cells where bool [M] `among` is true."""
+        self.search = NearestCells(memory.features, distance=distance, among=among)
+        self.neighbours, self.labels = neighbours, memory.labels
 
     def __call__(self, cells: Tensor) -> Tensor:
+        _, numbers = self.search(cells, self.neighbours)
         step = max(1, VOTES // (self.neighbours * self.labels.shape[1]))
-        votes = (self._neighbours(chunk) for chunk in cells.split(step))
-        return torch.cat([self.labels[number].mode(dim=1).values for number in votes])
-
-    def _neighbours(self, cells: Tensor) -> Tensor:
-        queries = F.normalize(cells) if self.cosine else F.pad(cells, (0, 1), value=1.0)
-        return nearest(queries, self.keys, self.neighbours)[1]
+        return torch.cat([self.labels[near].mode(dim=1).values for near in numbers.split(step)])

@@ -29,7 +29,7 @@ from evaluation.probes.memory import (
     gather_memory,
 )
 from evaluation.probes.overclustering import Overclustering, majority
-from evaluation.probes.retrieval import Retrieval, nearest
+from evaluation.probes.retrieval import Retrieval
 from pipeline.errors import UserError
 from tests.helpers.coloured import CELL, COLOURS, write_scenes
 
@@ -153,39 +153,6 @@ def test_class_iou_equals_the_naive_loop() -> None:
 # ---- retrieval ------------------------------------------------------------------------------
 
 
-def test_nearest_equals_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comparing a few keys at a time must give the same neighbours as all at once."""
-    generator = torch.Generator().manual_seed(0)
-    queries = F.normalize(torch.randn(6, 5, generator=generator))
-    keys = F.normalize(torch.randn(43, 5, generator=generator))
-    for count in (1, 4, 50):
-        expected = (queries @ keys.T).topk(min(count, 43), dim=1)
-        for floats in (1, 6 * 7, 2**24):
-            monkeypatch.setattr(retrieval, "SIMILARITY_FLOATS", floats)
-            value, number = nearest(queries, keys, count)
-            torch.testing.assert_close(value, expected.values)
-            assert torch.equal(number, expected.indices)
-
-
-def test_nearest_never_holds_all_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound on memory: no product of queries and keys may be larger than it."""
-    monkeypatch.setattr(retrieval, "SIMILARITY_FLOATS", 64)
-    largest = 0
-
-    class Watched(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            result = super().__torch_function__(function, types, args, kwargs or {})
-            if function is torch.Tensor.matmul:
-                largest = max(largest, result.numel())
-            return result
-
-    queries, keys = torch.randn(8, 3).as_subclass(Watched), torch.randn(100, 3).as_subclass(Watched)
-    nearest(queries, keys, 5)
-    assert 0 < largest <= 64
-
-
 def naive_retrieval(memory: Memory, feature: Tensor, k: int, temperature: float) -> Tensor:
     """One feature [D] → label shares [C], as in the paper."""
     cosine = torch.stack([F.cosine_similarity(feature, key, dim=0) for key in memory.features])
@@ -195,13 +162,14 @@ def naive_retrieval(memory: Memory, feature: Tensor, k: int, temperature: float)
     return torch.stack([w * s for w, s in zip(weight, shares, strict=True)]).sum(0) / sum(weight)
 
 
-def test_retrieval_equals_the_naive_loop() -> None:
+def test_retrieval_equals_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbours, weights and soft labels as in the paper, for features of any length."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(40, 6, generator=generator) * torch.rand(40, 1, generator=generator) * 9
-    counts = torch.randint(0, 5, (40, 3), generator=generator).float() + 1
+    counts = torch.randint(0, 5, (40, 3), generator=generator) + 1
     memory = Memory(features, counts, complete=True)
     cells = torch.randn(9, 6, generator=generator) * 5
+    monkeypatch.setattr(retrieval, "SHARES", 2 * 7 * 3)  # two cells at a time
     scores = Retrieval(memory, neighbours=7, temperature=0.1)(cells)
     expected = torch.stack([naive_retrieval(memory, cell, 7, 0.1) for cell in cells])
     torch.testing.assert_close(scores, expected)

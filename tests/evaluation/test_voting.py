@@ -15,6 +15,7 @@ from evaluation.probes import voting
 from evaluation.probes.linear import fit_logistic, pixel_cross_entropy
 from evaluation.probes.linear_sgd import mask_loss
 from evaluation.probes.memory import LabelledFeatures
+from evaluation.probes.nearest import Distance
 from evaluation.probes.selection import Held, select, votes
 from evaluation.probes.voting import (
     PixelMemory,
@@ -34,7 +35,7 @@ def random_memory(cells: int, dim: int = 5, seed: int = 0) -> PixelMemory:
     return PixelMemory(features, labels, torch.arange(cells) // 4, CLASSES)
 
 
-def naive_vote(memory: PixelMemory, cell: Tensor, count: int, distance: str) -> list[int]:
+def naive_vote(memory: PixelMemory, cell: Tensor, count: int, distance: Distance) -> list[int]:
     """The label at each place that most of the nearest cells have there; the lowest of several."""
     if distance == "cosine":
         far = [1 - float(F.cosine_similarity(cell, key, dim=0)) for key in memory.features]
@@ -48,14 +49,14 @@ def naive_vote(memory: PixelMemory, cell: Tensor, count: int, distance: str) -> 
 @pytest.mark.parametrize("distance", ["cosine", "L2"])
 @pytest.mark.parametrize("count", [1, 7])
 def test_vote_equals_the_naive_loop(
-    distance: str, count: int, monkeypatch: pytest.MonkeyPatch
+    distance: Distance, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CAPI's k-NN: pixels vote place by place, void with them, whatever is held at once."""
     memory, cells = random_memory(40), torch.randn(9, 5) * 3
     expected = [naive_vote(memory, cell, count, distance) for cell in cells]
     for held in (1, 2**24):
         monkeypatch.setattr(voting, "VOTES", held)
-        vote = PixelVote(memory, neighbours=count, distance=distance)
+        vote = PixelVote(memory, torch.ones(40) > 0, neighbours=count, distance=distance)
         assert vote(cells).tolist() == expected
 
 
@@ -77,12 +78,12 @@ def test_memory_keeps_cells_that_are_mostly_of_a_class() -> None:
     labels = labels.repeat(2, axis=1)  # 4 × 4: cells of 2 × 2
     squares = Squares(np.array([7]), [], np.zeros((1, 1, 1, 3), np.uint8))
     features = torch.arange(4.0).reshape(1, 1, 2, 2)
-    memory = gather_pixels([LabelledFeatures(squares, features, labels)], CLASSES)
+    memory = gather_pixels([LabelledFeatures(squares, features, labels)], 1, CLASSES)
     assert memory.image.tolist() == [7] * 4
     assert memory.labels[3].tolist() == [4, 2, 4, 2]  # a tie: the lowest is a class
-    assert memory.known().features[:, 0].tolist() == [0, 2, 3]
+    assert memory.features[memory.known()][:, 0].tolist() == [0, 2, 3]
     with pytest.raises(ValueError, match="no labelled pixel"):
-        memory.only(torch.tensor([False, True, False, False])).known()
+        memory.known(torch.tensor([False, True, False, False]))
 
 
 def test_settings_are_selected_on_images_that_are_held_out() -> None:
