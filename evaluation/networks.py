@@ -1,15 +1,15 @@
 """The networks of a run: as trained, and before training."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evaluation.datasets.images import spread
 from evaluation.datasets.squares import SquareImages
 from model import ModelConfig, SlotCon
-from model.encoder import cells_of
 from pipeline.errors import UserError
 from train.config import RunConfig, from_dict
 from train.pretrained import load_model, read_record
@@ -35,27 +35,41 @@ def run_config(checkpoint: Path) -> RunConfig:
 
 
 def untrained_network(config: ModelConfig, seed: int, squares: SquareImages) -> SlotCon:
-    """The network that a run with this `seed` starts from. Its BatchNorm statistics are those of up
-    to 256 of the images.
+    """The network that a run with this `seed` starts from, calibrated. Raises UserError."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SlotCon(config).to(squares.device)
+    calibrate(model.teacher, model.teacher, squares)
+    return model.eval()
+
+
+def calibrate(network: nn.Module, run: Callable[[Tensor], object], squares: SquareImages) -> None:
+    """Give an untrained network the BatchNorm statistics of up to 256 of the images, and leave it
+    in eval mode. `run` sends normalised images [B, 3, R, R] through it.
 
     Initial running statistics are 0 and 1, whatever the input. With measured statistics the
     baseline has normalised activations as a trained network has, and only the weights differ.
     Raises UserError for a single image of a single cell.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = SlotCon(config).to(squares.device)
-    for norm in model.teacher.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = None  # average over all batches
+    network.eval()
+    norms = [norm for norm in network.modules() if isinstance(norm, nn.BatchNorm2d)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.train().momentum = None  # average over all batches
     sample = spread(len(squares.images), CALIBRATION_IMAGES)
     if len(sample) > CALIBRATION_BATCH:  # only whole batches, since all have the same weight
         sample = sample[: len(sample) // CALIBRATION_BATCH * CALIBRATION_BATCH]
-    elif len(sample) * cells_of(squares.size) < 2:
-        raise UserError(
-            f"one image of {squares.size} pixels has no variance to calibrate BatchNorm with"
-        )
+    batches = replace(squares, batch_size=CALIBRATION_BATCH).batches(indices=sample)
     with torch.inference_mode():
-        for batch in replace(squares, batch_size=CALIBRATION_BATCH).batches(indices=sample):
-            model.teacher.train()(batch.normalised(squares.device))
-    return model.eval()
+        for batch in batches:
+            try:
+                run(batch.normalised(squares.device))
+            except UserError:
+                raise
+            except ValueError:  # of torch's, for a single value of a channel
+                raise UserError(
+                    f"one image of {squares.size} pixels has no variance to calibrate BatchNorm"
+                    " with"
+                ) from None
+    network.eval()
