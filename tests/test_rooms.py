@@ -13,9 +13,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": set(),
     "model": set(),
     "train.run": {"pipeline"},
-    "train": {"train.run", "model", "pipeline"},
     "evaluation.datasets": {"train.run", "pipeline"},
+    "train": {"evaluation.datasets", "train.run", "model", "pipeline"},
     "evaluation": {"evaluation.datasets", "train", "train.run", "model", "pipeline"},
+    "train.pretrain": {"evaluation", "train", "train.run"},
     "transfer": {
         "evaluation", "evaluation.datasets", "train", "train.run", "model", "pipeline",
     },
@@ -71,6 +72,11 @@ def test_imports_run_one_way(room: str) -> None:
     assert members
     imported = {room_of(other) for module in members for other in imports_of(module)} - {room}
     assert imported == MAY_IMPORT[room], f"not in this table, or no longer needed: {room}"
+
+
+def test_no_circle_of_rooms() -> None:
+    """Without it the table itself may let two rooms import each other."""
+    TopologicalSorter(MAY_IMPORT).prepare()
 
 
 def test_no_circle_of_imports() -> None:

@@ -2,7 +2,7 @@
 
 It is read from YAML files and the command line, and each checkpoint stores it. An impossible
 configuration is refused before anything is loaded. The sections `data`, `views`, `model` and
-`train` define the science; `efficiency` and `log` do not.
+`train` define the science; `efficiency`, `log` and `eval` do not.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,7 @@ from pipeline.bounds import (
 from pipeline.choices import BACKENDS, CROPS, ORDERS, AnyCrops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
+from train.eval_config import EvalConfig
 from train.run.command import EXIT_CODES
 from train.run.settings import RESUME, RUN_NAME, SEED, Settings
 
@@ -40,6 +41,8 @@ _EXAMPLES = """examples:
   torchrun --nproc_per_node 8 -m train.pretrain --config configs/imagenet_r50_200ep.yaml
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml \\
       --config configs/ablations/k1024.yaml     # a later file wins, and options over both
+  python -m train.pretrain --config configs/camvid_cpu.yaml --eval.every 50 --eval.dataset camvid \\
+      --eval.root CamVid     # score the teacher while it trains
   python -m train.pretrain --config configs/demo_cpu.yaml --print_config
 
 A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the trackers' files.
@@ -118,6 +121,9 @@ class TrainConfig(Bounded):
     """Seed of the weights, the order of the images and their views."""
     max_steps: int | None = field(default=None, metadata=optional(at_least(1)))
     """Stop after this many steps; the schedules still aim at `epochs`. null = run to the end."""
+    stop_on_plateau: int | None = field(default=None, metadata=optional(at_least(1)))
+    """Stop when so many evaluations in a row have not raised eval.metric. The run then ends as done
+    (exit code 0), with a checkpoint. null = never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,6 +219,8 @@ class RunConfig(Bounded):
     """Efficiency"""
     log: LogConfig = field(default_factory=LogConfig)
     """Log"""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,6 +231,9 @@ class RunConfig(Bounded):
             self.train.view_sizes,
             f"of sides that end with views.size ({self.views.size})",
         )
+        patience = self.train.stop_on_plateau
+        scored = patience is None or self.eval.every is not None
+        require(scored, "train.stop_on_plateau", patience, "null without eval.every")
 
     def view_size(self, epoch: int) -> int:
         """Side of the views of `epoch`, in pixels."""
@@ -238,7 +249,7 @@ SETTINGS = Settings(
     epilog=_EXAMPLES + EXIT_CODES,
     options={"resume": RESUME},
     fixed=("data.order", "data.window_gb", "views.", "model.", "train."),
-    free=("train.max_steps",),
+    free=("train.max_steps", "train.stop_on_plateau"),
 )
 
 

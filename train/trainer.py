@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.source import Batch, BatchSource
 from train.config import SETTINGS, RunConfig
+from train.evaluations import Evaluations, OpenEvaluation
 from train.health import CollapseAlarm, near_duplicates, usage_entropy
 from train.lars import LARS
 from train.metrics import Meter, progress_line
@@ -42,10 +43,15 @@ class Trainer:
     `resume` is None (a new run), "auto" or the path of a checkpoint or run. Everything in a step
     follows from the step's number, so an interrupted run continues exactly where its checkpoint was
     made, also in the middle of an epoch. A signal in `signals` ends it with a checkpoint.
+    `open_evaluation` opens what `config.eval` names.
     """
 
     def __init__(
-        self, config: RunConfig, resume: str | None = None, signals: StopSignals | None = None
+        self,
+        config: RunConfig,
+        resume: str | None = None,
+        signals: StopSignals | None = None,
+        open_evaluation: OpenEvaluation | None = None,
     ) -> None:
         self.config, log = config, config.log
         self.run = Run(
@@ -59,6 +65,7 @@ class Trainer:
         )
         self.accelerator = self.run.accelerator
 
+        self.evaluations = Evaluations(config, self.run, open_evaluation)
         self.beton = Beton(config.data.path)
         self.loader = self._load_data()
         self._check_batch_statistics()
@@ -150,11 +157,12 @@ class Trainer:
     def train(self) -> None:
         """Train up to the last step, which gets a checkpoint.
 
-        Raises Diverged; Collapsed; Stopped, after a signal and its checkpoint; LostProcess;
-        UserError if a disk or an image fails; EndedElsewhere if another process raises it. The
-        watchdog ends the process itself.
+        Raises Diverged; Collapsed; Stopped, after a signal and its checkpoint; Plateau, after its
+        checkpoint; LostProcess; UserError if a disk or an image fails; EndedElsewhere if another
+        process raises it. The watchdog ends the process itself.
         """
         with self.run.alive():
+            self._end_step(Reason.NONE)  # of step 0, or of one that a signal has cut short
             while self.run.step < self.run.last_step:
                 try:
                     self._train_epoch()
@@ -178,9 +186,18 @@ class Trainer:
             reason = self._log() if log_is_due else run.reason_without_log()
             if self.static_slots and (log_is_due or self.slotcon.capacity is None):
                 self.slotcon.adapt_capacity()
-            if run.is_due(log.checkpoint_every):
-                self._checkpoint()
-            run.end_if(reason, self._checkpoint)
+            self._end_step(reason)
+
+    def _end_step(self, reason: Reason) -> None:
+        """Evaluation and checkpoint, where they are due, and the end of the run for a `reason`."""
+        run, evaluations = self.run, self.evaluations
+        reason = reason or evaluations.evaluate(self.slotcon.teacher)
+        if not run.is_saved and (
+            evaluations.is_best or run.is_due(self.config.log.checkpoint_every)
+        ):
+            self._checkpoint()
+        run.end_if(reason, self._checkpoint, complete=not evaluations.is_due())
+        evaluations.end_if_flat(self._checkpoint)
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         lr, momentum = self._schedule(self.run.step)
@@ -266,6 +283,8 @@ class Trainer:
             self.meter.read().averages,
             self._data(),
             meter=self.meter.state(),
+            more=self.evaluations.state(),
+            is_best=self.evaluations.is_best,
         )
 
     def _roll_back(self, error: Diverged) -> None:
@@ -297,7 +316,9 @@ class Trainer:
                 f"data.path: {self.beton.path} is not the data of {origin} "
                 f"({_describe(self._data())}; it was {_describe(record.data)})"
             )
+        standing = self.evaluations.read(origin, record)
         self.run.load(origin, record, self.slotcon, self.lars)
+        self.evaluations.resume(standing)
         self.meter.load(record.meter)
         self.alarm.reset()
 

@@ -129,6 +129,13 @@ def fit(args: argparse.Namespace, memory: Memory, seed: int, task: Task) -> Head
         raise UserError(f"{task.train.images.source}: {error}") from None
 
 
+def scores_of_cells(head: Head, features: Tensor) -> Tensor:
+    """Features [B, D, h, w] → class scores [B, C, h, w]."""
+    batch, _, height, width = features.shape
+    cells = features.permute(0, 2, 3, 1).flatten(0, 2)
+    return head(cells).view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
 def as_predictor(
     kind: str, network: Features, heads: Mapping[int, Head], memory: int | None, **more: Any
 ) -> Predictor:
@@ -137,11 +144,8 @@ def as_predictor(
     """
 
     def logits(images: Tensor) -> list[Tensor]:
-        features = network(images)  # [B, D, h, w]
-        batch, _, height, width = features.shape
-        cells = features.permute(0, 2, 3, 1).flatten(0, 2)
-        scores = [head(cells).view(batch, height, width, -1) for head in heads.values()]
-        return [maps.permute(0, 3, 1, 2) for maps in scores]
+        features = network(images)
+        return [scores_of_cells(head, features) for head in heads.values()]
 
     return Predictor(network.name, kind, [*heads], logits, memory=memory, **more)
 

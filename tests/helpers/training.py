@@ -23,6 +23,7 @@ from train.config import (
     TrainConfig,
     load_config,
 )
+from train.pretrain import open_evaluation
 from train.run.settings import to_yaml
 from train.run.signals import StopSignals
 from train.trainer import Trainer
@@ -57,7 +58,7 @@ def trainer(
     config: RunConfig, resume: str | None = None, signals: StopSignals | None = None
 ) -> Trainer:
     """A trainer in this process."""
-    return in_this_process(lambda: Trainer(config, resume, signals))
+    return in_this_process(lambda: Trainer(config, resume, signals, open_evaluation))
 
 
 def run_dir(config: RunConfig) -> Path:
@@ -110,7 +111,7 @@ def main() -> None:
     if "KILL_AT" in os.environ and rank == os.environ.get("KILL_RANK", "0"):
         _kill_at(int(os.environ["KILL_AT"]))
     config, resume = load_config()
-    run = Trainer(config, resume)
+    run = Trainer(config, resume, open_evaluation=open_evaluation)
     run.train()
     torch.save(run.slotcon.state_dict(), Path(config.log.dir) / f"{config.name}.rank{rank}")
 

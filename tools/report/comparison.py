@@ -7,7 +7,7 @@ from pipeline.errors import UserError
 from tools.report.charts import line_chart, short
 from tools.report.page import Table, render
 from tools.report.parts import SCORES, Part
-from tools.report.results import Line, Run, read_run, slot_values
+from tools.report.results import Run, read_run, slot_values
 from tools.report.scores import METRICS, Evaluation, network_values, note
 from train.run.log import duration
 
@@ -21,6 +21,9 @@ CURVES = (
     ("Usage entropy of the prototypes", ("usage_entropy",), True),
     ("Dead prototypes", ("dead_prototypes",), True),
     ("Images a second", ("images_per_s",), True),
+    ("mIoU of dense k-NN, while training", ("eval_knn_miou",), True),
+    ("mIoU of k-means, while training", ("eval_kmeans_miou",), True),
+    ("mIoU of the prototypes, while training", ("eval_prototypes_miou",), True),
 )
 """Title, the logged values whose mean is drawn, whether the axis starts at 0."""
 LAST = {
@@ -74,15 +77,15 @@ def charts(runs: Runs) -> list[str]:
     return [
         line_chart(title, lines, from_zero=from_zero)
         for title, names, from_zero in CURVES
-        if any((lines := {name: curve(run.lines, names) for name, run in runs.items()}).values())
+        if any((lines := {name: curve(run, names) for name, run in runs.items()}).values())
     ]
 
 
-def curve(lines: Sequence[Line], names: Sequence[str]) -> list[tuple[float, float]]:
+def curve(run: Run, names: Sequence[str]) -> list[tuple[float, float]]:
     """(step, mean of the values `names`) of the lines that have all these values."""
     return [
         (line["step"], sum(line[name] for name in names) / len(names))
-        for line in lines
+        for line in [*run.lines, *run.scored]
         if all(name in line for name in names)
     ]
 

@@ -18,11 +18,20 @@ from tools.report.page import Table, picture, render
 from tools.report.parts import BENCHMARK, PICTURES, RESULTS, SCORES, Part
 from tools.report.results import Run, slot_values, wait_share
 from tools.report.schema import LARGEST, Measured, Rate
-from tools.report.scores import evaluation, network_values
+from tools.report.scores import METRICS, evaluation, network_values
 from train.run.log import duration
 
 STAGES = ("read", "decode", "params", "augment", "transfer", "step", "pipeline")
 """The order in which the page shows the stages of the benchmark."""
+
+ONLINE = {
+    f"eval_{protocol}_{metric}": f"{title}: {METRICS[metric]}"
+    for protocol, title in (
+        ("knn", "dense k-NN"), ("kmeans", "k-means"), ("prototypes", "prototypes")
+    )
+    for metric in METRICS
+}  # fmt: skip
+"""The scores while training, by the names of `Run.scored`."""
 
 
 def build(run: Run) -> str:
@@ -36,6 +45,7 @@ def build(run: Run) -> str:
         chart=partial(chart, run),
         uniform=uniform_student(run),
         evaluations=list(filter(None, evaluations)),
+        online=online(run),
         slots=slots(run),
         pictures=pictures(run),
         stages=stages(run),
@@ -112,12 +122,30 @@ def chart(
 ) -> str:
     """Logged values over the steps as SVG, each under its label; empty if none is logged."""
     lines = {
-        label: [(line["step"], line[name]) for line in run.lines if name in line]
+        label: [(line["step"], line[name]) for line in [*run.lines, *run.scored] if name in line]
         for name, label in labels.items()
     }
     if not any(lines.values()):
         return ""
     return line_chart(title, lines, reference=reference, from_zero=from_zero, percent=percent)
+
+
+def online(run: Run) -> Table:
+    """Scores of the teacher while it trained: of the untrained network, the highest and the last.
+    The highest one of eval.metric is that of checkpoints/best.
+    """
+    rows = []
+    for metric, name in ONLINE.items():
+        points = [(line[metric], line["step"]) for line in run.scored if metric in line]
+        after = [point for point in points if point[1] > 0]
+        if not after:
+            continue
+        before = "".join(f"{value:.1%}" for value, step in points if step == 0)
+        highest, step = max(after, key=lambda point: point[0])
+        rows.append(
+            (name, before or "–", f"{highest:.1%} (step {step:.0f})", f"{after[-1][0]:.1%}")
+        )
+    return Table(("", "before training", "highest", "last"), rows)
 
 
 def slots(run: Run) -> tuple[list[str], Table] | None:

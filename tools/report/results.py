@@ -19,7 +19,7 @@ from train.run.settings import flatten
 from train.run.text import LARGEST_YAML, read_text, read_yaml
 
 Line = Mapping[str, float]
-"""A line of metrics.jsonl: `schema.Line`."""
+"""Values of a line of metrics.jsonl by name."""
 
 LOG_BYTES, LOG_LINES = 256 << 20, 1_000_000
 """Bytes and lines of metrics.jsonl: so many lines take half a minute and 1 GB."""
@@ -34,6 +34,9 @@ class Run:
     folder: Path
     config: dict[str, Any]
     lines: list[Line]
+    """Those of training."""
+    scored: list[Line]
+    """Those of evaluations while it trained: each score under its name, with eval_ before it."""
     record: Record | None
     """Of its newest checkpoint; None if it has none."""
     results: dict[str, Measured]
@@ -85,7 +88,8 @@ def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
-    config, lines = read_config(folder / "config.yaml"), read_lines(folder / "metrics.jsonl")
+    config = read_config(folder / "config.yaml")
+    lines, scored = read_lines(folder / "metrics.jsonl")
     named = {name: path for name, path in given.items() if path}
     record, damaged = None, []
     if checkpoint := latest(folder):
@@ -93,7 +97,7 @@ def read_run(folder: Path, given: Mapping[str, Path | None]) -> Run:
             record = read_record(checkpoint)
         except UserError as error:
             damaged.append(str(error))
-    run = Run(folder, config, lines, record, {}, {}, frozenset(named), damaged)
+    run = Run(folder, config, lines, scored, record, {}, {}, frozenset(named), damaged)
     for part in (*RESULTS, *PICTURES):
         path = named.get(part.name) or folder / part.file
         if part.name not in named and not path.exists():
@@ -119,8 +123,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The lines of metrics.jsonl. Skips an incomplete last line: it shows that the run was killed.
+def read_lines(path: Path) -> tuple[list[Line], list[Line]]:
+    """The lines of metrics.jsonl: those of training, and those of evaluations. Skips an incomplete
+    last line: it shows that the run was killed.
 
     Raises UserError.
     """
@@ -129,28 +134,33 @@ def read_lines(path: Path) -> list[Line]:
     if len(texts) > LOG_LINES:
         raise UserError(f"{path}: {len(texts):,} lines, at most {LOG_LINES:,} are read")
     lines: list[Line] = []
+    scored: list[Line] = []
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(_line(text))
+            line = _line(text)
+            if "results" in line:
+                values = {f"eval_{row['metric']}": row["value"] for row in line["results"]}
+                scored.append({"step": line["step"], **values})
+            else:
+                lines.append(cast(Line, line))
         except (ValueError, RecursionError):
             if number < len(texts):
                 raise UserError(f"{path}: line {number} is damaged") from None
     if not lines:
         raise UserError(f"{path}: nothing logged yet")
-    return lines
+    return lines, scored
 
 
 _LINES = msgspec.json.Decoder(schema.Line)
 
 
-def _line(text: str) -> Line:
+def _line(text: str) -> schema.Line:
     try:
-        line = _LINES.decode(text)
+        return _LINES.decode(text)
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError:  # NaN, which is no JSON
-        line = msgspec.convert(json.loads(text), schema.Line)
-    return cast(Line, line)
+        return msgspec.convert(json.loads(text), schema.Line)
 
 
 def _check_is_there(path: Path) -> None:

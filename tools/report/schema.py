@@ -15,6 +15,13 @@ Positive = Annotated[float, Meta(ge=0, lt=LARGEST)]
 Count = Annotated[int, Meta(ge=0, lt=LARGEST)]
 
 
+class Logged(TypedDict):
+    """A score of an evaluation while the run trained."""
+
+    metric: Text
+    value: Number
+
+
 class Line(TypedDict, total=False):
     """A line of metrics.jsonl. Values of a run that diverged are NaN or infinite."""
 
@@ -34,6 +41,8 @@ class Line(TypedDict, total=False):
     near_duplicates: float
     images_per_s: float
     wait_share: float
+    results: list[Logged]
+    """In a line of an evaluation, which has none of the values above but the step."""
 
 
 class Score(Struct):

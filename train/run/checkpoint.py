@@ -3,7 +3,8 @@
 runs/NAME/checkpoints/step_N/ holds model.safetensors, optimizer.bin, scaler.pt (with fp16) and
 run.json: the step, the configuration, the data's identity, the machine, the checksums of the other
 files, and a checksum of all this. A checkpoint is written as step_N.partial, flushed to the disk,
-then renamed. `latest` is a symbolic link to the newest.
+then renamed. `latest` is a symbolic link to the newest, `best` to the one with the highest score in
+an evaluation.
 """
 
 import hashlib
@@ -20,7 +21,6 @@ from typing import Any
 
 import msgspec
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -67,18 +67,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints of a run to keep: the `newest`, and also `parts` of them spread over the
-    run, each the last one of an equal part of its `total_steps`.
+    """Which checkpoints of a run to keep: the `newest`, the best, and also `parts` of them spread
+    over the run, each the last one of an equal part of its `total_steps`.
     """
 
     newest: int
     parts: int
     total_steps: int
 
-    def outdated(self, checkpoints: Sequence[Path]) -> list[Path]:
+    def outdated(self, checkpoints: Sequence[Path], best: Path | None = None) -> list[Path]:
         """The `checkpoints` (all of the run, oldest first) that are not kept."""
         last_of = {self._part(step_of(one)): one for one in checkpoints} if self.parts else {}
-        kept = {*checkpoints[-self.newest :], *last_of.values()}
+        kept = {*checkpoints[-self.newest :], *last_of.values(), best}
         return [one for one in checkpoints if one not in kept]
 
     def _part(self, step: int) -> int:
@@ -89,6 +89,23 @@ class Retention:
 def latest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
     return next(reversed(whole_ones(run_dir)), None)
+
+
+def best(run_dir: Path) -> Path | None:
+    """The one of `whole_ones` that `best` points to, or None."""
+    link = run_dir / "checkpoints" / "best"
+    return next((c for c in whole_ones(run_dir) if link.exists() and c.samefile(link)), None)
+
+
+def mark_best(run_dir: Path, step: int | None) -> None:
+    """Point `best` to the checkpoint of `step`, if it is whole. A link that leads nowhere is
+    removed.
+    """
+    link = run_dir / "checkpoints" / "best"
+    if step is not None and is_checkpoint(link.with_name(f"step_{step}")):
+        _link(link, f"step_{step}")
+    if link.is_symlink() and not link.exists():
+        link.unlink()
 
 
 def all_of(run_dir: Path) -> list[Path]:
@@ -133,6 +150,7 @@ def set_aside(checkpoint: Path) -> Path:
     checkpoint.replace(aside)
     if newest := latest(checkpoint.parent.parent):
         _link(checkpoint.parent / "latest", newest.name)
+    mark_best(checkpoint.parent.parent, None)
     return aside
 
 
@@ -149,7 +167,12 @@ class Writer(Background):
         self._copies: list[Tensor] = []
 
     def save(
-        self, record: Record, model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None
+        self,
+        record: Record,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scaler: GradScaler | None,
+        is_best: bool = False,
     ) -> None:
         """Begin to write checkpoints/step_N. The tensors may change as soon as this returns.
 
@@ -162,7 +185,7 @@ class Writer(Background):
             _SCALER: scaler and scaler.state_dict(),
         }
         copy = self._copy(state)
-        self.submit(lambda: write(self._run_dir, record, copy, self._retention))
+        self.submit(lambda: write(self._run_dir, record, copy, self._retention, is_best))
 
     def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
         leaves, structure = _pytree.tree_flatten(state)
@@ -181,8 +204,15 @@ class Writer(Background):
         return dict(_pytree.tree_unflatten(leaves, structure))
 
 
-def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Retention) -> None:
-    """Write checkpoints/step_N, point `latest` to it and delete the outdated checkpoints.
+def write(
+    run_dir: Path,
+    record: Record,
+    state: Mapping[str, Any],
+    retention: Retention,
+    is_best: bool = False,
+) -> None:
+    """Write checkpoints/step_N, point `latest` to it, also `best` if it is, and delete the outdated
+    checkpoints.
 
     `state` holds the content of each file. If the process is killed at any moment, the earlier
     checkpoints remain, and at most a step_N.partial, which is never read. Raises UserError.
@@ -210,9 +240,11 @@ def write(run_dir: Path, record: Record, state: Mapping[str, Any], retention: Re
             _discard(whole)
         partial.replace(whole)
         _link(folder / "latest", whole.name)
+        if is_best:
+            mark_best(run_dir, record.step)
         _flush(folder)
         _flush(run_dir)
-        for old in retention.outdated(whole_ones(run_dir)):
+        for old in retention.outdated(whole_ones(run_dir), best(run_dir)):
             _discard(old)
 
 
@@ -299,14 +331,6 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
             )
         if not weights[name].isfinite().all():
             raise ValueError(f"{name} is not finite")
-
-
-def all_finite(model: nn.Module, accelerator: Accelerator) -> bool:
-    """Whether all parameters and buffers are finite, on every process."""
-    tensors = [*model.parameters(), *model.buffers()]
-    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
-    largest = torch.stack(torch._foreach_norm(floats, ord=math.inf))
-    return bool(accelerator.gather(largest).isfinite().all())
 
 
 @contextmanager

@@ -48,6 +48,12 @@ class Stopped(EarlyEnd):
     exit_code, prefix = REQUEUE, ""
 
 
+class Plateau(EarlyEnd):
+    """The score no longer rises, and the configuration says that the run is done then."""
+
+    exit_code, prefix = 0, ""
+
+
 class LostProcess(EarlyEnd):
     """Another process of the run has ended, or does not answer."""
 

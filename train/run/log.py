@@ -232,10 +232,16 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count at all."""
+        """Time spent inside does not count at all. The device first ends the work before it."""
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
         began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began
 
 
 def progress(values: Mapping[str, Any], last_step: int, batch_size: int, text: str) -> str:

@@ -9,15 +9,25 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
 from pipeline.errors import UserError
 from train.run import checkpoint
-from train.run.ends import Collapsed, Diverged, EndedElsewhere, Reason, Stopped, naming
+from train.run.ends import (
+    Collapsed,
+    Diverged,
+    EarlyEnd,
+    EndedElsewhere,
+    Reason,
+    Stopped,
+    naming,
+)
 from train.run.launch import launch, lock, unlock
 from train.run.log import Journal, Stopwatch, tell
 from train.run.provenance import provenance, write_bytes
@@ -210,15 +220,17 @@ class Run:
         *,
         meter: list[list[float]] | None = None,
         more: Mapping[str, Any] | None = None,
+        is_best: bool = False,
     ) -> None:
         """Begin to write a checkpoint of this step. Raises Diverged if a loss in `averages` or a
         weight is not finite. If the disk has failed, it writes nothing: all processes end at the
         next log line.
 
-        `data`: its identity; `meter`: sums for the next log line; `more`: added to the provenance.
+        `data`: its identity; `meter`: sums for the next log line; `more`: added to the provenance;
+        `is_best`: checkpoints/best shall point to it.
         """
         self._check_losses(averages)
-        self._check(checkpoint.all_finite(model, self.accelerator), "a weight is not finite")
+        self._check(_all_finite(model, self.accelerator), "a weight is not finite")
         if self.is_main and self._disk_problem():
             return
         self._saved = self.step
@@ -234,7 +246,7 @@ class Run:
                 meter=meter or [],
                 provenance={**provenance(), **(more or {})},
             )
-            self._writer.save(record, model, optimizer, self.accelerator.scaler)
+            self._writer.save(record, model, optimizer, self.accelerator.scaler, is_best)
 
     def check_overflows(self, steps: int, skipped: int) -> None:
         """Raises Diverged if loss scaling has failed: fp16 skipped all steps of two log lines.
@@ -256,26 +268,35 @@ class Run:
         """The same between two log lines, where only a single process can decide."""
         return self.reason_to_end() if self.accelerator.num_processes == 1 else Reason.NONE
 
-    def end_if(self, reason: Reason, save: Callable[[], None]) -> None:
+    @property
+    def is_saved(self) -> bool:
+        """Whether this step has a checkpoint, or is the beginning of the run."""
+        return self._saved == self.step
+
+    def end_if(self, reason: Reason, save: Callable[[], None], *, complete: bool = True) -> None:
         """End the run early if all processes agree on a `reason`. `save` writes a checkpoint first,
-        unless the disk has failed.
+        unless the disk has failed. After the last step, if all is done that belongs to it
+        (`complete`), a signal comes too late.
 
         Raises Stopped, EndedElsewhere, or UserError on the process that has the problem.
         """
-        if reason == Reason.NONE or (reason == Reason.SIGNAL and self.step == self.last_step):
+        done = complete and self.step == self.last_step
+        if reason == Reason.NONE or (reason == Reason.SIGNAL and done):
             return
-        if reason != Reason.DISK and self._saved != self.step:
-            save()
         if reason == Reason.DISK:
             self.wait_for_disk()  # raises on the process whose disk has failed
             raise EndedElsewhere
+        name = self.signals.received.name if self.signals.received else "a signal"
+        message = f"stopped by {name} at step {self.step}, which has a checkpoint; "
+        self.end(Stopped(f"{self.folder}: {message}continue with --resume auto"), save)
+
+    def end(self, how: EarlyEnd, save: Callable[[], None]) -> NoReturn:
+        """Raise `how` when this step has a checkpoint, which `save` begins to write."""
+        if not self.is_saved:
+            save()
         self.trackers.finish()
         self.settle()
-        name = self.signals.received.name if self.signals.received else "a signal"
-        raise Stopped(
-            f"{self.folder}: stopped by {name} at step {self.step}, which has a checkpoint; "
-            "continue with --resume auto"
-        )
+        raise how
 
     def settle(self) -> None:
         """Return when the last checkpoint is written and all processes are here. A launcher that
@@ -331,3 +352,11 @@ class Run:
 
     def _last(self, end: type[Diverged] | type[Collapsed]) -> str:
         return f"{end.checkpoint}: {checkpoint.latest(self.folder) or 'none'}"
+
+
+def _all_finite(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether all parameters and buffers are finite, on every process."""
+    tensors = [*model.parameters(), *model.buffers()]
+    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    largest = torch.stack(torch._foreach_norm(floats, ord=math.inf))
+    return bool(accelerator.gather(largest).isfinite().all())

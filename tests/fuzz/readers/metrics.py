@@ -93,7 +93,7 @@ class Target:
     def _report(self, kept: bytes) -> None:
         self.path.write_bytes(kept)
         try:
-            lines = read_lines(self.path)
+            lines, _ = read_lines(self.path)
         except UserError as error:
             assert str(self.path) in str(error) and str(error).isprintable(), repr(str(error))
             return

@@ -180,6 +180,45 @@ def test_missing_parts_name_the_command_that_adds_them(tmp_path: Path) -> None:
     assert all(f"{run}/{part.file}" in page.text for part in (*RESULTS, *PICTURES))
 
 
+def test_scores_while_it_trained(tmp_path: Path) -> None:
+    """A curve and the last values. Their lines hold no loss and no time: without it they become
+    the last log line, whose values the page shows, or a run without them has empty tables."""
+    run, other = (write_run(tmp_path / name) for name in ("run", "other"))
+    call(report.main, other)
+    page = Page((other / "report.html").read_text())
+    assert "Scores while it trained" not in page.text
+    scores = {"knn_miou": (0.123, 0.345, 0.234), "active_slots": (9.0, 5.0, 4.0)}
+    lines = [
+        {"step": 13 * n, "results": [{"metric": m, "value": v[n]} for m, v in scores.items()]}
+        for n in range(3)
+    ] + [{"step": 39, "results": [{"metric": "not_finite", "value": 1.0}]}]
+    texts = [json.dumps(line | {"eval_seconds": 3.2}) + "\n" for line in lines]
+    whole = "".join([texts[0], *map(log_line, range(1, 40)), *texts[1:]])
+    (run / "metrics.jsonl").write_text(whole)
+    call(report.main, run)
+    text = Page((run / "report.html").read_text()).text
+    shown = text.partition("Scores while it trained")[2].partition("Speed")[0]
+    for part in (
+        "mIoU on held-out images",
+        "dense k-NN: mIoU",
+        "12.3%",
+        "34.5% (step 13)",
+        "23.4%",
+    ):
+        assert part in shown, part
+    assert "k-means: mIoU" not in shown
+    plain = page.text.partition("Cost")[2]
+    assert (
+        plain.partition("How it was run")[0]
+        == text.partition("Cost")[2].partition("How it was run")[0]
+    )
+    call(compare.main, run, other, "--out", tmp_path / "compare.html")
+    assert "mIoU of dense k-NN, while training" in (tmp_path / "compare.html").read_text()
+    (run / "metrics.jsonl").write_text(texts[0])
+    with pytest.raises(UserError, match="nothing logged yet"):
+        call(report.main, run)
+
+
 def test_image_level_loss_is_shown_where_there_is_one(tmp_path: Path) -> None:
     """The curve of this ablation must not be missing, nor must other pages have an empty chart."""
     run = write_run(tmp_path / "run")
