@@ -8,7 +8,7 @@ from typing import NoReturn
 from pipeline.errors import UserError, one_line
 from train.run.cli import escape_output, print_error
 from train.run.ends import EarlyEnd
-from train.run.environment import check_before_import
+from train.run.environment import check_before_import, is_first
 from train.run.signals import StopSignals
 
 EXIT_CODES = """exit codes:
@@ -33,9 +33,9 @@ def run_training(prepare: Callable[[StopSignals], Callable[[], None]]) -> None:
             print_error(error)
             _end("", 2)
         except EarlyEnd as end:
-            _end(end.line(_is_first()), end.exit_code)
+            _end(end.line(is_first()), end.exit_code)
         except KeyboardInterrupt:
-            _end("error: interrupted" if _is_first() else "", 130)
+            _end("error: interrupted" if is_first() else "", 130)
 
 
 def _prepared(
@@ -45,14 +45,9 @@ def _prepared(
         check_before_import()
         return prepare(signals)
     except UserError as error:  # all processes fail alike: one of them prints the reason
-        if _is_first():
+        if is_first():
             print_error(error)
         sys.exit(2)
-
-
-def _is_first() -> bool:
-    """Whether this process is the first one of its machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _end(message: str, code: int) -> NoReturn:

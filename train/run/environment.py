@@ -94,6 +94,12 @@ def _check_processes(on_gpu: bool) -> None:
         number = _number((name,))
         if number is not None and not least <= number <= most:
             raise UserError(f"{name} must be {least} to {most}, not {number}")
+    here = _number(("LOCAL_WORLD_SIZE",))
+    if here is not None and (here > (world or 1) or (local or 0) >= here):
+        raise UserError(
+            f"LOCAL_WORLD_SIZE is {here}, WORLD_SIZE is {world or 1} and LOCAL_RANK {local or 0}: "
+            "they contradict each other"
+        )
     if rank is world is local is None:
         # accelerate launch gives an address, but no number, to the only process that it starts
         if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
@@ -117,6 +123,17 @@ def _check_processes(on_gpu: bool) -> None:
             f"{', '.join(missing)}: not set, although other variables of several processes are: "
             "start them with torchrun or accelerate launch"
         )
+
+
+def is_first() -> bool:
+    """Whether this process is the first one of its machine, and so prints what concerns all. One
+    whose number is no number, or has no group, prints too: there may be no other.
+    """
+    try:
+        local, world = _number(("LOCAL_RANK",)) or 0, _number(("WORLD_SIZE",)) or 1
+    except UserError:
+        return True
+    return not 0 < local < world
 
 
 def _text(name: str, default: str) -> str:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from tests.helpers.runs import in_this_process
 from tests.helpers.training import small_beton, small_run
 from train.run import environment
 from train.run import launch as launching
+from train.run.command import run_training
 from train.run.environment import check_environment
 from train.run.launch import launch
 from train.run.settings import to_yaml
+from train.run.signals import StopSignals
 
 TORCHRUN = {
     "RANK": "1",
@@ -134,6 +137,9 @@ def test_what_launchers_set_is_accepted(
         ({"LOCAL_RANK": "0"}, True, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not set"),
         (TORCHRUN | {"MASTER_ADDR": ""}, False, "MASTER_ADDR: not set"),
         (TORCHRUN | {"RANK": "2"}, False, "RANK is 2, and WORLD_SIZE is 2"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, False, "LOCAL_WORLD_SIZE is 2, WORLD_SIZE is 2 and LOCAL"),
+        (TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False, "WORLD_SIZE is 1"),
+        ({"LOCAL_WORLD_SIZE": "4"}, False, "LOCAL_WORLD_SIZE is 4, WORLD_SIZE is 1"),
         (MPI, True, "LOCAL_RANK, MASTER_ADDR"),
         (MPI | {"OMPI_COMM_WORLD_RANK": "5"}, False, "OMPI_COMM_WORLD_RANK is 5"),
     ],
@@ -194,6 +200,39 @@ def test_what_accelerate_reads_when_it_is_imported(
     )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: {name} must be") and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "prints"),
+    [
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"LOCAL_RANK": ""}, True),
+        ({"LOCAL_RANK": "first", "WORLD_SIZE": "2"}, True),
+        ({"LOCAL_RANK": "-1"}, True),
+        ({"LOCAL_RANK": "1"}, True),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "two"}, True),
+    ],
+    ids=str,
+)
+def test_a_process_that_may_be_alone_says_why_it_ends(
+    variables: dict[str, str],
+    prints: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without it a run whose LOCAL_RANK is wrong ends without a word, whatever its mistake; or a
+    mistake of all processes is printed once for each."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def prepare(signals: StopSignals) -> Callable[[], None]:
+        raise UserError("name: unknown")
+
+    with pytest.raises(SystemExit) as ended:
+        run_training(prepare)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ("error: name: unknown\n" if prints else "")
 
 
 @pytest.mark.parametrize(
