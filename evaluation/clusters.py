@@ -20,7 +20,7 @@ from evaluation.commands import (
 )
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
-from evaluation.features import Features
+from evaluation.features import Features, dilated_name
 from evaluation.kmeans import RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
@@ -130,14 +130,17 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
     opened = open_all(args, squares)
     if args.checkpoint is not None and not clusters_itself(args.protocol):
         trained, config = load_network(args.checkpoint, squares.device)
-        if args.output_stride is not None:
-            dilate(trained.teacher.encoder, args.output_stride)
+        stride = args.output_stride
+        if stride is not None:
+            dilate(trained.teacher.encoder, stride)
         seed, temperature = config.train.seed, config.model.teacher_temp
         how = DECIDE[args.upsample], args.upsample != "features"
-        yield prototype_clusters("trained", trained, seed, temperature, *how)
+        name = dilated_name("trained", stride)
+        yield prototype_clusters(name, trained, seed, temperature, *how)
         if args.baseline == "untrained":
-            network = untrained_network(config.model, seed, squares, args.output_stride)
-            yield prototype_clusters("untrained", network, seed, temperature, *how)
+            network = untrained_network(config.model, seed, squares, stride)
+            name = dilated_name("untrained", stride)
+            yield prototype_clusters(name, network, seed, temperature, *how)
     for features in opened:
         yield kmeans_clusters(whitened(features, squares, args.whiten), squares, args)
 

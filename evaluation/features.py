@@ -86,6 +86,11 @@ def fuse(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.interpolate(each, grid, mode="bilinear") for each in unit], dim=1)
 
 
+def dilated_name(name: str, output_stride: int | None) -> str:
+    """The name of a network in tables, so that it is not taken for the one that is not dilated."""
+    return name if output_stride is None else f"{name}, output stride {output_stride}"
+
+
 def resnet(name: str, encoder: Encoder, output_stride: int | None = None) -> Network:
     """An encoder in eval mode, which is dilated in place if `output_stride` is given."""
     whole = output_stride or 32

@@ -4,13 +4,14 @@ of the same networks before training, and of plain pixels.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from evaluation.datasets.squares import SquareImages
-from evaluation.features import Features, Network, block_means, resnet
+from evaluation.features import Features, Network, block_means, dilated_name, resnet
 from evaluation.networks import SEED, calibrate, load_network, run_config, untrained_network
 from evaluation.timm_networks import create_timm, timm_network
 from model import SlotCon
@@ -34,26 +35,31 @@ def open_all(args: argparse.Namespace, images: SquareImages) -> list[Features]:
     if args.weights and sum(takes) != 1:
         raise UserError("--weights needs exactly one of supervised and timm:NAME in --features")
     opened: dict[str, Opened] = {}
+    stride = args.output_stride
     for spec, take in zip(args.features, takes, strict=True):
         network = open_trained(
             spec,
             args.checkpoint,
             images.device,
             weights=args.weights if take else None,
-            output_stride=args.output_stride,
+            output_stride=stride,
         )
         if network is not None:
             opened[spec] = network
         before = untrained_name(spec)
         wanted = args.baseline == "untrained" or network is None
         if before is not None and wanted and before not in opened:
-            opened[before] = open_untrained(spec, args.checkpoint, images, args.output_stride)
+            opened[before] = open_untrained(spec, args.checkpoint, images, stride)
             print(
                 f"{before}: the same network before training (--baseline none leaves it out)",
                 file=sys.stderr,
             )
     found = [read(each, stage) for stage in args.stage or [None] for each in opened.values()]
-    return list({features.name: features for features in found}.values())
+    distinct = {features.name: features for features in found}
+    return [
+        features if name == "pixels" else replace(features, name=dilated_name(name, stride))
+        for name, features in distinct.items()
+    ]
 
 
 def read(network: Opened, stage: str | None = None) -> Features:
@@ -142,7 +148,7 @@ def open_untrained(
         assert checkpoint is not None, "open_trained refuses it"
         config = run_config(checkpoint)
         network = untrained_network(config.model, config.train.seed, images, output_stride)
-        return network_of_run(name, spec, network)
+        return network_of_run(name, spec, network, output_stride)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         if kind == "timm":

@@ -173,7 +173,7 @@ def component_panel(colours: np.ndarray) -> tuple[Image.Image, str]:
     """Colours of cells uint8 [h, w, 3] as a panel of `sheet`, with the size of the map."""
     height, width = colours.shape[:2]
     picture = Image.fromarray(colours).resize((PANEL, PANEL), Image.Resampling.BILINEAR)
-    return picture, f"{height} × {width} cells"
+    return picture, f"{height} x {width} cells"  # its font has no ×
 
 
 def panel(image: Image.Image) -> Image.Image:

@@ -69,7 +69,7 @@ def test_probes_show_the_untrained_network_at_the_same_stage(
     ]
     assert {(row["whiten"], row["output_stride"]) for row in found} == {(0.5, None)}
     found = rows(root, monkeypatch, kind, *more, "--baseline", "none", "--output-stride", "16")
-    assert named(found) == [("teacher", "4")] and found[0]["output_stride"] == 16
+    assert named(found) == [("teacher, output stride 16", "4")] and found[0]["output_stride"] == 16
 
 
 def test_clusters_show_the_untrained_network_too(
@@ -85,7 +85,7 @@ def test_clusters_show_the_untrained_network_too(
         ("pixels, k-means", None),
     ]
     alone = rows(root, monkeypatch, CLUSTERS, "--baseline", "none", "--output-stride", "8")
-    assert named(alone) == [("trained", None)]
+    assert named(alone) == [("trained, output stride 8", None)]
 
 
 def test_dilated_prototypes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
