@@ -4,6 +4,7 @@ Numba's own cache looks at one file: code that was compiled together with a func
 stays in use when that other one changes. It ends in a traceback when its files are damaged, when
 the disk is full, or when no folder can be written. And of two processes that store two signatures
 of a function at once, one may find the other's code. Here all of this means only: compile again.
+Where no folder can be written, as in a read-only container, code that is kept already is used.
 """
 
 import contextlib
@@ -12,15 +13,20 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
 _PLAIN = (bool, int, float, str, bytes, tuple, np.generic)
 """Types of the constants that compiled code may have from another file."""
 _DIGEST = hashlib.sha256().digest_size
+_SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_VECTORIZE")
+"""Of Numba, by which the same functions become other code."""
+
+numba.config.DISABLE_JIT = 0  # type: ignore[attr-defined]
+"""NUMBA_DISABLE_JIT has no effect: Python cannot call the C functions that compiled code calls."""
 
 
 def njit(*, cache: bool, **options: Any) -> Callable[[Any], Any]:
@@ -29,24 +35,45 @@ def njit(*, cache: bool, **options: Any) -> Callable[[Any], Any]:
     def compiled(function: Any) -> Any:
         dispatcher = numba.njit(**options)(function)
         if cache:
-            with contextlib.suppress(RuntimeError):  # no folder can be written
+            with contextlib.suppress(RuntimeError):  # no folder
                 dispatcher._cache = _Kept(function)
         return dispatcher
 
     return compiled
 
 
+def _readable(locator: Any) -> Any:
+    """Numba's `locator` of a folder, content with one that holds compiled code."""
+
+    def ensure_cache_path(self: Any) -> None:
+        if not any(Path(self.get_cache_path()).glob("*.nbi")):
+            raise FileNotFoundError
+
+    return type(locator.__name__, (locator,), {"ensure_cache_path": ensure_cache_path})
+
+
+class _Folders(CompileResultCacheImpl):
+    """Where code is kept: in the first folder of Numba's that can be written, else read."""
+
+    _locator_classes: ClassVar[Any] = [
+        *CompileResultCacheImpl._locator_classes,
+        *map(_readable, CompileResultCacheImpl._locator_classes),
+    ]
+
+
 class _Kept(FunctionCache):
     """The cache of one function."""
 
+    _impl_class = _Folders
+
     def __init__(self, function: Any) -> None:
-        """Raises RuntimeError if no folder can be written."""
+        """Raises RuntimeError if there is no folder for it."""
         super().__init__(function)
         self.stamp = _stamp(function)
         self._cache_file = _Files(self.cache_path, self._impl.filename_base, self.stamp)
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with contextlib.suppress(OSError):  # a full disk
+        with contextlib.suppress(OSError):  # a full disk, or one that can only be read
             super().save_overload(sig, data)
 
 
@@ -80,9 +107,10 @@ class _Files(IndexDataCacheFile):
 
 def _stamp(function: Any) -> str:
     """A checksum of all that the code of a function is made of: its file, and the compiled
-    functions and constants that its file has from others.
+    functions and constants that its file has from others, this file, and settings.
     """
-    digest = hashlib.sha256(_text(function.__code__.co_filename))
+    digest = hashlib.sha256(_text(function.__code__.co_filename) + _text(__file__))
+    digest.update(repr([getattr(numba.config, name) for name in _SETTINGS]).encode())
     for name, value in sorted(function.__globals__.items()):
         kept = getattr(value, "_cache", None)
         if isinstance(kept, _Kept):

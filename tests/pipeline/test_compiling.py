@@ -1,15 +1,17 @@
 """Compiled code is kept for the next process, and nothing that is kept can do harm."""
 
+import errno
 import importlib.util
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numba
 import pytest
-from numba.core.caching import CacheImpl
+from numba.core import caching
 
 from pipeline import compiling
 
@@ -124,7 +126,31 @@ def test_a_full_disk_is_no_error(folder: Path) -> None:
     assert call(folder, 2) == (31, False)
 
 
+def read_only(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
 def test_without_a_folder_to_write_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it nothing can be imported in a container whose file system is read-only."""
-    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    assert [call(folder, 2), call(folder, 2)] == [(31, False)] * 2
+    """Without it nothing can be imported in a container whose file system is read-only, or what was
+    compiled when its image was built is compiled again in each process.
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr(caching.tempfile, "TemporaryFile", read_only)
+        patch.setattr(compiling._Files, "_open_for_write", read_only)
+        assert [call(folder, 2), call(folder, 2)] == [(31, False)] * 2
+    assert call(folder, 2) == (31, False)
+    monkeypatch.setattr(caching.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(compiling._Files, "_open_for_write", read_only)
+    assert [call(folder, 2), call(folder, 2.5)] == [(31, True), (36.0, False)]
+
+
+@pytest.mark.parametrize("setting", compiling._SETTINGS)
+def test_code_of_other_settings_is_not_taken(
+    folder: Path, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it one run with NUMBA_OPT=0, to look for an error, makes all later ones slow."""
+    level = type(numba.config.OPT) if setting == "OPT" else int
+    for value in (1, 2):
+        monkeypatch.setattr(numba.config, setting, level(value))
+        assert call(folder, 2) == (31, False)
+    assert call(folder, 2) == (31, True)
