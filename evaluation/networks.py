@@ -9,7 +9,7 @@ from torch import nn
 from evaluation.datasets.images import spread
 from evaluation.datasets.squares import SquareImages
 from model import ModelConfig, SlotCon
-from model.encoder import cells_of
+from model.config import cells_of
 from pipeline.errors import UserError
 from train.config import RunConfig, from_dict
 from train.pretrained import load_model, read_record
@@ -51,7 +51,7 @@ def untrained_network(config: ModelConfig, seed: int, squares: SquareImages) -> 
     sample = spread(len(squares.images), CALIBRATION_IMAGES)
     if len(sample) > CALIBRATION_BATCH:  # only whole batches, since all have the same weight
         sample = sample[: len(sample) // CALIBRATION_BATCH * CALIBRATION_BATCH]
-    elif len(sample) * cells_of(squares.size) < 2:
+    elif len(sample) * cells_of(squares.size, config.stages) < 2:
         raise UserError(
             f"one image of {squares.size} pixels has no variance to calibrate BatchNorm with"
         )
