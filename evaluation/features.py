@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.options import stages_of
+from model.config import STRIDES
 from model.encoder import Encoder, dilate
 from pipeline.errors import UserError
 
@@ -93,10 +94,11 @@ def dilated_name(name: str, output_stride: int | None) -> str:
 
 def resnet(name: str, encoder: Encoder, output_stride: int | None = None) -> Network:
     """An encoder in eval mode, which is dilated in place if `output_stride` is given."""
-    whole = output_stride or 32
+    whole = output_stride or max(STRIDES.values())
     if output_stride is not None:
         dilate(encoder, output_stride)
-    return Network(name, encoder.eval().maps, [min(stride, whole) for stride in (4, 8, 16, 32)])
+    strides = [min(STRIDES[stage], whole) for stage in range(1, encoder.stages + 1)]
+    return Network(name, encoder.eval().maps, strides)
 
 
 def block_means(images: Tensor) -> Tensor:

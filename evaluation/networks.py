@@ -48,7 +48,7 @@ def untrained_network(
         model = SlotCon(config).to(squares.device)
     if output_stride is not None:
         dilate(model.teacher.encoder, output_stride)
-    calibrate(model.teacher, model.teacher, squares)
+    calibrate(model.teacher, model.teacher.stages, squares)
     return model.eval()
 
 

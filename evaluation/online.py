@@ -15,7 +15,6 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ from evaluation.protocols import Match
 from evaluation.scoring import Counting, scored
 from evaluation.segment import assign
 from model import ModelConfig, SlotCon
+from model.branch import Branch
 from model.grouping import won_cells
 from pipeline.errors import UserError
 from train.config import RunConfig
@@ -88,7 +88,7 @@ class OnlineEvaluation:
     def _scores(self, teacher: nn.Module, pulse: Pulse) -> dict[str, float]:
         branch = copy_of(teacher, self._config.model, self._accelerator)
         if not seen_a_batch(branch):
-            calibrate(branch, branch, self._train if "knn" in self._protocols else self._val)
+            calibrate(branch, branch.stages, self._train if "knn" in self._protocols else self._val)
         network = _Encoder(branch)
         heads = {name: self._fit(name, network, pulse) for name in self._protocols if name in MATCH}
         data, size = self._val.images, self._val.size
@@ -192,8 +192,7 @@ class _Encoder:
     that is fitted to them fails, and no score of theirs is used.
     """
 
-    def __init__(self, branch: Any) -> None:
-        """`branch`: a `model.slotcon.Branch`."""
+    def __init__(self, branch: Branch) -> None:
         self.branch, self.bad = branch, 0
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +210,7 @@ class _Encoder:
         return maps.nan_to_num(0.0, 0.0, 0.0)
 
 
-def copy_of(teacher: nn.Module, config: ModelConfig, accelerator: Accelerator) -> nn.Module:
+def copy_of(teacher: nn.Module, config: ModelConfig, accelerator: Accelerator) -> Branch:
     """The teacher of the main process, as its checkpoint holds it, in evaluation mode: without
     compilation, mixed precision and SyncBatchNorm. The teacher itself is not used: its mode, its
     buffers and its compiled code stay as they are.

@@ -11,13 +11,14 @@ from model.config import ModelConfig
 
 if TYPE_CHECKING:
     from model.efficiency import prepare
-    from model.slotcon import ModelOutput, SlotCon
+    from model.objective import ModelOutput
+    from model.slotcon import SlotCon
 
 __all__ = ["ModelConfig", "ModelOutput", "SlotCon", "prepare"]
 
 _MODULES = {
     "prepare": "model.efficiency",
-    "ModelOutput": "model.slotcon",
+    "ModelOutput": "model.objective",
     "SlotCon": "model.slotcon",
 }
 

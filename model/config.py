@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+STRIDES = {1: 4, 2: 8, 3: 16, 4: 32}
+"""Pixels of an image along one side of a cell, by stage of the encoder."""
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 SlotLoss = Literal["contrastive", "regression"]
 Align = Literal["assignments", "projections"]
+Targets = Literal["centred", "balanced"]
 
 # The metadata of a field are its bounds: the words after "must be", and a test of the value.
 _Bound = dict[str, Callable[[Any], bool]]
@@ -20,6 +23,19 @@ _COUNT: _Bound = {
 _POSITIVE: _Bound = {"a positive number": lambda value: 0 < value < math.inf} | _SMALL
 _WEIGHT: _Bound = {"0 or a positive number": lambda value: 0 <= value < math.inf} | _SMALL
 _SHARE: _Bound = {"in 0..1": lambda value: 0 <= value <= 1}
+_STAGE: _Bound = {"a whole number in 1..4": lambda value: type(value) is int and 1 <= value <= 4}
+_STAGES: _Bound = {
+    "a growing list of whole numbers in 1..4": lambda stages: (
+        list(stages) == sorted(set(stages)) and set(stages) <= {1, 2, 3, 4}
+    )
+}
+_SIZES: _Bound = {
+    f"a list [stage, dim_hidden, num_prototypes, cells] of whole numbers in 1..{_WIDEST:,} for "
+    "each of some stages": lambda sizes: (
+        all(len(row) == 4 and all(1 <= size <= _WIDEST for size in row) for row in sizes)
+        and len({row[0] for row in sizes}) == len(sizes)
+    )
+}
 
 
 def _one_of(names: tuple[str, ...]) -> _Bound:
@@ -58,10 +74,66 @@ class ModelConfig:
     image_loss_weight: float = field(default=0.0, metadata=_WEIGHT)
     """Weight of an additional contrast between whole images, as in MoCo v3, with a separate
     predictor (paper, table 8d). It is added to the weighted sum of the other losses. 0 = none."""
+    targets: Targets = field(default="centred", metadata=_one_of(get_args(Targets)))
+    """The teacher's distribution in the grouping loss. "centred": a running mean of the scores is
+    taken off, as in the paper. "balanced": the prototypes' shares of the batch are pulled towards
+    equal ones, as in SwAV (Caron et al., arXiv 2006.09882), with `balance`. Small prototype sets
+    then stay in use: 24 of 24 after minutes on sample scenes, where centring kept 20."""
+    balance: float = field(default=0.7, metadata=_SHARE)
+    """Balanced targets: how far shares are pulled, the exponent of unbalanced optimal transport
+    (Chizat et al., arXiv 1607.05816). 0: not at all; 1: to equal shares, SwAV's Sinkhorn."""
+    balance_temp: float = field(default=0.05, metadata=_POSITIVE)
+    """Balanced targets: temperature of the teacher's distribution, in place of teacher_temp."""
+    cell_loss_weight: float = field(default=0.0, metadata=_WEIGHT)
+    """Weight of an additional contrast between single cells of the shared pixels, as pixels in
+    PixContrast (Xie et al., arXiv 2011.10043), with a separate predictor and τ contrast_temp. At
+    equal cost, it raised the prototypes' mIoU on sample scenes from 14 to 21 %. 0 = none."""
+    cells: int = field(default=16, metadata=_COUNT)
+    """Cells of an image that this contrast samples in each direction, at most those of a view."""
+    stages: int = field(default=4, metadata=_STAGE)
+    """Stages of the ResNet that the encoder has: 1 to 4, with cells of 4, 8, 16 and 32 pixels.
+    Stages after the last one are not built. On a few hundred images stage 2 alone learns fastest
+    (docs/results.md); detection and segmentation need 4."""
+    supervise: tuple[int, ...] = field(default=(), metadata=_STAGES)
+    """Stages with losses, as [2, 3, 4]; the last of them must be the encoder's last. Each has its
+    own projector, prototypes, predictors and centre, and the whole loss; the losses are added. Deep
+    supervision (Lee et al., arXiv 1409.5185). Empty: the last stage alone, as in the paper."""
+    stage_sizes: tuple[tuple[int, int, int, int], ...] = field(default=(), metadata=_SIZES)
+    """[stage, dim_hidden, num_prototypes, cells] of supervised stages before the last one. A stage
+    that is not listed has the sizes of the last."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
             for meaning, holds in setting.metadata.items():
-                if not holds(value):
-                    raise ValueError(f"{setting.name} must be {meaning}, not {value!r}")
+                _require(holds(value), setting.name, value, meaning)
+        ends = self.supervise[-1:] in ((), (self.stages,))
+        last = f"a list that ends with {self.stages}, the encoder's last stage (model.stages)"
+        _require(ends, "supervise", self.supervise, last)
+        others = set(self.supervised[:-1])
+        sized = {stage for stage, *_ in self.stage_sizes} <= others
+        among = f"of stages among {sorted(others)}, those in model.supervise without the last"
+        _require(sized, "stage_sizes", self.stage_sizes, among)
+
+    @property
+    def supervised(self) -> tuple[int, ...]:
+        """The stages with losses, in growing order."""
+        return self.supervise or (self.stages,)
+
+    def at(self, stage: int) -> "ModelConfig":
+        """The settings of a supervised stage: those of a model that ends there."""
+        alone = replace(self, stages=stage, supervise=(), stage_sizes=())
+        for of, hidden, prototypes, cells in self.stage_sizes:
+            if of == stage:
+                alone = replace(alone, dim_hidden=hidden, num_prototypes=prototypes, cells=cells)
+        return alone
+
+
+def cells_of(side: int, stage: int = 4) -> int:
+    """Number of cells that a stage makes of a view of `side` × `side` pixels."""
+    return math.ceil(side / STRIDES[stage]) ** 2
+
+
+def _require(holds: bool, name: str, value: object, meaning: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {meaning}, not {value!r}")

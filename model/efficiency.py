@@ -6,6 +6,7 @@ None of them changes parameters, buffers or their names.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from model.encoder import Encoder
 from model.slotcon import SlotCon
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Any]
 
 _GRAPHS = 64
 """Graphs that torch.compile may keep for one function: for student and teacher, encoder and
@@ -55,8 +56,11 @@ def prepare(
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
         fallback = Fallback(warn)
         for branch in (model.student, model.teacher):
-            for part in (branch.encoder, branch.projector):
-                part.forward = fallback.compile(part.forward)  # type: ignore[method-assign]
+            encoder: Any = branch.encoder
+            encoder.maps = fallback.compile(encoder.maps)
+            for head in (branch, *branch.heads.values()):
+                projector: Any = head.projector
+                projector.forward = fallback.compile(projector.forward)
 
 
 class Fallback:
@@ -68,18 +72,18 @@ class Fallback:
     def compile(self, forward: Forward) -> Forward:
         compiled: Forward = torch.compile(forward, dynamic=False)
 
-        def compiled_or_not(inputs: Tensor) -> Tensor:
+        def compiled_or_not(*inputs: Any) -> Any:
             if self.works:
                 try:
                     # Compile the backward pass now too: later, its failure could not be caught.
                     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-                        return compiled(inputs)
+                        return compiled(*inputs)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self.works = False
                     cause = getattr(error, "inner_exception", error)
                     reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
                     self.warn(f"warning: torch.compile failed, continuing without it: {reason}")
-            return forward(inputs)
+            return forward(*inputs)
 
         return compiled_or_not
 

@@ -147,14 +147,32 @@ def with_counts(weights: Mapping[str, Tensor], expected: Iterable[str]) -> dict[
     return {**weights, **{name: torch.tensor(0) for name in missing}}
 
 
-def arch_of(names: Iterable[str]) -> str | None:
-    """The ResNet whose weights have these torchvision names; None if its blocks are unknown."""
+def stages_of(names: Iterable[str]) -> int:
+    """The last stage of a ResNet whose weights have these torchvision names; 0 without any."""
+    return max((int(name[5]) for name in names if re.match(r"layer[1-4]\.", name)), default=0)
+
+
+def archs_of(names: Iterable[str]) -> list[str]:
+    """The ResNets whose stages, up to some stage, have weights with these torchvision names.
+
+    It is one of them unless the weights end early: a ResNet-50 and a ResNet-101 begin alike.
+    """
     matches = [re.match(r"layer([1-4])\.(\d+)\.conv(\d)\.", name) for name in names]
     convs = [tuple(map(int, match.groups())) for match in matches if match]
-    if not convs:
-        return None
-    blocks = tuple(len({block for at, block, _ in convs if at == stage}) for stage in range(1, 5))
-    return BLOCKS.get((blocks, max(number for *_, number in convs)))
+    last, width = (max((row[at] for row in convs), default=0) for at in (0, 2))
+    blocks = tuple(
+        len({block for at, block, _ in convs if at == stage}) for stage in range(1, last + 1)
+    )
+    return [
+        name for (all_blocks, convolutions), name in BLOCKS.items()
+        if convs and all_blocks[:last] == blocks and convolutions == width
+    ]  # fmt: skip
+
+
+def arch_of(names: Iterable[str]) -> str | None:
+    """The ResNet whose weights have these torchvision names; None if none has, or several."""
+    found = archs_of(names)
+    return found[0] if len(found) == 1 else None
 
 
 def _bare(prefix: str) -> list[str]:

@@ -18,8 +18,10 @@ PREFIXES = (
     ("center", "center"),
 )
 """(our prefix, the authors' prefix) of the same weights."""
-OURS_ALONE = "image_predictor."
-"""Prefix of names that the authors' code lacks: a variant whose code they did not publish."""
+OURS_ALONE = (
+    "image_predictor.", "cell_predictor.", "further.", "student.heads.", "teacher.heads.",
+)  # fmt: skip
+"""Prefixes of names that the authors' code lacks: of variants that they did not publish."""
 
 
 def official_name(name: str) -> str:

@@ -7,6 +7,7 @@ B images, K prototypes, D features, N = B·K slots of one view, C positions of a
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,10 +73,9 @@ def largest_counts(pairs: Tensor, keys: Tensor) -> Tensor:
     return torch.stack([active.flatten(1).sum(dim=1).amax() for active in (pairs, keys)])
 
 
-def read_capacity(counts: Tensor) -> SlotCapacity:
-    """The largest `counts` [2] of any rank. The host waits for the device here."""
-    queries, keys = all_reduce_max(counts).tolist()
-    return SlotCapacity(queries, keys)
+def read_capacities(counts: Sequence[Tensor]) -> list[SlotCapacity]:
+    """The largest of each of `counts` [2] of any rank. The host waits for the device here, once."""
+    return [SlotCapacity(*pair) for pair in all_reduce_max(torch.stack(tuple(counts))).tolist()]
 
 
 def pack(active: Tensor, capacity: int) -> Packed:
@@ -106,12 +106,12 @@ def contrast(
     keys = pack(keys_active.flatten(), capacity.keys)
     queries = pack(pairs.flatten() & (keys.position < capacity.keys), capacity.queries)
     count = queries.valid.sum()
-    if predictor.training and any(isinstance(layer, nn.SyncBatchNorm) for layer in predictor):
+    if synchronised(predictor):
         count = all_reduce_sum(count)
     rows = student_slots.flatten(0, 1).index_select(0, queries.row)
     positive = keys.position[queries.row] + rank() * capacity.keys
     return Contrast(
-        queries=_predict(predictor, rows, queries.valid, count),
+        queries=predict(predictor, rows, queries.valid, count),
         keys=all_gather(teacher_slots.flatten(0, 1).index_select(0, keys.row)),
         positive=torch.where(queries.valid, positive, 0),
         valid_queries=queries.valid,
@@ -120,8 +120,16 @@ def contrast(
     )
 
 
-def _predict(predictor: nn.Sequential, rows: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-    """`predictor` of `rows`, with BatchNorms that see only the valid ones: [C, D] -> [C, D]."""
+def synchronised(predictor: nn.Sequential) -> bool:
+    """Whether the predictor's BatchNorms normalise the rows of all ranks together."""
+    return predictor.training and any(isinstance(part, nn.SyncBatchNorm) for part in predictor)
+
+
+def predict(predictor: nn.Sequential, rows: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    """`predictor` of `rows`, with BatchNorms that see only the valid ones: [C, D] -> [C, D].
+
+    valid bool [C]; count: the valid rows that are normalised together, see `masked_batch_norm`.
+    """
     for layer in predictor:
         if isinstance(layer, _BatchNorm):
             rows = masked_batch_norm(layer, rows, valid, count)

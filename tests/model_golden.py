@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import ModelConfig, ModelOutput, SlotCon, prepare, slotcon
+from model import ModelConfig, ModelOutput, SlotCon, objective, prepare
 from model.grouping import winning_slots
 from model.losses import slot_loss
 from model.official import official_name
@@ -212,9 +212,9 @@ class Recorder:
 
     def _note_scores(self, branch: str) -> None:
         def hook(_module: nn.Module, _args: Any, grouped: Any) -> None:
-            self.scores[branch].append(grouped.scores.detach())
+            self.scores[branch].append(grouped[1].detach())
 
-        getattr(self.model, branch).register_forward_hook(hook)
+        getattr(self.model, branch).grouping.register_forward_hook(hook)
 
     def step(self, inputs: tuple[Tensor, Tensor, Tensor], record: Arrays, step: int) -> Arrays:
         """One step with the recorded rates; returns the recorded quantities, by name."""
@@ -226,7 +226,7 @@ class Recorder:
 
         self.model.update_teacher(float(record["teacher_momentum"][step]))
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
-        with mixed, patch.object(slotcon, "slot_loss", wraps=slot_loss) as slot_losses:
+        with mixed, patch.object(objective, "slot_loss", wraps=slot_loss) as slot_losses:
             output: ModelOutput = self.forward(*inputs)
         self.optimizer.zero_grad()
         output.loss.backward()

@@ -17,6 +17,7 @@ from train.run.cli import CommandParser, run
 from train.run.provenance import new_folder, write_bytes
 
 if TYPE_CHECKING:
+    from model.names import Branch
     from train.weights import Backbone
 
 EXAMPLES = """examples:
@@ -59,8 +60,17 @@ def read(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
     """The encoder that the options choose, with the licence in its metadata. Raises UserError."""
     from train.weights import read_backbone
 
-    backbone = read_backbone(args.checkpoint, branch="student" if args.student else "teacher")
+    branch: Branch = "student" if args.student else "teacher"
+    backbone = read_backbone(args.checkpoint, branch=branch, partial=True)
     known = backbone.metadata
+    if backbone.stages < 4:
+        if (args.to, args.out.suffix) != ("torchvision", ".safetensors"):
+            raise UserError(
+                f"--to {args.to}: needs four stages, and {args.checkpoint} ends at stage "
+                f"{backbone.stages}: only --to torchvision --out NAME.safetensors can say so"
+            )
+        print(f"{args.checkpoint}: only the stages 1 to {backbone.stages} of a {backbone.arch}")
+        known = {"stages": str(backbone.stages), **known}
     if "prefix" in known and "arch" not in known:  # else the prefix is that of an earlier reading
         side = f", the {known['branch']}" if "branch" in known else ""
         print(f"{args.checkpoint}: took the weights below '{printable(known['prefix'])}'{side}")

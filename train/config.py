@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from model import ModelConfig
+from model.config import cells_of
 from pipeline.bounds import (
     BELOW_1,
     MOST_PROCESSES,
@@ -113,6 +114,14 @@ class TrainConfig(Bounded):
     """LARS: trust coefficient, the size of a layer's step relative to its weights."""
     teacher_momentum: float = field(default=0.99, metadata=within(0, 1))
     """Share of the teacher that one step keeps at first; a cosine raises it to 1 at the end."""
+    teacher: Literal["ema", "student", "switch"] = "ema"
+    """Whose output teaches. "ema": that of an average of the student, as in the paper. "student":
+    the student's own, without gradient, as in SwAV (arXiv 2006.09882), which saves a quarter of the
+    networks' operations; teacher_momentum must be 0. On small sets it is better below about 100
+    steps, level or worse beyond. "switch": the student's own first, then an average that begins as
+    the student."""
+    teacher_from: float = field(default=0.5, metadata=within(0, 1))
+    """Switch: the share of the run after which the average begins."""
     view_sizes: tuple[tuple[float, int], ...] = field(default=(), metadata=_GROWING)
     """Progressive size of the views: pairs of a share of the epochs (0..1) and the views' side
     from then on, a multiple of 32. [[0, 160], [0.5, 224]] trains the first half on views of 160
@@ -133,6 +142,12 @@ class TrainConfig(Bounded):
             self.warmup_epochs,
             f"at least 0 and less than epochs ({self.epochs})",
         )
+        bound = {
+            "ema": (True, ""),
+            "student": (self.teacher_momentum == 0, "0 with train.teacher student"),
+            "switch": (self.teacher_momentum > 0, "above 0 with train.teacher switch"),
+        }[self.teacher]
+        require(bound[0], "teacher_momentum", self.teacher_momentum, bound[1])
 
 
 @dataclass(frozen=True)
@@ -225,6 +240,7 @@ class RunConfig(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         sides = [side for _, side in self.train.view_sizes] or [self.views.size]
+        self._check_stages(min(sides))
         require(
             sides[-1] == self.views.size,
             "train.view_sizes",
@@ -234,6 +250,25 @@ class RunConfig(Bounded):
         patience = self.train.stop_on_plateau
         scored = patience is None or self.eval.every is not None
         require(scored, "train.stop_on_plateau", patience, "null without eval.every")
+
+    def _check_stages(self, side: int) -> None:
+        """Whether the smallest views, of this side, have enough cells at each supervised stage."""
+        last = self.model.supervised[-1]
+        require(
+            cells_of(side, last) > 1 or not self.model.supervise,
+            "model.supervise",
+            list(self.model.supervise),
+            f"stages with more than one cell of a view (stage {last} has one of {side} pixels)",
+        )
+        for stage in self.model.supervised:
+            cells, sample = cells_of(side, stage), self.model.at(stage).cells
+            require(
+                sample <= cells or not self.model.cell_loss_weight,
+                "model.cells",
+                sample,
+                f"at most the {cells} cells that stage {stage} has of a view of {side} pixels "
+                "(model.stage_sizes has those of a stage)",
+            )
 
     def view_size(self, epoch: int) -> int:
         """Side of the views of `epoch`, in pixels."""

@@ -21,9 +21,9 @@ def learning_rate(
     return FLOOR + (peak - FLOOR) * _cosine((step - warmup_steps) / (total_steps - warmup_steps))
 
 
-def teacher_momentum(step: int, *, base: float, total_steps: int) -> float:
-    """The share of its weights that the teacher keeps at `step`: `base` at first, 1 at the end."""
-    return 1 - (1 - base) * _cosine(step / total_steps)
+def teacher_momentum(step: int, *, base: float, total_steps: int, begin: int = 0) -> float:
+    """The share of its weights that the teacher keeps: `base` at step `begin`, 1 at the end."""
+    return 1 - (1 - base) * _cosine((step - begin) / (total_steps - begin))
 
 
 def _cosine(progress: float) -> float:

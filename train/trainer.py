@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from model import SlotCon, prepare
-from model.encoder import cells_of
+from model.config import cells_of
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.beton import Beton
 from pipeline.errors import UserError
@@ -72,6 +72,9 @@ class Trainer:
         steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * steps_per_epoch
         self.warmup_steps = round(config.train.warmup_epochs * steps_per_epoch)
+        own = {"ema": 0.0, "student": 1.0, "switch": config.train.teacher_from}
+        self.average_from = round(own[config.train.teacher] * self.total_steps)
+        """The first step with a teacher that is not the student itself."""
 
         torch.manual_seed(config.train.seed)
         self.slotcon = self._build_model()
@@ -122,7 +125,8 @@ class Trainer:
         """
         size = self.config.view_size(0)
         image_loss = bool(self.config.model.image_loss_weight)
-        rows, unit = (1, "image") if image_loss else (cells_of(size), "cell")
+        cells = cells_of(size, self.config.model.stages)
+        rows, unit = (1, "image") if image_loss else (cells, "cell")
         parts = self.accelerator.num_processes * self.config.efficiency.accumulation
         batch = self.config.train.batch_size
         if batch // parts * rows < 2:
@@ -178,7 +182,7 @@ class Trainer:
         size = self.config.view_size(epoch)
         if size != self.view_size:
             self.view_size = size
-            self.slotcon.capacity = None  # the first step with views of this size counts the slots
+            self.slotcon.forget_capacity()  # the first step with this size counts the slots
         while run.step < end:
             self._train_step(batches)
             run.advance()
@@ -203,7 +207,11 @@ class Trainer:
         lr, momentum = self._schedule(self.run.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.slotcon.update_teacher(momentum)
+        own_teacher = self.run.step < self.average_from
+        if not own_teacher:
+            if self.run.step == self.average_from:
+                self._store_teacher()
+            self.slotcon.update_teacher(momentum)
         count = self.config.efficiency.accumulation
         for micro in range(count):
             self.run.watchdog.beat()
@@ -213,14 +221,21 @@ class Trainer:
                 self.run.trackers.picture("views", _pixels(batch.views[:, :8]), step=0)
             last = micro == count - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                output = self.model(batch.views, batch.overlap, batch.flipped, micro_batches=count)
+                output = self.model(
+                    batch.views,
+                    batch.overlap,
+                    batch.flipped,
+                    micro_batches=count,
+                    draw=(self.config.train.seed, self.run.step * count + micro),
+                    own_teacher=own_teacher,
+                )
                 self.accelerator.backward(output.loss / count)
             self.meter.add(output)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _schedule(self, step: int) -> tuple[float, float]:
-        """Learning rate and teacher momentum of `step`."""
+        """Learning rate and teacher momentum of `step`; 0 for a teacher that is the student."""
         train = self.config.train
         lr = learning_rate(
             step,
@@ -229,8 +244,18 @@ class Trainer:
             warmup_multiplier=train.warmup_multiplier,
             total_steps=self.total_steps,
         )
-        base = train.teacher_momentum
-        return lr, teacher_momentum(step, base=base, total_steps=self.total_steps)
+        begin = self.average_from
+        if step < begin:
+            return lr, 0.0
+        base, total = train.teacher_momentum, self.total_steps
+        return lr, teacher_momentum(step, base=base, total_steps=total, begin=begin)
+
+    def _store_teacher(self) -> None:
+        """Make the teacher what it is for whoever reads its weights now, if so far it has been the
+        student itself: a log line, a checkpoint, the first step of an average.
+        """
+        if 0 < self.run.step <= self.average_from:
+            self.slotcon.copy_to_teacher()
 
     def _log(self) -> Reason:
         """One log line for the steps since the last one, with their only host synchronisation.
@@ -238,6 +263,7 @@ class Trainer:
         Returns why the run has to end; all processes agree on it.
         """
         run, train = self.run, self.config.train
+        self._store_teacher()
         duplicates = near_duplicates(self.slotcon.teacher.grouping.prototypes)
         reading = self.meter.read(run.reason_to_end(), duplicates)
         if not self.static_slots:
@@ -267,7 +293,8 @@ class Trainer:
     def _check_collapse(self, begin: int, values: dict[str, float]) -> None:
         """Check the log line that begins with step `begin`. Raises Collapsed."""
         step = self.run.step
-        symptom = self.alarm.check(begin, step, cells_of(self.view_size), values)
+        cells = cells_of(self.view_size, self.config.model.stages)
+        symptom = self.alarm.check(begin, step, cells, values)
         if not symptom:
             return
         message = f"{self.run.folder}: the grouping has collapsed at step {step}: {symptom}"
@@ -277,6 +304,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Begin to save, unless the loss or a weight is not finite. Raises Diverged."""
+        self._store_teacher()
         self.run.save(
             self.slotcon,
             self.lars,

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from model.encoder import Encoder
-from model.names import Branch, arch_of, branch_of, choose, resnets_in, with_counts
+from model.names import Branch, archs_of, branch_of, choose, resnets_in, stages_of, with_counts
 from pipeline.errors import UserError, printable
 from pipeline.files import open_file
 from train.config import RunConfig, from_dict
@@ -34,9 +34,9 @@ META = "meta"
 FOLDER_WEIGHTS, FOLDER_CONFIG = "model.safetensors", "config.json"
 """The files of a model on the Hugging Face Hub."""
 FACTS = {
-    "method", "arch", "branch", "run", "imported", "prefix", "step", "optimizer", "epochs",
-    "batch_size", "prototypes", "view_size", "config", "data", "data_images", "data_fingerprint",
-    "data_license", "slotstream", "format",
+    "method", "arch", "stages", "branch", "run", "imported", "prefix", "step", "optimizer",
+    "epochs", "batch_size", "prototypes", "view_size", "config", "data", "data_images",
+    "data_fingerprint", "data_license", "slotstream", "format",
 }  # fmt: skip
 """The names in the metadata of files that slotstream writes, see `describe` and tools."""
 
@@ -64,9 +64,13 @@ class Backbone:
     """Weights by torchvision's names, without fc."""
     metadata: dict[str, str]
     """How the weights were made, see `describe`; empty if the file does not say."""
+    stages: int = 4
+    """The last stage. Only `read_backbone` with `partial` gives fewer than four."""
 
 
-def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teacher") -> Backbone:
+def read_backbone(
+    source: Path, arch: str | None = None, branch: Branch = "teacher", partial: bool = False
+) -> Backbone:
     """Read the encoder in `source`.
 
     Args:
@@ -76,6 +80,7 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
         arch: torchvision's name of the expected architecture; None: any.
         branch: which encoder to take if `source` holds two. Teacher is the default, so a file that
             holds only the student is also accepted for it.
+        partial: whether an encoder that ends before stage 4 will do.
 
     Raises:
         UserError: `source` holds no encoder, or one of another architecture, or is damaged; or
@@ -96,8 +101,9 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
         prefix: _dense({ours: state[name] for ours, name in names.items()}, source)
         for prefix, names in resnets_in(state).items()
     }
-    whole = {prefix: found for prefix, found in networks.items() if arch_of(found)}
-    prefix, side = _chosen(whole or networks, branch, source, "weights of a ResNet", state)
+    known = {prefix: found for prefix, found in networks.items() if archs_of(found)}
+    whole = {prefix: found for prefix, found in known.items() if stages_of(found) == 4}
+    prefix, side = _chosen(whole or known or networks, branch, source, "weights of a ResNet", state)
     weights = networks[prefix]
     if prefix and "arch" not in metadata:
         metadata = metadata | {"prefix": prefix}
@@ -105,25 +111,43 @@ def read_backbone(source: Path, arch: str | None = None, branch: Branch = "teach
         metadata = metadata | {"branch": side}
     if branch == "student" and metadata.get("branch") == "teacher":
         raise UserError(f"{source}: weights of the teacher, not of the student")
-    actual = arch_of(weights)
-    if arch is None and actual is None:
-        raise UserError(f"{source}: damaged, or not one of torchvision's ResNets")
-    if arch is not None and actual not in (None, arch):
-        raise UserError(f"{source}: weights of a {actual}, not of the {arch} that is needed")
-    arch = arch or str(actual)
+    arch = _arch(weights, arch, metadata, source)
+    stages = stages_of(weights) if archs_of(weights) else 4
+    if stages < 4 and not partial:
+        raise UserError(f"{source}: a {arch} that ends at stage {stages}; all four are needed")
     place = f"{source}: below '{printable(prefix)}'" if prefix else source
-    return Backbone(arch, fitting(weights, arch, place), metadata)
+    return Backbone(arch, fitting(weights, arch, place, stages), metadata, stages)
 
 
-def fitting(weights: Mapping[str, Tensor], arch: str, source: object) -> dict[str, Tensor]:
-    """All weights of a network `arch`, as a new network has them: in its order, types and memory
-    layout, and each tensor with its own memory.
+def _arch(
+    weights: Mapping[str, Tensor], needed: str | None, metadata: Mapping[str, str], source: Path
+) -> str:
+    """The ResNet that these weights are of. Raises UserError."""
+    found, stated = archs_of(weights), metadata.get("arch", "")
+    if needed is not None:
+        if found and needed not in found:
+            of = found[0]
+            raise UserError(f"{source}: weights of a {of}, not of the {needed} that is needed")
+        return needed
+    if stated in found or len(found) == 1:
+        return stated if stated in found else found[0]
+    if found:
+        several = " or ".join(found)
+        raise UserError(f"{source}: the first stages of a {several}, and it does not say which")
+    raise UserError(f"{source}: damaged, or not one of torchvision's ResNets")
+
+
+def fitting(
+    weights: Mapping[str, Tensor], arch: str, source: object, stages: int = 4
+) -> dict[str, Tensor]:
+    """All weights of a network `arch` up to a stage, as a new network has them: in its order, types
+    and memory layout, and each tensor with its own memory.
 
     Raises UserError, which names `source`, if a weight is missing, has another shape or is not
     finite.
     """
     with torch.device("meta"):
-        expected = Encoder(arch).state_dict()
+        expected = Encoder(arch, stages).state_dict()
     plain = {
         name: value.detach().to(
             expected[name].dtype, copy=True, memory_format=torch.contiguous_format
@@ -174,6 +198,7 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
     facts: dict[str, Any] = {
         "method": "SlotCon (arXiv 2205.15288)",
         "arch": config.model.arch,
+        "stages": config.model.stages if config.model.stages < 4 else None,
         "branch": branch,
         "run": config.name,
         "imported": record.provenance.get("imported"),

@@ -15,13 +15,14 @@ from train.config import RunConfig, from_dict
 from train.run.settings import to_dict
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+@pytest.fixture(scope="module", params=[{}, {"stages": 3, "supervise": [2, 3]}])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of one step, scored with fewer cells in memory than there are."""
     folder = tmp_path_factory.mktemp("online")
     root = folder / "set"
     write_folder_set(root, train=5, val=3)
     values = to_dict(small_run(small_beton(folder), folder, max_steps=1))
+    values["model"] |= request.param
     values["eval"] |= {"every": 1, "memory": 20, "batch_size": 2, "max_images": 5}
     values["eval"] |= {name: f"{root}/val/{name}" for name in ("images", "labels")}
     values["eval"] |= {f"train_{name}": f"{root}/train/{name}" for name in ("images", "labels")}

@@ -4,7 +4,7 @@ Views of 32 pixels give maps of one cell, so each image has exactly one active s
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import ModelConfig, SlotCon
 
@@ -25,6 +25,17 @@ def tiny_batch(side: int = 32, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     images = torch.randn(IMAGES, 3, side, side, generator=generator)
     overlap = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, IMAGES, 4)
     return torch.stack((images, images)), overlap, torch.zeros(2, IMAGES, dtype=torch.bool)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradient of every trainable parameter; fails if one is missing or not finite."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} has no gradient"
+            assert torch.isfinite(parameter.grad).all(), name
+            found[name] = parameter.grad
+    return found
 
 
 @torch.no_grad()

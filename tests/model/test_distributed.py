@@ -14,7 +14,7 @@ from tests.helpers.tiny_slotcon import IMAGES, set_agreement, tiny_batch, tiny_m
 def _center(rank: int) -> dict[str, Tensor]:
     model = tiny_model()
     scores: list[Tensor] = []
-    model.teacher.register_forward_hook(lambda _m, _i, grouped: scores.append(grouped.scores))
+    model.teacher.grouping.register_forward_hook(lambda _m, _i, grouped: scores.append(grouped[1]))
     model(*tiny_batch(side=64, seed=rank))
     return {"center": model.center, "scores": torch.stack(scores)}
 

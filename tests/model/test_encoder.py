@@ -62,6 +62,15 @@ def test_stride_32_changes_nothing() -> None:
     assert str(dilate(encoder, 32)) == before
 
 
+@pytest.mark.parametrize(("stages", "cells"), [(1, 16), (2, 8), (3, 8)])
+def test_dilation_of_an_encoder_that_ends_early(stages: int, cells: int) -> None:
+    """Without it, a network trained to stage 2 cannot be read with an output stride."""
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        found = dilate(Encoder("resnet18", stages), 8).eval()(images)
+    assert found.shape[2:] == (cells, cells)
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_stages_are_torchvisions_layers(arch: str) -> None:
     """Without it `--stage 2` could be another layer than the one that papers call so."""

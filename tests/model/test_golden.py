@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import SlotCon, slotcon
+from model import SlotCon, objective
 from model.alignment import align_to_overlap
 from model.grouping import winning_slots
 from model.losses import slot_loss
@@ -109,7 +109,7 @@ def test_internals_of_the_first_forward() -> None:
 
     model = golden.build_model().train()
     model.update_teacher(float(steps["teacher_momentum"][0]))
-    with patch.object(slotcon, "slot_loss", wraps=slot_loss) as slot_losses:
+    with patch.object(objective, "slot_loss", wraps=slot_loss) as slot_losses:
         output = model(views, overlap, flipped)
     for name, value in branch_internals(
         model, views, list(zip(overlap, flipped, strict=True))

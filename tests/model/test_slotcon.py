@@ -4,22 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from model import ModelConfig, SlotCon
-from model.config import ARCHITECTURES
-from model.encoder import Encoder, cells_of
-from tests.helpers.tiny_slotcon import IMAGES, set_agreement, tiny_batch, tiny_model
-
-
-def gradients(model: SlotCon) -> dict[str, Tensor]:
-    """The gradient of every trainable parameter; fails if one is missing."""
-    grads = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, f"{name} has no gradient"
-            grads[name] = parameter.grad
-    return grads
+from model.config import ARCHITECTURES, cells_of
+from model.encoder import Encoder
+from tests.helpers.tiny_slotcon import IMAGES, gradients, set_agreement, tiny_batch, tiny_model
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from model import SlotCon
+from model.branch import Branch
 from model.grouping import winning_slots
 from model.losses import slot_regression
-from model.slotcon import Branch
 from model.slots import SlotCapacity
 from tests.helpers.host_sync import host_syncs
 from tests.helpers.processes import run_workers
-from tests.helpers.tiny_slotcon import IMAGES, set_agreement, tiny_batch, tiny_model
+from tests.helpers.tiny_slotcon import IMAGES, gradients, set_agreement, tiny_batch, tiny_model
 
 Batch = tuple[Tensor, Tensor, Tensor]
 VARIANTS: dict[str, dict[str, object]] = {
@@ -33,17 +33,6 @@ def crops(seed: int = 3, side: int = 96) -> Batch:
     views = torch.randn(2, IMAGES, 3, side, side, generator=generator)
     first, size = torch.rand(2, 2, IMAGES, 2, generator=generator) / 2
     return views, torch.cat((first, first + size), dim=-1), torch.tensor([[0, 1, 1], [0, 0, 1]]) > 0
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradient of every trainable parameter; fails if one is missing or not finite."""
-    results = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, f"{name} has no gradient"
-            assert torch.isfinite(parameter.grad).all(), name
-            results[name] = parameter.grad
-    return results
 
 
 # ---- Naive formulae ----

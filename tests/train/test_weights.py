@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import SlotCon
-from model.names import arch_of, from_detectron2, to_detectron2
+from model import ModelConfig, SlotCon
+from model.names import arch_of, archs_of, from_detectron2, stages_of, to_detectron2
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported import CONFIG, meta_state
@@ -103,6 +103,34 @@ def test_the_weights_name_their_architecture(arch: str) -> None:
     """The import, and the message for a wrong architecture, depend on it."""
     assert arch_of(meta_state(arch)) == arch
     assert arch_of(name for name in meta_state(arch) if not name.startswith("layer3.1.")) is None
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_the_first_stages_name_their_architectures(arch: str) -> None:
+    """Without it a run that ends early cannot be read, or a ResNet-101 passes for a ResNet-50."""
+    names = [name for name in meta_state(arch) if not name.startswith(("layer3.", "layer4."))]
+    alike = {"resnet50", "resnet101"}
+    assert set(archs_of(names)) == (alike if arch in alike else {arch})
+    assert (stages_of(names), stages_of(meta_state(arch))) == (2, 4)
+    assert not archs_of(name for name in names if not name.startswith("layer2.1."))
+
+
+def test_an_encoder_that_ends_early(tmp_path: Path) -> None:
+    """Without it detection begins with random stages that pass for pre-trained ones."""
+    config = ModelConfig("resnet50", 4, 4, 4, stages=2)
+    model = SlotCon(config)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", model, config)
+    with pytest.raises(UserError, match=r"a resnet50 that ends at stage 2; all four are needed"):
+        read_backbone(checkpoint, "resnet50")
+    found = read_backbone(checkpoint, partial=True)
+    assert (found.arch, found.stages, found.metadata["stages"]) == ("resnet50", 2, "2")
+    assert same(found.weights, dict(model.teacher.encoder.state_dict()))
+    with pytest.raises(UserError, match="weights of a resnet50, not of the resnet18"):
+        read_backbone(checkpoint, "resnet18", partial=True)
+    torch.save(found.weights, tmp_path / "w.pth")  # without metadata
+    with pytest.raises(UserError, match="first stages of a resnet50 or resnet101, and it does not"):
+        read_backbone(tmp_path / "w.pth", partial=True)
+    assert read_backbone(tmp_path / "w.pth", "resnet50", partial=True).stages == 2
 
 
 def test_runs_and_their_files(model: SlotCon, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from torchvision.ops import roi_align
 
 from model import ModelConfig, SlotCon
-from model.slotcon import Branch
+from model.branch import Branch
 
 
 class PlainStep:
@@ -151,7 +151,10 @@ class PlainStep:
 
 def is_plain(config: ModelConfig) -> bool:
     """Whether a model is SlotCon itself, not a variant."""
-    standard = ("slot_loss", "align", "image_loss_weight")
+    standard = (
+        "slot_loss", "align", "image_loss_weight", "stages", "supervise", "targets",
+        "cell_loss_weight",
+    )  # fmt: skip
     return all(getattr(config, name) == getattr(ModelConfig, name) for name in standard)
 
 

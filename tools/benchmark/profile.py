@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 NETWORKS = ("student forward", "student backward", "teacher forward")
 """Encoder and projector."""
 PARTS = (
-    *NETWORKS, "geometry", "grouping", "losses", "slots", "image level", "teacher update", "LARS",
-    "other",
+    *NETWORKS, "geometry", "grouping", "losses", "slots", "image level", "cells",
+    "teacher update", "LARS", "other",
 )  # fmt: skip
 """In the order of the picture. Each includes its backward pass; only the student's is separate.
 geometry: RoIAlign and un-flip; grouping: scores and slots; losses: grouping loss and centre; slots:

@@ -89,6 +89,11 @@ def official(checkpoint: Path, metadata: dict[str, str]) -> bytes:
         raise UserError(f"{checkpoint}: a file: --to official needs a run or a checkpoint")
     record = read_record(find(checkpoint))
     model, config = load_model(checkpoint)
+    if config.model.stages < 4:
+        raise UserError(
+            f"--to official: needs four stages, and {checkpoint} ends at stage "
+            f"{config.model.stages}"
+        )
     return torch_bytes(
         {
             "model": {f"module.{k}": v for k, v in model.official_state_dict().items()},

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model import SlotCon
+from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported import CONFIG, call, images, meta_state, trained_model
@@ -301,6 +301,29 @@ def test_weights_of_others_keep_what_is_known(
         assert known.items() <= read_backbone(tmp_path / "again.safetensors").metadata.items()
     card = (tmp_path / FILES["huggingface"] / "README.md").read_text()
     assert "| Prefix of the weights there | state_dict.momentum_backbone. |" in card
+
+
+def test_an_encoder_that_ends_early_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it a library fills the missing stages with random weights, and says nothing."""
+    config = ModelConfig("resnet18", 8, 8, 4, stages=2)
+    model = SlotCon(config)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", model, config)
+    for to, name in [*FILES.items(), ("torchvision", "tv.pth")][1:]:
+        with pytest.raises(UserError, match=f"{to}: needs four stages, and .*checkpoint ends at"):
+            call(main, checkpoint, "--to", to, "--out", tmp_path / name)
+        assert not (tmp_path / name).exists()
+    out = tmp_path / "tv.safetensors"
+    call(main, checkpoint, "--to", "torchvision", "--out", out)
+    assert "only the stages 1 to 2 of a resnet18" in capsys.readouterr().out
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["stages"] == "2"
+    weights = load_file(out)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert {name.partition(".")[0] for name in missing} == {"layer3", "layer4", "fc"}
+    assert torch.equal(weights["conv1.weight"], model.teacher.encoder.conv1.weight)
 
 
 def test_bad_input(
