@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numba
 import numpy as np
@@ -55,10 +55,10 @@ def _readable(locator: Any) -> Any:
 class _Folders(CompileResultCacheImpl):
     """Where code is kept: in the first folder of Numba's that can be written, else read."""
 
-    _locator_classes: ClassVar[Any] = [
+    _locator_classes: Any = (
         *CompileResultCacheImpl._locator_classes,
         *map(_readable, CompileResultCacheImpl._locator_classes),
-    ]
+    )
 
 
 class _Kept(FunctionCache):
