@@ -138,6 +138,8 @@ class OnlineEvaluation:
             memory = gather_memory(
                 batches, count, classes, capacity=capacity, seed=SEED, balanced=True
             )
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"eval.protocols: {name}: {error}") from None
         retrieval = Retrieval(memory)

@@ -5,12 +5,14 @@ trains, and the scores.
 from dataclasses import dataclass, field
 
 from evaluation.datasets.layouts import KINDS
-from pipeline.bounds import LONGEST_SIDE, Bounded, at_least, one_of, optional, some_of
+from pipeline.bounds import LONGEST_SIDE, Bound, Bounded, at_least, one_of, optional, some_of
 from pipeline.errors import require
 
 PROTOCOLS = ("knn", "kmeans", "prototypes", "slots")
 METRICS = tuple(f"{p}_{m}" for p in PROTOCOLS[:3] for m in ("miou", "pixel_accuracy"))
 """The scores that say which of two checkpoints is better."""
+
+_SCORED: Bound = {"one or more besides slots": lambda names: bool({*names} - {"slots"})}
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,7 @@ class EvalConfig(Bounded):
     every: int | None = field(default=None, metadata=optional(at_least(1)))
     """Steps between two evaluations. There is also one before the first step, of the untrained
     network, and one after the last. null: no evaluation."""
-    protocols: tuple[str, ...] = field(
-        default=PROTOCOLS, metadata=some_of(PROTOCOLS) | {"one or more": bool}
-    )
+    protocols: tuple[str, ...] = field(default=PROTOCOLS, metadata=some_of(PROTOCOLS) | _SCORED)
     """"knn": dense k-NN with a memory of labelled training cells. "kmeans": k-means on the scored
     images, matched to classes. "prototypes": the same with the run's prototypes. "slots": active
     slots, and use of the prototypes."""

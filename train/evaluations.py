@@ -150,12 +150,12 @@ class Evaluations:
         run, best, patience = self._run, self.standing, self._config.train.stop_on_plateau
         if patience is None or best.stale < patience or run.step == run.last_step:
             return
-        highest = "a score" if best.best is None else f"{best.best:.1%} (step {best.best_step})"
-        message = (
-            f"{run.folder}: done at step {run.step}: {best.stale} evaluations without a better "
-            f"{self._config.eval.metric} than {highest} (train.stop_on_plateau)"
-        )
-        run.end(Plateau(message), save)
+        better = f"a finite {self._config.eval.metric}"
+        if best.best is not None:
+            better = f"a better {self._config.eval.metric} than {best.best:.1%}"
+            better += f" (step {best.best_step})"
+        message = f"done at step {run.step}: {best.stale} evaluations without {better}"
+        run.end(Plateau(f"{run.folder}: {message} (train.stop_on_plateau)"), save)
 
     def _pulse(self) -> None:
         """One batch is done. Before the first step a signal has to wait: there is no checkpoint."""

@@ -3,6 +3,7 @@ what it decides (the best checkpoint, the end on a plateau) is right."""
 
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from tests.helpers.training import (
     small_run,
     trainer,
 )
-from train.config import RunConfig, from_dict
+from train.config import EfficiencyConfig, RunConfig, from_dict
 from train.eval_config import EvalConfig
 from train.pretrain import open_evaluation
 from train.pretrained import load_model
@@ -198,6 +199,40 @@ def test_a_signal_in_the_middle(
     assert_same_run(config, whole)
 
 
+def test_its_time_is_no_training_time(beton: Path, tmp_path: Path) -> None:
+    """Without it images/s and the cost of a run depend on how often it is scored."""
+    config = replace(small_run(beton, tmp_path, max_steps=1), eval=EvalConfig(1))
+    training = scripted(config, 0.1, 0.2)
+    began: list[int] = []
+
+    class Slow(Scripted):
+        def __call__(self, *args: Any) -> dict[str, float]:
+            time.sleep(0 if began else 1)
+            began.append(1)
+            return super().__call__(*args)
+
+    training.evaluations._evaluation = Slow(0.1, 0.2)
+    before = time.perf_counter()
+    training.train()
+    wall = time.perf_counter() - before
+    training_line, scored_line = (
+        json.loads(text)
+        for text in (run_dir(config) / "metrics.jsonl").read_text().splitlines()[1::-1]
+    )
+    assert scored_line["eval_seconds"] >= 1 and training_line["seconds"] < wall - 1
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_it_frees_its_memory(beton: Path, labelled: Path, tmp_path: Path) -> None:
+    """In mixed precision the scores are those of float32. Without it a run that just fits ends."""
+    config = replace(small_run(beton, tmp_path), eval=settings(labelled))
+    training = trainer(replace(config, efficiency=EfficiencyConfig(precision="bf16")))
+    training.evaluations.evaluate(training.slotcon.teacher)  # libraries take their workspace once
+    before, training.run.step = torch.cuda.memory_allocated(), 3
+    training.evaluations.evaluate(training.slotcon.teacher)
+    assert scored(config) == [0, 3] and torch.cuda.memory_allocated() == before
+
+
 def test_best_checkpoint_is_kept(beton: Path, tmp_path: Path) -> None:
     """The best of steps 1 to 5 is step 2: not step 0, which has no checkpoint, and not a later one
     of the same score. Without it pruning takes the best, or a resume goes back to it."""
@@ -344,9 +379,10 @@ def test_bad_data_are_refused_before_training(
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"eval": {"every": 5, "protocols": ["slots"]}}, "eval.metric must be of one of the proto"),
+        ({"eval": {"every": 5, "protocols": ["kmeans"]}}, "eval.metric must be of one of the prot"),
+        ({"eval": {"protocols": ["slots"]}}, "eval.protocols must be one or more besides slots"),
         ({"eval": {"every": 0}}, "eval.every must be at least 1"),
-        ({"eval": {"protocols": []}}, "eval.protocols must be one or more"),
+        ({"eval": {"protocols": []}}, "eval.protocols must be one or more bes"),
         ({"eval": {"dataset": "cocoa"}}, "eval.dataset must be one of folder"),
         ({"train": {"stop_on_plateau": 3}}, "train.stop_on_plateau must be null without eval.ev"),
     ],
