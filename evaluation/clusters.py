@@ -73,6 +73,8 @@ def kmeans_clusters(
     if args.standardise or args.pca:
         try:
             features = reduced(features, squares, standardise=args.standardise, pca=args.pca)
+        except UserError:  # it says already what it is about
+            raise
         except ValueError as error:
             raise UserError(f"{features.name}: {error}") from None
     maps = (features(b.normalised(squares.device)) for b in squares.batches(f"{name}: cells"))

@@ -15,7 +15,9 @@ from train.run.cli import CommandParser, run
 
 RUN = Path("runs/demo")
 BETON = RUN / "sample.beton"
-SCENES = RUN / "scenes/val"
+SCENES = RUN / "scenes"
+LEARNT = RUN / "learnt.txt"
+"""The scenes that the probe learns from: the first 100 of those that the run has seen."""
 
 STEPS = {
     "Pack the sample scenes": f"tools.build_dataset sample --out {BETON}",
@@ -23,8 +25,13 @@ STEPS = {
     "Measure each stage": f"tools.benchmark all --data {BETON} --config configs/demo_cpu.yaml"
     f" --batch 32 --repeats 3 --seconds 0.1 --backends compiled --json {RUN}/bench.json",
     "Score the grouping on held-out scenes": f"evaluation.unsupervised_segmentation"
-    f" --checkpoint {RUN} --images {SCENES}/images --labels {SCENES}/labels"
+    f" --checkpoint {RUN} --images {SCENES}/val/images --labels {SCENES}/val/labels"
     f" --size 192 --json {RUN}/eval.json --picture {RUN}/eval.png",
+    "Score its features, and untrained ones at the same stages": "evaluation.probe knn"
+    f" --checkpoint {RUN} --images {SCENES}/val/images --labels {SCENES}/val/labels"
+    f" --train-images {SCENES}/train/images --train-labels {SCENES}/train/labels"
+    f" --train-list {LEARNT} --memory 5000 --seeds 0 --stage 2 4 --size 192"
+    f" --json {RUN}/knn.json",
     "Count its slots": f"evaluation.slots --checkpoint {RUN} --data {BETON} --size 192"
     f" --max-images 300 --json {RUN}/slots.json --picture {RUN}/slots.png",
     "Draw the prototypes": f"evaluation.pictures prototypes --checkpoint {RUN} --data {BETON}"
@@ -49,6 +56,7 @@ def main() -> None:
         raise UserError("configs/demo_cpu.yaml not found: run the demo from slotstream's folder")
     shutil.rmtree(RUN, ignore_errors=True)
     RUN.mkdir(parents=True)
+    LEARNT.write_text("".join(f"{number}\n" for number in range(100)))
     began = time.perf_counter()
     for number, (title, command) in enumerate(STEPS.items(), start=1):
         print(f"\n[{number}/{len(STEPS)}] {title}\n$ python -m {command}", flush=True)

@@ -93,6 +93,8 @@ def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
             balanced=args.probe == "knn",
             storage=storage_of(args),
         )
+    except UserError:  # it says already what it is about
+        raise
     except ValueError as error:
         raise UserError(f"{train.images.source}: {error}") from None
 
@@ -195,6 +197,8 @@ def fitted_to_pixels(args: argparse.Namespace, task: Task) -> Iterator[Predictor
             batches = labelled_features(scaled.network, task.train)
             memory = gather_pixels(batches, len(task.train.images), classes)
             name, classifier = select(fits, memory, held)
+        except UserError:  # it says already what it is about
+            raise
         except ValueError as error:
             raise UserError(f"{task.train.images.source}: {error}") from None
         print(f"{task.network.name}, seed {seed}: {name}", file=sys.stderr)

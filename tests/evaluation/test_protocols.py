@@ -159,7 +159,7 @@ def test_features_with_nan_are_one_line(data: Path, monkeypatch: pytest.MonkeyPa
     """NaN is near to nothing: clusters and neighbours would be those of the order of cells."""
     broken = Features("broken", lambda images: blocks(images) / 0)
     monkeypatch.setattr(scores, "open_all", lambda *_: [broken])
-    with pytest.raises(UserError, match="broken: features with NaN or infinite values"):
+    with pytest.raises(UserError, match=r"^broken: features with NaN or infinite values"):
         command(data, monkeypatch, ("knn",))
 
 
