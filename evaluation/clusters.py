@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,11 @@ from evaluation.commands import (
     squares_of,
     write_results,
 )
+from evaluation.crf import refine_clusters, require_crf
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, open_all
-from evaluation.kmeans import RECIPES, kmeans, sample_cells
+from evaluation.kmeans import COSINE_TEMPERATURE, RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
 from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
@@ -36,6 +38,7 @@ from evaluation.scoring import (
 )
 from evaluation.segment import Segmenter, assign, assign_cells
 from pipeline.errors import UserError
+from train.config import RunConfig
 
 Decide = Callable[[Tensor, int], Tensor]
 """As `Predictor.decide`."""
@@ -44,19 +47,36 @@ DECIDE: dict[str, Decide] = dict(zip(UPSAMPLE, (assign, assign, assign_cells), s
 
 
 def prototype_clusters(
-    name: str, network: Segmenter, seed: int, temperature: float, decide: Decide, unit: bool
+    name: str, network: Segmenter, config: RunConfig, args: argparse.Namespace
 ) -> Predictor:
-    """Clusters that are a network's prototypes. `temperature` is that of its assignments; `unit` as
-    in `Clusters.logits`.
-    """
+    """Clusters that are a network's prototypes."""
+    temperature = args.crf_temperature or config.model.teacher_temp
 
     def logits(images: Tensor) -> list[Tensor]:
         scores, features = network.segment(images)
-        if not unit:
-            scores = scores * torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        return [scores / temperature]
+        if args.upsample != "features":
+            return [scores / temperature]
+        scores = scores * torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        return [torch.cat([scores / temperature, features], dim=1)]
 
-    return Predictor(name, "prototypes", [seed], logits, decide)
+    predictor = Predictor(name, "prototypes", [config.train.seed], logits, DECIDE[args.upsample])
+    if args.upsample != "features":
+        return predictor
+    return beside_features(predictor, config.model.num_prototypes)
+
+
+def beside_features(predictor: Predictor, count: int) -> Predictor:
+    """The predictor of `count` clusters, whose logits are followed by the features that they are
+    products of: these are upsampled, and normalised then.
+    """
+
+    def decide(logits: Tensor, side: int) -> Tensor:
+        return predictor.decide(logits[:, :count], side)
+
+    def refine(logits: Tensor, clusters: Tensor, pixels: np.ndarray) -> Tensor:
+        return refine_clusters(logits[:, :count], clusters, pixels, logits[:, count:])
+
+    return replace(predictor, decide=decide, refine=refine, num_clusters=count)
 
 
 def kmeans_clusters(
@@ -84,11 +104,17 @@ def kmeans_clusters(
     except ValueError as error:
         raise UserError(f"--clusters {count}: {error}") from None
 
+    upsampled = args.upsample == "features"
+    temperature = args.crf_temperature or COSINE_TEMPERATURE
+
     def logits(images: Tensor) -> list[Tensor]:
         maps = features(images)
-        return [clusters.logits(maps, args.upsample != "features") for clusters in fits]
+        scores = [fitted.logits(maps, not upsampled, temperature) for fitted in fits]
+        return [torch.cat([each, maps], dim=1) if upsampled and cosine else each for each in scores]
 
-    return Predictor(name, "k-means", seeds, logits, DECIDE[args.upsample], memory=len(cells))
+    decide = DECIDE[args.upsample]
+    predictor = Predictor(name, "k-means", seeds, logits, decide, memory=len(cells))
+    return beside_features(predictor, count) if upsampled and cosine else predictor
 
 
 def with_mirror_image(predictor: Predictor) -> Predictor:
@@ -125,12 +151,10 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
     opened = open_all(args.features, args.checkpoint, args.weights, squares)
     if args.checkpoint is not None and not clusters_itself(args.protocol):
         trained, config = load_network(args.checkpoint, squares.device)
-        seed, temperature = config.train.seed, config.model.teacher_temp
-        how = DECIDE[args.upsample], args.upsample != "features"
-        yield prototype_clusters("trained", trained, seed, temperature, *how)
+        yield prototype_clusters("trained", trained, config, args)
         if args.baseline == "untrained":
-            network = untrained_network(config.model, seed, squares)
-            yield prototype_clusters("untrained", network, seed, temperature, *how)
+            network = untrained_network(config.model, config.train.seed, squares)
+            yield prototype_clusters("untrained", network, config, args)
     for features in opened:
         yield kmeans_clusters(features, squares, args)
 
@@ -163,6 +187,8 @@ def print_results(results: list[Result], facts: dict[str, Any]) -> None:
 
 def score_clusters(args: argparse.Namespace) -> None:
     """Score, print, and write the files that the options name. Raises UserError."""
+    if args.crf:
+        require_crf()
     data = labelled_from(args)
     require_table(args, data)
     squares, keep = squares_of(args, data), samples_of(args, data).tolist()

@@ -45,6 +45,8 @@ class Predictor:
     """None: as many as there are logits."""
     memory: int | None = None
     """Cells that the clusters or the probe were fitted to; None for prototypes."""
+    refine: Callable[[Tensor, Tensor, np.ndarray], Tensor] = refine_clusters
+    """By a CRF: logits, clusters and pixels → clusters."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def evaluate(
             clusters = predictor.decide(logits.float(), side)
             for refined in (False, True) if crf else (False,):
                 if refined:
-                    clusters = refine_clusters(logits.float(), clusters, batch.pixels)
+                    clusters = predictor.refine(logits.float(), clusters, batch.pixels)
                 host, variant = clusters.cpu().numpy(), (seed, refined)
                 counts = confusion_matrix(host, truth, count, data.num_classes)
                 confusions[variant] = confusions.get(variant, 0) + counts
