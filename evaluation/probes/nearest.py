@@ -186,9 +186,13 @@ class _Part:
     def summary(self) -> Tensor:
         """float16 [M, P + 1] of cells of length 1: along the directions, and the rest's length."""
         assert self.directions is not None
-        unit = (F.normalize(block.float()) for block in self.features.split(COLUMNS))
-        rows = [with_rest(block @ self.directions, block, HALF_ROUNDING).half() for block in unit]
-        return torch.cat(rows)
+        summary = self.features.new_empty(
+            len(self.features), self.directions.shape[1] + 1, dtype=torch.float16
+        )
+        for rows, block in zip(summary.split(COLUMNS), self.features.split(COLUMNS), strict=True):
+            unit = F.normalize(block.float())
+            rows.copy_(with_rest(unit @ self.directions, unit, HALF_ROUNDING))
+        return summary
 
 
 def with_rest(part: Tensor, whole: Tensor, rounding: float) -> Tensor:
