@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,11 @@ from evaluation.commands import (
     squares_of,
     write_results,
 )
+from evaluation.crf import refine_clusters, require_crf
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, dilated_name
-from evaluation.kmeans import RECIPES, kmeans, sample_cells
+from evaluation.kmeans import COSINE_TEMPERATURE, RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
 from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
@@ -38,6 +40,7 @@ from evaluation.segment import Segmenter, assign, assign_cells
 from evaluation.specs import open_all
 from model.encoder import dilate
 from pipeline.errors import UserError
+from train.config import RunConfig
 
 Decide = Callable[[Tensor, int], Tensor]
 """As `Predictor.decide`."""
@@ -46,19 +49,36 @@ DECIDE: dict[str, Decide] = dict(zip(UPSAMPLE, (assign, assign, assign_cells), s
 
 
 def prototype_clusters(
-    name: str, network: Segmenter, seed: int, temperature: float, decide: Decide, unit: bool
+    name: str, network: Segmenter, config: RunConfig, args: argparse.Namespace
 ) -> Predictor:
-    """Clusters that are a network's prototypes. `temperature` is that of its assignments; `unit` as
-    in `Clusters.logits`.
-    """
+    """Clusters that are a network's prototypes."""
+    temperature = args.crf_temperature or config.model.teacher_temp
 
     def logits(images: Tensor) -> list[Tensor]:
         scores, features = network.segment(images)
-        if not unit:
-            scores = scores * torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        return [scores / temperature]
+        if args.upsample != "features":
+            return [scores / temperature]
+        scores = scores * torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        return [torch.cat([scores / temperature, features], dim=1)]
 
-    return Predictor(name, "prototypes", [seed], logits, decide)
+    predictor = Predictor(name, "prototypes", [config.train.seed], logits, DECIDE[args.upsample])
+    if args.upsample != "features":
+        return predictor
+    return beside_features(predictor, config.model.num_prototypes)
+
+
+def beside_features(predictor: Predictor, count: int) -> Predictor:
+    """The predictor of `count` clusters, whose logits are followed by the features that they are
+    products of: these are upsampled, and normalised then.
+    """
+
+    def decide(logits: Tensor, side: int) -> Tensor:
+        return predictor.decide(logits[:, :count], side)
+
+    def refine(logits: Tensor, clusters: Tensor, pixels: np.ndarray) -> Tensor:
+        return refine_clusters(logits[:, :count], clusters, pixels, logits[:, count:])
+
+    return replace(predictor, decide=decide, refine=refine, num_clusters=count)
 
 
 def kmeans_clusters(
@@ -88,14 +108,19 @@ def kmeans_clusters(
     except ValueError as error:
         raise UserError(f"--clusters {count}: {error}") from None
 
+    upsampled = args.upsample == "features"
+    temperature = args.crf_temperature or COSINE_TEMPERATURE
+
     def logits(images: Tensor) -> list[Tensor]:
         maps = features(images)
-        return [clusters.logits(maps, args.upsample != "features") for clusters in fits]
+        scores = [fitted.logits(maps, not upsampled, temperature) for fitted in fits]
+        return [torch.cat([each, maps], dim=1) if upsampled and cosine else each for each in scores]
 
     decide = DECIDE[args.upsample]
-    return Predictor(
+    predictor = Predictor(
         name, "k-means", seeds, logits, decide, memory=len(cells), stage=features.stage
     )
+    return beside_features(predictor, count) if upsampled and cosine else predictor
 
 
 def with_mirror_image(predictor: Predictor) -> Predictor:
@@ -135,14 +160,10 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
         stride = args.output_stride
         if stride is not None:
             dilate(trained.teacher.encoder, stride)
-        seed, temperature = config.train.seed, config.model.teacher_temp
-        how = DECIDE[args.upsample], args.upsample != "features"
-        name = dilated_name("trained", stride)
-        yield prototype_clusters(name, trained, seed, temperature, *how)
+        yield prototype_clusters(dilated_name("trained", stride), trained, config, args)
         if args.baseline == "untrained":
-            network = untrained_network(config.model, seed, squares, stride)
-            name = dilated_name("untrained", stride)
-            yield prototype_clusters(name, network, seed, temperature, *how)
+            network = untrained_network(config.model, config.train.seed, squares, stride)
+            yield prototype_clusters(dilated_name("untrained", stride), network, config, args)
     for features in opened:
         yield kmeans_clusters(whitened(features, squares, args.whiten), squares, args)
 
@@ -176,6 +197,8 @@ def print_results(results: list[Result], facts: dict[str, Any]) -> None:
 
 def score_clusters(args: argparse.Namespace) -> None:
     """Score, print, and write the files that the options name. Raises UserError."""
+    if args.crf:
+        require_crf()
     data = labelled_from(args)
     require_table(args, data)
     squares, keep = squares_of(args, data), samples_of(args, data).tolist()

@@ -91,18 +91,21 @@ class Clusters:
     iterations: int
 
     @full_precision
-    def logits(self, features: Tensor, unit: bool = True) -> Tensor:
+    def logits(
+        self, features: Tensor, unit: bool = True, temperature: float = COSINE_TEMPERATURE
+    ) -> Tensor:
         """Features [B, D, h, w] → [B, K, h, w]: log-likelihood of each cluster, up to a constant
         for each cell. The nearest centre has the largest.
 
         The result is affine in the features (with `cosine` and `unit`, in their directions).
         Bilinear upsampling therefore gives the same clusters for logits as for features. Without
         `unit`, with `cosine`, a cell's logits grow with its length: their upsampling gives the
-        clusters of features that are upsampled first and then normalised.
+        clusters of features that are upsampled first and then normalised. `temperature` is that of
+        cosines.
         """
         if self.cosine:
             features = F.normalize(features, dim=1) if unit else features
-            return torch.einsum("kd,bdhw->bkhw", self.centres, features) / COSINE_TEMPERATURE
+            return torch.einsum("kd,bdhw->bkhw", self.centres, features) / temperature
         # A Gaussian around each centre, all of the same variance.
         closeness = torch.einsum("kd,bdhw->bkhw", 2 * self.centres, features)
         closeness = closeness - self.centres.square().sum(dim=1)[:, None, None]

@@ -60,7 +60,7 @@ Settings = Mapping[str, Any]
 Table = Mapping[str | None, Settings]
 """Settings by protocol. Those without a protocol are under None."""
 
-_ONE_TO_ONE = {"match": "pixels", "absent": "skip", "crf": False}
+_ONE_TO_ONE = {"match": "pixels", "absent": "skip"}
 _SCORES = {"fit": "crop", "upsample": "scores", "masks": None, "flip": False}
 _WHOLE_CLUSTERS = {
     "size": 448, "fit": "square", "upsample": "cells", "masks": 100, "flip": False,
@@ -69,14 +69,16 @@ _WHOLE_CLUSTERS = {
 }  # fmt: skip
 _STEGO = _ONE_TO_ONE | {
     "size": 320, "fit": "crop-nearest", "upsample": "features", "masks": None, "flip": True,
+    "crf": True,
 }  # fmt: skip
 CLUSTERS: Table = {
     None: _ONE_TO_ONE
     | _SCORES
-    | {"kmeans": "greedy", "restarts": 1, "standardise": False, "pca": None, "seeds": [0]},
-    "picie": _ONE_TO_ONE | _SCORES | {"size": 320},
-    "stego": _STEGO,
-    "cause": _STEGO,
+    | {"kmeans": "greedy", "restarts": 1, "standardise": False, "pca": None, "seeds": [0]}
+    | {"crf": False, "crf_temperature": None},
+    "picie": _ONE_TO_ONE | _SCORES | {"size": 320, "crf": False},
+    "stego": _STEGO | {"crf_temperature": 1 / 2},
+    "cause": _STEGO | {"crf_temperature": 1 / 3},
     "leopart": _WHOLE_CLUSTERS,
     "neco": _WHOLE_CLUSTERS,
 }

@@ -47,6 +47,8 @@ class Predictor:
     """Cells that the clusters or the probe were fitted to; None for prototypes."""
     stage: str | None = None
     """Of the network, as in `Features`."""
+    refine: Callable[[Tensor, Tensor, np.ndarray], Tensor] = refine_clusters
+    """By a CRF: logits, clusters and pixels → clusters."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def evaluate(
             clusters = predictor.decide(logits.float(), side)
             for refined in (False, True) if crf else (False,):
                 if refined:
-                    clusters = refine_clusters(logits.float(), clusters, batch.pixels)
+                    clusters = predictor.refine(logits.float(), clusters, batch.pixels)
                 host, variant = clusters.cpu().numpy(), (seed, refined)
                 counts = confusion_matrix(host, truth, count, data.num_classes)
                 confusions[variant] = confusions.get(variant, 0) + counts

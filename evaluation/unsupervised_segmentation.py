@@ -66,7 +66,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--crf",
         action="store_true",
         default=None,
-        help="also score the clusters refined to colour edges",
+        help="also score the clusters refined to colour edges by a fully connected CRF, with "
+        "STEGO's constants (needs the extra [crf])",
+    )
+    parser.add_argument(
+        "--crf-temperature",
+        type=float,
+        metavar="T",
+        help="clusters have probabilities softmax(cosine / T) before the CRF (0.07; prototypes: "
+        "the teacher's)",
     )
     parser.add_argument(
         "--flip", action="store_true", default=None, help="average each image with its mirror image"
@@ -84,7 +92,7 @@ def check(args: argparse.Namespace) -> None:
             if (value := getattr(args, name)) is not None:
                 raise UserError(f"{flag(name, value)} is for k-means, which needs --features")
     settle(args, CLUSTERS)
-    check_scoring_options(args, ["clusters", "restarts", "pca", "masks"])
+    check_scoring_options(args, ["clusters", "restarts", "pca", "masks", "crf_temperature"])
     if args.checkpoint is None and not args.features:
         raise UserError("nothing to score: needs --checkpoint or --features")
     if clusters_itself(args.protocol) and not args.features:
@@ -94,8 +102,10 @@ def check(args: argparse.Namespace) -> None:
     one_to_one = args.protocol is not None and args.match == "pixels"
     if one_to_one and args.subset == "all":
         raise UserError(f"--protocol {args.protocol} scores PiCIE's images: not --subset all")
-    if args.crf and (args.masks or args.upsample != "scores"):
-        raise UserError("--crf refines upsampled scores: not with --masks or another --upsample")
+    if args.crf and (args.masks or args.upsample == "cells"):
+        raise UserError("--crf refines upsampled scores: not with --masks or --upsample cells")
+    if args.crf_temperature is not None and not args.crf:
+        raise UserError("--crf-temperature needs --crf")
     if args.match == "none":
         raise UserError("--match none: clusters are no classes; evaluation.probe predicts classes")
 

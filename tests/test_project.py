@@ -33,7 +33,7 @@ LOADED_INDIRECTLY = {
     "ffcv",  # its native library
 }
 
-OPTIONAL = {"nvidia", "pynvml", "timm"}  # extras (nvidia: DALI), imported only when they are used
+OPTIONAL = {"nvidia", "pydensecrf", "pynvml", "timm"}  # extras (nvidia: DALI), imported when used
 
 # Paths and hosts of one machine or network. The brackets keep this file from matching itself.
 LOCAL_NAMES = re.compile(

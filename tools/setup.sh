@@ -89,6 +89,8 @@ install_python_packages() {
     "${pip[@]}" --upgrade pip setuptools wheel
     # Without isolation the build of ffcv uses the pinned setuptools, not whatever is newest that day.
     "${pip[@]}" --no-build-isolation --editable '.[dali,dev,power,timm]'
+    # The extra [crf]. In isolation, since it builds with a Cython of its own.
+    "${pip[@]}" pydensecrf2 || say "pydensecrf2 was not built: --crf will be refused"
 }
 
 # ffcv and cv2 load system libraries: check now that they are installed.

@@ -22,6 +22,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,8 +33,10 @@ from pipeline.compiling import njit
 
 Distance = Literal["cosine", "L2"]
 
-ROWS, COLUMNS = 1024, 4096
-"""Queries and cells multiplied at once: 16 MiB of products."""
+ROWS, COLUMNS = 1024, 1024
+"""Queries and cells multiplied at once on a CPU: 4 MiB of products."""
+PRODUCTS = 2**24
+"""Products at once on a GPU: 64 MiB."""
 SAMPLE = 2**13
 """Cells that the directions are found with; fewer than four times as many are multiplied whole."""
 REST = 0.15
@@ -39,10 +44,15 @@ REST = 0.15
 multiplied whole."""
 REFINED = 1 / 8
 """Share of pairs up to which computing them one by one is faster than their whole product."""
+EVERY = 8
+"""Of so many queries one tells whether few pairs are left to compute."""
+STRIDE = 32
+"""Bounds compared at once."""
 ROUNDING, HALF_ROUNDING = 2e-5, 1e-3
 """Added to bounds, as shares of |q| |k|: more than float32 sums and float16 directions round."""
 _LAST = 2**32 - 1
 
+_generated: Any = intrinsic  # its type takes the compiler's context for an argument of the caller
 _compiled = partial(njit, nogil=True, cache=True, error_model="numpy")
 
 
@@ -59,7 +69,7 @@ class NearestCells:
     ) -> None:
         """
         Args:
-            features: [M, D] of any floating type; not copied, not changed.
+            features: [M, D], float32 or float16; not copied, not changed.
             distance: of a query and a cell.
             among: bool [M], the cells to find; None: all.
             devices: each takes a part of the cells and searches it. None given: that of `features`.
@@ -109,15 +119,17 @@ class _Part:
 
     def search(self, queries: Tensor, count: int) -> Tensor:
         """Queries [Q, D] → int64 [Q, k], the `encoded` values and numbers, in descending order."""
-        search = self._by_bounds if self.device.type == "cpu" else self._by_products
-        chunks = queries.split(ROWS) if self.device.type == "cpu" else [queries]
-        return torch.cat([search(chunk, count) for chunk in chunks])
+        if self.device.type != "cpu":
+            return self._by_products(queries, count)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            chunks = queries.split(ROWS)
+            return torch.cat([self._by_bounds(chunk, count, pool) for chunk in chunks])
 
     def _by_products(self, queries: Tensor, count: int) -> Tensor:
         """`search`, all products, by PyTorch alone: for a GPU."""
         best = torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
         numbers = torch.arange(len(self.features), device=self.device) + self.first
-        step = max(1, ROWS * COLUMNS // max(len(queries), 1))
+        step = max(1, PRODUCTS // max(len(queries), 1))
         for start in range(0, len(self.features), step):
             rows = slice(start, start + step)
             values = queries @ self.features[rows].float().T * self.weight[rows] - self.bias[rows]
@@ -125,28 +137,31 @@ class _Part:
             best = best.topk(min(count, best.shape[1])).values
         return best
 
-    def _by_bounds(self, queries: Tensor, count: int) -> Tensor:
+    def _by_bounds(self, queries: Tensor, count: int, pool: ThreadPoolExecutor) -> Tensor:
         """`search`, by bounds: for a CPU."""
+        host = queries.contiguous().numpy()
         values = np.full((len(queries), count), -np.inf, np.float32)
         numbers = np.zeros((len(queries), count), np.int64)
         whole, part = with_rest(queries, queries, ROUNDING), self._projected(queries)
         products = queries.new_empty(len(queries), COLUMNS)
         skipped, skip = 0, 0  # blocks without a try of the directions, the more the more tries fail
+        stored = torch.int16 if self.features.dtype == torch.float16 else torch.float32
         for start in range(0, len(self.features), COLUMNS):
             rows = slice(start, start + COLUMNS)
-            cells, weight, bias = self.features[rows].float(), self.weight[rows], self.bias[rows]
+            cells, weight, bias = self.features[rows], self.weight[rows], self.bias[rows]
             few = False
             if part is not None and start and skipped >= skip:
                 scale = (self.length[rows] * weight)[:, None]
                 bounds = multiply(part, self.summary[rows].float() * scale, bias, products)
-                few = above(bounds, values) <= REFINED * bounds.size
+                part_of = bounds[::EVERY]
+                few = above(part_of, values[::EVERY]) <= REFINED * part_of.size
                 skipped, skip = 0, 0 if few else 2 * skip + 1
             if not few:
-                scaled = cells * weight[:, None]
+                scaled = cells.float() * weight[:, None]
                 bounds = multiply(whole, with_rest(scaled, scaled, ROUNDING), bias, products)
                 skipped += 1
-            keys = [each.numpy() for each in (cells, weight, bias)]
-            in_threads(keep_best, bounds, queries.numpy(), values, numbers, start, *keys)
+            keys = [each.numpy() for each in (cells.view(stored), weight, bias)]
+            in_threads(pool, keep_best, [bounds, host, values, numbers], start, *keys)
         return encoded(torch.from_numpy(values), torch.from_numpy(numbers) + self.first)
 
     def _projected(self, queries: Tensor) -> Tensor | None:
@@ -171,9 +186,13 @@ class _Part:
     def summary(self) -> Tensor:
         """float16 [M, P + 1] of cells of length 1: along the directions, and the rest's length."""
         assert self.directions is not None
-        unit = (F.normalize(block.float()) for block in self.features.split(COLUMNS))
-        rows = [with_rest(block @ self.directions, block, HALF_ROUNDING).half() for block in unit]
-        return torch.cat(rows)
+        summary = self.features.new_empty(
+            len(self.features), self.directions.shape[1] + 1, dtype=torch.float16
+        )
+        for rows, block in zip(summary.split(COLUMNS), self.features.split(COLUMNS), strict=True):
+            unit = F.normalize(block.float())
+            rows.copy_(with_rest(unit @ self.directions, unit, HALF_ROUNDING))
+        return summary
 
 
 def with_rest(part: Tensor, whole: Tensor, rounding: float) -> Tensor:
@@ -194,20 +213,23 @@ def multiply(queries: Tensor, cells: Tensor, bias: Tensor, out: Tensor) -> np.nd
     return products.numpy()
 
 
-def in_threads(kernel: Any, *arrays: Any) -> None:
-    """Call `kernel` with the first four arrays cut by rows, a part for each thread of PyTorch's."""
-    count = torch.get_num_threads()
-    rows = np.array_split(np.arange(len(arrays[0])), count)
-    parts = [slice(r[0], r[-1] + 1) for r in rows if len(r)]
+def in_threads(pool: ThreadPoolExecutor, kernel: Any, arrays: Sequence[Any], *same: Any) -> None:
+    """Call `kernel` on `pool` with a part of the rows of `arrays` for each thread of PyTorch's."""
+    parts = [np.array_split(array, torch.get_num_threads()) for array in arrays]
+    list(pool.map(lambda *part: kernel(*part, *same), *parts))
 
-    def call(part: slice) -> None:
-        kernel(*(array[part] for array in arrays[:4]), *arrays[4:])
 
-    if len(parts) == 1:
-        call(parts[0])
-        return
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(call, parts))
+@_generated
+def _widened(_: Any, number: Any) -> Any:
+    """A float32, or the float16 whose bits an int16 holds → float32."""
+
+    def generate(__: Any, builder: Any, ___: Any, args: Any) -> Any:
+        if number == types.float32:
+            return args[0]
+        half = builder.bitcast(args[0], ir.HalfType())
+        return builder.fpext(half, ir.FloatType())
+
+    return types.float32(number), generate
 
 
 @_compiled(fastmath={"reassoc", "nsz"})
@@ -215,7 +237,7 @@ def _product(a: Any, b: Any) -> Any:
     """The product of two vectors. The order of its sum depends on nothing but their length."""
     total = np.float32(0)
     for i in range(len(a)):
-        total += a[i] * b[i]
+        total += a[i] * _widened(b[i])
     return total
 
 
@@ -240,17 +262,24 @@ def keep_best(
     """
     last = values.shape[1] - 1
     for i in range(len(bounds)):
-        for j in range(len(cells)):
-            if bounds[i, j] > values[i, last]:
-                value = _product(queries[i], cells[j]) * weight[j] - bias[j]
-                if value > values[i, last]:
-                    place = last
-                    while place > 0 and values[i, place - 1] < value:
-                        values[i, place] = values[i, place - 1]
-                        numbers[i, place] = numbers[i, place - 1]
-                        place -= 1
-                    values[i, place] = value
-                    numbers[i, place] = start + j
+        for first in range(0, len(cells), STRIDE):
+            stride = bounds[i, first : first + STRIDE]
+            exceeds = False
+            for j in range(len(stride)):  # by vectors, before the loop that branches
+                exceeds |= stride[j] > values[i, last]
+            if not exceeds:
+                continue
+            for j in range(first, first + len(stride)):
+                if bounds[i, j] > values[i, last]:
+                    value = _product(queries[i], cells[j]) * weight[j] - bias[j]
+                    if value > values[i, last]:
+                        place = last
+                        while place > 0 and values[i, place - 1] < value:
+                            values[i, place] = values[i, place - 1]
+                            numbers[i, place] = numbers[i, place - 1]
+                            place -= 1
+                        values[i, place] = value
+                        numbers[i, place] = start + j
 
 
 def encoded(values: Tensor, numbers: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The search by bounds, which is for a CPU, and the one for a GPU, on the CPU."""
     monkeypatch.setattr(nearest, "SAMPLE", 50)
     if request.param == "products":
-        monkeypatch.setattr(_Part, "_by_bounds", _Part._by_products)
+        monkeypatch.setattr(nearest, "PRODUCTS", 9 * 32)
+        monkeypatch.setattr(_Part, "_by_bounds", lambda part, *args: part._by_products(*args[:2]))
     return str(request.param)
 
 
@@ -83,7 +84,7 @@ def test_bounds_save_products(monkeypatch: pytest.MonkeyPatch) -> None:
     search(queries, 5)
     directions = search.parts[0].directions
     assert directions is not None and directions.shape[1] < 10
-    assert widths.count(41) <= 4 < 28 <= widths.count(directions.shape[1] + 1)
+    assert widths.count(41) <= 8 < 24 <= widths.count(directions.shape[1] + 1)
     assert NearestCells(vectors(400, 40, 1)).parts[0].directions is None  # no direction stands out
 
 
