@@ -5,6 +5,7 @@ series' colours. `image` draws a chart as a picture instead.
 """
 
 import html
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from xml.etree import ElementTree
@@ -75,11 +76,18 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def thin(points: Points) -> list[tuple[float, float]]:
-    """At most `MAX_POINTS` points, each the mean of its neighbours."""
+def thin(points: Points) -> list[list[tuple[float, float]]]:
+    """At most `MAX_POINTS` points and one for each gap, each the mean of its neighbours. A gap is
+    where a number is not finite or beyond `LARGEST`; it divides the points.
+    """
     size = max(1, -(-len(points) // MAX_POINTS))
-    groups = (points[i : i + size] for i in range(0, len(points), size))
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+    stretches = itertools.groupby(points, lambda p: all(abs(number) < LARGEST for number in p))
+    whole = [list(stretch) for drawn, stretch in stretches if drawn]
+    return [[_mean(part[i : i + size]) for i in range(0, len(part), size)] for part in whole]
+
+
+def _mean(points: Points) -> tuple[float, float]:
+    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
 
 
 def line_chart(
@@ -91,15 +99,13 @@ def line_chart(
     from_zero: bool = False,
     percent: bool = False,
 ) -> str:
-    """Lines over a common axis, without points beyond `LARGEST` or not finite. `reference` is a
-    named horizontal line.
+    """Lines over a common axis, with gaps where points are beyond `LARGEST` or not finite; a point
+    between gaps is a dot. `reference` is a named horizontal line.
     """
-    lines = {
-        name: thin([p for p in points if all(abs(number) < LARGEST for number in p)])
-        for name, points in series.items()
-    }
-    xs = [x for points in lines.values() for x, _ in points] or [0.0]
-    ys = [y for points in lines.values() for _, y in points] or [0.0]
+    lines = {name: thin(points) for name, points in series.items()}
+    points = [point for stretches in lines.values() for part in stretches for point in part]
+    xs = [x for x, _ in points] or [0.0]
+    ys = [y for _, y in points] or [0.0]
     reference = reference if reference and abs(reference[1]) < LARGEST else None
     ys += [reference[1]] if reference else []
     low, high = min(ys), max(ys)
@@ -129,9 +135,8 @@ def line_chart(
         _, v = at(left, reference[1])
         parts.append(_line(edge, v, WIDTH - RIGHT, v, "reference"))
         parts.append(_text(WIDTH - RIGHT, v - 5, reference[0], "tick", "end"))
-    for number, points in enumerate(lines.values()):
-        path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in points)
-        parts.append(f'<polyline class="line s{number}" points="{path}"/>')
+    for number, stretches in enumerate(lines.values()):
+        parts += [_curve([at(*point) for point in part], number) for part in stretches]
     return _figure(title, parts, _legend(lines) if len(lines) > 1 else "", HEIGHT)
 
 
@@ -314,6 +319,15 @@ def _legend(names: Iterable[str]) -> str:
 
 def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _curve(points: Points, series: int) -> str:
+    """A line through the points; a single one is a dot."""
+    if len(points) == 1:
+        u, v = points[0]
+        return f'<circle class="dot s{series}" cx="{u:.1f}" cy="{v:.1f}" r="3"/>'
+    path = " ".join(f"{u:.1f},{v:.1f}" for u, v in points)
+    return f'<polyline class="line s{series}" points="{path}"/>'
 
 
 def _text(x: float, y: float, text: str, style: str, anchor: str) -> str:

@@ -112,9 +112,9 @@ def _check_processes(on_gpu: bool) -> None:
         return
     if not on_gpu:
         _number(("OMP_NUM_THREADS",))
-    if rank is not None and world is not None and rank >= world:
-        raise UserError(f"{_first(_RANK)} is {rank}, and {_first(_WORLD)} is {world}")
     by_mpi = not on_gpu and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
+    if rank is not None and (world is not None or by_mpi) and rank >= (world or 1):
+        raise UserError(f"{_first(_RANK)} is {rank}, and {_first(_WORLD)} is {world or 'not set'}")
     missing = [] if by_mpi else [name for name in _TORCHRUN if not os.environ.get(name)]
     if by_mpi and world != _number(_LOCAL_SIZE) and not os.environ.get("MASTER_ADDR"):
         missing = ["MASTER_ADDR"]

@@ -467,7 +467,21 @@ def test_charts_of_odd_data() -> None:
                 with np.errstate(all="ignore"):
                     Page(histogram("a", values, [1], str, logarithmic=logarithmic, width=300))
     many = [(float(x), 1.0) for x in range(10 * MAX_POINTS + 3)]
-    assert len(thin(many)) <= MAX_POINTS
+    (thinned,) = thin(many)
+    assert len(thinned) <= MAX_POINTS
+
+
+def test_curves_have_gaps_and_dots() -> None:
+    """Without it a straight line bridges the steps whose loss was NaN, and the first log line of a
+    run, or one between two gaps, is not drawn at all."""
+    values = [1.0, 2.0, math.nan, 3.0, math.inf, 1.0, 2.0, 3.0]
+    chart = line_chart("", {"loss": list(enumerate(values, start=1))})
+    lines = re.findall(r'<polyline class="line s0" points="([^"]*)"', chart)
+    assert [line.count(",") for line in lines] == [2, 3]
+    assert chart.count('<circle class="dot s0"') == 1
+    assert line_chart("", {"loss": [(1.0, 2.5)]}).count("<circle") == 1
+    many = [(float(x), math.nan if 1000 <= x < 1100 else 1.0) for x in range(2400)]
+    assert [part[-1][0] < 1000 or part[0][0] >= 1100 for part in thin(many)] == [True, True]
 
 
 def test_numbers_and_lists_as_text() -> None:

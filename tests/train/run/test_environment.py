@@ -142,6 +142,7 @@ def test_what_launchers_set_is_accepted(
         ({"LOCAL_WORLD_SIZE": "4"}, False, "LOCAL_WORLD_SIZE is 4, WORLD_SIZE is 1"),
         (MPI, True, "LOCAL_RANK, MASTER_ADDR"),
         (MPI | {"OMPI_COMM_WORLD_RANK": "5"}, False, "OMPI_COMM_WORLD_RANK is 5"),
+        ({"PMI_RANK": "1"}, False, "PMI_RANK is 1, and WORLD_SIZE is not set"),
     ],
 )
 def test_processes_that_cannot_meet_are_refused(
