@@ -57,6 +57,12 @@ def require_root(root: Path) -> None:
         raise UserError(f"{root}: {'not a' if is_file(root) else 'no such'} folder")
 
 
+def refuse_url(path: Path) -> None:
+    """Raises UserError if `path` is a URL. Written to, it would be a folder called "s3:" here."""
+    if (url := as_url(str(path))) and not os.path.lexists(path.parts[0]):
+        raise UserError(f"{url}: a URL; give a path on this machine")
+
+
 def as_url(name: str) -> str:
     """`name` as a URL if it is one, with the slash that paths lose; else "". A letter of a drive is
     none.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.errors import UserError, one_line, safe_lines
+from pipeline.folders import refuse_url
 from train.run.environment import check_before_import
 
 _LONGEST_NAME = 255 - len(".partial.journal")  # Linux's limit, less our endings
@@ -70,6 +71,17 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(  # type: ignore[override]
+        self, *arguments: Any, **options: Any
+    ) -> argparse.Namespace:
+        """As argparse's. A URL in place of any path ends the command."""
+        parsed: argparse.Namespace = super().parse_args(*arguments, **options)
+        for value in vars(parsed).values():
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path):
+                    refuse_url(path)
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         print_error(f"{message} (see {self.prog} --help)")

@@ -25,6 +25,7 @@ from accelerate.utils import (
 from torch import nn
 
 from pipeline.errors import UserError, printable
+from pipeline.folders import refuse_url
 from train.run.environment import check_environment, is_set
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -111,6 +112,7 @@ def lock(run_dir: Path) -> IO[str]:
 
     Raises UserError if another process trains there, for example the first start of a requeued job.
     """
+    refuse_url(run_dir)
     path = run_dir / ".lock"
     try:
         while True:

@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from tests import ROOT
 from train.run.cli import CommandParser, check_writable, escape_output, run
 from train.run.command import run_training
+from train.run.launch import lock
 
 HOSTILE = "a\x1b[2Jb\x07\x08\x7f\x9b31m\u202egpj.\u2066\u2028\x85\rover\x00"
 ESCAPED = r"a\x1b[2Jb\x07\x08\x7f\x9b31m\u202egpj.\u2066\u2028\x85\rover\x00"
@@ -96,6 +97,23 @@ def test_outputs_are_files(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(UserError, match="is a pipe, socket or device"):
             check_writable("--out", path)
+
+
+def test_no_path_is_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it `--out s3://bucket/a.beton` and `--log.dir s3://bucket/runs` write to a folder
+    called "s3:" here, and a message about a file shows https:/host."""
+    monkeypatch.chdir(tmp_path)
+    parser = CommandParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("files", type=Path, nargs="*")
+    for words in (["--out", "s3://b//c"], ["a", "https://h/c"], ["gs:/b"], ["file:///a"]):
+        with pytest.raises(UserError, match=r"^[a-z0-9]+://\S+: a URL; give a path"):
+            parser.parse_args(words)
+    with pytest.raises(UserError, match=r"^s3://b/run: a URL; give a path"):
+        lock(Path("s3://b") / "run")
+    assert not list(tmp_path.iterdir())
+    Path("exp:").mkdir()
+    assert parser.parse_args(["exp:/a.json", "C:/a", "/b"]).files[0] == Path("exp:/a.json")
 
 
 def test_a_command_with_a_hostile_name(tmp_path: Path) -> None:
