@@ -88,21 +88,28 @@ class _Files(IndexDataCacheFile):
         return found[1] if found and found[0] == key else None
 
     def _load_index(self) -> dict[Any, str]:
+        version = pickle.dumps(self._version, protocol=-1)
         try:
-            index: dict[Any, str] = super()._load_index()
-        except Exception:  # damaged: pickle raises many types
+            content = Path(self._index_path).read_bytes()
+            stamp, overloads = _unpickled(content.removeprefix(version), self._index_path)
+        except Exception:  # none, damaged, of another version: pickle raises many types
             return {}
-        return index
+        found: dict[Any, str] = overloads if stamp == self._source_stamp else {}
+        return found
 
     def _load_data(self, name: str) -> Any:
-        content = Path(self._data_path(name)).read_bytes()
-        if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
-            raise OSError(f"{name}: damaged")  # to Numba the same as a file that is gone
-        return pickle.loads(content)
+        return _unpickled(Path(self._data_path(name)).read_bytes(), name)
 
     def _dump(self, obj: Any) -> bytes:
         content: bytes = super()._dump(obj)
         return content + hashlib.sha256(content).digest()
+
+
+def _unpickled(content: bytes, name: str) -> Any:
+    """What was pickled, if the checksum behind it is right: damaged pickles do anything."""
+    if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
+        raise OSError(f"{name}: damaged")  # to Numba the same as a file that is gone
+    return pickle.loads(content)
 
 
 def _stamp(function: Any) -> str:

@@ -250,6 +250,16 @@ def test_the_table_says_who_is_ahead_and_who_is_missing() -> None:
     assert table.row(results[2]) == "| lightly: x | not installed: 'lightly' | | | | | |"
 
 
+def test_only_what_was_timed_is_called_so() -> None:
+    """Without it a table of first batches says that each peer was timed for seconds."""
+    settings = {"threads": 2, "images": 64, "batch": 8, "size": 96, "device": "cpu", "rounds": 3}
+    hardware = {"cpu": "a processor", "memory_gib": 1.0}
+    content = {"hardware": hardware, "versions": {}, "results": []}
+    for first_batch, words in ((False, "rounds of 2 s: 3."), (True, "rounds: 3.")):
+        settings |= {"first_batch": first_batch, "seconds": 2.0}
+        assert f"cpu; {words}" in table.markdown(content | {"settings": settings})
+
+
 def test_a_beton_gives_the_files_back(jobs: tuple[Job, Job], tmp_path: Path) -> None:
     """Without it the peers that read files decode other bytes than slotstream."""
     command.lay_out(Path(jobs[1].beton), 100, tmp_path / "files")

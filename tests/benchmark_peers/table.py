@@ -56,11 +56,12 @@ def markdown(content: Mapping[str, Any]) -> str:
     """Machine and settings in a line, the table, what is ahead of the first row."""
     settings, hardware = content["settings"], content["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    turn = "" if settings["first_batch"] else f" of {settings['seconds']:g} s"
     about = (
         f"{settings['threads']} cores of {hardware['cpu']}, {hardware['memory_gib']:.0f} GB;"
         f" {settings['images']} images, batches of {settings['batch']}, views of"
-        f" {settings['size']} pixels on the {settings['device']}; {settings['rounds']} rounds of"
-        f" {settings['seconds']:g} s. {versions}."
+        f" {settings['size']} pixels on the {settings['device']}; rounds{turn}:"
+        f" {settings['rounds']}. {versions}."
     )
     rows = [row(result) for result in content["results"]]
     return "\n".join([about, "", HEAD, "|---" * 7 + "|", *rows, "", ahead(content["results"])])

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import pickle
 import resource
 import sys
 from collections.abc import Iterator
@@ -102,6 +103,31 @@ def test_damaged_files_are_compiled_again(folder: Path, kind: str, damage: str) 
         path.write_bytes(b"something else" if damage == "other" else content[:cut])
     assert call(folder, 2) == (31, False)
     assert call(folder, 2) == (31, True)
+
+
+class Trap:
+    """Pickled as a call that empties a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_damaged_files_are_not_unpickled(folder: Path, kind: str) -> None:
+    """Without it a flipped bit in a pickle becomes any of its instructions: it takes gigabytes, or
+    makes Python complain about its own memory.
+    """
+    call(folder, 2)
+    kept = folder / "kept"
+    kept.write_text("text")
+    (path,) = files(folder, kind)
+    version = pickle.dumps(numba.__version__, protocol=-1) if kind == "nbi" else b""
+    path.write_bytes(version + pickle.dumps(Trap(kept)))
+    assert call(folder, 2) == (31, False)
+    assert kept.read_text() == "text"
 
 
 def test_code_of_another_signature_is_not_taken(folder: Path) -> None:
