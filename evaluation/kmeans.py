@@ -6,7 +6,7 @@ clusters.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,13 +35,19 @@ class Recipe:
     """Stop when the mean squared step of the centres is at most this share of the mean variance of
     a feature."""
     max_iterations: int = 100
+    breath: int = 0
+    """Centres to add and remove again at first, see `breathe`; 0: none."""
 
     def most(self, num_clusters: int) -> int | None:
         """Cells to sample at most; None for no other bound than the sample's."""
         return self.cells_per_cluster and self.cells_per_cluster * num_clusters
 
 
-RECIPES = {"greedy": Recipe(), "faiss": Recipe(greedy=False, cells_per_cluster=256, tolerance=0)}
+RECIPES = {
+    "greedy": Recipe(),
+    "breathing": Recipe(breath=5),
+    "faiss": Recipe(greedy=False, cells_per_cluster=256, tolerance=0),
+}
 """By name on the command line. faiss: what faiss.Kmeans does by default, with 100 iterations as
 Leopart and NeCo call it."""
 
@@ -136,19 +142,25 @@ def kmeans(
     if cosine:
         cells = F.normalize(cells, dim=1)
     generator = np.random.default_rng(seed)
-    ends = [_lloyd(cells, num_clusters, generator, cosine, recipe) for _ in range(restarts)]
+    ends = [_from_start(cells, num_clusters, generator, cosine, recipe) for _ in range(restarts)]
     return min(ends, key=lambda clusters: clusters.inertia)
 
 
-def _lloyd(
+def _from_start(
     cells: Tensor, num_clusters: int, generator: np.random.Generator, cosine: bool, recipe: Recipe
 ) -> Clusters:
-    """Lloyd's iterations from one start."""
-    stop = recipe.tolerance * float(cells.var(dim=0, correction=0).mean())
+    """Where one start ends."""
     if recipe.greedy:
         centres = plus_plus(cells, num_clusters, generator)
     else:
         centres = cells[generator.choice(len(cells), num_clusters, replace=False)]
+    clusters = lloyd(cells, centres, cosine, recipe)
+    return breathe(cells, clusters, generator, recipe) if recipe.breath else clusters
+
+
+def lloyd(cells: Tensor, centres: Tensor, cosine: bool, recipe: Recipe) -> Clusters:
+    """Lloyd's iterations from `centres` [K, D]."""
+    stop = recipe.tolerance * float(cells.var(dim=0, correction=0).mean())
     step, iterations = math.inf, 0
     while step > stop and iterations < recipe.max_iterations:
         moved = mean_of_nearest(cells, centres, cosine)
@@ -156,6 +168,63 @@ def _lloyd(
         centres, iterations = moved, iterations + 1
     distances = torch.cat([distance for _, _, distance in nearest(cells, centres)])
     return Clusters(centres, cosine, float(distances.mean()), iterations)
+
+
+def breathe(
+    cells: Tensor, clusters: Clusters, generator: np.random.Generator, recipe: Recipe
+) -> Clusters:
+    """Breathing k-means (arXiv 2006.15666): m centres are added where the error is largest, then
+    the m most dispensable ones are removed, each with Lloyd's iterations. m falls from
+    `recipe.breath` to 0, by 1 whenever the inertia does not fall.
+    """
+    best, many = clusters, min(recipe.breath, len(clusters.centres) - 1)
+    iterations = best.iterations
+    while many > 0:
+        error, _ = errors_and_needs(cells, best.centres)
+        crowded = best.centres[error.topk(many).indices]
+        offsets = torch.from_numpy(generator.uniform(-1, 1, crowded.shape)).to(crowded)
+        offsets *= 0.1 * math.sqrt(best.inertia / cells.shape[1])
+        grown = torch.cat([best.centres, crowded + offsets])
+        inhaled = lloyd(cells, grown, best.cosine, recipe)
+        _, need = errors_and_needs(cells, inhaled.centres)
+        rest = inhaled.centres[remaining(inhaled.centres, need, many)]
+        exhaled = lloyd(cells, rest, best.cosine, recipe)
+        iterations += inhaled.iterations + exhaled.iterations
+        if exhaled.inertia < best.inertia * (1 - recipe.tolerance):
+            best = exhaled
+        else:
+            many -= 1
+    return replace(best, iterations=iterations)
+
+
+def errors_and_needs(cells: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 [K] each: the summed squared distance of each centre's cells, and by how much it
+    would grow without the centre.
+    """
+    totals = torch.zeros(2, len(centres), dtype=torch.float64, device=cells.device)
+    for chunk in cells.split(max(CHUNK_FLOATS // max(len(centres), cells.shape[1]), 1)):
+        near, number = squared_distance(chunk, centres).topk(2, largest=False)
+        member = F.one_hot(number[:, 0], len(centres)).double()  # a product, as in mean_of_nearest
+        totals += torch.stack([near[:, 0], near[:, 1] - near[:, 0]]).double() @ member
+    return totals[0], totals[1]
+
+
+def remaining(centres: Tensor, need: Tensor, many: int) -> list[int]:
+    """The centres [K, D] without the `many` least needed. The nearest centre of a removed one stays
+    where possible: it takes over the cells.
+    """
+    distance = squared_distance(centres, centres).fill_diagonal_(math.inf)
+    neighbour = distance.argmin(dim=1).tolist()
+    removed: list[int] = []
+    kept: set[int] = set()
+    for number in need.argsort().tolist():
+        if len(removed) < many and number not in kept:
+            removed.append(number)
+            if len(kept) + many < len(centres):
+                kept.add(neighbour[number])
+    spare = [number for number in need.argsort().tolist() if number not in removed]
+    removed += spare[: many - len(removed)]
+    return [number for number in range(len(centres)) if number not in removed]
 
 
 def plus_plus(cells: Tensor, num_clusters: int, generator: np.random.Generator) -> Tensor:

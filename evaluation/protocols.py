@@ -53,7 +53,7 @@ ALL_CELLS = sys.maxsize
 UPSAMPLE = ("scores", "features", "cells")
 """What is upsampled to pixels: scores of cells; features, which are then normalised; or nothing,
 and a pixel takes the cluster of its cell."""
-KMEANS = ("greedy", "faiss")
+KMEANS = ("greedy", "breathing", "faiss")
 """`kmeans.RECIPES`, by name."""
 
 Settings = Mapping[str, Any]

@@ -41,8 +41,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--kmeans",
         choices=KMEANS,
-        help="start of k-means and number of cells: greedy k-means++ and all that fit, or as faiss "
-        "by default, from K of 256 K cells, by distance (greedy)",
+        help="greedy: from k-means++, on all cells that fit; breathing: so, then centres are added "
+        "and removed while it helps, which nears the best of many starts; faiss: as faiss by "
+        "default, from K of 256 K cells, by distance (greedy)",
     )
     parser.add_argument(
         "--restarts", type=int, metavar="N", help="starts of k-means, of which the best counts (1)"

@@ -106,9 +106,11 @@ class _Part:
         self, first: int, features: Tensor, distance: Distance, among: Tensor | None
     ) -> None:
         self.first, self.features, self.device = first, features, features.device
-        blocks = features.split(COLUMNS)
-        length = torch.cat([torch.linalg.vector_norm(b.float(), dim=1) for b in blocks])
-        self.length = length.clamp_min(1e-12)
+        # Into one tensor: many small ones between temporary blocks would fragment the memory.
+        length = torch.empty(len(features), device=self.device)
+        for part, block in zip(length.split(COLUMNS), features.split(COLUMNS), strict=True):
+            part.copy_(torch.linalg.vector_norm(block.float(), dim=1).clamp_min(1e-12))
+        self.length = length
         self.cosine = distance == "cosine"
         """The value of a pair is q·k · weight - bias."""
         self.weight = 1 / self.length if self.cosine else torch.ones_like(length)
