@@ -34,16 +34,23 @@ def open_all(args: argparse.Namespace, images: SquareImages) -> list[Features]:
     takes = [spec.startswith(TAKE_WEIGHTS) for spec in args.features]
     if args.weights and sum(takes) != 1:
         raise UserError("--weights needs exactly one of supervised and timm:NAME in --features")
-    opened: dict[str, Opened] = {}
     stride = args.output_stride
-    for spec, take in zip(args.features, takes, strict=True):
-        network = open_trained(
+    trained = {
+        spec: open_trained(
             spec,
             args.checkpoint,
             images.device,
             weights=args.weights if take else None,
             output_stride=stride,
         )
+        for spec, take in zip(args.features, takes, strict=True)
+    }
+    for stage in args.stage or []:  # refused before the work that an untrained network needs
+        for network in trained.values():
+            if network is not None:
+                read(network, stage)
+    opened: dict[str, Opened] = {}
+    for spec, network in trained.items():
         if network is not None:
             opened[spec] = network
         before = untrained_name(spec)

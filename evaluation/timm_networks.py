@@ -89,17 +89,19 @@ def create_timm(
     except ImportError:
         raise UserError(f"--features {spec} needs timm (pip install .[timm])") from None
     dilation: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
-    model: Any = None
+    model, refusal = None, None
     for size in SIZES:
         try:
             model = timm.create_model(name, pretrained, num_classes=0, **size, **dilation)
             break
-        except TypeError:  # it has no such option
-            continue
+        except TypeError as error:  # it has no such option
+            refusal = first_line(error)
         except Exception as error:  # timm's hub, registry and models raise many types
             raise UserError(f"--features {spec}: {first_line(error)}") from None
-    if model is None:
+    if model is None and dilation:
         raise UserError(f"--output-stride {output_stride}: {spec} cannot be dilated")
+    if model is None:
+        raise UserError(f"--features {spec}: {refusal}")
     if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
         raise UserError(f"--features {spec}: timm gives no maps of its stages")
     if weights is not None:

@@ -10,6 +10,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from evaluation import specs
 from evaluation.datasets.images import FolderImages
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features, Network, fuse
@@ -237,6 +238,26 @@ def test_an_untrained_network_stands_beside_each(run: tuple[Path, SlotCon], tmp_
     assert not torch.equal(found[0](images()), found[1](images()))
     left_out = options("teacher", "untrained", checkpoint=checkpoint, baseline="none")
     assert [features.name for features in open_all(left_out, squares)] == ["teacher", "untrained"]
+
+
+def test_mistakes_are_found_before_the_work(
+    run: tuple[Path, SlotCon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An untrained network reads hundreds of images: a stage or a file that does not exist must not
+    wait for it.
+    """
+    squares = SquareImages(FolderImages(write_scenes(tmp_path, MAPS)[0]), 64, CPU)
+
+    def work(*_: object) -> None:
+        pytest.fail("calibrated")
+
+    monkeypatch.setattr(specs, "open_untrained", work)
+    with pytest.raises(UserError, match="--stage 5"):
+        open_all(options("teacher", checkpoint=run[0], stage=["2", "5"]), squares)
+    with pytest.raises(UserError, match="No such file"):
+        missing = tmp_path / "no.pth"
+        several = options("teacher", "supervised", checkpoint=run[0], weights=missing)
+        open_all(several, squares)
 
 
 def test_untrained_network_of_others_is_drawn_with_a_fixed_seed(tmp_path: Path) -> None:

@@ -185,10 +185,17 @@ def test_files_of_dinov2s_release(tmp_path: Path) -> None:
         torch.testing.assert_close(other(images), model(images))
 
 
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+def refuse(*_: object, **__: object) -> None:
+    raise TypeError("no such block")
+
+
+def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unknown names, and weights of another model, are one line. timm itself would resize patches
     of another size, which makes another model without a word.
     """
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="vit: no such block"):
+        patch.setattr(timm, "create_model", refuse)
+        opened("test_vit", tmp_path / "w.pth")
     with pytest.raises(UserError, match="Unknown model"):
         open_trained("timm:nonsense", None, CPU, weights=tmp_path / "w.pth")
     saved("test_vit", tmp_path / "w.pth", patch_size=8)
