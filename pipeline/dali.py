@@ -70,7 +70,7 @@ class DaliLoader(BatchSource):
         self._incomplete = np.zeros(len(beton), np.bool_)  # JPEGs, see pipeline.jpeg_parts
         self._pool = ThreadPoolExecutor(self.threads, "read")
         self._pipe: Any = None  # DALI's Pipeline, or None once it has failed
-        self._build(self.size_of(0))
+        self._build(self.views_of(0).size)
 
     def _batches(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
         done = 0
@@ -131,7 +131,7 @@ class DaliLoader(BatchSource):
     def _run(self, epoch: int, shares: NDArray[np.int64]) -> Iterator[Batch]:
         """Run DALI over `shares`. Raises _DaliError and CorruptRecord."""
         self._rewind()
-        side = self.size_of(epoch)
+        side = self.views_of(epoch).size
         if self._pipe is None or side != self._side:
             self._build(side)
         jobs = self._feed.jobs = self._jobs(epoch, shares)
@@ -232,7 +232,7 @@ class DaliLoader(BatchSource):
                     which[position] = self._replacement(which[position], reason)
                     files[position], _ = self._read(which[position])
         rows = np.array(which)
-        params = draw(self.beton, self.seed, epoch, rows, self.views)
+        params = draw(self.beton, self.seed, epoch, rows, self.views_of(epoch))
         return _Job(rows, params, (files, *params.crops, *params.flipped.astype(np.int32)))
 
     def _read_all(self, which: list[int]) -> _Read:

@@ -245,13 +245,13 @@ class CropLoader(RecordLoader):
         *,
         views: ViewConfig,
         seed: int,
-        size_of: Callable[[int], int],
+        views_of: Callable[[int], ViewConfig],
         colours: torch.dtype | None = None,
     ) -> None:
         self.dtype, self.colours = colours or torch.uint8, colours
         self.keep = colours is not None and not pin
         super().__init__(beton, threads, pin, on_corrupt, max_replaced)
-        self.views, self.seed, self.size_of = views, seed, size_of
+        self.views, self.seed, self.views_of = views, seed, views_of
 
     def worst_case(self, images: int) -> int:
         side, height, width = self.views.size, self.beton.height, self.beton.width
@@ -262,13 +262,13 @@ class CropLoader(RecordLoader):
         return batches * self._held(batch) + self.threads * (canvas + resized)
 
     def _shape(self, epoch: int, which: np.ndarray) -> tuple[int, ...]:
-        side = self.size_of(epoch)
+        side = self.views_of(epoch).size
         return 2, len(which), side, side, 3
 
     def _write(
         self, epoch: int, which: np.ndarray, pixels: np.ndarray, begin: int
     ) -> tuple[int, str]:
-        params = draw(self.beton, self.seed, epoch, which, self.views)
+        params = draw(self.beton, self.seed, epoch, which, self.views_of(epoch))
         plan = Plan(params, self.colours) if self.colours else None
         for b, i in enumerate(which):
             boxes = params.crops[:, b]

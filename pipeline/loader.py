@@ -83,7 +83,7 @@ class ViewLoader(BatchSource):
                 *arguments,
                 views=views,
                 seed=self.seed,
-                size_of=self.size_of,
+                views_of=self.views_of,
                 colours=self.dtype if self._finished else None,
             )
             if crops == "host"
@@ -104,7 +104,8 @@ class ViewLoader(BatchSource):
         self, epoch: int, which: np.ndarray, pixels: Tensor
     ) -> tuple[Batch, torch.cuda.Event | None]:
         """The batch of decoded records, and the event after which their pixels may change."""
-        params = draw(self.beton, self.seed, epoch, which, self.views)
+        drawn = self.views_of(epoch)
+        params = draw(self.beton, self.seed, epoch, which, drawn)
         index = self.beton.index[which]
         host = (pixels, *map(torch.from_numpy, (params.overlap, params.flipped, index)))
         (on_device, *geometry), copied = self._copy(host)
@@ -115,7 +116,7 @@ class ViewLoader(BatchSource):
         else:
             sizes = torch.from_numpy(self.beton.records[which, 2:4])
             views = self._backend.apply(
-                on_device, sizes, params, self.size_of(epoch), self.device, self.dtype
+                on_device, sizes, params, drawn.size, self.device, self.dtype
             )
         return Batch(views, *geometry), copied
 

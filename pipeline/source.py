@@ -51,10 +51,10 @@ class BatchSource(ABC):
     `batch_size` counts the images of one optimiser step over all ranks and micro-batches. Each
     yielded batch holds batch_size / (world · accumulation) of them, and `accumulation` batches make
     a step. The last, partial step of an epoch is dropped, so that all ranks yield equally many
-    batches. For `order` and `window_bytes` see `pipeline.order`. `size_of` gives the side of the
-    views in an epoch; the default is `views.size`. `threads` threads decode. For `on_corrupt` see
-    `pipeline.choices`; the index and views of a batch are those of the replacement. More than
-    `max_replaced` of the images read is an error.
+    batches. For `order` and `window_bytes` see `pipeline.order`. `views_of` gives how the views of
+    an epoch are drawn, none larger than `views.size`; the default is `views`. `threads` threads
+    decode. For `on_corrupt` see `pipeline.choices`; the index and views of a batch are those of the
+    replacement. More than `max_replaced` of the images read is an error.
 
     A record must have the checksum in the manifest beside the beton, if there is one.
 
@@ -77,7 +77,7 @@ class BatchSource(ABC):
         dtype: torch.dtype = torch.float32,
         order: Order = "random",
         window_bytes: int = 4_000_000_000,
-        size_of: Callable[[int], int] | None = None,
+        views_of: Callable[[int], ViewConfig] | None = None,
         rank: int = 0,
         world: int = 1,
         accumulation: int = 1,
@@ -88,9 +88,9 @@ class BatchSource(ABC):
         beton.require_unchanged()
         beton.require_checksums()
         self.steps_per_epoch = steps_per_epoch(beton, batch_size, world, accumulation)
-        self.beton, self.views, self.batch_size, self.seed = beton, views, batch_size, seed
+        self.beton, self.batch_size, self.seed = beton, batch_size, seed
         self.order, self.window_bytes = order, window_bytes
-        self.size_of = size_of or (lambda epoch: views.size)
+        self.views_of = views_of or (lambda epoch: views)
         self.device, self.dtype = device, dtype
         self.rank, self.world, self.accumulation = rank, world, accumulation
         self.threads, self.on_corrupt, self.max_replaced = threads, on_corrupt, max_replaced

@@ -6,7 +6,7 @@ configuration is refused before anything is loaded. The sections `data`, `views`
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from model import ModelConfig
@@ -51,13 +51,23 @@ A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the tra
 """
 
 
-def _grows(stages: tuple[tuple[float, int], ...]) -> bool:
-    shares, sides = [share for share, _ in stages], [side for _, side in stages]
-    good = shares == sorted(set(shares)) and shares[:1] in ([], [0]) and shares[-1:] < [1]
-    return good and sides == sorted(sides) and all(s > 0 and s % 32 == 0 for s in sides)
+def _begins(parts: tuple[tuple[Any, ...], ...]) -> bool:
+    """Whether the first values are growing shares of a run, from 0 on."""
+    shares = [share for share, *_ in parts]
+    return shares == sorted(set(shares)) and shares[:1] in ([], [0]) and shares[-1:] < [1]
+
+
+def _grows(parts: tuple[tuple[float, int], ...]) -> bool:
+    sides = [side for _, side in parts]
+    return _begins(parts) and sides == sorted(sides) and all(s > 0 and s % 32 == 0 for s in sides)
+
+
+def _are_scales(parts: tuple[tuple[float, float, float], ...]) -> bool:
+    return _begins(parts) and all(0 < low <= high <= 1 for _, low, high in parts)
 
 
 _GROWING = {"pairs of a growing share, from 0 on, and a growing side, a multiple of 32": _grows}
+_SCALES = {"a growing share, from 0 on, and two growing scales in 0..1, for each": _are_scales}
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,10 @@ class TrainConfig(Bounded):
     """Progressive size of the views: pairs of a share of the epochs (0..1) and the views' side
     from then on, a multiple of 32. [[0, 160], [0.5, 224]] trains the first half on views of 160
     pixels. The last side must be views.size. Empty: views.size from the start."""
+    view_scales: tuple[tuple[float, float, float], ...] = field(default=(), metadata=_SCALES)
+    """Progressive scale of the crops: a share of the epochs (0..1), and min_scale and max_scale
+    from then on. [[0, 0.08, 0.3], [0.5, 0.08, 1]] begins with small parts of the images. The last
+    ones must be those of views. Empty: views.min_scale and max_scale from the start."""
     seed: int = field(default=0, metadata=SEED)
     """Seed of the weights, the order of the images and their views."""
     max_steps: int | None = field(default=None, metadata=optional(at_least(1)))
@@ -251,6 +265,14 @@ class RunConfig(Bounded):
         scored = patience is None or self.eval.every is not None
         require(scored, "train.stop_on_plateau", patience, "null without eval.every")
 
+        scales = (self.views.min_scale, self.views.max_scale)
+        require(
+            not self.train.view_scales or self.train.view_scales[-1][1:] == scales,
+            "train.view_scales",
+            self.train.view_scales,
+            f"of scales that end with views.min_scale and max_scale {scales}",
+        )
+
     def _check_stages(self, side: int) -> None:
         """Whether the smallest views, of this side, have enough cells at each supervised stage."""
         last = self.model.supervised[-1]
@@ -272,9 +294,18 @@ class RunConfig(Bounded):
 
     def view_size(self, epoch: int) -> int:
         """Side of the views of `epoch`, in pixels."""
+        return self.views_of(epoch).size
+
+    def views_of(self, epoch: int) -> ViewConfig:
+        """How the views of `epoch` are drawn."""
         passed = (epoch + 1e-6) / self.train.epochs  # 0.55 · 100 is more than 55
-        begun = [side for share, side in self.train.view_sizes if share <= passed]
-        return begun[-1] if begun else self.views.size
+        views = self.views
+        for share, side in self.train.view_sizes:
+            views = replace(views, size=side) if share <= passed else views
+        for share, low, high in self.train.view_scales:
+            if share <= passed:
+                views = replace(views, min_scale=low, max_scale=high)
+        return views
 
 
 SETTINGS = Settings(

@@ -107,7 +107,7 @@ class Trainer:
             backend=data.backend,
             order=data.order,
             window_bytes=round(data.window_gb * 1e9),
-            size_of=self.config.view_size,
+            views_of=self.config.views_of,
             seed=train.seed,
             device=self.accelerator.device,
             dtype=_DTYPES[efficiency.precision],

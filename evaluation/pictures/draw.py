@@ -93,10 +93,10 @@ def draw_views(args: argparse.Namespace) -> Image.Image:
     config = run_config(args.checkpoint)
     if not 0 <= args.epoch < config.train.epochs:
         raise UserError(f"--epoch must be in 0..{config.train.epochs - 1}, not {args.epoch}")
-    size = config.view_size(args.epoch)
+    views = config.views_of(args.epoch)
     which = choose(args, images)
-    pairs = draw_pairs(images, which, config.train.seed, args.epoch, size, config.views)
-    title = f"views of {size} pixels, epoch {args.epoch}, seed {config.train.seed}"
+    pairs = draw_pairs(images, which, config.train.seed, args.epoch, views.size, views)
+    title = f"views of {views.size} pixels, epoch {args.epoch}, seed {config.train.seed}"
     return picture_of_views(pairs, title)
 
 

@@ -150,7 +150,7 @@ def test_large_photographs_are_decoded_smaller(
     images += [lines, np.ascontiguousarray(np.rot90(lines))]
     beton = Beton(write_beton(tmp_path / "large.beton", images))
     views = ViewConfig(size=16, min_scale=0.3)
-    loader = CropLoader(beton, 1, False, views=views, seed=0, size_of=lambda epoch: 16)
+    loader = CropLoader(beton, 1, False, views=views, seed=0, views_of=lambda epoch: views)
     scale, scales = pipeline.decode._scale, []
 
     def spy(boxes: np.ndarray, side: int) -> int:
@@ -167,9 +167,18 @@ def test_large_photographs_are_decoded_smaller(
 
 
 @ways
-def test_size_of_views_follows_the_epoch(beton: Beton, way: dict) -> None:
-    """A progressive size changes only the views' pixels: not the images, not the geometry."""
-    growing = view_loader(beton, **way, size=32, size_of=lambda epoch: 16 * (epoch + 1))
+def test_views_follow_the_epoch(beton: Beton, way: dict) -> None:
+    """A progressive size changes only the views' pixels: not the images, not the geometry. A
+    progressive scale changes the crops, and with them the geometry.
+    """
+    scaled = [ViewConfig(size=16, max_scale=scale) for scale in (0.2, 1.0)]
+    growing = view_loader(beton, **way, size=16, views_of=lambda epoch: scaled[epoch])
+    for epoch in (0, 1):
+        fixed = view_loader(beton, **way, views=scaled[epoch])
+        for one, other in zip(growing.epoch(epoch), fixed.epoch(epoch), strict=True):
+            assert torch.equal(one.views, other.views) and torch.equal(one.overlap, other.overlap)
+    sizes = [ViewConfig(size=side) for side in (16, 32)]
+    growing = view_loader(beton, **way, size=32, views_of=lambda epoch: sizes[epoch])
     for epoch, side in ((0, 16), (1, 32), (0, 16)):
         fixed = view_loader(beton, **way, size=side)
         for one, other in zip(growing.epoch(epoch), fixed.epoch(epoch), strict=True):

@@ -187,8 +187,9 @@ def test_views_are_those_of_the_original(tmp_path: Path, size: int) -> None:
     originals = beton_of(tmp_path / "originals.beton", streams)
     tiles = known(tmp_path / "tiles.beton", [with_tiles(stream) for stream in streams])
     seen = []
+    views = ViewConfig(size=size)
     for beton in (originals, tiles):
-        options = {"views": ViewConfig(size=size), "seed": 1, "size_of": lambda epoch: size}
+        options = {"views": views, "seed": 1, "views_of": lambda epoch: views}
         loader = CropLoader(beton, 2, False, **options)  # type: ignore[arg-type]
         batches = [np.arange(5), np.arange(5, 9)]
         seen += [[pixels.clone() for _, pixels in loader.decode(batches, e)] for e in range(4)]

@@ -28,6 +28,38 @@ def test_the_size_follows_the_stages(tmp_path: Path) -> None:
     assert from_dict(to_dict(config)) == config
 
 
+def test_the_scale_follows_the_stages(tmp_path: Path) -> None:
+    """Without it crops stay small, or grow at another time than the configuration says."""
+    parts = ((0.0, 0.1, 0.3), (0.5, 0.08, 1.0))
+    config = small_run(
+        tmp_path / "no.beton", tmp_path, epochs=4, view_scales=parts, view_sizes=GROWING
+    )
+    drawn = [config.views_of(epoch) for epoch in range(4)]
+    scales = [(views.size, views.min_scale, views.max_scale) for views in drawn]
+    assert scales == [(32, 0.1, 0.3)] * 2 + [(64, 0.08, 1.0)] * 2
+    assert drawn[3] == config.views
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [[0, 0.1, 0.3]],  # does not end with those of views
+        [[0.1, 0.08, 1]],
+        [[0, 0.3, 0.1], [0.5, 0.08, 1]],
+        [[0, 0, 0.3], [0.5, 0.08, 1]],
+        [[0, 0.1, 1.1], [0.5, 0.08, 1]],
+        [[0, 0.1], [0.5, 0.08, 1]],
+    ],
+)
+def test_impossible_scales_are_refused(tmp_path: Path, parts: object) -> None:
+    """Without it a run fails in the middle, or ends on other crops than it says."""
+    values = to_dict(small_run(tmp_path / "no.beton", tmp_path))
+    values["train"]["view_scales"] = parts
+    with pytest.raises(UserError, match=r"train\.view_scales must be"):
+        from_dict(values)
+
+
 @pytest.mark.parametrize(
     "stages",
     [

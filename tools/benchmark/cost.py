@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
 from tools.benchmark.stages import EPOCH, batches, repeated
-from tools.benchmark.step import start_of, step_views, step_works, take_a_step, ways_of
+from tools.benchmark.step import gflop_of, start_of, step_works, take_a_step, ways_of
 from tools.benchmark.timing import Bench, Work
 from tools.benchmark.verdict import aligned
 from train.config import RunConfig
@@ -118,14 +116,6 @@ def costs(
     return rows
 
 
-def gflop_of(config: ModelConfig, side: int) -> float:
-    """Of one image, counted operator by operator; a multiplication and an addition are two."""
-    model = SlotCon(config)
-    with FlopCounterMode(display=False) as counter:
-        model(*step_views(2, side)).loss.backward()
-    return counter.get_total_flops() / 2 / 1e9
-
-
 def peak_of(name: str, dtype: torch.dtype) -> float | None:
     """TFLOP/s of a GPU in half precision; None for other GPUs and types."""
     if dtype == torch.float32:
@@ -173,7 +163,7 @@ def _measure_size(bench: Bench, side: int, epochs: int) -> Size:
         train=replace(bench.config.train, view_sizes=()),
     )
     sized, label = replace(bench, config=config), f"{side} pixels"
-    ways = step_works(sized, start_of(sized), ways_of(config.model))
+    ways = step_works(sized, start_of(sized), ways_of(config))
     works = [replace(work, operation=label) for work in ways]
     for work in works:
         take_a_step(work.call)
@@ -182,7 +172,7 @@ def _measure_size(bench: Bench, side: int, epochs: int) -> Size:
     return Size(
         side=side,
         epochs=epochs,
-        gflop=gflop_of(config.model, side),
+        gflop=gflop_of(config, side),
         images_per_s={row.backend: row.images_per_s for row in rows},
         loader=_loader(sized, label) if bench.beton else None,
         watts={name: value for name, value in power.items() if value is not None},

@@ -22,7 +22,8 @@ PARTS = (
 )  # fmt: skip
 """In the order of the picture. Each includes its backward pass; only the student's is separate.
 geometry: RoIAlign and un-flip; grouping: scores and slots; losses: grouping loss and centre; slots:
-selection, predictor, contrast; other: loss scale, metrics, Python between operators."""
+selection, predictor, contrast; cells: contrast of single cells; other: loss scale, metrics, Python
+between operators."""
 
 _MARK, _BACKWARD, _OPTIMIZER = "slotcon.", "autograd::engine::evaluate_function", "Optimizer.step#"
 _WAITS = {

@@ -95,7 +95,7 @@ def decode(bench: Bench) -> None:
     for threads in bench.threads:
         made = partial(Work, "decode", images=len(images), batch=bench.batch, threads=threads)
         whole = CanvasLoader(beton, threads, pin)
-        drawn: dict[str, Any] = {"views": views, "seed": 0, "size_of": lambda _: views.size}
+        drawn: dict[str, Any] = {"views": views, "seed": 0, "views_of": lambda _: views}
         cut = CropLoader(beton, threads, pin, **drawn)
         finish = CropLoader(beton, threads, pin, colours=bench.dtype, **drawn)
         works = [

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from model import ModelConfig, ModelOutput, SlotCon, prepare
+from model import ModelOutput, SlotCon, prepare
 from model.config import cells_of
 from pipeline.errors import UserError
 from pipeline.views import ViewConfig, sample_views
@@ -59,7 +60,9 @@ class FastStep:
         momentum: float = 0.9,
         weight_decay: float = 1e-5,
         eta: float = 0.001,
+        own_teacher: bool = False,
     ) -> None:
+        self.own_teacher = own_teacher
         device = model.center.device
         prepare(
             model,
@@ -90,10 +93,13 @@ class FastStep:
     ) -> ModelOutput:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.model.update_teacher(teacher_momentum)
+        if not self.own_teacher:
+            self.model.update_teacher(teacher_momentum)
         mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if mixed else None, enabled=mixed):
-            output: ModelOutput = self.model(views, overlap, flipped)
+            output: ModelOutput = self.model(
+                views, overlap, flipped, draw=(0, self.steps), own_teacher=self.own_teacher
+            )
         self.scaler.scale(output.loss).backward()
         self.meter.add(output)
         self.scaler.step(self.optimizer)
@@ -112,10 +118,13 @@ def _warn(message: str) -> None:
 def make_step(
     model: SlotCon, config: RunConfig, backend: str, dtype: torch.dtype, variant: str | None = None
 ) -> Step:
-    """The step of a backend, "plain" or "fast". It changes `model`."""
+    """The step of a backend, "plain" or "fast". It changes `model`. With train.teacher "switch" it
+    is a step with an average, which costs more.
+    """
     train = config.train
     efficiency = replace(config.efficiency, **(VARIANTS[variant] if variant else {}))
-    make = PlainStep if backend == "plain" else partial(FastStep, efficiency=efficiency)
+    fast = partial(FastStep, efficiency=efficiency, own_teacher=train.teacher == "student")
+    make = PlainStep if backend == "plain" else fast
     return make(
         model,
         dtype=dtype,
@@ -161,9 +170,25 @@ def spread_prototypes(model: SlotCon, views: Tensor) -> None:
         branch.grouping.prototypes.copy_(chosen + 0.01 * chosen.std() * torch.randn_like(chosen))
 
 
-def ways_of(config: ModelConfig) -> list[Way]:
+def ways_of(config: RunConfig) -> list[Way]:
     """Plain and fast; a variant of the method has no plain step."""
-    return [("plain", None), ("fast", None)] if is_plain(config) else [("fast", None)]
+    plain = is_plain(config.model) and config.train.teacher == "ema"
+    return [("plain", None), ("fast", None)] if plain else [("fast", None)]
+
+
+def gflop_of(config: RunConfig, side: int) -> float:
+    """Of one image in a step, counted operator by operator; a multiplication and an addition are
+    two. With train.teacher "switch" it is the mean over the run.
+    """
+    teacher, share = config.train.teacher, config.train.teacher_from
+    shares = {"ema": 0.0, "student": 1.0, "switch": share}[teacher]
+    model, total = SlotCon(config.model), 0.0
+    for own, part in ((False, 1 - shares), (True, shares)):
+        if part:
+            with FlopCounterMode(display=False) as counter:
+                model(*step_views(2, side), own_teacher=own).loss.backward()
+            total += part * counter.get_total_flops() / 2 / 1e9
+    return total
 
 
 def start_of(bench: Bench) -> SlotCon:
@@ -184,7 +209,7 @@ def step_works(bench: Bench, start: SlotCon, ways: Sequence[Way]) -> Iterator[Wo
 
 def step(bench: Bench) -> None:
     """See `options.STAGES`."""
-    ways, start = ways_of(bench.config.model), start_of(bench)
+    ways, start = ways_of(bench.config), start_of(bench)
     if len(ways) == 1:
         bench.skip("step, plain", "this configuration is a variant of the method")
     ways += [("fast", variant) for variant in bench.also]
@@ -194,13 +219,13 @@ def step(bench: Bench) -> None:
         details.append(_warm_up(bench, work.call, before))
         before = _allocated(bench.device)
     results = bench.measure(works, ratio_to="plain")
+    gflop = gflop_of(bench.config, bench.config.views.size)
     with torch.no_grad():
         pairs = float(start(*_few_views(bench)).stats["active_pairs"])
     for number, (work, result, detail) in enumerate(zip(works, results, details, strict=True)):
-        if work.operation == "compile":  # the profiler would see one call
-            known = detail
-        else:
-            known = replace(_profiled(bench, work, result, detail), active_pairs=pairs)
+        known = replace(detail, gflop=gflop)
+        if work.operation != "compile":  # the profiler would see one call
+            known = replace(_profiled(bench, work, result, known), active_pairs=pairs)
         bench.results[number - len(works)] = replace(result, detail=known)
     del works, work  # they hold the GPU's memory
     if bench.largest:

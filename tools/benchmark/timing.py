@@ -36,6 +36,8 @@ class StepDetail:
     host_waits: int | None = None
     """How often a value is copied to the host. On a GPU the host waits for it; on a CPU these are
     the operators whose result's shape or value the host needs."""
+    gflop: float | None = None
+    """Of one image in a step: both views, forward and backward, and the teacher's forward."""
     active_pairs: float | None = None
     """Contrasted slots, per image and view."""
     largest_batch: int | None = None

@@ -15,8 +15,8 @@ HEADS = (
 )  # fmt: skip
 
 STEP_HEADS = (
-    "step", "first s", "operators", "launches", "host waits", "beside networks", "GPU GiB",
-    "largest batch",
+    "step", "GFLOP/image", "first s", "operators", "launches", "host waits", "beside networks",
+    "GPU GiB", "largest batch",
 )  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def step_table(results: Sequence[Result]) -> str:
         rows.append(
             (
                 name,
+                "" if detail.gflop is None else f"{detail.gflop:.2f}",
                 f"{detail.first_s:.1f}",
                 *("" if count is None else f"{count:,}" for count in counts),
                 "" if detail.beside is None else f"{detail.beside:.1%}",

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from model import ModelConfig
 from pipeline.errors import UserError
 from tests.helpers.tiny_slotcon import tiny_model
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import cost as benchmark_cost
-from tools.benchmark.cost import Recipe, Size, costs, gflop_of, peak_of, recipe_of
+from tools.benchmark.cost import Recipe, Size, costs, peak_of, recipe_of
 from tools.benchmark.plain_step import PlainStep
 from tools.benchmark.profile import NETWORKS, PARTS, _part, beside_networks, by_part, profile_step
 from tools.benchmark.step import (
     _fits,
+    gflop_of,
     largest_batch,
     make_step,
     spread_prototypes,
@@ -49,7 +49,7 @@ def test_every_part_of_a_step_is_measured(backend: str) -> None:
     call = partial(make_step(model, configured(), backend, torch.float32), *data)
     call()
     profile = profile_step(call, CPU)
-    assert set(profile.parts) == set(PARTS) - {"image level"}
+    assert set(profile.parts) == set(PARTS) - {"image level", "cells"}
     assert profile.parts["student backward"] > profile.parts["geometry"]
     assert 0 < beside_networks(profile.parts) < 1
     assert profile.launches is None
@@ -224,10 +224,20 @@ def test_the_recipe_s_images_and_sizes() -> None:
 
 def test_operations_are_counted() -> None:
     """The share of peak follows from them: two forwards and a backward of both views."""
-    config = ModelConfig("resnet18", dim_hidden=8, dim_out=8, num_prototypes=4)
+    model = ["--model.arch", "resnet18", "--model.dim_hidden", "8", "--model.dim_out", "8"]
+    model += ["--model.num_prototypes", "4"]
     resnet18 = 2 * 1.81  # GFLOP of a forward at 224 pixels, as torchvision's documentation has it
     student_and_teacher = (1 + 2 + 1) * 2 * resnet18
-    assert gflop_of(config, 224) == pytest.approx(student_and_teacher, rel=0.03)
+    whole = gflop_of(configured(*model), 224)
+    assert whole == pytest.approx(student_and_teacher, rel=0.03)
+    own = gflop_of(
+        configured(*model, "--train.teacher", "student", "--train.teacher_momentum", "0"), 224
+    )
+    assert own == pytest.approx(0.75 * whole, rel=0.01)
+    switch = gflop_of(
+        configured(*model, "--train.teacher", "switch", "--train.teacher_from", "0.8"), 224
+    )
+    assert switch == pytest.approx(0.8 * own + 0.2 * whole, rel=0.01)
 
 
 def test_the_peak_is_the_gpu_s_own() -> None:

@@ -73,7 +73,8 @@ def canvases(beton: Beton, workers: int) -> RecordLoader:
 
 
 def crops(beton: Beton, workers: int) -> RecordLoader:
-    options = {"views": ViewConfig(size=8), "seed": 1, "size_of": lambda epoch: 8}
+    views = ViewConfig(size=8)
+    options = {"views": views, "seed": 1, "views_of": lambda epoch: views}
     return CropLoader(beton, workers, False, "replace", **options)
 
 
