@@ -11,7 +11,7 @@ prototypes or clusters, C classes.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -65,7 +65,7 @@ class OnlineEvaluation:
         """
         self._config, self._accelerator = config, accelerator
         self._protocols = config.eval.protocols
-        with nullcontext() if accelerator.is_main_process else redirect_stderr(StringIO()):
+        with main_prints(accelerator):
             self._val = open_part(config, "", accelerator.device)
             parts = [self._val]
             if "knn" in self._protocols:
@@ -88,7 +88,9 @@ class OnlineEvaluation:
     def _scores(self, teacher: nn.Module, pulse: Pulse) -> dict[str, float]:
         branch = copy_of(teacher, self._config.model, self._accelerator)
         if not seen_a_batch(branch):
-            calibrate(branch, branch.stages, self._train if "knn" in self._protocols else self._val)
+            with main_prints(self._accelerator):
+                part = self._train if "knn" in self._protocols else self._val
+                calibrate(branch, branch.stages, part)
         network = _Encoder(branch)
         heads = {name: self._fit(name, network, pulse) for name in self._protocols if name in MATCH}
         data, size = self._val.images, self._val.size
@@ -210,6 +212,11 @@ class _Encoder:
             return maps
         self.bad += 1
         return maps.nan_to_num(0.0, 0.0, 0.0)
+
+
+def main_prints(accelerator: Accelerator) -> AbstractContextManager[object]:
+    """In its `with` only the main process prints on stderr: all do the same."""
+    return nullcontext() if accelerator.is_main_process else redirect_stderr(StringIO())
 
 
 def copy_of(teacher: nn.Module, config: ModelConfig, accelerator: Accelerator) -> Branch:

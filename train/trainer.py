@@ -195,7 +195,9 @@ class Trainer:
     def _end_step(self, reason: Reason) -> None:
         """Evaluation and checkpoint, where they are due, and the end of the run for a `reason`."""
         run, evaluations = self.run, self.evaluations
-        reason = reason or evaluations.evaluate(self.slotcon.teacher)
+        if evaluations.is_due():
+            self._store_teacher()
+            reason = reason or evaluations.evaluate(self.slotcon.teacher)
         if not run.is_saved and (
             evaluations.is_best or run.is_due(self.config.log.checkpoint_every)
         ):
@@ -252,7 +254,7 @@ class Trainer:
 
     def _store_teacher(self) -> None:
         """Make the teacher what it is for whoever reads its weights now, if so far it has been the
-        student itself: a log line, a checkpoint, the first step of an average.
+        student itself: a log line, an evaluation, a checkpoint, the first step of an average.
         """
         if 0 < self.run.step <= self.average_from:
             self.slotcon.copy_to_teacher()

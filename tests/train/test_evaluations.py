@@ -450,7 +450,22 @@ def test_two_processes_have_the_scores_of_one(whole: RunConfig, tmp_path: Path) 
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("step 0/1  knn mIoU") == 1 and scored(config) == [0, 1]
     assert lines(config)[0] == lines(whole)[0]
-    model, _ = load_model(run_dir(config))
+    assert lines(config)[-1]["results"] == rows_of(config, run_dir(config))
+
+
+def rows_of(config: RunConfig, path: Path) -> list[dict[str, object]]:
+    """The scores of a checkpoint."""
+    model, _ = load_model(path)
     alone = in_this_process(lambda: open_evaluation(config, Accelerator(cpu=True)))
-    rows = [{"metric": m, "value": v} for m, v in alone(model.teacher, lambda: None).items()]
-    assert lines(config)[-1]["results"] == rows
+    return [{"metric": m, "value": v} for m, v in alone(model.teacher, lambda: None).items()]
+
+
+def test_a_teacher_that_is_the_student(beton: Path, labelled: Path, tmp_path: Path) -> None:
+    """Its weights are stored for an evaluation, too, at a step without a log line. Without it the
+    scores are those of an earlier step."""
+    own = {"teacher": "student", "teacher_momentum": 0.0}
+    config = small_run(beton, tmp_path, max_steps=3, **own)
+    config = replace(config, eval=settings(labelled, every=2))
+    trainer(config).train()
+    at_2 = next(line["results"] for line in lines(config) if line["step"] == 2)
+    assert at_2 == rows_of(config, run_dir(config) / "checkpoints" / "step_2")
