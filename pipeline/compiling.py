@@ -10,6 +10,7 @@ Where no folder can be written, as in a read-only container, code that is kept a
 import contextlib
 import hashlib
 import pickle
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -72,9 +73,24 @@ class _Kept(FunctionCache):
         self.stamp = _stamp(function)
         self._cache_file = _Files(self.cache_path, self._impl.filename_base, self.stamp)
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        code = super().load_overload(sig, target_context)
+        if code is None:
+            _say_that_it_takes_time()
+        return code
+
     def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(OSError):  # a full disk, or one that can only be read
             super().save_overload(sig, data)
+
+
+@cache
+def _say_that_it_takes_time() -> None:
+    print(
+        "compiling the data path for this processor, once: some 30 s of CPU "
+        "(python -m tools.warm_up does it beforehand)",
+        file=sys.stderr,
+    )
 
 
 class _Files(IndexDataCacheFile):

@@ -75,6 +75,15 @@ def test_the_second_process_compiles_nothing(folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_compiling_is_announced_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it the first run on a machine is silent for half a minute, as if it hung."""
+    for printed in (1, 0):
+        compiling._say_that_it_takes_time.cache_clear()
+        call(folder, 2)
+        call(folder, 2)
+        assert capsys.readouterr().err.count("tools.warm_up") == printed
+
+
 def test_a_change_in_another_file_is_noticed(folder: Path) -> None:
     """Numba's own cache looks at one file. Without it an update that changes a function, or a
     constant, goes on with the old code in all functions that call it.
