@@ -135,6 +135,21 @@ ABLATIONS = {
 defaults, and one for each ablation that is not in the paper."""
 
 
+@pytest.mark.parametrize(
+    ("name", "stages", "cells"),
+    [("scenes_cpu", (2,), 512), ("camvid_cpu", (2, 3, 4), 128)],
+)
+def test_fast_recipes(name: str, stages: tuple[int, ...], cells: int) -> None:
+    """Without it a recipe that docs/fast.md describes is refused, or is another one."""
+    config, _ = load_config(["--config", str(CONFIGS / "fast" / f"{name}.yaml")])
+    model, train = config.model, config.train
+    assert (model.supervised, model.targets, model.cell_loss_weight) == (stages, "balanced", 1)
+    assert (train.teacher, train.teacher_momentum, config.views.size) == ("student", 0, 64)
+    assert train.batch_size * model.cells == cells
+    assert {model.at(stage).cells * train.batch_size for stage in stages[:-1]} <= {512}
+    assert train.base_lr * train.batch_size / 256 == 2
+
+
 def test_every_ablation_is_listed() -> None:
     """Each ablation must be tested here, and each one that is named must exist."""
     assert {file.stem for file in (CONFIGS / "ablations").iterdir()} == set(ABLATIONS)
