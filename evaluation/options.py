@@ -147,7 +147,10 @@ def check_feature_options(args: argparse.Namespace) -> None:
         raise UserError("--features names the same features twice")
     if args.stage and "projector" in args.features:
         raise UserError("--stage is of encoders: the projector follows the last stage")
-    if args.output_stride and not {*args.features} - {"pixels"} and not args.checkpoint:
+    network = bool({*args.features} - {"pixels"})
+    if args.stage and not network:
+        raise UserError(f"--stage {' '.join(args.stage)}: pixels have no stages")
+    if args.output_stride and not network and not args.checkpoint:
         raise UserError(f"--output-stride {args.output_stride}: no network to dilate")
 
 

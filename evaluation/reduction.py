@@ -50,11 +50,15 @@ class Reduction:
         return replace(features, function=lambda images: self(features(images)), cosine=False)
 
 
-def moments(batches: Iterable[Tensor]) -> Moments:
-    """Of features [B, D, h, w], batch by batch. Raises ValueError if there are no cells."""
+def moments(batches: Iterable[Tensor], pca: int | None = None) -> Moments:
+    """Of features [B, D, h, w], batch by batch. Raises ValueError if there are no cells, and after
+    the first batch if there are fewer than `pca` features.
+    """
     count, total, products = 0, torch.zeros(()), torch.zeros(())
     for features in batches:
         cells = features.permute(0, 2, 3, 1).flatten(0, 2).double()
+        if pca is not None and pca > cells.shape[1]:
+            raise ValueError(f"--pca {pca}: there are only {cells.shape[1]} features")
         if not count:  # near the mean, so that subtracting it later loses nothing
             origin = cells.mean(dim=0)
         cells = cells - origin
@@ -74,10 +78,7 @@ def fit_reduction(batches: Iterable[Tensor], *, standardise: bool, pca: int | No
     left alone), as scikit-learn's StandardScaler. `pca` then keeps the P directions of largest
     variance, without whitening. Raises ValueError if there are no cells or fewer than P features.
     """
-    of_cells = moments(batches)
-    dim = len(of_cells.mean)
-    if pca is not None and pca > dim:
-        raise ValueError(f"--pca {pca}: there are only {dim} features")
+    of_cells = moments(batches, pca)
     deviation = of_cells.covariance.diagonal().clamp_min(0).sqrt()
     varies = deviation > 1e-9 * of_cells.mean.abs()  # less is rounding
     scale = torch.where(varies & standardise, deviation, 1.0)

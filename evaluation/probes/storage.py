@@ -31,8 +31,15 @@ class Storage:
 
     def allocate(self, cells: int, dim: int, beside: int, device: torch.device) -> Tensor:
         """Room for features [M, D], uninitialised, where `beside` bytes a cell fit beside them.
-        Raises UserError, before the work, if there is no such place, with what would fit.
+        Raises UserError if there is no such place.
         """
+        place = self.place(cells, dim, beside, device)
+        if self.folder:
+            return self._file(self.folder, cells, dim)
+        return torch.empty(cells, dim, dtype=self.precision, device=place)
+
+    def place(self, cells: int, dim: int, beside: int, device: torch.device) -> torch.device:
+        """Where `allocate` finds room. Raises UserError, with what would fit, if it finds none."""
         features = dim * self.precision.itemsize
         in_memory = beside if self.folder else beside + features
         places = [torch.device("cpu")] if self.folder else [device]
@@ -40,9 +47,7 @@ class Storage:
             places.append(torch.device("cpu"))
         for place in places:
             if cells * in_memory <= SHARE * free_bytes(place):
-                if self.folder:
-                    return self._file(self.folder, cells, dim)
-                return torch.empty(cells, dim, dtype=self.precision, device=place)
+                return place
         free = max(free_bytes(place) for place in places)
         raise UserError(
             f"a memory of {cells:,} cells of {dim} features needs {gib(cells * in_memory)},"
