@@ -38,7 +38,7 @@ from evaluation.probes.retrieval import Retrieval
 from evaluation.probes.selection import Held, regressions, select, votes
 from evaluation.probes.storage import Storage
 from evaluation.probes.voting import gather_pixels, join_pixels, room_for_pixels
-from evaluation.reduction import reduced, whitened
+from evaluation.reduction import reduced, require_cells, whitened
 from evaluation.scoring import Counting, Predictor, Result, evaluate, print_scores, score_rows
 from evaluation.specs import open_all
 from pipeline.errors import UserError
@@ -105,12 +105,16 @@ def capacity_of(args: argparse.Namespace, num_images: int) -> int:
 
 
 def require_room(args: argparse.Namespace, network: Features, train: LabelledSquares) -> None:
-    """Refuse a memory without room before whitening and standardising read the whole training set:
-    a single image says how many cells and features there are. Raises UserError.
+    """Refuse a memory without room, and too few cells, before whitening and standardising read the
+    whole training set: a single image says how many cells and features there are. Raises UserError.
     """
+    clusters = args.clusters if args.probe == "clusters" else None
+    require_cells(network, train, whiten=args.whiten, clusters=clusters)
     if getattr(args, "head", None) == "sgd":  # it keeps no cells
         return
-    first = next(iter(labelled_features(network, train, indices=np.arange(1))))
+    squares = next(train.batches(indices=np.arange(1)))
+    features = network(squares.normalised(train.device))
+    first = LabelledFeatures(squares, features, train.labels(squares))
     count, classes = len(train.images), train.images.num_classes
     if learns_from_pixels(args):
         copies = int(args.probe == "linear")  # of the cells that it learns from
@@ -303,8 +307,10 @@ def score_probes(args: argparse.Namespace) -> None:
         common["memory_precision"] = args.memory_precision
     rows: list[dict[str, Any]] = []
     columns: list[Column] = []
-    for features in open_all(args, train):
+    opened = open_all(args, train)
+    for features in opened:
         require_room(args, features, train)
+    for features in opened:
         network = whitened(features, train, args.whiten)
         results = probe(args, Task(network, train, val))
         pixels = results[0].score.pixels

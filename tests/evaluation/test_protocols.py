@@ -192,7 +192,32 @@ def test_a_memory_without_room_is_refused_at_the_first_image(
     monkeypatch.setattr(scores, "open_all", lambda *_: [Features("blocks", function)])
     with pytest.raises(UserError, match=r"a memory of [\d,]+ cells of 48 features needs"):
         command(data, monkeypatch, words)
-    assert seen == [1]
+    assert sum(seen) <= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("clusters", "--pca", "49"), "first: --pca 49: there are only 48 features"),
+        (("clusters", "--whiten"), "last: --whiten: 27 cells are fewer than 48 features"),
+        (("clusters", "--clusters", "28"), "last: 27 cells are fewer than 28 clusters"),
+        (("probe clusters", "--clusters", "91"), "last: 90 cells are fewer than 91 clusters"),
+        (("knn", "--whiten"), "last: --whiten: 40 cells are fewer than 48 features"),
+    ],
+)
+def test_too_few_cells_are_found_before_the_work(
+    words: tuple[str, ...], message: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it earlier stages and networks are scored first, and their scores are lost."""
+    monkeypatch.setattr(scores, "probe", lambda *_: pytest.fail("probed"))
+    monkeypatch.setattr(clusters, "kmeans", lambda *_, **__: pytest.fail("clustered"))
+    wide = Features("first", lambda images: torch.cat([blocks(images)] * 2, dim=3))
+    both = [Features("first", wide.function), Features("last", blocks)]
+    for module in (clusters, scores):
+        monkeypatch.setattr(module, "open_all", lambda *_: both)
+    size = "32" if words[0] == "knn" else "48"
+    with pytest.raises(UserError, match=message):
+        command(data, monkeypatch, (*words, "--size", size))
 
 
 def test_features_with_nan_are_one_line(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
