@@ -122,7 +122,7 @@ def require_room(args: argparse.Namespace, network: Features, train: LabelledSqu
             room = room_for_pixels(first, count, copies=copies)
         except ValueError as error:
             raise UserError(f"{train.images.source}: {error}") from None
-        Storage().place(*room, train.device)
+        Storage(whole=True).place(*room, train.device)
         return
     copies = int(args.probe == "clusters")  # k-means scales cells to length 1
     room = room_for(first, count, classes, capacity=capacity_of(args, count), copies=copies)

@@ -79,7 +79,7 @@ def gather_pixels(
         if memory is None:
             room = room_for_pixels(batch, num_images)
             memory = PixelMemory(
-                Storage().allocate(*room, device),
+                Storage(whole=True).allocate(*room, device),
                 torch.empty(room[0], labels.shape[1], dtype=torch.uint8, device=device),
                 torch.empty(room[0], dtype=torch.int64, device=device),
                 num_classes,

@@ -190,7 +190,8 @@ def test_a_memory_without_room_is_refused_at_the_first_image(
         return blocks(images)
 
     monkeypatch.setattr(scores, "open_all", lambda *_: [Features("blocks", function)])
-    with pytest.raises(UserError, match=r"a memory of [\d,]+ cells of 48 features needs"):
+    hint = r"[\d,]+ cells fit; --train-list" if "capi" in words else r"--memory \d+ fits"
+    with pytest.raises(UserError, match=rf"[\d,]+ cells of 48 features needs .* free: {hint}"):
         command(data, monkeypatch, words)
     assert sum(seen) <= 2
 
@@ -203,6 +204,7 @@ def test_a_memory_without_room_is_refused_at_the_first_image(
         (("clusters", "--clusters", "28"), "last: 27 cells are fewer than 28 clusters"),
         (("probe clusters", "--clusters", "91"), "last: 90 cells are fewer than 91 clusters"),
         (("knn", "--whiten"), "last: --whiten: 40 cells are fewer than 48 features"),
+        (("knn", "--memory-folder", "/none"), "--memory-folder /none: No such file or directory"),
     ],
 )
 def test_too_few_cells_are_found_before_the_work(
