@@ -142,6 +142,10 @@ def test_leoparts_linear_classifier_learns(data: Path, monkeypatch: pytest.Monke
         (("knn", "--void-as", "3"), "--void-as 3: the classes are 0 to 2"),
         (("knn", "--neighbours", "1", "3"), "--vote cells takes one number of --neighbours"),
         (("knn", "--features", "pixels", "--stage", "2"), "--stage 2: pixels have no stages"),
+        (
+            ("knn", "--features", "pixels", "--output-stride", "8", "--checkpoint", "run"),
+            "--output-stride 8: no network to dilate",
+        ),
         (("knn", "--neighbours", "0"), "--neighbours must be above 0, not 0"),
         (("knn", "--vote", "pixels", "--size", "41"), "41 pixels are no multiple of 2 × 2 cells"),
         (("linear", "--protocol", "leopart"), "10 images do not fill a step of 60"),
