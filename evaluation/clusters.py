@@ -27,7 +27,7 @@ from evaluation.kmeans import COSINE_TEMPERATURE, RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
 from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
-from evaluation.reduction import reduced, whitened
+from evaluation.reduction import reduced, require_cells, whitened
 from evaluation.scoring import (
     Counting,
     Predictor,
@@ -155,6 +155,9 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
         counting = counting_of(args, data.num_classes)
         counting.require(args.clusters or data.num_classes, data.names, "k-means")
     opened = open_all(args, squares)
+    for features in opened:
+        count = args.clusters or data.num_classes
+        require_cells(features, squares, whiten=args.whiten, pca=args.pca, clusters=count)
     if args.checkpoint is not None and not clusters_itself(args.protocol):
         trained, config = load_network(args.checkpoint, squares.device)
         stride = args.output_stride

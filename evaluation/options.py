@@ -130,24 +130,33 @@ def add_scoring_options(parser: CommandParser, features: list[str], table: Table
     )
 
 
-def check_scoring_options(args: argparse.Namespace, positive: Sequence[str]) -> None:
-    """Refuse bad options before any work; `positive` as in `require_positive`. Raises UserError."""
+def check_scoring_options(
+    args: argparse.Namespace, positive: Sequence[str], *, prototypes: bool = False
+) -> None:
+    """Refuse bad options before any work; `positive` as in `require_positive`, `prototypes` as in
+    `check_feature_options`. Raises UserError.
+    """
     require_positive(args, ("batch", "size", *positive))
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError("--seeds must be different and at least 0")
-    check_feature_options(args)
+    check_feature_options(args, prototypes=prototypes)
     if args.whiten is not None and not 0 < args.whiten <= 1:
         raise UserError(f"--whiten must be above 0 and at most 1, not {args.whiten}")
     check_outputs(args)
 
 
-def check_feature_options(args: argparse.Namespace) -> None:
-    """Refuse options of `add_feature_options` that contradict each other. Raises UserError."""
+def check_feature_options(args: argparse.Namespace, *, prototypes: bool = False) -> None:
+    """Refuse options of `add_feature_options` that contradict each other. `prototypes`: those of
+    --checkpoint are scored, too. Raises UserError.
+    """
     if len(set(args.features)) < len(args.features):
         raise UserError("--features names the same features twice")
     if args.stage and "projector" in args.features:
         raise UserError("--stage is of encoders: the projector follows the last stage")
-    if args.output_stride and not {*args.features} - {"pixels"} and not args.checkpoint:
+    network = bool({*args.features} - {"pixels"})
+    if args.stage and not network:
+        raise UserError(f"--stage {' '.join(args.stage)}: pixels have no stages")
+    if args.output_stride and not network and not prototypes:
         raise UserError(f"--output-stride {args.output_stride}: no network to dilate")
 
 

@@ -75,9 +75,7 @@ def fit_reduction(batches: Iterable[Tensor], *, standardise: bool, pca: int | No
     variance, without whitening. Raises ValueError if there are no cells or fewer than P features.
     """
     of_cells = moments(batches)
-    dim = len(of_cells.mean)
-    if pca is not None and pca > dim:
-        raise ValueError(f"--pca {pca}: there are only {dim} features")
+    _require_components(pca, len(of_cells.mean))
     deviation = of_cells.covariance.diagonal().clamp_min(0).sqrt()
     varies = deviation > 1e-9 * of_cells.mean.abs()  # less is rounding
     scale = torch.where(varies & standardise, deviation, 1.0)
@@ -97,13 +95,46 @@ def fit_whitening(batches: Iterable[Tensor], power: float) -> Reduction:
     """
     of_cells = moments(batches)
     dim = len(of_cells.mean)
-    if of_cells.count < dim:
-        raise ValueError(f"--whiten: {of_cells.count} cells are fewer than {dim} features")
+    _require_whitening(of_cells.count, dim)
     values, directions = torch.linalg.eigh(of_cells.covariance)
     if not values[-1] > 0:
         raise ValueError("--whiten: all cells have the same features")
     scale = (values.clamp_min(0) + RIDGE * values[-1]) ** -power
     return Reduction(of_cells.mean.float(), (directions * scale @ directions.T).float())
+
+
+def _require_whitening(cells: int, dim: int) -> None:
+    if cells < dim:
+        raise ValueError(f"--whiten: {cells} cells are fewer than {dim} features")
+
+
+def _require_components(pca: int | None, dim: int) -> None:
+    if pca is not None and pca > dim:
+        raise ValueError(f"--pca {pca}: there are only {dim} features")
+
+
+def require_cells(
+    features: Features,
+    squares: SquareImages,
+    *,
+    whiten: float | None,
+    pca: int | None = None,
+    clusters: int | None = None,
+) -> None:
+    """Refuse what the cells or features are too few for. A single image says how many there are,
+    so that nobody waits for the others. Raises UserError.
+    """
+    batch = next(squares.batches(indices=np.arange(1)))
+    _, dim, height, width = features(batch.normalised(squares.device)).shape
+    cells = len(squares.images) * height * width
+    try:
+        if whiten is not None:
+            _require_whitening(cells, dim)
+        _require_components(pca, dim)
+    except ValueError as error:
+        raise UserError(f"{features.name}: {error}") from None
+    if clusters is not None and cells < clusters:
+        raise UserError(f"{features.name}: {cells} cells are fewer than {clusters} clusters")
 
 
 def whitened(features: Features, squares: SquareImages, power: float | None) -> Features:

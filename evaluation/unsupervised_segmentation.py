@@ -93,7 +93,8 @@ def check(args: argparse.Namespace) -> None:
             if (value := getattr(args, name)) is not None:
                 raise UserError(f"{flag(name, value)} is for k-means, which needs --features")
     settle(args, CLUSTERS)
-    check_scoring_options(args, ["clusters", "restarts", "pca", "masks", "crf_temperature"])
+    counts = ("clusters", "restarts", "pca", "masks", "crf_temperature")
+    check_scoring_options(args, counts, prototypes=args.checkpoint is not None)
     if args.checkpoint is None and not args.features:
         raise UserError("nothing to score: needs --checkpoint or --features")
     if clusters_itself(args.protocol) and not args.features:

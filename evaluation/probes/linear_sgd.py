@@ -44,7 +44,7 @@ def fit_sgd(features: Features, squares: RandomSquares, seed: int, schedule: Sch
     if not steps:
         raise UserError(
             f"{squares.images.source}: {count} images do not fill a step of {schedule.step_images}"
-            " (--step-images)"
+            " (--step-images, if no --protocol sets it)"
         )
     model: nn.Linear | None = None
     for epoch in range(schedule.epochs):

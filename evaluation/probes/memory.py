@@ -79,6 +79,24 @@ def integers(most: int) -> torch.dtype:
     return next(dtype for dtype in types if most <= torch.iinfo(dtype).max)
 
 
+def room_for(
+    first: LabelledFeatures, num_images: int, num_classes: int, *, capacity: int, copies: int = 0
+) -> tuple[int, int, int]:
+    """The cells, their features, and the bytes a cell beside these, of the memory of `num_images`
+    images like `first`: what `Storage.allocate` asks for. `copies`: of the features, which the work
+    makes in float32.
+    """
+    _, dim, height, width = first.features.shape
+    beside = num_classes * _counts_type(first).itemsize + dim + 16  # the search's, too
+    return min(capacity, num_images * height * width), dim, beside + 4 * dim * copies
+
+
+def _counts_type(first: LabelledFeatures) -> torch.dtype:
+    """Holds the number of pixels of a cell."""
+    (_, _, height, width), (_, rows, columns) = first.features.shape, first.labels.shape
+    return integers(-(-rows // height) * -(-columns // width))
+
+
 def gather_memory(
     batches: Iterable[LabelledFeatures],
     num_images: int,
@@ -98,15 +116,12 @@ def gather_memory(
     features: Tensor | None = None
     kept, skipped = 0, 0
     for batch in batches:
-        (_, dim, height, width), device = batch.features.shape, batch.features.device
+        (_, _, height, width), device = batch.features.shape, batch.features.device
         counts = cell_counts(batch.labels, height, width, num_classes)
         if features is None:
-            room = min(capacity, num_images * height * width)
-            _, rows, columns = batch.labels.shape
-            dtype = integers(-(-rows // height) * -(-columns // width))  # pixels of a cell at most
-            beside = num_classes * dtype.itemsize + dim + 16  # bytes of a cell; the search's, too
-            features = storage.allocate(room, dim, beside, batch.features.device)
-            all_counts = torch.empty(room, num_classes, dtype=dtype, device=features.device)
+            room = room_for(batch, num_images, num_classes, capacity=capacity)
+            features, dtype = storage.allocate(*room, device), _counts_type(batch)
+            all_counts = torch.empty(room[0], num_classes, dtype=dtype, device=features.device)
         for image, i in enumerate(batch.squares.index.tolist()):
             quota = (i + 1) * capacity // num_images - i * capacity // num_images
             generator = np.random.default_rng((seed, i))

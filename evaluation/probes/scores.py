@@ -32,13 +32,13 @@ from evaluation.kmeans import kmeans
 from evaluation.pictures.segmentation import Column
 from evaluation.probes.linear import fit_linear
 from evaluation.probes.linear_sgd import Schedule, fit_sgd
-from evaluation.probes.memory import LabelledFeatures, Memory, gather_memory
+from evaluation.probes.memory import LabelledFeatures, Memory, gather_memory, room_for
 from evaluation.probes.overclustering import Overclustering
 from evaluation.probes.retrieval import Retrieval
 from evaluation.probes.selection import Held, regressions, select, votes
 from evaluation.probes.storage import Storage
-from evaluation.probes.voting import gather_pixels, join_pixels
-from evaluation.reduction import reduced, whitened
+from evaluation.probes.voting import gather_pixels, join_pixels, room_for_pixels
+from evaluation.reduction import reduced, require_cells, whitened
 from evaluation.scoring import Counting, Predictor, Result, evaluate, print_scores, score_rows
 from evaluation.specs import open_all
 from pipeline.errors import UserError
@@ -79,16 +79,15 @@ def standardised(task: Task, indices: np.ndarray | None = None) -> Task:
 def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
     """The cells of the training set that `seed` draws. Raises UserError."""
     train, count = task.train, len(task.train.images)
-    void_as, capacity = getattr(args, "void_as", None), args.memory
+    void_as = getattr(args, "void_as", None)
     if random_crops(args):
         train = random_squares(train, HUMMINGBIRD, seed)
-        capacity = max(capacity // count, 1) * count  # as many cells from each image
     try:
         return gather_memory(
             labelled_features(task.network, train, void_as),
             count,
             train.images.num_classes,
-            capacity=capacity,
+            capacity=capacity_of(args, count),
             seed=seed,
             balanced=args.probe == "knn",
             storage=storage_of(args),
@@ -97,6 +96,42 @@ def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
         raise
     except ValueError as error:
         raise UserError(f"{train.images.source}: {error}") from None
+
+
+def capacity_of(args: argparse.Namespace, num_images: int) -> int:
+    """Cells in the memory, at most. Of random crops each image gives as many."""
+    memory: int = args.memory
+    return max(memory // num_images, 1) * num_images if random_crops(args) else memory
+
+
+def require_room(args: argparse.Namespace, network: Features, train: LabelledSquares) -> None:
+    """Refuse a memory without room, and too few cells, before whitening and standardising read the
+    whole training set: a single image says how many cells and features there are. Raises UserError.
+    """
+    clusters = args.clusters if args.probe == "clusters" else None
+    require_cells(network, train, whiten=args.whiten, clusters=clusters)
+    if getattr(args, "head", None) == "sgd":  # it keeps no cells
+        return
+    squares = next(train.batches(indices=np.arange(1)))
+    features = network(squares.normalised(train.device))
+    first = LabelledFeatures(squares, features, train.labels(squares))
+    count, classes = len(train.images), train.images.num_classes
+    if learns_from_pixels(args):
+        copies = int(args.probe == "linear")  # of the cells that it learns from
+        try:
+            room = room_for_pixels(first, count, copies=copies)
+        except ValueError as error:
+            raise UserError(f"{train.images.source}: {error}") from None
+        Storage(whole=True).place(*room, train.device)
+        return
+    copies = int(args.probe == "clusters")  # k-means scales cells to length 1
+    room = room_for(first, count, classes, capacity=capacity_of(args, count), copies=copies)
+    storage_of(args).place(*room, train.device)
+
+
+def learns_from_pixels(args: argparse.Namespace) -> bool:
+    """Whether the probe is one of CAPI's."""
+    return getattr(args, "vote", None) == "pixels" or getattr(args, "head", None) == "lbfgs"
 
 
 def storage_of(args: argparse.Namespace) -> Storage:
@@ -214,7 +249,7 @@ def fitted_to_pixels(args: argparse.Namespace, task: Task) -> Iterator[Predictor
 
 def predictors_of(args: argparse.Namespace, task: Task) -> Iterator[Predictor]:
     """The probe that the options name, fitted for each seed. Raises UserError."""
-    if getattr(args, "vote", None) == "pixels" or getattr(args, "head", None) == "lbfgs":
+    if learns_from_pixels(args):
         return fitted_to_pixels(args, task)
     if getattr(args, "head", None) == "sgd":
         return fitted_by_steps(args, task)
@@ -272,7 +307,10 @@ def score_probes(args: argparse.Namespace) -> None:
         common["memory_precision"] = args.memory_precision
     rows: list[dict[str, Any]] = []
     columns: list[Column] = []
-    for features in open_all(args, train):
+    opened = open_all(args, train)
+    for features in opened:
+        require_room(args, features, train)
+    for features in opened:
         network = whitened(features, train, args.whiten)
         results = probe(args, Task(network, train, val))
         pixels = results[0].score.pixels

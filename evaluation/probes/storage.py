@@ -5,6 +5,7 @@ Letters: M cells, D features.
 """
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,20 @@ class Storage:
     """None: in memory; else in a file there, which nobody sees and which vanishes with its user."""
     anywhere: bool = False
     """What a GPU has no room for may lie in the machine's memory."""
+    whole: bool = False
+    """All cells are kept: --memory sets nothing."""
 
     def allocate(self, cells: int, dim: int, beside: int, device: torch.device) -> Tensor:
         """Room for features [M, D], uninitialised, where `beside` bytes a cell fit beside them.
-        Raises UserError, before the work, if there is no such place, with what would fit.
+        Raises UserError if there is no such place.
         """
+        place = self.place(cells, dim, beside, device)
+        if self.folder:
+            return self._file(self.folder, cells, dim)
+        return torch.empty(cells, dim, dtype=self.precision, device=place)
+
+    def place(self, cells: int, dim: int, beside: int, device: torch.device) -> torch.device:
+        """Where `allocate` finds room. Raises UserError, with what would fit, if it finds none."""
         features = dim * self.precision.itemsize
         in_memory = beside if self.folder else beside + features
         places = [torch.device("cpu")] if self.folder else [device]
@@ -41,20 +51,33 @@ class Storage:
         for place in places:
             if cells * in_memory <= SHARE * free_bytes(place):
                 if self.folder:
-                    return self._file(self.folder, cells, dim)
-                return torch.empty(cells, dim, dtype=self.precision, device=place)
+                    self._require_disk(self.folder, cells * features)
+                return place
         free = max(free_bytes(place) for place in places)
         raise UserError(
             f"a memory of {cells:,} cells of {dim} features needs {gib(cells * in_memory)},"
-            f" {gib(free)} are free: --memory {int(SHARE * free) // in_memory} fits"
-            + self._smaller()
+            f" {gib(free)} are free: {self._fits(int(SHARE * free) // in_memory)}" + self._smaller()
         )
+
+    def _fits(self, cells: int) -> str:
+        if self.whole:
+            return f"{cells:,} cells fit; --train-list takes fewer images"
+        return f"--memory {cells} fits"
 
     def _smaller(self) -> str:
         """What else would make it fit."""
         options = ["--memory-precision float16"] if self.precision == torch.float32 else []
         options += [] if self.folder else ["--memory-folder"]
         return f"; {' and '.join(options)} need less" if self.anywhere and options else ""
+
+    def _require_disk(self, folder: Path, size: int) -> None:
+        """Raises UserError for a folder without room, or none."""
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise UserError(f"--memory-folder {folder}: {error.strerror}") from None
+        if size > free:
+            raise UserError(f"--memory-folder {folder}: {gib(size)}, {gib(free)} are free")
 
     def _file(self, folder: Path, cells: int, dim: int) -> Tensor:
         """Room in a file. Its blocks are reserved: a write to a full disk kills the process."""

@@ -53,6 +53,17 @@ class PixelMemory:
         return known
 
 
+def room_for_pixels(
+    first: LabelledFeatures, num_images: int, *, copies: int = 0
+) -> tuple[int, int, int]:
+    """As `memory.room_for`; the `copies` are of whole cells. Raises ValueError as `split_pixels`
+    does.
+    """
+    _, dim, height, width = first.features.shape
+    count = split_pixels(torch.from_numpy(first.labels), height, width).shape[1]
+    return num_images * height * width, dim, count + dim + 24 + copies * (4 * dim + count + 8)
+
+
 def gather_pixels(
     batches: Iterable[LabelledFeatures], num_images: int, num_classes: int
 ) -> PixelMemory:
@@ -62,15 +73,15 @@ def gather_pixels(
     memory: PixelMemory | None = None
     kept = 0
     for batch in batches:
-        (_, dim, height, width), device = batch.features.shape, batch.features.device
+        (_, _, height, width), device = batch.features.shape, batch.features.device
         pixels = torch.from_numpy(batch.labels).clamp_max(num_classes)
         labels = split_pixels(pixels, height, width)
         if memory is None:
-            room, count = num_images * height * width, labels.shape[1]
+            room = room_for_pixels(batch, num_images)
             memory = PixelMemory(
-                Storage().allocate(room, dim, count + dim + 24, device),
-                torch.empty(room, count, dtype=torch.uint8, device=device),
-                torch.empty(room, dtype=torch.int64, device=device),
+                Storage(whole=True).allocate(*room, device),
+                torch.empty(room[0], labels.shape[1], dtype=torch.uint8, device=device),
+                torch.empty(room[0], dtype=torch.int64, device=device),
                 num_classes,
             )
         rows, kept = slice(kept, kept + len(labels)), kept + len(labels)

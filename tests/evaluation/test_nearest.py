@@ -180,6 +180,8 @@ def test_memory_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    with pytest.raises(UserError, match=r"--memory-folder .*: [\d.]+ GiB, [\d.]+ GiB are free"):
+        Storage(folder=tmp_path).place(10**6, 10**9, 0, CPU)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"--memory-folder .*: No space left on device"):
         Storage(folder=tmp_path).allocate(1000, 384, 100, CPU)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from evaluation import clusters, probe, protocols, unsupervised_segmentation
 from evaluation.features import Features
-from evaluation.probes import scores
+from evaluation.probes import scores, storage
 from pipeline.errors import UserError
 from tests.helpers.labelled_sets import NAMES, write_folder_set
 
@@ -38,7 +38,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def command(
     data: Path, monkeypatch: pytest.MonkeyPatch, words: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Run `clusters` or a probe, and return its rows."""
+    """Run `clusters` or a probe (also "probe clusters"), and return its rows."""
     root, out = data / "set", data / "out.json"
     name, *options = words
     folders = ["--images", f"{root}/val/images", "--labels", f"{root}/val/labels"]
@@ -48,7 +48,7 @@ def command(
         monkeypatch.setattr("sys.argv", ["x", "--features", "blocks", *shared])
         unsupervised_segmentation.main()
     else:
-        monkeypatch.setattr("sys.argv", ["x", name, *learn, *shared])
+        monkeypatch.setattr("sys.argv", ["x", name.removeprefix("probe "), *learn, *shared])
         probe.main()
     return list(json.loads(out.read_text())["results"])
 
@@ -141,6 +141,11 @@ def test_leoparts_linear_classifier_learns(data: Path, monkeypatch: pytest.Monke
         (("knn", "--protocol", "hummingbird", "--void-as", "1"), "sets --void-as 0"),
         (("knn", "--void-as", "3"), "--void-as 3: the classes are 0 to 2"),
         (("knn", "--neighbours", "1", "3"), "--vote cells takes one number of --neighbours"),
+        (("knn", "--features", "pixels", "--stage", "2"), "--stage 2: pixels have no stages"),
+        (
+            ("knn", "--features", "pixels", "--output-stride", "8", "--checkpoint", "run"),
+            "--output-stride 8: no network to dilate",
+        ),
         (("knn", "--neighbours", "0"), "--neighbours must be above 0, not 0"),
         (("knn", "--vote", "pixels", "--size", "41"), "41 pixels are no multiple of 2 × 2 cells"),
         (("linear", "--protocol", "leopart"), "10 images do not fill a step of 60"),
@@ -161,6 +166,64 @@ def test_contradictions_are_one_line(
     with pytest.raises(UserError, match=message) as caught:
         command(data, monkeypatch, words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        (("knn", "--whiten"), 0.5),
+        (("knn", "--standardise"), 0.5),
+        (("knn", "--protocol", "capi"), 0.5),
+        (("linear", "--protocol", "capi"), 1.5),
+        (("probe clusters", "--memory", "all", "--standardise"), 1.5),
+    ],
+)
+def test_a_memory_without_room_is_refused_at_the_first_image(
+    words: tuple[str, ...], share: float, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it whitening and standardising read the whole training set first, hours on a large
+    one; and probes that copy their cells, logistic regression and k-means, would be killed.
+    """
+    size = 224 if "capi" in words else 320
+    cells = 10 * (size // BLOCK) ** 2 * 48 * 4  # bytes of the features of the training set
+    monkeypatch.setattr(storage, "free_bytes", lambda _: int(share * cells / storage.SHARE))
+    seen: list[int] = []
+
+    def function(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return blocks(images)
+
+    monkeypatch.setattr(scores, "open_all", lambda *_: [Features("blocks", function)])
+    hint = r"[\d,]+ cells fit; --train-list" if "capi" in words else r"--memory \d+ fits"
+    with pytest.raises(UserError, match=rf"[\d,]+ cells of 48 features needs .* free: {hint}"):
+        command(data, monkeypatch, words)
+    assert sum(seen) <= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("clusters", "--pca", "49"), "first: --pca 49: there are only 48 features"),
+        (("clusters", "--whiten"), "last: --whiten: 27 cells are fewer than 48 features"),
+        (("clusters", "--clusters", "28"), "last: 27 cells are fewer than 28 clusters"),
+        (("probe clusters", "--clusters", "91"), "last: 90 cells are fewer than 91 clusters"),
+        (("knn", "--whiten"), "last: --whiten: 40 cells are fewer than 48 features"),
+        (("knn", "--memory-folder", "/none"), "--memory-folder /none: No such file or directory"),
+    ],
+)
+def test_too_few_cells_are_found_before_the_work(
+    words: tuple[str, ...], message: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it earlier stages and networks are scored first, and their scores are lost."""
+    monkeypatch.setattr(scores, "probe", lambda *_: pytest.fail("probed"))
+    monkeypatch.setattr(clusters, "kmeans", lambda *_, **__: pytest.fail("clustered"))
+    wide = Features("first", lambda images: torch.cat([blocks(images)] * 2, dim=3))
+    both = [Features("first", wide.function), Features("last", blocks)]
+    for module in (clusters, scores):
+        monkeypatch.setattr(module, "open_all", lambda *_: both)
+    size = "32" if words[0] == "knn" else "48"
+    with pytest.raises(UserError, match=message):
+        command(data, monkeypatch, (*words, "--size", size))
 
 
 def test_features_with_nan_are_one_line(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
