@@ -4,7 +4,7 @@ trains, and the scores.
 
 from dataclasses import dataclass, field
 
-from evaluation.datasets.layouts import KINDS
+from evaluation.datasets.kinds import KINDS
 from pipeline.bounds import LONGEST_SIDE, Bound, Bounded, at_least, one_of, optional, some_of
 from pipeline.errors import require
 

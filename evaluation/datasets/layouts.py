@@ -392,4 +392,3 @@ LAYOUTS: dict[str, Callable[[Request], LabelledImages]] = {
     "pascal-context": pascal_context,
     "pascal-context-60": pascal_context_60,
 }
-KINDS = tuple(LAYOUTS)

@@ -5,8 +5,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from evaluation.datasets.curated import curated
+from evaluation.datasets.kinds import KINDS
 from evaluation.datasets.labelled_images import LabelledImages
-from evaluation.datasets.layouts import KINDS, LAYOUTS, Request
+from evaluation.datasets.layouts import LAYOUTS, Request
 from pipeline.errors import UserError
 from train.run.cli import CommandParser
 

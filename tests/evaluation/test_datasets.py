@@ -15,8 +15,9 @@ from evaluation.datasets.coco_classes import (
     THINGS,
     coarse_classes,
 )
+from evaluation.datasets.kinds import KINDS
 from evaluation.datasets.labelled_images import LabelledImages
-from evaluation.datasets.layouts import KINDS
+from evaluation.datasets.layouts import LAYOUTS
 from evaluation.datasets.open import open_labelled
 from pipeline.errors import UserError
 from tests.helpers.labelled_sets import save_png
@@ -388,6 +389,11 @@ def test_images_without_the_ending_are_counted(
     assert len(open_labelled("cityscapes", root=tmp_path)) == 1
     said = capsys.readouterr().err
     assert said.endswith("val; left aside: 1 images not called *_leftImg8bit\n")
+
+
+def test_names_of_layouts() -> None:
+    """Without it a layout could be read that no option can name."""
+    assert tuple(LAYOUTS) == KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)

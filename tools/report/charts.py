@@ -30,7 +30,7 @@ SCALE, MARGIN, TITLE = 2, 24, 56
 INK, FAINT, RULE, PAPER = "#1b1f24", "#6b7280", "#e5e7eb", "#ffffff"
 SERIES = (
     "#2f6fde", "#1d4a9c", "#8fb4f0", "#1a936f", "#88d498", "#e9c46a", "#c8553d", "#b56576",
-    "#6a4c93", "#111111", "#c4c9d1",
+    "#6a4c93", "#111111", "#7d5a3c", "#c4c9d1",
 )  # fmt: skip
 COLOURS = {"grid": RULE, "axis": FAINT, "reference": FAINT, "tick": FAINT, "name": INK}
 COLOURS |= {f"s{number}": colour for number, colour in enumerate(SERIES)}

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from evaluation.datasets.kinds import KINDS
 from evaluation.datasets.label_maps import VOID
-from evaluation.datasets.layouts import KINDS
 from pipeline.bounds import (
     BELOW_1,
     LONGEST_SIDE,

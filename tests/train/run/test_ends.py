@@ -36,6 +36,7 @@ def test_each_end_has_a_code_and_a_line(
         raise SystemExit(status)
 
     monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, line in (("0", first), ("1", other)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as ended:
