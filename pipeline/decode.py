@@ -120,12 +120,17 @@ class RecordLoader(ABC):
         parts = np.array_split(which, min(len(which), self.threads * _SLICES_PER_THREAD))
         begins = itertools.accumulate((len(part) for part in parts), initial=0)
         slices = [
-            (begin, self._pool.submit(self._write_slice, epoch, part, as_array(pixels), begin))
+            (begin, self._pool.submit(self._write_slice, epoch, part, [as_array(pixels)], begin))
             for begin, part in zip(begins, parts, strict=False)
         ]
         return which, pixels, slices
 
-    def _write_slice(self, epoch: int, which: np.ndarray, pixels: np.ndarray, begin: int) -> _Bad:
+    def _write_slice(
+        self, epoch: int, which: np.ndarray, lent: list[np.ndarray], begin: int
+    ) -> _Bad:
+        # Popped, because a pool's thread holds its arguments for a moment after its result is
+        # known: the memory would not be free when the next batch needs one.
+        pixels = lent.pop()
         bad: _Bad = {}
         done = 0
         while done < len(which):

@@ -1,7 +1,9 @@
 """The loader's ring of buffers: when the decoding threads may write to it."""
 
+import itertools
 import time
 from collections.abc import Iterator
+from concurrent.futures.thread import _WorkItem
 from typing import Any
 
 import numpy as np
@@ -155,10 +157,21 @@ def test_pinned_buffers_count_as_what_they_take(beton: Beton) -> None:
     assert exact % 3 == 0 and pinned == 3 * 2 ** (exact // 3 - 1).bit_length()
 
 
-def test_finished_views_stay_with_their_receiver(beton: Beton) -> None:
+def test_finished_views_stay_with_their_receiver(
+    beton: Beton, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a CPU no copy is made: views would become those of a later batch, and silently. A part of
-    them is enough to hold a batch; what nobody holds is used again.
+    them is enough to hold a batch; what nobody holds is used again, also if a thread is interrupted
+    before it forgets what it has written to.
     """
+    run, count = _WorkItem.run, itertools.count()
+
+    def slow(item: Any) -> None:
+        run(item)
+        if next(count) % 29 == 0:
+            time.sleep(0.1)
+
+    monkeypatch.setattr(_WorkItem, "run", slow)
     loader = view_loader(beton, crops="host", backend="compiled")
     kept = [
         (batch.views[1, 2:4].flatten(), batch.views[1, 2:4].flatten().clone())
