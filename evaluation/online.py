@@ -10,7 +10,7 @@ prototypes or clusters, C classes.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import replace
 from io import StringIO
@@ -72,7 +72,8 @@ class OnlineEvaluation:
                 self._train = open_part(config, "train_", accelerator.device)
                 parts.append(self._train)
             check_counts(config, self._val.images)
-            check_parts([part.images for part in parts])
+            for train in parts[1:]:
+                self._val.images.require_apart(train.images)
             for part in parts:
                 check_images(part)
         self._clusters = config.eval.clusters or self._val.images.num_classes
@@ -287,13 +288,6 @@ def check_counts(config: RunConfig, data: LabelledImages) -> None:
                 f"{key}: {count} are fewer than the {classes} classes of eval.dataset, and each "
                 f"class needs its own: leave {protocol} out of eval.protocols, or raise it"
             )
-
-
-def check_parts(parts: Sequence[LabelledImages]) -> None:
-    """Raises UserError if two parts share an image."""
-    common = set.intersection(*({path.resolve() for path in part.paths} for part in parts))
-    if len(parts) > 1 and common:
-        raise UserError(f"{min(common)}: belongs to the training set and to the set to score")
 
 
 def check_images(squares: LabelledSquares) -> None:

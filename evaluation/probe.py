@@ -77,7 +77,6 @@ def add_knn_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--void-as", type=int, metavar="N", help="void pixels of the training set are class N"
     )
-
     parser.add_argument(
         "--crops",
         action="store_true",

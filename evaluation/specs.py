@@ -74,24 +74,6 @@ def read(network: Opened, stage: str | None = None) -> Features:
     return network.read(stage) if isinstance(network, Network) else network
 
 
-def open_features(
-    spec: str,
-    checkpoint: Path | None,
-    device: torch.device,
-    *,
-    weights: Path | None = None,
-    images: SquareImages | None = None,
-) -> Features:
-    """The features that `spec` names, at the last stage; arguments and errors as `open_trained`'s.
-    `images` are only for "untrained", whose BatchNorm they calibrate.
-    """
-    network = open_trained(spec, checkpoint, device, weights=weights)
-    if network is None:
-        assert images is not None, "BatchNorm's statistics need images"
-        network = open_untrained(spec, checkpoint, images)
-    return read(network)
-
-
 def open_trained(
     spec: str,
     checkpoint: Path | None,
@@ -155,7 +137,8 @@ def open_untrained(
         assert checkpoint is not None, "open_trained refuses it"
         config = run_config(checkpoint)
         network = untrained_network(config.model, config.train.seed, images, output_stride)
-        return network_of_run(name, spec, network, output_stride)
+        part = "projector" if spec == "projector" else "teacher"  # what is calibrated
+        return network_of_run(name, part, network, output_stride)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         if kind == "timm":
@@ -173,9 +156,7 @@ def open_untrained(
 def network_of_run(
     name: str, spec: str, network: SlotCon, output_stride: int | None = None
 ) -> Opened:
-    """The part of a run's network that "teacher", "student" or "projector" is; of an untrained one
-    both encoders are the same.
-    """
+    """The part of a run's network that "teacher", "student" or "projector" is."""
     branch = network.student if spec == "student" else network.teacher
     staged = resnet(name, branch.encoder, output_stride)
     if spec == "projector":

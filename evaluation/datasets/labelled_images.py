@@ -60,6 +60,12 @@ class LabelledImages:
         """What is odd about the label maps read so far: a line each, with their folder."""
         return [f"{self.source}: {note}" for note in self.reader.notes()]
 
+    def require_apart(self, train: "LabelledImages") -> None:
+        """Raise UserError if one of these images, to be scored, is in the training set `train`."""
+        common = {path.resolve() for path in train.paths} & {path.resolve() for path in self.paths}
+        if common:
+            raise UserError(f"{min(common)}: belongs to the training set and to the set to score")
+
     def check_headers(self) -> None:
         """Raise UserError for the first label map whose header shows that it holds no ids, or a
         size that differs from its image's. Reads no pixels but those of maps of several channels.

@@ -282,9 +282,7 @@ def open_both(args: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]
     val, train = labelled_from(args), labelled_from(args, "train-")
     if train.names != val.names:
         raise UserError(f"{train.source}: has other classes than {val.source}")
-    common = {path.resolve() for path in train.paths} & {path.resolve() for path in val.paths}
-    if common:
-        raise UserError(f"{min(common)}: belongs to the training set and to the set to score")
+    val.require_apart(train)
     return train, val
 
 

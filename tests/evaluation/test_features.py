@@ -15,7 +15,7 @@ from evaluation.datasets.images import FolderImages
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features, Network, fuse
 from evaluation.options import stage
-from evaluation.specs import open_all, open_features, open_trained
+from evaluation.specs import open_all, open_trained, open_untrained, read
 from evaluation.timm_networks import load
 from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
@@ -37,6 +37,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SlotCon]:
     return write_checkpoint(
         tmp_path_factory.mktemp("run") / "checkpoint", model, TINY
     ), model.eval()
+
+
+def open_features(
+    spec: str,
+    checkpoint: Path | None,
+    device: torch.device,
+    *,
+    weights: Path | None = None,
+    images: SquareImages | None = None,
+) -> Features:
+    """What `spec` names, at the last stage; `images` calibrate "untrained"."""
+    network = open_trained(spec, checkpoint, device, weights=weights)
+    if network is None:
+        assert images is not None, "BatchNorm's statistics need images"
+        network = open_untrained(spec, checkpoint, images)
+    return read(network)
 
 
 def images() -> torch.Tensor:
@@ -236,6 +252,10 @@ def test_an_untrained_network_stands_beside_each(run: tuple[Path, SlotCon], tmp_
     ]
     assert [features(images()).shape[1] for features in found] == [128, 128, 768, 768]
     assert not torch.equal(found[0](images()), found[1](images()))
+    of_student = open_all(options("student", checkpoint=checkpoint), squares)[1]
+    assert of_student.name == "untrained"
+    of_teacher = open_all(options("teacher", checkpoint=checkpoint), squares)[1]
+    assert torch.equal(of_student(images()), of_teacher(images()))  # calibrated as well
     left_out = options("teacher", "untrained", checkpoint=checkpoint, baseline="none")
     assert [features.name for features in open_all(left_out, squares)] == ["teacher", "untrained"]
 
