@@ -87,8 +87,8 @@ class _Kept(FunctionCache):
 @cache
 def _say_that_it_takes_time() -> None:
     print(
-        "compiling the data path for this processor, once: some 30 s of CPU "
-        "(python -m tools.warm_up does it beforehand)",
+        "compiling for this processor, once: some seconds, or 30 for all of the data path "
+        "(python -m tools.warm_up does that beforehand)",
         file=sys.stderr,
     )
 
