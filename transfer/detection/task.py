@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from transfer.backbone import build_backbone
 from transfer.detection.config import DetectionConfig
-from transfer.detection.dataset import CocoInstances, TrainingExamples, open_instances
+from transfer.detection.dataset import NO_AREA, CocoInstances, TrainingExamples, open_instances
 from transfer.detection.evaluate import evaluate
 from transfer.detection.model import Detector
 from transfer.examples import generator
@@ -106,10 +106,7 @@ def _oddities(source: CocoInstances) -> Iterator[str]:
 def _left_out(train: CocoInstances, val: CocoInstances, masks: bool) -> Iterator[str]:
     """What training and scores leave out, or derive."""
     if train.dropped:
-        yield (
-            f"{train.annotations}: training skips {train.dropped} objects: their boxes or masks"
-            " have no area within the image"
-        )
+        yield f"{train.annotations}: training skips {train.dropped} objects: {NO_AREA}"
     if masks and (without := sum(int((~each.masked).sum()) for each in train.records)):
         yield (
             f"{train.annotations}: {without} of {sum(len(r.boxes) for r in train.records)} objects"
