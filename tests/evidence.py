@@ -74,7 +74,7 @@ def setting(data: str, work: Path, root: Path | None) -> Setting:
         listed = work / "learnt.txt"
         listed.write_text("".join(f"{number}\n" for number in range(TRAIN_SCENES)))
         learnt = f"--train-{train} --train-list {listed} --memory 20000"
-        return Setting("configs/demo_cpu.yaml", "sample", f"--{val}", learnt, 192)
+        return Setting("configs/scenes_cpu.yaml", "sample", f"--{val}", learnt, 192)
     if root is None:
         raise UserError("camvid needs --root, the folder with train, trainannot, val and valannot")
     scored = f"--dataset camvid --root {shlex.quote(str(root))}"

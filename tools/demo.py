@@ -21,8 +21,8 @@ LEARNT = RUN / "learnt.txt"
 
 STEPS = {
     "Pack the sample scenes": f"tools.build_dataset sample --out {BETON}",
-    "Pre-train": f"train.pretrain --config configs/demo_cpu.yaml --data.path {BETON}",
-    "Measure each stage": f"tools.benchmark all --data {BETON} --config configs/demo_cpu.yaml"
+    "Pre-train": f"train.pretrain --config configs/scenes_cpu.yaml --data.path {BETON} --name demo",
+    "Measure each stage": f"tools.benchmark all --data {BETON} --config configs/scenes_cpu.yaml"
     f" --batch 32 --repeats 3 --seconds 0.1 --backends compiled --json {RUN}/bench.json",
     "Score the grouping on held-out scenes": f"evaluation.unsupervised_segmentation"
     f" --checkpoint {RUN} --images {SCENES}/val/images --labels {SCENES}/val/labels"
@@ -52,8 +52,8 @@ def main() -> None:
         epilog="example:\n  python -m tools.demo",
     )
     parser.parse_args()
-    if not Path("configs/demo_cpu.yaml").is_file():
-        raise UserError("configs/demo_cpu.yaml not found: run the demo from slotstream's folder")
+    if not Path("configs/scenes_cpu.yaml").is_file():
+        raise UserError("configs/scenes_cpu.yaml not found: run the demo from slotstream's folder")
     shutil.rmtree(RUN, ignore_errors=True)
     RUN.mkdir(parents=True)
     LEARNT.write_text("".join(f"{number}\n" for number in range(100)))

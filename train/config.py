@@ -38,13 +38,13 @@ TRACKERS = (
 _EXAMPLES = """examples:
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --data.path coco.beton
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --resume auto
-  python -m train.pretrain --config configs/demo_cpu.yaml --train.epochs 2 --name trial
+  python -m train.pretrain --config configs/scenes_cpu.yaml --train.epochs 2 --name trial
   torchrun --nproc_per_node 8 -m train.pretrain --config configs/imagenet_r50_200ep.yaml
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml \\
       --config configs/ablations/k1024.yaml     # a later file wins, and options over both
   python -m train.pretrain --config configs/camvid_cpu.yaml --eval.every 50 --eval.dataset camvid \\
       --eval.root CamVid     # score the teacher while it trains
-  python -m train.pretrain --config configs/demo_cpu.yaml --print_config
+  python -m train.pretrain --config configs/scenes_cpu.yaml --print_config
 
 A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the trackers' files.
 

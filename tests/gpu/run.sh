@@ -21,7 +21,7 @@ mkdir -p "$OUT" "$WORK/logs"
 : >"$WORK/parts"
 
 if [ "$DEVICE" = cpu ]; then
-    recipe=configs/demo_cpu.yaml batch=4 threads=1 repeats=1 seconds=0.05 steps=4 images=8
+    recipe=configs/scenes_cpu.yaml batch=4 threads=1 repeats=1 seconds=0.05 steps=4 images=8
     backends=(kornia) count=8 side=64 workers=() fp16=no
     unset NUMBA_CACHE_DIR  # what the checkout has compiled is at hand
     small=(--model.arch resnet18 --model.dim_hidden 64 --model.dim_out 32 --model.num_prototypes 16 --views.size 64)

@@ -114,7 +114,7 @@ def parse(argv: Sequence[str], description: str = "") -> argparse.Namespace:
         help="print the ratios between the --json files of two runs",
     )
     args = parser.parse_args(argv)
-    files = args.config or [_config("demo_cpu")]
+    files = args.config or [_config("scenes_cpu")]
     args.config = [word for file in files for word in ("--config", file)]
     return args
 
@@ -131,7 +131,7 @@ def _add_subject(parser: CommandParser) -> None:
         "--config",
         type=_config,
         action="append",
-        help="views, model and precision: a file, or the name of a file in configs/ (demo_cpu);"
+        help="views, model and precision: a file, or the name of a file in configs/ (scenes_cpu);"
         " a later file overrides an earlier one",
     )
     parser.add_argument(
