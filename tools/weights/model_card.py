@@ -34,9 +34,10 @@ Licence of the images that it was trained on: {license}.
 SLOTCON_TAGS = "- self-supervised\n- slotcon\n"
 SLOTCON = """\
 The {encoder} of a SlotCon model: a {arch} without classifier, pre-trained on images without
-labels{by}. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
+labels{by}{start}. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
 groups (Wen et al., *Self-Supervised Visual Representation Learning with Semantic Grouping*, NeurIPS
 2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288))."""
+STARTED = ", starting from weights whose own training may have used labels (see the table)"
 OTHER = "A {arch} without classifier. The table below holds all that is known of its training."
 HUB_LICENCES = {
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-2.0", "cc-by-2.5",
@@ -52,6 +53,7 @@ TITLES = {
     "branch": "Encoder",
     "run": "Run",
     "imported": "Imported from",
+    "start": "Started from",
     "prefix": "Prefix of the weights there",
     "step": "Optimiser steps",
     "optimizer": "Optimiser",
@@ -84,6 +86,7 @@ def model_card(backbone: Backbone) -> str:
             encoder=in_markdown(f"{known.get('branch', '')} encoder".strip()),
             arch=backbone.arch,
             by="" if "imported" in known else " by slotstream",
+            start=STARTED if "start" in known else "",
         ),
         facts=facts,
         license=in_markdown(" ".join(known.get("data_license", "not stated").split())),
