@@ -19,10 +19,13 @@ from tools.packing.images import Storage
 from tools.packing.job import job_of, shard_path
 from tools.packing.lists import listed
 from tools.packing.merge import merge_job
+from tools.packing.parquet import parquet
 from tools.packing.run import Summary, is_complete, is_interrupted, pack
 from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source
 from train.run.cli import CommandParser, check_writable, run
 
+SHARDED = {"parquet": (parquet, "column")}
+"""Sources whose shards have named parts: the function, and what a part is."""
 MAX_WORKERS = 1024
 """Threads. Each has up to four batches in memory."""
 
@@ -34,6 +37,7 @@ EPILOG = """examples:
   python -m tools.build_dataset openimages --root /data/oi --out oi.beton --store auto --budget 400GB
   python -m tools.build_dataset folder --root ~/photos --out photos.beton --on-error skip
   python -m tools.build_dataset list --list train.csv --root /data --out mine.beton
+  python -m tools.build_dataset parquet --root '/data/in1k/data/train-*.parquet' --out in1k.beton
   python -m tools.build_dataset imagenet --root /data/imagenet --out in1k.beton --shard 3/16
   python -m tools.build_dataset merge in1k.shard-*-of-16.beton --out in1k.beton
   python -m tools.build_dataset sample --out sample.beton
@@ -104,7 +108,10 @@ def _source(args: argparse.Namespace, out: Path) -> Source:
         return SOURCES["folder"](root / "train" / "images")
     if args.source == "list":
         return listed(args.list, args.root)
-    source = SOURCES[args.source](args.root)
+    if args.source in SHARDED:
+        source = SHARDED[args.source][0](args.root, args.image, args.label)
+    else:
+        source = SOURCES[args.source](args.root)
     say_found(len(source) - len(source.faults), source.root, source.left)
     if source.sidecars:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.sidecars.most_common(8))
@@ -159,6 +166,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--root", type=Path, required=True, metavar="DIR", help="folder of the data set"
         )
+        _add_storage(command)
+    for name, (build, parts) in SHARDED.items():
+        command = _add_command(commands, name, build.__doc__ or "")
+        command.add_argument(
+            "--root", type=Path, required=True, metavar="PATH",
+            help="file, folder or pattern of the shards",
+        )  # fmt: skip
+        for option, kind in (("image", "images"), ("label", "labels")):
+            command.add_argument(f"--{option}", metavar="NAME", help=f"{parts} of the {kind}")
         _add_storage(command)
     command = _add_command(commands, "list", listed.__doc__ or "")
     command.add_argument("--list", type=Path, required=True, metavar="FILE", help="the list")

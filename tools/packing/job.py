@@ -113,7 +113,7 @@ def _listing_digest(kind: str, source: Source, options: dict[str, Any]) -> str:
 
 def _location_digest(source: Source) -> str:
     """Digest of where the images are."""
-    containers = [str(path) for path in source.containers]
+    containers = [str(container) for container in source.containers]
     digest = hashlib.sha256(repr((str(source.root), containers, source.faults)).encode())
     for column in (source.container, source.offset, source.size, source.crc):
         digest.update(memoryview(column).cast("B"))

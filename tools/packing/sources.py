@@ -14,7 +14,8 @@ from pipeline import folders
 from pipeline.errors import UserError, printable
 from pipeline.formats import IMAGE_SUFFIXES
 from tools.packing import archives, files
-from tools.packing.archives import Member
+from tools.packing.archives import Archive, Member
+from tools.packing.containers import Container
 
 KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 """Number of images in the data sets of published results."""
@@ -46,14 +47,14 @@ class Source:
     """Number of files and folders that were left aside, by reason."""
     sidecars: Counter[str] = field(default_factory=Counter)
     """Of these, files that say something of an image, by suffix: labels or captions."""
-    containers: list[Path] = field(default_factory=list)
-    """The archives."""
+    containers: list[Container] = field(default_factory=list)
+    """The archives and tables."""
     container: array = field(default_factory=lambda: array("i"))
-    """Number of each image's archive in `containers`; -1 for a file outside of archives."""
+    """Number of each image's container in `containers`; -1 for a file outside of them."""
     offset: array = field(default_factory=lambda: array("q"))
-    """Position of each image's bytes in the archive."""
+    """Position of each image's bytes in the archive, or number of its row in the table."""
     size: array = field(default_factory=lambda: array("q"))
-    """Bytes of each image in the archive; negative if they are deflated."""
+    """Bytes of each image in the archive; negative if they are deflated. 0 in a table."""
     crc: array = field(default_factory=lambda: array("q"))
     """The archive's CRC-32 of each image; -1 without one."""
 
@@ -68,12 +69,18 @@ class Source:
     def add_archive(self, path: Path, chosen: Iterable[Member]) -> None:
         """Add images of the archive at `path`. The members already have the names to store."""
         number = len(self.containers)
-        self.containers.append(path)
+        self.containers.append(Archive(path))
         for member in chosen:
             if member.fault:
                 self.faults[len(self.names)] = member.fault
             size = -member.size if member.deflated else member.size
             self._add(member.name, number, member.offset, size, member.crc)
+
+    def add_rows(self, table: Container, names: Iterable[str]) -> None:
+        """Add all rows of a table under these names."""
+        self.containers.append(table)
+        for row, name in enumerate(names):
+            self._add(name, len(self.containers) - 1, row)
 
     def add_fault(self, name: str, reason: str) -> None:
         """Add a file or folder that cannot be packed."""
