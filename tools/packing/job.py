@@ -66,7 +66,7 @@ def job_of(
     Raises:
         UserError: if the shard is empty.
     """
-    options = asdict(storage)
+    options = asdict(storage) | source.options
     if not storage.tiles:
         del options["tiles"]  # as earlier versions, whose shards and unfinished betons stay usable
     listing = _listing_digest(kind, source, options)

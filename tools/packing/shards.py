@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline import folders
 from pipeline.errors import UserError, printable
 from tools.packing import files
-from tools.packing.sources import Source
+from tools.packing.sources import Source, require_any
 
 _GLOB = re.compile(r"[*?]")
 _BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
@@ -28,7 +28,7 @@ def add_shards(
         add(source.root / name, name)
     if not len(source):
         raise UserError(f"{source.root / pattern}: the shards hold no images")
-    return source
+    return require_any(source)
 
 
 def find_shards(root: Path, suffix: str) -> tuple[Path, str]:
