@@ -33,7 +33,8 @@ LOADED_INDIRECTLY = {
     "ffcv",  # its native library
 }
 
-OPTIONAL = {"nvidia", "pydensecrf", "pynvml", "timm"}  # extras (nvidia: DALI), imported when used
+OPTIONAL = {"nvidia", "pyarrow", "pydensecrf", "pynvml", "timm"}
+"""Of the extras (nvidia: DALI), imported when used."""
 
 # Paths and hosts of one machine or network. The brackets keep this file from matching itself.
 LOCAL_NAMES = re.compile(

@@ -39,7 +39,7 @@ def listed(path: Path, root: Path | None = None) -> Source:
     if labels and len(labels) < len(rows):
         raise UserError(f"{path}: {len(rows) - len(labels):,} of {len(rows):,} rows have no label")
     if labels:
-        source.labels, source.classes = _ranked(path, labels)
+        source.labels, source.classes = ranked(path, labels)
     top = str(source.root.absolute())
     join = os.path.join  # a Path takes ten times as long
     return mark_duplicates(source, lambda name: os.path.normpath(join(top, name)))
@@ -138,18 +138,20 @@ _SECOND_COLUMN = re.compile(
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
-def _ranked(path: Path, labels: list[str]) -> tuple[array, list[str] | None]:
-    """Labels and class names: whole numbers unchanged, or the rank of each name.
+def ranked(path: Path, labels: list[str]) -> tuple[array, list[str] | None]:
+    """Labels and class names of `path`: whole numbers unchanged, or the rank of each name. An empty
+    text, of an image that is a fault, is -1.
 
     Refuses numbers that cannot be stored. As names they would be renumbered, "10" before "2".
     """
-    odd = next((label for label in labels if _whole(label) is None), None)
+    known = set(labels) - {""}
+    odd = next((label for label in labels if label and _whole(label) is None), None)
     if odd is None:
-        return array("q", map(int, labels)), None
-    classes = sorted(set(labels))
+        return array("q", (int(label or -1) for label in labels)), None
+    classes = sorted(known)
     if all(_NUMBER.fullmatch(name) for name in classes):
-        raise UserError(f"{path}: label {odd}: numbers must be whole and fit 64 bits")
-    rank = {name: label for label, name in enumerate(classes)}
+        raise UserError(f"{path}: label {printable(odd)}: numbers must be whole and fit 64 bits")
+    rank = {name: label for label, name in enumerate(classes)} | {"": -1}
     return array("q", (rank[label] for label in labels)), classes
 
 

@@ -6,15 +6,17 @@ To add a data set, write a function from its root folder to a `Source` and add i
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline import folders
 from pipeline.errors import UserError, printable
 from pipeline.formats import IMAGE_SUFFIXES
+from pipeline.manifest import Option
 from tools.packing import archives, files
-from tools.packing.archives import Member
+from tools.packing.archives import Archive, Member
+from tools.packing.containers import Container
 
 KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 """Number of images in the data sets of published results."""
@@ -46,16 +48,18 @@ class Source:
     """Number of files and folders that were left aside, by reason."""
     sidecars: Counter[str] = field(default_factory=Counter)
     """Of these, files that say something of an image, by suffix: labels or captions."""
-    containers: list[Path] = field(default_factory=list)
-    """The archives."""
+    containers: list[Container] = field(default_factory=list)
+    """The archives and tables."""
     container: array = field(default_factory=lambda: array("i"))
-    """Number of each image's archive in `containers`; -1 for a file outside of archives."""
+    """Number of each image's container in `containers`; -1 for a file outside of them."""
     offset: array = field(default_factory=lambda: array("q"))
-    """Position of each image's bytes in the archive."""
+    """Position of each image's bytes in the archive, or number of its row in the table."""
     size: array = field(default_factory=lambda: array("q"))
-    """Bytes of each image in the archive; negative if they are deflated."""
+    """Bytes of each image in the archive; negative if they are deflated. 0 in a table."""
     crc: array = field(default_factory=lambda: array("q"))
     """The archive's CRC-32 of each image; -1 without one."""
+    options: dict[str, Option] = field(default_factory=dict)
+    """What was chosen of it, for the manifest."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,20 +69,49 @@ class Source:
         for name in names:
             self._add(name)
 
-    def add_archive(self, path: Path, chosen: Iterable[Member]) -> None:
-        """Add images of the archive at `path`. The members already have the names to store."""
+    def add_archive(self, archive: Archive, chosen: Iterable[Member]) -> None:
+        """Add images of an archive. The members already have the names to store."""
         number = len(self.containers)
-        self.containers.append(path)
+        self.containers.append(archive)
         for member in chosen:
             if member.fault:
                 self.faults[len(self.names)] = member.fault
             size = -member.size if member.deflated else member.size
             self._add(member.name, number, member.offset, size, member.crc)
 
+    def add_rows(self, table: Container, names: Iterable[str]) -> None:
+        """Add all rows of a table under these names."""
+        self.containers.append(table)
+        for row, name in enumerate(names):
+            self._add(name, len(self.containers) - 1, row)
+
     def add_fault(self, name: str, reason: str) -> None:
         """Add a file or folder that cannot be packed."""
         self.faults[len(self.names)] = reason
         self._add(name)
+
+    def take(self, positions: Sequence[int]) -> "Source":
+        """The images at these positions, in ascending order."""
+
+        def column(values: array) -> array:
+            return array(values.typecode, (values[i] for i in positions))
+
+        new = replace(
+            self,
+            names=[self.names[i] for i in positions],
+            labels=None if self.labels is None else column(self.labels),
+            faults={k: self.faults[i] for k, i in enumerate(positions) if i in self.faults},
+            container=column(self.container),
+            offset=column(self.offset),
+            size=column(self.size),
+            crc=column(self.crc),
+        )
+        expected: dict[int, list[int]] = {number: [] for number in range(len(self.containers))}
+        for number, offset in zip(new.container, new.offset, strict=True):
+            expected.setdefault(number, []).append(offset)
+        for number, container in enumerate(self.containers):
+            container.expect(expected[number])
+        return new
 
     def _add(
         self, name: str, container: int = -1, offset: int = 0, size: int = 0, crc: int = -1
@@ -132,7 +165,7 @@ def imagenet(root: Path) -> Source:
             f"{folder}: holds .cls files beside its images, as a WebDataset does: its archives are"
             " no classes; `folder` packs the images without labels"
         )
-    return _require_any(source)
+    return require_any(source)
 
 
 def bdd100k(root: Path) -> Source:
@@ -146,7 +179,7 @@ def bdd100k(root: Path) -> Source:
         return _flat(root, "images/100k/train")
     source = Source(root)
     _add_archive(source, archive, r"(?:(?:.*/)?train/)?([^/]+)", "images/100k/train")
-    return _require_any(source)
+    return require_any(source)
 
 
 def openimages(root: Path) -> Source:
@@ -181,7 +214,7 @@ def _flat(root: Path, *names: str) -> Source:
             _add_archive(source, archive, r"(?:.*/)?([^/]+)", name)
         else:
             _add_folder(source, name, "*.jpg")
-    return _require_any(source)
+    return require_any(source)
 
 
 def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> None:
@@ -227,7 +260,7 @@ def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
             chosen.append(member._replace(name="/".join([folder, *match.groups()])))
         else:
             source.left[f"images in other folders of {top}"] += 1
-    source.add_archive(path, sorted(chosen))
+    source.add_archive(Archive(path), sorted(chosen))
     if len(source) == before:
         raise UserError(f"{path}: holds no image files where they are expected")
     mark_duplicates(source, start=before)
@@ -258,7 +291,7 @@ def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
     source.classes = sorted({wnid for wnid in wnids if wnid})
     rank = {name: label for label, name in enumerate(source.classes)}
     source.labels = array("q", (rank[wnid] if wnid else -1 for wnid in wnids))
-    return _require_any(source)
+    return require_any(source)
 
 
 def _tree(root: Path, start: str, expected: str) -> Source:
@@ -284,7 +317,7 @@ def _tree(root: Path, start: str, expected: str) -> Source:
                 member._replace(name=f"{name}/{member.name}".rstrip("/"))
                 for member in _members(source, root / name)
             )
-            source.add_archive(root / name, sorted(files.bounded(chosen, root / name)))
+            source.add_archive(Archive(root / name), sorted(files.bounded(chosen, root / name)))
         else:
             is_image = folders.is_image(name, source.left)
             source.add_files([name] * is_image)
@@ -293,10 +326,10 @@ def _tree(root: Path, start: str, expected: str) -> Source:
         raise UserError(
             f"{root}: expected {expected} ({' '.join(IMAGE_SUFFIXES)}); {files.contents(root)}"
         )
-    return _require_any(mark_duplicates(source) if source.containers else source)
+    return require_any(mark_duplicates(source) if source.containers else source)
 
 
-def _require_any(source: Source) -> Source:
+def require_any(source: Source) -> Source:
     """Refuse a source without a good image."""
     if len(source.faults) == len(source):
         more = f" (and {len(source) - 1:,} more like it)" if len(source) > 1 else ""
