@@ -25,7 +25,7 @@ EXTRAS = [
     Requirement(text) for extra in PROJECT["optional-dependencies"].values() for text in extra
 ]
 
-PACKAGES = ("pipeline", "model", "train", "tools", "evaluation", "transfer")
+PACKAGES = ("slotstream", "pipeline", "model", "train", "tools", "evaluation", "transfer")
 
 # Dependencies that only another package imports.
 LOADED_INDIRECTLY = {

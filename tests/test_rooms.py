@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools": {
         "tools.packing", "tools.report", "tools.weights", "train", "train.run", "model", "pipeline",
     },
+    "slotstream": {"train.run", "pipeline"},
 }  # fmt: skip
 """The other rooms that the modules of each room may import. A module belongs to the longest name
 that its own name begins with."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.commands import as_called
 from pipeline.errors import UserError, one_line, safe_lines
 from pipeline.folders import refuse_url
 from train.run.environment import check_before_import
@@ -63,14 +64,20 @@ def _escaping(write: Callable[[str], int], bars: bool) -> Callable[[str], int]:
 def print_error(message: str | UserError) -> None:
     """One line on stderr, and one for each of the details."""
     lines = message.lines if isinstance(message, UserError) else [message]
-    print("error: " + "\n  ".join(map(one_line, lines)), file=sys.stderr)
+    print("error: " + as_called("\n  ".join(map(one_line, lines))), file=sys.stderr)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Prints each error as one line, and keeps the line breaks of its help texts."""
+    """Prints each error as one line, keeps the line breaks of its help texts, and names itself as
+    it was called.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.prog = as_called(self.prog)
+
+    def format_help(self) -> str:
+        return as_called(super().format_help())
 
     def parse_args(  # type: ignore[override]
         self, *arguments: Any, **options: Any

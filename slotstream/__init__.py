@@ -1,0 +1,1 @@
+"""Pre-training of SlotCon on scene images, built around its data path."""
