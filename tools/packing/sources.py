@@ -91,7 +91,7 @@ class Source:
         self._add(name)
 
     def take(self, positions: Sequence[int]) -> "Source":
-        """The images at these positions, in ascending order."""
+        """The images at these positions, in their order."""
 
         def column(values: array) -> array:
             return array(values.typecode, (values[i] for i in positions))
@@ -126,23 +126,25 @@ class Source:
 
 
 def coco(root: Path) -> Source:
-    """COCO: ROOT/train2017/*.jpg, or ROOT/train2017.zip."""
-    return _flat(root, "train2017")
+    """COCO: ROOT/train2017/*.jpg, or ROOT/train2017.zip; also in ROOT/coco2017, as from Kaggle."""
+    return _flat(_found(root, "train2017", "coco2017"), "train2017")
 
 
 def cocoplus(root: Path) -> Source:
     """COCO+: ROOT/train2017/*.jpg and ROOT/unlabeled2017/*.jpg, or zip files of these names."""
-    return _flat(root, "train2017", "unlabeled2017")
+    return _flat(_found(root, "train2017", "coco2017"), "train2017", "unlabeled2017")
 
 
 def imagenet(root: Path) -> Source:
     """ImageNet: ROOT/train/<wnid>/*.JPEG, ROOT/train/<wnid>.tar, or ROOT/ILSVRC2012_img_train.tar.
 
-    The label is the rank of the wnid in sorted order.
+    ROOT/train may also be ROOT/ILSVRC/Data/CLS-LOC/train, as from Kaggle, or ROOT itself. The label
+    is the rank of the wnid in sorted order.
     """
     whole = root / "ILSVRC2012_img_train.tar"
     if not folders.is_folder(root / "train") and folders.is_file(whole):
         return _imagenet_of_one_tar(root, whole)
+    root = _found(root, "train", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
     folder = files.require_folder(root, "train", "<wnid>/*.JPEG")
     source = Source(root, classes=[], labels=array("q"))
     entries = list(files.entries(folder, source.left))
@@ -194,14 +196,51 @@ def folder(root: Path) -> Source:
     return _tree(root, "", "image files")
 
 
+def imagefolder(root: Path) -> Source:
+    """torchvision's ImageFolder: all images below ROOT/<class>, also in .tar and .zip files.
+
+    The label is the rank of the class in sorted order; the images are sorted by class and path.
+    """
+    folders.require_root(root)
+    whole = _tree(root, "", "<class>/ with image files")
+    parts = [name.split("/", 1) for name in whole.names]
+    outside = {i for i, part in enumerate(parts) if len(part) == 1 and i not in whole.faults}
+    whole.left["images in no class"] += len(outside)
+    order = sorted(set(range(len(whole))) - outside, key=parts.__getitem__)
+    source = whole.take(order)
+    names = [part[0] if len(part) == 2 else "" for part in map(parts.__getitem__, order)]
+    names = [files.stem(name) if archives.is_archive(name) else name for name in names]
+    source.classes = sorted(set(names) - {""})
+    if not source.classes:
+        raise UserError(f"{root}: expected a folder per class; {files.contents(root)}")
+    rank = {name: label for label, name in enumerate(source.classes)} | {"": -1}
+    source.labels = array("q", map(rank.__getitem__, names))
+    return source
+
+
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "coco": coco,
     "cocoplus": cocoplus,
     "imagenet": imagenet,
     "bdd100k": bdd100k,
     "openimages": openimages,
+    "imagefolder": imagefolder,
     "folder": folder,
 }
+
+
+def _found(root: Path, name: str, *inside: str) -> Path:
+    """The folder that holds `name`: `root`, one of the folders `inside` it, or the one that holds
+    `root`, if that is called `name`; `root` if there is none.
+    """
+    if any(
+        folders.is_folder(root / name) or folders.is_file(root / f"{name}{suffix}")
+        for suffix in archives.SUFFIXES
+    ):
+        return root
+    if found := next((root / one for one in inside if folders.is_folder(root / one / name)), None):
+        return found
+    return root.parent if root.name == name and folders.is_folder(root) else root
 
 
 def _flat(root: Path, *names: str) -> Source:
