@@ -3,6 +3,7 @@
 To add a data set, write a function from its root folder to a `Source` and add it to `SOURCES`.
 """
 
+import os
 import re
 from array import array
 from collections import Counter
@@ -17,6 +18,7 @@ from pipeline.manifest import Option
 from tools.packing import archives, files
 from tools.packing.archives import Archive, Member
 from tools.packing.containers import Container
+from tools.packing.places import Place, is_file, require_root, walk
 
 KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 """Number of images in the data sets of published results."""
@@ -35,7 +37,7 @@ class Source:
     per image.
     """
 
-    root: Path
+    root: Place
     names: list[str] = field(default_factory=list)
     """Paths below `root` with forward slashes, as if all archives were unpacked."""
     classes: list[str] | None = None
@@ -160,7 +162,7 @@ def imagenet(root: Path) -> Source:
         )
     for label, wnid in enumerate(source.classes):
         of_class = sorted(name for name, stem in packed.items() if stem == wnid)
-        _add_class(source, wnid, wnid in unpacked, of_class)
+        _add_class(source, root, wnid, wnid in unpacked, of_class)
         source.labels.extend([label] * (len(source) - len(source.labels)))  # type: ignore
     if source.sidecars[".cls"]:
         raise UserError(
@@ -190,18 +192,23 @@ def openimages(root: Path) -> Source:
     return _tree(root, "train", "train*/ with image files")
 
 
-def folder(root: Path) -> Source:
-    """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path."""
-    folders.require_root(root)
+def folder(root: Place) -> Source:
+    """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path.
+
+    ROOT may also be one such file.
+    """
+    if root.name.lower().endswith(archives.SUFFIXES) and is_file(root, archives.SUFFIXES):
+        return _tree(root.parent, "", "image files", root.name)
+    require_root(root)
     return _tree(root, "", "image files")
 
 
-def imagefolder(root: Path) -> Source:
+def imagefolder(root: Place) -> Source:
     """torchvision's ImageFolder: all images below ROOT/<class>, also in .tar and .zip files.
 
     The label is the rank of the class in sorted order; the images are sorted by class and path.
     """
-    folders.require_root(root)
+    require_root(root)
     whole = _tree(root, "", "<class>/ with image files")
     parts = [name.split("/", 1) for name in whole.names]
     outside = {i for i, part in enumerate(parts) if len(part) == 1 and i not in whole.faults}
@@ -252,14 +259,14 @@ def _flat(root: Path, *names: str) -> Source:
             # Such files contain train2017/x.jpg, x.jpg or ./x.jpg: only the last part counts.
             _add_archive(source, archive, r"(?:.*/)?([^/]+)", name)
         else:
-            _add_folder(source, name, "*.jpg")
+            _add_folder(source, root, name, "*.jpg")
     return require_any(source)
 
 
-def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> None:
+def _add_class(source: Source, root: Path, wnid: str, unpacked: bool, packed: list[str]) -> None:
     """Add an ImageNet class from its folder or archive. A second one of the class is a fault."""
     if unpacked:
-        _add_folder(source, f"train/{wnid}", "*.JPEG")
+        _add_folder(source, root, f"train/{wnid}", "*.JPEG")
     for name in packed:
         path = f"train/{name}"
         if unpacked or name != packed[0]:
@@ -267,12 +274,12 @@ def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> 
         elif name.lower().endswith(archives.UNREAD):
             source.add_fault(path, archives.COMPRESSED)
         else:
-            _add_archive(source, source.root / path, r"(?:.*/)?([^/]+)", f"train/{wnid}")
+            _add_archive(source, root / path, r"(?:.*/)?([^/]+)", f"train/{wnid}")
 
 
-def _add_folder(source: Source, name: str, content: str) -> None:
+def _add_folder(source: Source, root: Path, name: str, content: str) -> None:
     """Add the images directly in ROOT/name, sorted."""
-    folder, before = files.require_folder(source.root, name, content), len(source)
+    folder, before = files.require_folder(root, name, content), len(source)
     names = []
     for entry in files.entries(folder, source.left):
         if folders.is_dir(entry):
@@ -284,12 +291,12 @@ def _add_folder(source: Source, name: str, content: str) -> None:
         raise UserError(f"{folder}: expected image files; {files.contents(folder)}")
 
 
-def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
+def _add_archive(source: Source, path: Place, pattern: str, folder: str) -> None:
     """Add the images of an archive whose names match `pattern`, sorted, and the archive's faults.
 
     The stored name is `folder` and the groups of `pattern`.
     """
-    before, top = len(source), path.relative_to(source.root).as_posix()
+    before, top = len(source), os.path.relpath(str(path), str(source.root))
     chosen = []
     for member in files.bounded(_members(source, path), path):
         match = re.fullmatch(pattern, member.name)
@@ -305,7 +312,7 @@ def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
     mark_duplicates(source, start=before)
 
 
-def _members(source: Source, path: Path) -> Iterator[Member]:
+def _members(source: Source, path: Place) -> Iterator[Member]:
     """The images in an archive, and the faults of the archive and of the archives in it."""
     samples = _Samples(source.sidecars)
     for member in archives.members(path):
@@ -333,14 +340,16 @@ def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
     return require_any(source)
 
 
-def _tree(root: Path, start: str, expected: str) -> Source:
+def _tree(root: Place, start: str, expected: str, only: str = "") -> Source:
     """All images below the entries of `root` whose names begin with `start`, sorted by path. The
-    images of an archive stand where a folder of its name would.
+    images of an archive stand where a folder of its name would. `only` is the one entry to search.
     """
     source = Source(root)
     names: list[str] = []
     reasons: dict[str, str] = {}  # apart: a pair for each name would take much memory
-    for name, reason in files.bounded(folders.walk(root, source.left, start), root):
+    for name, reason in files.bounded(
+        [(only, "")] if only else walk(root, source.left, start), root
+    ):
         names.append(name)
         if reason:
             reasons[name] = reason
