@@ -33,7 +33,7 @@ LOADED_INDIRECTLY = {
     "ffcv",  # its native library
 }
 
-OPTIONAL = {"nvidia", "pyarrow", "pydensecrf", "pynvml", "timm"}
+OPTIONAL = {"aiohttp", "fsspec", "nvidia", "pyarrow", "pydensecrf", "pynvml", "timm"}
 """Of the extras (nvidia: DALI), imported when used."""
 
 # Paths and hosts of one machine or network. The brackets keep this file from matching itself.

@@ -20,6 +20,7 @@ from tools.packing.job import job_of, shard_path
 from tools.packing.lists import listed
 from tools.packing.merge import merge_job
 from tools.packing.parquet import parquet
+from tools.packing.remote import place
 from tools.packing.run import Summary, is_complete, is_interrupted, pack
 from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source
 from tools.packing.subset import subset
@@ -28,6 +29,8 @@ from train.run.cli import CommandParser, check_writable, run
 
 SHARDED = {"parquet": (parquet, "column"), "webdataset": (webdataset, "ending")}
 """Sources whose shards have named parts: the function, and what a part is."""
+REMOTE = ("folder", "imagefolder")
+"""Sources below a root that may be a URL; those of `SHARDED` and `list` may too."""
 MAX_WORKERS = 1024
 """Threads. Each has up to four batches in memory."""
 
@@ -41,6 +44,7 @@ EPILOG = """examples:
   python -m tools.build_dataset list --list train.csv --root /data --out mine.beton
   python -m tools.build_dataset parquet --root '/data/in1k/data/train-*.parquet' --out in1k.beton
   python -m tools.build_dataset webdataset --root '/data/shard-{000000..000099}.tar' --out w.beton
+  python -m tools.build_dataset folder --root s3://bucket/photos --out photos.beton
   python -m tools.build_dataset imagenet --root /data/imagenet --out in118k.beton --subset 118000
   python -m tools.build_dataset imagenet --root /data/imagenet --out in1k.beton --shard 3/16
   python -m tools.build_dataset merge in1k.shard-*-of-16.beton --out in1k.beton
@@ -182,15 +186,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, build in SOURCES.items():
         command = _add_command(commands, name, build.__doc__ or "")
         command.add_argument(
-            "--root", type=Path, required=True, metavar="DIR", help="folder of the data set"
-        )
+            "--root", type=place if name in REMOTE else Path, required=True, metavar="DIR",
+            help="folder of the data set" + ", or its URL" * (name in REMOTE),
+        )  # fmt: skip
         _add_subset(command)
         _add_storage(command)
     for name, (build, parts) in SHARDED.items():
         command = _add_command(commands, name, build.__doc__ or "")
         command.add_argument(
-            "--root", type=Path, required=True, metavar="PATH",
-            help="file, folder or pattern of the shards",
+            "--root", type=place, required=True, metavar="PATH",
+            help="file, folder or pattern of the shards, or its URL",
         )  # fmt: skip
         for option, kind in (("image", "images"), ("label", "labels")):
             command.add_argument(f"--{option}", metavar="NAME", help=f"{parts} of the {kind}")
@@ -199,7 +204,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = _add_command(commands, "list", listed.__doc__ or "")
     command.add_argument("--list", type=Path, required=True, metavar="FILE", help="the list")
     command.add_argument(
-        "--root", type=Path, metavar="DIR", help="folder of the paths (default: list's)"
+        "--root",
+        type=place,
+        metavar="DIR",
+        help="folder of the paths, or its URL (default: list's)",
     )
     _add_subset(command)
     _add_storage(command)

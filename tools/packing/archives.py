@@ -7,14 +7,14 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
 from pipeline.errors import BadImage
 from pipeline.images import Limits
-from tools.packing.containers import Blob, LocalBlob
+from tools.packing.containers import Blob
+from tools.packing.places import Place, open_blob
 
 SUFFIXES = (".tar", ".zip")
 UNREAD = (
@@ -84,14 +84,14 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(SUFFIXES + UNREAD)
 
 
-def members(path: Path) -> Iterator[Member]:
+def members(path: Place) -> Iterator[Member]:
     """The files in an archive, and in the .tar files in it, in the archive's order.
 
     If an archive is damaged, cut short or unreadable, the last member is the archive itself, with
     a fault.
     """
     try:
-        with LocalBlob(path) as file:
+        with open_blob(path) as file:
             if path.name.lower().endswith(".zip"):
                 yield from _zip(file)
             else:
@@ -107,7 +107,7 @@ class Archive:
     size of a deflated one is negative.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
 
     def __str__(self) -> str:
@@ -115,7 +115,7 @@ class Archive:
 
     def open(self) -> "_OpenArchive":
         """Raises OSError."""
-        return _OpenArchive(LocalBlob(self.path))
+        return _OpenArchive(open_blob(self.path))
 
     def expect(self, offsets: Iterable[int]) -> None:
         """Each image is read on its own."""

@@ -13,14 +13,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadImage, UserError, one_line
 from pipeline.images import Limits
 from tools.packing import archives
-from tools.packing.containers import Blob, LocalBlob
+from tools.packing.places import Place, open_blob
 from tools.packing.shards import add_shards, find_shards
 from tools.packing.sources import Source
 
@@ -44,7 +42,7 @@ _ERRORS = (  # of pyarrow, on damaged files
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 
 
-def parquet(root: Path, image: str | None = None, label: str | None = None) -> Source:
+def parquet(root: Place, image: str | None = None, label: str | None = None) -> Source:
     """Parquet files of Hugging Face's layout: rows of image: {bytes, path} and label.
 
     ROOT is a file, a folder of shards, a folder datasets--ORG--NAME of Hugging Face's cache, or a
@@ -56,10 +54,10 @@ def parquet(root: Path, image: str | None = None, label: str | None = None) -> S
     source = Source(base)
     first: _Columns | None = None
 
-    def add(path: Path, name: str) -> None:
+    def add(path: Place, name: str) -> None:
         nonlocal first
         try:
-            table = Table(str(path), partial(LocalBlob, path), image, label, first)
+            table = Table(path, image, label, first)
             if first is None:
                 first = table.columns
                 source.classes = first.classes
@@ -96,18 +94,17 @@ class Table:
 
     def __init__(
         self,
-        path: str,
-        blob: Callable[[], Blob],
+        path: Place,
         image: str | None,
         label: str | None,
         first: _Columns | None,
     ) -> None:
-        self._path, self._blob = path, blob
+        self._path = path
         with self._file() as file:
             self._metadata = file.metadata
             schema = file.schema_arrow
         try:
-            self.columns = _columns(path, schema, image, label)
+            self.columns = _columns(str(path), schema, image, label)
         except UserError as error:
             if first is None:
                 raise
@@ -125,7 +122,7 @@ class Table:
         self._lock = threading.Lock()
 
     def __str__(self) -> str:
-        return self._path
+        return str(self._path)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -187,7 +184,7 @@ class Table:
             from pyarrow.parquet import ParquetFile
         except ImportError:
             raise UserError("parquet needs pyarrow: pip install slotstream[parquet]") from None
-        with _readable(), self._blob() as blob:
+        with _readable(), open_blob(self._path) as blob:
             yield ParquetFile(
                 blob,
                 metadata=metadata,

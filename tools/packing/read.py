@@ -1,12 +1,12 @@
 """Reading images from their files or archives, and converting them to their stored form."""
 
-import os
 from contextlib import closing
 
 from pipeline.errors import BadImage
-from pipeline.images import LIMITS, Limits, read_file
+from pipeline.images import LIMITS, Limits
 from tools.packing.containers import Reading
 from tools.packing.images import Packed, Storage, pack_image
+from tools.packing.places import read
 from tools.packing.sources import Source
 
 MAX_BATCH = 16 << 20
@@ -54,8 +54,7 @@ class _Reader:
         if i in source.faults:
             raise BadImage(source.faults[i])
         if source.container[i] < 0:
-            path = os.path.join(source.root, source.names[i])  # noqa: PTH118
-            return read_file(path, self.limits)
+            return read(source.root / source.names[i], self.limits)
         container = self._opened(source.container[i])
         return container.read(source.offset[i], source.size[i], source.crc[i], self.limits)
 

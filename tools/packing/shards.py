@@ -9,6 +9,8 @@ from pathlib import Path
 from pipeline import folders
 from pipeline.errors import UserError, printable
 from tools.packing import files
+from tools.packing.places import Place, is_file, walk
+from tools.packing.remote import Remote
 from tools.packing.sources import Source, require_any
 
 _GLOB = re.compile(r"[*?]")
@@ -19,7 +21,7 @@ MAX_SHARDS = 1_000_000
 
 
 def add_shards(
-    source: Source, pattern: str, suffix: str, add: Callable[[Path, str], None]
+    source: Source, pattern: str, suffix: str, add: Callable[[Place, str], None]
 ) -> Source:
     """Call `add` with the path and the name of each shard, in order, and refuse a source in which
     nothing is good. `pattern` is what `find_shards` returned.
@@ -31,14 +33,16 @@ def add_shards(
     return require_any(source)
 
 
-def find_shards(root: Path, suffix: str) -> tuple[Path, str]:
+def find_shards(root: Place, suffix: str) -> tuple[Place, str]:
     """The folder of the shards that `--root` names, and their pattern below it: "" for all.
 
     `root` is a file, a folder, a folder of Hugging Face's cache, or a path with {000..123}, {a,b},
-    * or ?.
+    * or ?. Of a URL, only the last part can be a pattern.
     """
-    if folders.is_file(root):
+    if (re.search(r"[*?{]", root.name) and isinstance(root, Remote)) or is_file(root, (suffix,)):
         return root.parent, root.name
+    if isinstance(root, Remote):
+        return root, ""
     if folders.is_folder(root):
         return _snapshot(root), ""
     parts = root.parts
@@ -63,7 +67,7 @@ def _snapshot(root: Path) -> Path:
     return snapshots / found[0]
 
 
-def _named(root: Path, pattern: str, suffix: str, left: folders.Left) -> Iterator[str]:
+def _named(root: Place, pattern: str, suffix: str, left: folders.Left) -> Iterator[str]:
     """The shards below `root` in order: those of `pattern`, or all if they are of one kind."""
     if pattern and not _GLOB.search(pattern):
         yield from expanded(pattern)
@@ -82,8 +86,8 @@ def _named(root: Path, pattern: str, suffix: str, left: folders.Left) -> Iterato
         yield from matching
 
 
-def _walked(root: Path, suffix: str, left: folders.Left) -> Iterator[str]:
-    for name, fault in files.bounded(folders.walk(root, left), root):
+def _walked(root: Place, suffix: str, left: folders.Left) -> Iterator[str]:
+    for name, fault in files.bounded(walk(root, left), root):
         if fault:
             raise UserError(f"{printable(str(root / name))}: {fault}")
         if name.lower().endswith(suffix):
@@ -118,7 +122,7 @@ def _choices(text: str) -> Iterable[str]:
     return (f"{number:0{padded}d}" for number in range(first, last + step, step))
 
 
-def _require_one_kind(root: Path, names: list[str], suffix: str) -> None:
+def _require_one_kind(root: Place, names: list[str], suffix: str) -> None:
     """Refuse shards of several splits, which must not be mixed, and an incomplete set of shards."""
     if not names:
         raise UserError(f"{root}: expected {suffix} files; {files.contents(root)}")

@@ -3,6 +3,7 @@
 To add a data set, write a function from its root folder to a `Source` and add it to `SOURCES`.
 """
 
+import os
 import re
 from array import array
 from collections import Counter
@@ -17,6 +18,7 @@ from pipeline.manifest import Option
 from tools.packing import archives, files
 from tools.packing.archives import Archive, Member
 from tools.packing.containers import Container
+from tools.packing.places import Place, is_file, require_root, walk
 
 KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 """Number of images in the data sets of published results."""
@@ -35,7 +37,7 @@ class Source:
     per image.
     """
 
-    root: Path
+    root: Place
     names: list[str] = field(default_factory=list)
     """Paths below `root` with forward slashes, as if all archives were unpacked."""
     classes: list[str] | None = None
@@ -91,7 +93,7 @@ class Source:
         self._add(name)
 
     def take(self, positions: Sequence[int]) -> "Source":
-        """The images at these positions, in ascending order."""
+        """The images at these positions, in their order."""
 
         def column(values: array) -> array:
             return array(values.typecode, (values[i] for i in positions))
@@ -126,23 +128,25 @@ class Source:
 
 
 def coco(root: Path) -> Source:
-    """COCO: ROOT/train2017/*.jpg, or ROOT/train2017.zip."""
-    return _flat(root, "train2017")
+    """COCO: ROOT/train2017/*.jpg, or ROOT/train2017.zip; also in ROOT/coco2017, as from Kaggle."""
+    return _flat(_found(root, "train2017", "coco2017"), "train2017")
 
 
 def cocoplus(root: Path) -> Source:
     """COCO+: ROOT/train2017/*.jpg and ROOT/unlabeled2017/*.jpg, or zip files of these names."""
-    return _flat(root, "train2017", "unlabeled2017")
+    return _flat(_found(root, "train2017", "coco2017"), "train2017", "unlabeled2017")
 
 
 def imagenet(root: Path) -> Source:
     """ImageNet: ROOT/train/<wnid>/*.JPEG, ROOT/train/<wnid>.tar, or ROOT/ILSVRC2012_img_train.tar.
 
-    The label is the rank of the wnid in sorted order.
+    ROOT/train may also be ROOT/ILSVRC/Data/CLS-LOC/train, as from Kaggle, or ROOT itself. The label
+    is the rank of the wnid in sorted order.
     """
     whole = root / "ILSVRC2012_img_train.tar"
     if not folders.is_folder(root / "train") and folders.is_file(whole):
         return _imagenet_of_one_tar(root, whole)
+    root = _found(root, "train", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
     folder = files.require_folder(root, "train", "<wnid>/*.JPEG")
     source = Source(root, classes=[], labels=array("q"))
     entries = list(files.entries(folder, source.left))
@@ -158,7 +162,7 @@ def imagenet(root: Path) -> Source:
         )
     for label, wnid in enumerate(source.classes):
         of_class = sorted(name for name, stem in packed.items() if stem == wnid)
-        _add_class(source, wnid, wnid in unpacked, of_class)
+        _add_class(source, root, wnid, wnid in unpacked, of_class)
         source.labels.extend([label] * (len(source) - len(source.labels)))  # type: ignore
     if source.sidecars[".cls"]:
         raise UserError(
@@ -188,10 +192,37 @@ def openimages(root: Path) -> Source:
     return _tree(root, "train", "train*/ with image files")
 
 
-def folder(root: Path) -> Source:
-    """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path."""
-    folders.require_root(root)
+def folder(root: Place) -> Source:
+    """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path.
+
+    ROOT may also be one such file.
+    """
+    if root.name.lower().endswith(archives.SUFFIXES) and is_file(root, archives.SUFFIXES):
+        return _tree(root.parent, "", "image files", root.name)
+    require_root(root)
     return _tree(root, "", "image files")
+
+
+def imagefolder(root: Place) -> Source:
+    """torchvision's ImageFolder: all images below ROOT/<class>, also in .tar and .zip files.
+
+    The label is the rank of the class in sorted order; the images are sorted by class and path.
+    """
+    require_root(root)
+    whole = _tree(root, "", "<class>/ with image files")
+    parts = [name.split("/", 1) for name in whole.names]
+    outside = {i for i, part in enumerate(parts) if len(part) == 1 and i not in whole.faults}
+    whole.left["images in no class"] += len(outside)
+    order = sorted(set(range(len(whole))) - outside, key=parts.__getitem__)
+    source = whole.take(order)
+    names = [part[0] if len(part) == 2 else "" for part in map(parts.__getitem__, order)]
+    names = [files.stem(name) if archives.is_archive(name) else name for name in names]
+    source.classes = sorted(set(names) - {""})
+    if not source.classes:
+        raise UserError(f"{root}: expected a folder per class; {files.contents(root)}")
+    rank = {name: label for label, name in enumerate(source.classes)} | {"": -1}
+    source.labels = array("q", map(rank.__getitem__, names))
+    return source
 
 
 SOURCES: dict[str, Callable[[Path], Source]] = {
@@ -200,8 +231,23 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "imagenet": imagenet,
     "bdd100k": bdd100k,
     "openimages": openimages,
+    "imagefolder": imagefolder,
     "folder": folder,
 }
+
+
+def _found(root: Path, name: str, *inside: str) -> Path:
+    """The folder that holds `name`: `root`, one of the folders `inside` it, or the one that holds
+    `root`, if that is called `name`; `root` if there is none.
+    """
+    if any(
+        folders.is_folder(root / name) or folders.is_file(root / f"{name}{suffix}")
+        for suffix in archives.SUFFIXES
+    ):
+        return root
+    if found := next((root / one for one in inside if folders.is_folder(root / one / name)), None):
+        return found
+    return root.parent if root.name == name and folders.is_folder(root) else root
 
 
 def _flat(root: Path, *names: str) -> Source:
@@ -213,14 +259,14 @@ def _flat(root: Path, *names: str) -> Source:
             # Such files contain train2017/x.jpg, x.jpg or ./x.jpg: only the last part counts.
             _add_archive(source, archive, r"(?:.*/)?([^/]+)", name)
         else:
-            _add_folder(source, name, "*.jpg")
+            _add_folder(source, root, name, "*.jpg")
     return require_any(source)
 
 
-def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> None:
+def _add_class(source: Source, root: Path, wnid: str, unpacked: bool, packed: list[str]) -> None:
     """Add an ImageNet class from its folder or archive. A second one of the class is a fault."""
     if unpacked:
-        _add_folder(source, f"train/{wnid}", "*.JPEG")
+        _add_folder(source, root, f"train/{wnid}", "*.JPEG")
     for name in packed:
         path = f"train/{name}"
         if unpacked or name != packed[0]:
@@ -228,12 +274,12 @@ def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> 
         elif name.lower().endswith(archives.UNREAD):
             source.add_fault(path, archives.COMPRESSED)
         else:
-            _add_archive(source, source.root / path, r"(?:.*/)?([^/]+)", f"train/{wnid}")
+            _add_archive(source, root / path, r"(?:.*/)?([^/]+)", f"train/{wnid}")
 
 
-def _add_folder(source: Source, name: str, content: str) -> None:
+def _add_folder(source: Source, root: Path, name: str, content: str) -> None:
     """Add the images directly in ROOT/name, sorted."""
-    folder, before = files.require_folder(source.root, name, content), len(source)
+    folder, before = files.require_folder(root, name, content), len(source)
     names = []
     for entry in files.entries(folder, source.left):
         if folders.is_dir(entry):
@@ -245,12 +291,12 @@ def _add_folder(source: Source, name: str, content: str) -> None:
         raise UserError(f"{folder}: expected image files; {files.contents(folder)}")
 
 
-def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
+def _add_archive(source: Source, path: Place, pattern: str, folder: str) -> None:
     """Add the images of an archive whose names match `pattern`, sorted, and the archive's faults.
 
     The stored name is `folder` and the groups of `pattern`.
     """
-    before, top = len(source), path.relative_to(source.root).as_posix()
+    before, top = len(source), os.path.relpath(str(path), str(source.root))
     chosen = []
     for member in files.bounded(_members(source, path), path):
         match = re.fullmatch(pattern, member.name)
@@ -266,7 +312,7 @@ def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
     mark_duplicates(source, start=before)
 
 
-def _members(source: Source, path: Path) -> Iterator[Member]:
+def _members(source: Source, path: Place) -> Iterator[Member]:
     """The images in an archive, and the faults of the archive and of the archives in it."""
     samples = _Samples(source.sidecars)
     for member in archives.members(path):
@@ -294,14 +340,16 @@ def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
     return require_any(source)
 
 
-def _tree(root: Path, start: str, expected: str) -> Source:
+def _tree(root: Place, start: str, expected: str, only: str = "") -> Source:
     """All images below the entries of `root` whose names begin with `start`, sorted by path. The
-    images of an archive stand where a folder of its name would.
+    images of an archive stand where a folder of its name would. `only` is the one entry to search.
     """
     source = Source(root)
     names: list[str] = []
     reasons: dict[str, str] = {}  # apart: a pair for each name would take much memory
-    for name, reason in files.bounded(folders.walk(root, source.left, start), root):
+    for name, reason in files.bounded(
+        [(only, "")] if only else walk(root, source.left, start), root
+    ):
         names.append(name)
         if reason:
             reasons[name] = reason

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from pipeline import folders
 from pipeline.errors import BadImage, UserError, printable
@@ -12,6 +11,7 @@ from tools.packing import archives, files
 from tools.packing.archives import Archive, Member
 from tools.packing.containers import Reading
 from tools.packing.lists import ranked
+from tools.packing.places import Place
 from tools.packing.shards import add_shards, find_shards
 from tools.packing.sources import Source, mark_duplicates
 
@@ -22,7 +22,7 @@ _KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)
 _LABEL_LIMITS = Limits(max_bytes=1 << 10)
 
 
-def webdataset(root: Path, image: str | None = None, label: str | None = None) -> Source:
+def webdataset(root: Place, image: str | None = None, label: str | None = None) -> Source:
     """WebDataset: tar files of samples KEY.jpg and KEY.cls, as img2dataset writes them too.
 
     ROOT is a file, a folder of shards, or a pattern such as 'DIR/shard-{000000..000099}.tar'. The
@@ -34,7 +34,7 @@ def webdataset(root: Path, image: str | None = None, label: str | None = None) -
     source = Source(base)
     labels: list[str] = []
 
-    def add(path: Path, name: str) -> None:
+    def add(path: Place, name: str) -> None:
         shard = Archive(path)
         chosen = []
         for member, text in files.bounded(_samples(source, shard, image, label or LABEL), path):
@@ -89,7 +89,7 @@ def _is_image(ending: str, chosen: str | None) -> bool:
     return ending == chosen if chosen else f".{ending}" in IMAGE_SUFFIXES
 
 
-def _grouped(path: Path, left: folders.Left) -> Iterator[dict[str, Member]]:
+def _grouped(path: Place, left: folders.Left) -> Iterator[dict[str, Member]]:
     """The files of each sample by their ending. A fault of the archive, or of one in it, has the
     ending "".
 
@@ -137,4 +137,4 @@ def _add_labels(source: Source, labels: list[str], ending: str) -> None:
     for i, text in enumerate(labels):
         if not text:
             source.faults.setdefault(i, f"no label: its sample has no .{ending}")
-    source.labels, source.classes = ranked(source.root, labels)
+    source.labels, source.classes = ranked(str(source.root), labels)

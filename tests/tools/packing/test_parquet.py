@@ -278,6 +278,7 @@ def test_labels_that_are_missing(tmp_path: Path) -> None:
     assert source.faults == {0: "row 1: no label"}
     assert source.labels is not None
     assert source.labels.tolist() == [-1, 1]
+    write(tmp_path / "a-0.parquet", [ROW])
     write(tmp_path / "a-1.parquet", [ROW], schema(["other", "names"]))
     assert "other columns or class names" in parquet(tmp_path).faults[1]
 
