@@ -20,7 +20,7 @@ def main() -> None:
         print(f"slotstream {version('slotstream')}")
     elif words and words[-1] in ("-h", "--help") and (listed := _beginning_with(words[:-1])):
         print(_help(listed))
-        sys.exit()
+        sys.exit(0)
     else:
         _refuse(words)
 
