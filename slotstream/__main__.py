@@ -20,7 +20,7 @@ def main() -> None:
         print(f"slotstream {version('slotstream')}")
     elif words and words[-1] in ("-h", "--help") and (listed := _beginning_with(words[:-1])):
         print(_help(listed))
-        sys.exit()
+        sys.exit(0)
     else:
         _refuse(words)
 
@@ -32,18 +32,8 @@ def _beginning_with(words: list[str]) -> list[str]:
 
 def _help(names: list[str]) -> str:
     lines = [f"  {name:<22} {COMMANDS[name].about}" for name in names]
-    return "\n".join(
-        [
-            "usage: slotstream COMMAND [option ...]",
-            "",
-            "Pre-train SlotCon on scene images.",
-            "",
-            *lines,
-            "",
-            "slotstream COMMAND --help lists its options, with examples.",
-            "Several GPUs: accelerate launch -m slotstream train ...",
-        ]
-    )
+    usage = "usage: slotstream COMMAND [option ...]     options, examples: COMMAND --help"
+    return "\n".join([usage, "", *lines, "", "on GPUs: accelerate launch -m slotstream train ..."])
 
 
 def _refuse(words: list[str]) -> None:

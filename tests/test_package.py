@@ -101,6 +101,8 @@ def test_the_package_works_without_the_source_tree(installed: Path, tmp_path: Pa
     ):
         python(installed, tmp_path, ["-m", "slotstream", *command])
     assert "JPEG" in python(installed, tmp_path, ["-m", "slotstream", "inspect", "s.beton"])
+    code = "import slotstream; print(slotstream.load('runs/two').config.name)"
+    assert python(installed, tmp_path, ["-c", code]) == "two\n"
     page = (tmp_path / "runs/two/report.html").read_text()
     assert "slotstream probe knn --checkpoint" in page and "python -m" not in page
 

@@ -3,7 +3,9 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,8 +93,25 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        if _from_python.get():
+            raise UserError(message)
         print_error(f"{message} (see {self.prog} --help)")
         sys.exit(2)
+
+
+_from_python: ContextVar[bool] = ContextVar("from_python", default=False)
+
+
+@contextmanager
+def as_function() -> Iterator[None]:
+    """Inside its `with`, Python calls a command: a refused option is a UserError like any other
+    bad input, and does not end the process.
+    """
+    token = _from_python.set(True)
+    try:
+        yield
+    finally:
+        _from_python.reset(token)
 
 
 def run(main: Callable[[], None]) -> None:
