@@ -154,7 +154,7 @@ def test_the_demo_runs_modules_in_the_source_tree() -> None:
     assert arguments("tools.report runs/x") == [sys.executable, "-m", "tools.report", "runs/x"]
 
 
-@pytest.mark.parametrize("name", ["demo_cpu", "demo_cpu.yaml", "configs/demo_cpu.yaml"])
+@pytest.mark.parametrize("name", ["scenes_cpu", "scenes_cpu.yaml", "configs/scenes_cpu.yaml"])
 def test_a_configuration_is_found_by_its_name_from_anywhere(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,7 +209,7 @@ def test_bad_input_raises(tmp_path: Path, beton: Path) -> None:
     with pytest.raises(UserError, match="--quality cannot be used"):
         slotstream.pack(tmp_path, tmp_path / "a.beton", quality=5)
     with pytest.raises(UserError, match=r"unknown key train\.epoch "):
-        slotstream.pretrain(beton, tmp_path / "run", "demo_cpu", train={"epoch": 1})
+        slotstream.pretrain(beton, tmp_path / "run", "scenes_cpu", train={"epoch": 1})
     with pytest.raises(UserError, match="unrecognized arguments: --flop"):
         slotstream.evaluate(tmp_path, flop=True)
     with pytest.raises(UserError, match="views: "):

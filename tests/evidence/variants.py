@@ -14,17 +14,14 @@ exist, so a stopped run can be resumed.
 import argparse
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UserError
-from train.run.cli import CommandParser, run
+from tests.evidence.data import Setting, call, make_beton, setting
+from train.run.cli import CommandParser
 from transfer.table import mean_and_deviation
 
 VARIANTS = {
@@ -34,8 +31,6 @@ VARIANTS = {
 }
 STARTS = 3
 """Starts of k-means for each training seed; their mean counts. Each seed has other starts."""
-TRAIN_SCENES = 200
-"""Labelled scenes that the probes learn from."""
 MEASURES = {
     "eval.json": "unsupervised_segmentation",
     "knn.json": "probe knn",
@@ -48,55 +43,6 @@ COLUMNS = ("prototypes", "k-means", "knn", "linear")
 """Columns of the tables: the two clusterings and the two probes."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The data to train on and to score."""
-
-    config: str
-    pack: str
-    """Options of tools.build_dataset."""
-    scored: str
-    """Options that name the labelled images to score."""
-    learnt: str
-    """Options that name the labelled images that a probe learns from."""
-    size: int
-    """Side of the scored square in pixels."""
-
-
-def setting(data: str, work: Path, root: Path | None) -> Setting:
-    """The setting "scenes" or "camvid". Raises UserError if CamVid's folder is not given."""
-    if data == "scenes":
-        scenes = work / "scenes"
-        val, train = (
-            f"images {scenes / part}/images --{prefix}labels {scenes / part}/labels"
-            for part, prefix in (("val", ""), ("train", "train-"))
-        )
-        listed = work / "learnt.txt"
-        listed.write_text("".join(f"{number}\n" for number in range(TRAIN_SCENES)))
-        learnt = f"--train-{train} --train-list {listed} --memory 20000"
-        return Setting("configs/scenes_cpu.yaml", "sample", f"--{val}", learnt, 192)
-    if root is None:
-        raise UserError("camvid needs --root, the folder with train, trainannot, val and valannot")
-    scored = f"--dataset camvid --root {shlex.quote(str(root))}"
-    pack = f"folder --root {shlex.quote(str(root / 'train'))}"
-    return Setting("configs/camvid_cpu.yaml", pack, scored, "", 320)
-
-
-def call(command: str, log: Path, threads: int) -> None:
-    """Run a command of slotstream with its output in `log`. Raises UserError if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with log.open("a") as file:
-        print(f"$ python -m {command}", file=file, flush=True)
-        code = subprocess.call(
-            [sys.executable, "-m", *shlex.split(command)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-    if code:
-        raise UserError(f"{log}: {command.partition(' ')[0]} ended with {code}")
-
-
 def train_and_score(
     data: Setting, work: Path, variant: str, seed: int, more: str, baselines: bool, threads: int
 ) -> list[Path]:
@@ -106,7 +52,7 @@ def train_and_score(
     if all(file.is_file() for file in files):
         return files
     call(
-        f"train.pretrain --config {data.config} --data.path {work}/images.beton --log.dir {work}"
+        f"train.pretrain {data.recipe} --data.path {work}/images.beton --log.dir {work}"
         f" --name {folder.name} --train.seed {seed} --resume auto {VARIANTS[variant]} {more}",
         log,
         threads,
@@ -169,9 +115,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     data = setting(args.data, args.work, args.root)
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
-    if not (args.work / "images.beton").is_file():
-        command = f"tools.build_dataset {data.pack} --out {args.work}/images.beton"
-        call(command, args.work / "pack.log", threads)
+    make_beton(data, args.work, threads)
     tasks = [(variant, seed) for seed in args.seeds for variant in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(
@@ -183,7 +127,3 @@ def main() -> None:
         results = dict(zip(tasks, done, strict=True))
     for metric in ("miou", "pixel_accuracy"):
         print(table(results, metric))
-
-
-if __name__ == "__main__":
-    run(main)
