@@ -22,7 +22,7 @@ from evaluation.commands import (
 from evaluation.crf import refine_clusters, require_crf
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
-from evaluation.features import Features, dilated_name
+from evaluation.features import Features, dilated, dilated_name
 from evaluation.kmeans import COSINE_TEMPERATURE, RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
@@ -38,7 +38,6 @@ from evaluation.scoring import (
 )
 from evaluation.segment import Segmenter, assign, assign_cells
 from evaluation.specs import open_all
-from model.encoder import dilate
 from pipeline.errors import UserError, about
 from train.config import RunConfig
 
@@ -157,8 +156,7 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
     if args.checkpoint is not None and not clusters_itself(args.protocol):
         trained, config = load_network(args.checkpoint, squares.device)
         stride = args.output_stride
-        if stride is not None:
-            dilate(trained.teacher.encoder, stride)
+        trained.teacher.encoder = dilated(trained.teacher.encoder, stride)
         yield prototype_clusters(dilated_name("trained", stride), trained, config, args)
         if args.baseline == "untrained":
             network = untrained_network(config.model, config.train.seed, squares, stride)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from model import ModelConfig
-from model.config import cells_of
 from pipeline.bounds import (
     BELOW_1,
     MOST_PROCESSES,
@@ -276,6 +275,12 @@ class RunConfig(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         sides = [side for _, side in self.train.view_sizes] or [self.views.size]
+        for side in sides:
+            refused = self.model.refused_side(side)
+            require(refused is None, "views.size", side, refused or "")
+        checkpointing = self.efficiency.checkpointing
+        able = not checkpointing or self.model.can_checkpoint
+        require(able, "efficiency.checkpointing", checkpointing, "false with this model.arch")
         self._check_stages(min(sides))
         require(
             sides[-1] == self.views.size,
@@ -299,13 +304,13 @@ class RunConfig(Bounded):
         """Whether the smallest views, of this side, have enough cells at each supervised stage."""
         last = self.model.supervised[-1]
         require(
-            cells_of(side, last) > 1 or not self.model.supervise,
+            self.model.cells_of(side, last) > 1 or not self.model.supervise,
             "model.supervise",
             list(self.model.supervise),
             f"stages with more than one cell of a view (stage {last} has one of {side} pixels)",
         )
         for stage in self.model.supervised:
-            cells, sample = cells_of(side, stage), self.model.at(stage).cells
+            cells, sample = self.model.cells_of(side, stage), self.model.at(stage).cells
             require(
                 sample <= cells or not self.model.cell_loss_weight,
                 "model.cells",

@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from model import SlotCon, prepare
-from model.config import cells_of
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.beton import Beton
 from pipeline.errors import UserError
@@ -127,7 +126,7 @@ class Trainer:
         """
         size = self.config.view_size(0)
         image_loss = bool(self.config.model.image_loss_weight)
-        cells = cells_of(size, self.config.model.stages)
+        cells = self.config.model.cells_of(size)
         rows, unit = (1, "image") if image_loss else (cells, "cell")
         parts = self.accelerator.num_processes * self.config.efficiency.accumulation
         batch = self.config.train.batch_size
@@ -304,7 +303,7 @@ class Trainer:
     def _check_collapse(self, begin: int, values: dict[str, float]) -> None:
         """Check the log line that begins with step `begin`. Raises Collapsed."""
         step = self.run.step
-        cells = cells_of(self.view_size, self.config.model.stages)
+        cells = self.config.model.cells_of(self.view_size)
         symptom = self.alarm.check(begin, step, cells, values)
         if not symptom:
             return

@@ -36,7 +36,7 @@ FOLDER_WEIGHTS, FOLDER_CONFIG = "model.safetensors", "config.json"
 FACTS = {
     "method", "arch", "stages", "branch", "run", "imported", "start", "prefix", "step", "optimizer",
     "epochs", "batch_size", "prototypes", "view_size", "config", "data", "data_images",
-    "data_fingerprint", "data_license", "slotstream", "format",
+    "data_fingerprint", "data_license", "slotstream", "format", "image_stats",
 }  # fmt: skip
 """The names in the metadata of files that slotstream writes, see `describe` and tools."""
 
@@ -239,6 +239,7 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
         "method": "SlotCon (arXiv 2205.15288)",
         "arch": config.model.arch,
         "stages": config.model.stages if config.model.stages < 4 else None,
+        "image_stats": json.dumps(config.model.image_stats) if config.model.image_stats else None,
         "branch": branch,
         "run": config.name,
         "imported": record.provenance.get("imported"),

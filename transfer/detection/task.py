@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from model.encoder import Encoder
 from pipeline.errors import UserError
 from transfer.backbone import build_backbone
 from transfer.detection.config import DetectionConfig
@@ -51,6 +52,7 @@ class Detection:
             for note in _left_out(train, self.val, masks):
                 print(f"note: {note}", file=sys.stderr)
         encoder, self.init = build_backbone(config.init)
+        assert isinstance(encoder, Encoder), "the configuration refuses others"
         self.model: nn.Module = Detector(encoder, len(train.categories), config.model)
         self.data = _identity(train, len(self.examples))
         self.scored = _identity(self.val, len(self.val.records))
