@@ -60,7 +60,7 @@ def pretrain(
 
     >>> import slotstream
     >>> short = {"max_steps": 1, "batch_size": 4}
-    >>> run = slotstream.pretrain("sample.beton", "runs/one", "demo_cpu", train=short)
+    >>> run = slotstream.pretrain("sample.beton", "runs/one", "scenes_cpu", train=short)
     runs/one: ...
     >>> run.joinpath("checkpoints/latest").exists()
     True

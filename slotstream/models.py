@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from evaluation.datasets.squares import normalise
-from evaluation.features import Network, resnet
+from evaluation.features import of_encoder
 from evaluation.networks import default_device
 from evaluation.segment import assign
 from model import SlotCon
-from model.encoder import Encoder
+from model.encoder import AnyEncoder, Encoder
 from pipeline.errors import UserError
 from train.config import RunConfig
 from train.pretrained import load_model
@@ -33,7 +33,7 @@ class Model:
     side, and each stage before it half of that.
     """
 
-    encoder: Encoder
+    encoder: AnyEncoder
     """The network up to its last feature map."""
     slotcon: SlotCon | None
     """The whole model of a run; None for a file of weights, which has no prototypes."""
@@ -53,8 +53,7 @@ class Model:
         >>> model.features(images, stage=2).shape
         torch.Size([2, 128, 8, 12])
         """
-        network: Network = resnet("images", self.encoder)
-        read = network.read(None if stage is None else str(stage))
+        read = of_encoder("images", self.encoder).read(None if stage is None else str(stage))
         return read(self._normalised(images)).clone()  # of inference mode's, nothing can be learnt
 
     def segment(self, images: Images) -> Tensor:
