@@ -10,7 +10,9 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 CAMVID = "--config configs/camvid_cpu.yaml"
-SCENES = "--model.num_prototypes 12 --train.batch_size 32 --train.epochs 4 --train.warmup_epochs 0.3"
+SCENES = (
+    "--model.num_prototypes 12 --train.batch_size 32 --train.epochs 4 --train.warmup_epochs 0.3"
+)
 """What the scenes' recipe has instead: 124 steps."""
 TRAIN_SCENES = 200
 """Labelled scenes that the probes learn from."""
