@@ -22,7 +22,7 @@ from evaluation.commands import (
 from evaluation.crf import refine_clusters, require_crf
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
-from evaluation.features import Features, dilated_name
+from evaluation.features import Features, dilated, dilated_name
 from evaluation.kmeans import COSINE_TEMPERATURE, RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
@@ -38,8 +38,7 @@ from evaluation.scoring import (
 )
 from evaluation.segment import Segmenter, assign, assign_cells
 from evaluation.specs import open_all
-from model.encoder import dilate
-from pipeline.errors import UserError
+from pipeline.errors import UserError, about
 from train.config import RunConfig
 
 Decide = Callable[[Tensor, int], Tensor]
@@ -91,22 +90,15 @@ def kmeans_clusters(
     count = args.clusters or squares.images.num_classes
     recipe = RECIPES[args.kmeans]
     if args.standardise or args.pca:
-        try:
-            features = reduced(features, squares, standardise=args.standardise, pca=args.pca)
-        except UserError:  # it says already what it is about
-            raise
-        except ValueError as error:
-            raise UserError(f"{features.name}: {error}") from None
+        features = reduced(features, squares, standardise=args.standardise, pca=args.pca)
     maps = (features(b.normalised(squares.device)) for b in squares.batches(f"{name}: cells"))
     cells = sample_cells(maps, len(squares.images), seeds[0], most=recipe.most(count))
     cosine = features.cosine and args.kmeans != "faiss"
-    try:
+    with about(f"--clusters {count}"):
         fits = [
             kmeans(cells, count, seed, cosine=cosine, recipe=recipe, restarts=args.restarts)
             for seed in seeds
         ]
-    except ValueError as error:
-        raise UserError(f"--clusters {count}: {error}") from None
 
     upsampled = args.upsample == "features"
     temperature = args.crf_temperature or COSINE_TEMPERATURE
@@ -156,13 +148,15 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
         counting.require(args.clusters or data.num_classes, data.names, "k-means")
     opened = open_all(args, squares)
     for features in opened:
+        first = features(squares.first().normalised(squares.device))
         count = args.clusters or data.num_classes
-        require_cells(features, squares, whiten=args.whiten, pca=args.pca, clusters=count)
+        require_cells(
+            features.name, first, len(data), whiten=args.whiten, pca=args.pca, clusters=count
+        )
     if args.checkpoint is not None and not clusters_itself(args.protocol):
         trained, config = load_network(args.checkpoint, squares.device)
         stride = args.output_stride
-        if stride is not None:
-            dilate(trained.teacher.encoder, stride)
+        trained.teacher.encoder = dilated(trained.teacher.encoder, stride)
         yield prototype_clusters(dilated_name("trained", stride), trained, config, args)
         if args.baseline == "untrained":
             network = untrained_network(config.model, config.train.seed, squares, stride)

@@ -4,7 +4,7 @@ Letters: B images, S their side in pixels, D features, h w cells.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.options import stages_of
-from model.config import STRIDES
-from model.encoder import Encoder, dilate
+from model.encoder import AnyEncoder, dilate
 from pipeline.errors import UserError
 
 BLOCK = 8
@@ -50,7 +49,7 @@ class Network:
     maps: Callable[[Tensor, Sequence[int]], list[Tensor]]
     """ImageNet-normalised images [B, 3, S, S] and stages → their maps [B, D, h, w], in the same
     order."""
-    strides: Sequence[int]
+    strides: Mapping[int, int]
     """Pixels along one side of a cell of each stage."""
 
     def read(self, stage: str | None = None) -> Features:
@@ -58,11 +57,12 @@ class Network:
         Raises UserError for a stage that the network has not. The features raise it for images
         smaller than a cell.
         """
-        last = len(self.strides)
+        last = max(self.strides)
         stages = [last] if stage is None else stages_of(stage)
-        if wrong := [number for number in stages if number > last]:
-            raise UserError(f"--stage {wrong[0]}: {self.name} has the stages 1 to {last}")
-        largest = max(self.strides[number - 1] for number in stages)
+        if wrong := [number for number in stages if number not in self.strides]:
+            first = min(self.strides)
+            raise UserError(f"--stage {wrong[0]}: {self.name} has the stages {first} to {last}")
+        largest = max(self.strides[number] for number in stages)
 
         def function(images: Tensor) -> Tensor:
             if (side := min(images.shape[2:])) < largest:
@@ -92,13 +92,17 @@ def dilated_name(name: str, output_stride: int | None) -> str:
     return name if output_stride is None else f"{name}, output stride {output_stride}"
 
 
-def resnet(name: str, encoder: Encoder, output_stride: int | None = None) -> Network:
-    """An encoder in eval mode, which is dilated in place if `output_stride` is given."""
-    whole = output_stride or max(STRIDES.values())
-    if output_stride is not None:
-        dilate(encoder, output_stride)
-    strides = [min(STRIDES[stage], whole) for stage in range(1, encoder.stages + 1)]
-    return Network(name, encoder.eval().maps, strides)
+def of_encoder(name: str, encoder: AnyEncoder) -> Network:
+    """An encoder, in eval mode."""
+    return Network(name, encoder.eval().maps, encoder.strides)
+
+
+def dilated(encoder: AnyEncoder, output_stride: int | None) -> AnyEncoder:
+    """`model.encoder.dilate`, or the encoder as it is if None. Raises UserError."""
+    try:
+        return encoder if output_stride is None else dilate(encoder, output_stride)
+    except ValueError as error:
+        raise UserError(f"--output-stride {output_stride}: {error}") from None
 
 
 def block_means(images: Tensor) -> Tensor:

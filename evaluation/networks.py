@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from evaluation.datasets.images import spread
 from evaluation.datasets.squares import SquareImages
+from evaluation.features import dilated
 from model import ModelConfig, SlotCon
-from model.encoder import dilate
 from pipeline.errors import UserError
 from train.config import RunConfig, from_dict
 from train.pretrained import load_model, read_record
@@ -46,8 +46,7 @@ def untrained_network(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = SlotCon(config).to(squares.device)
-    if output_stride is not None:
-        dilate(model.teacher.encoder, output_stride)
+    model.teacher.encoder = dilated(model.teacher.encoder, output_stride)
     calibrate(model.teacher, model.teacher.stages, squares)
     return model.eval()
 

@@ -40,7 +40,7 @@ from evaluation.segment import assign
 from model import ModelConfig, SlotCon
 from model.branch import Branch
 from model.grouping import won_cells
-from pipeline.errors import UserError
+from pipeline.errors import UserError, about
 from train.config import RunConfig
 from train.health import usage_entropy
 
@@ -132,7 +132,7 @@ class OnlineEvaluation:
             return lambda _, scores: scores / temperature
         part = self._train if name == "knn" else self._val
         batches, count = self._everyones(network, part, pulse), len(part.images)
-        try:
+        with about(f"eval.protocols: {name}"):
             if name == "kmeans":
                 cells = sample_cells((each.features for each in batches), count, SEED)
                 clusters = kmeans(cells, self._clusters, SEED)
@@ -141,10 +141,6 @@ class OnlineEvaluation:
             memory = gather_memory(
                 batches, count, classes, capacity=capacity, seed=SEED, balanced=True
             )
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"eval.protocols: {name}: {error}") from None
         retrieval = Retrieval(memory)
         return lambda features, _: scores_of_cells(retrieval, features)
 

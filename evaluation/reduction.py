@@ -13,7 +13,7 @@ from torch import Tensor
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features
 from model.precision import full_precision
-from pipeline.errors import UserError
+from pipeline.errors import about
 
 RIDGE = 1e-3
 """Share of the largest variance that whitening adds to all: directions of noise stay small."""
@@ -114,27 +114,25 @@ def _require_components(pca: int | None, dim: int) -> None:
 
 
 def require_cells(
-    features: Features,
-    squares: SquareImages,
+    name: str,
+    first: Tensor,
+    num_images: int,
     *,
     whiten: float | None,
     pca: int | None = None,
     clusters: int | None = None,
 ) -> None:
-    """Refuse what the cells or features are too few for. A single image says how many there are,
-    so that nobody waits for the others. Raises UserError.
+    """Refuse what the cells or features are too few for. The features [1, D, h, w] of the `first`
+    image say how many there are, so that nobody waits for the others. Raises UserError.
     """
-    batch = next(squares.batches(indices=np.arange(1)))
-    _, dim, height, width = features(batch.normalised(squares.device)).shape
-    cells = len(squares.images) * height * width
-    try:
+    _, dim, height, width = first.shape
+    cells = num_images * height * width
+    with about(name):
         if whiten is not None:
             _require_whitening(cells, dim)
         _require_components(pca, dim)
-    except ValueError as error:
-        raise UserError(f"{features.name}: {error}") from None
-    if clusters is not None and cells < clusters:
-        raise UserError(f"{features.name}: {cells} cells are fewer than {clusters} clusters")
+        if clusters is not None and cells < clusters:
+            raise ValueError(f"{cells} cells are fewer than {clusters} clusters")
 
 
 def whitened(features: Features, squares: SquareImages, power: float | None) -> Features:
@@ -145,12 +143,8 @@ def whitened(features: Features, squares: SquareImages, power: float | None) -> 
         return features
     batches = squares.batches(f"{features.name}: whitening")
     maps = (features(batch.normalised(squares.device)) for batch in batches)
-    try:
+    with about(features.name):
         whiten = fit_whitening(maps, power)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{features.name}: {error}") from None
     name = f"{features.name}, whitened"
     return replace(features, name=name, function=lambda images: whiten(features(images)))
 
@@ -164,8 +158,9 @@ def reduced(
     indices: np.ndarray | None = None,
 ) -> Features:
     """`features`, standardised and projected as `fit_reduction` learns from the images: all, or
-    `indices` int64 [M]. Raises ValueError as it does.
+    `indices` int64 [M]. Raises UserError where it raises ValueError.
     """
     batches = squares.batches(f"{features.name}: mean and variance", indices)
     maps = (features(batch.normalised(squares.device)) for batch in batches)
-    return fit_reduction(maps, standardise=standardise, pca=pca).of(features)
+    with about(features.name):
+        return fit_reduction(maps, standardise=standardise, pca=pca).of(features)

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from evaluation.datasets.squares import SquareImages
-from evaluation.features import Features, Network, block_means, dilated_name, resnet
+from evaluation.features import (
+    Features,
+    Network,
+    block_means,
+    dilated,
+    dilated_name,
+    of_encoder,
+)
 from evaluation.networks import SEED, calibrate, load_network, run_config, untrained_network
 from evaluation.timm_networks import create_timm, timm_network
 from model import SlotCon
@@ -107,7 +114,8 @@ def open_trained(
         return timm_network(spec, model.to(device))
     if kind == "supervised":
         arch = argument or architecture(checkpoint)
-        return resnet(spec, supervised_encoder(arch, weights).to(device), output_stride)
+        encoder = dilated(supervised_encoder(arch, weights), output_stride)
+        return of_encoder(spec, encoder.to(device))
     if spec not in ("teacher", "student", "projector", "untrained"):
         raise UserError(f"--features {spec}: must be one of {', '.join(SPECS)}")
     if checkpoint is None:
@@ -147,8 +155,8 @@ def open_untrained(
             )
             staged = timm_network(name, model.to(images.device))
         else:
-            model = Encoder(argument or architecture(checkpoint)).to(images.device)
-            staged = resnet(name, model, output_stride)
+            model = dilated(Encoder(argument or architecture(checkpoint)), output_stride)
+            staged = of_encoder(name, model.to(images.device))
     calibrate(model, staged.read(), images)
     return staged
 
@@ -158,10 +166,10 @@ def network_of_run(
 ) -> Opened:
     """The part of a run's network that "teacher", "student" or "projector" is."""
     branch = network.student if spec == "student" else network.teacher
-    staged = resnet(name, branch.encoder, output_stride)
+    encoder = dilated(branch.encoder, output_stride)
     if spec == "projector":
-        return Features(name, nn.Sequential(branch.encoder, branch.projector).eval())
-    return staged
+        return Features(name, nn.Sequential(encoder, branch.projector).eval())
+    return of_encoder(name, encoder)
 
 
 def architecture(checkpoint: Path | None) -> str:

@@ -7,6 +7,7 @@ seeds of k-means.
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from evaluation.options import add_scoring_options, check_scoring_options
 from evaluation.protocols import CLUSTERS, KMEANS, UPSAMPLE, clusters_itself, flag, settle
@@ -28,7 +29,7 @@ EXAMPLES = """examples:
 """  # noqa: E501
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         prog="python -m evaluation.unsupervised_segmentation",
         description=__doc__,
@@ -112,8 +113,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--match none: clusters are no classes; evaluation.probe predicts classes")
 
 
-def main() -> None:
-    args = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
     check(args)
     from evaluation.clusters import score_clusters  # takes seconds: --help does not wait for it
 

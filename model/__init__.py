@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["ModelConfig", "ModelOutput", "SlotCon", "prepare"]
 
 _MODULES = {
-    "prepare": "model.efficiency",
-    "ModelOutput": "model.objective",
-    "SlotCon": "model.slotcon",
+    "prepare": "efficiency",
+    "ModelOutput": "objective",
+    "SlotCon": "slotcon",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

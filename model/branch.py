@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from model.config import ModelConfig
-from model.encoder import Encoder, name_of
+from model.encoder import build_encoder
 from model.grouping import SemanticGrouping
 from model.heads import build_projector
 
@@ -50,7 +50,7 @@ class Branch(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.encoder = Encoder(config.arch, config.stages)
+        self.encoder = build_encoder(config)
         last = Head(self.encoder.dim, config)
         self.projector, self.grouping = last.projector, last.grouping
         self.heads = nn.ModuleDict()
@@ -69,7 +69,7 @@ class Branch(nn.Module):
 
     def add_head(self, stage: int, config: ModelConfig) -> None:
         """A head with the sizes of `config` on a further stage."""
-        self.heads[str(stage)] = Head(self.encoder.stage_dims[name_of(stage)], config)
+        self.heads[str(stage)] = Head(self.encoder.stage_dims[stage], config)
 
 
 def grouped(head: Head | Branch, maps: Tensor) -> Grouped:

@@ -1,13 +1,12 @@
 """The settings that define a SlotCon model; defaults are the authors' for COCO."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-STRIDES = {1: 4, 2: 8, 3: 16, 4: 32}
-"""Pixels of an image along one side of a cell, by stage of the encoder."""
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+from model.architectures import ARCH, STRIDES, Statistics, is_timm
+
 SlotLoss = Literal["contrastive", "regression"]
 Align = Literal["assignments", "projections"]
 Targets = Literal["centred", "balanced"]
@@ -38,6 +37,14 @@ _SIZES: _Bound = {
 }
 
 
+_BELOW_1: _Bound = {"at least 0 and less than 1": lambda value: 0 <= value < 1}
+_STATISTICS: _Bound = {
+    "null, or a mean and a positive deviation of three channels": lambda rows: (
+        rows is None or (math.isfinite(sum(map(sum, rows))) and min(rows[1]) > 0)
+    )
+}
+
+
 def _one_of(names: tuple[str, ...]) -> _Bound:
     return {f"one of {', '.join(names)}": lambda value: value in names}
 
@@ -46,8 +53,9 @@ def _one_of(names: tuple[str, ...]) -> _Bound:
 class ModelConfig:
     """Settings of the network and its loss. An impossible value raises ValueError with its name."""
 
-    arch: str = field(default="resnet50", metadata=_one_of(ARCHITECTURES))
-    """Encoder, one of `ARCHITECTURES`."""
+    arch: str = field(default="resnet50", metadata=ARCH)
+    """Encoder: a ResNet of torchvision, "resnet18", "resnet34", "resnet50" or "resnet101"; or any
+    network of timm with maps of its stages, as "timm:convnext_tiny" (docs/backbones.md)."""
     dim_hidden: int = field(default=4096, metadata=_COUNT)
     """Width of the hidden layers of projector and predictor."""
     dim_out: int = field(default=256, metadata=_COUNT)
@@ -91,9 +99,10 @@ class ModelConfig:
     cells: int = field(default=16, metadata=_COUNT)
     """Cells of an image that this contrast samples in each direction, at most those of a view."""
     stages: int = field(default=4, metadata=_STAGE)
-    """Stages of the ResNet that the encoder has: 1 to 4, with cells of 4, 8, 16 and 32 pixels.
-    Stages after the last one are not built. On a few hundred images stage 2 alone learns fastest
-    (docs/results.md); detection and segmentation need 4."""
+    """Stages that the encoder has, 1 to 4. Those of a ResNet have cells of 4, 8, 16 and 32 pixels,
+    those of timm's networks: docs/backbones.md. Stages after the last one are not built. On a few
+    hundred images stage 2 alone learns fastest (docs/results.md); detection and segmentation need
+    4."""
     supervise: tuple[int, ...] = field(default=(), metadata=_STAGES)
     """Stages with losses, as [2, 3, 4]; the last of them must be the encoder's last. Each has its
     own projector, prototypes, predictors and centre, and the whole loss; the losses are added. Deep
@@ -101,6 +110,12 @@ class ModelConfig:
     stage_sizes: tuple[tuple[int, int, int, int], ...] = field(default=(), metadata=_SIZES)
     """[stage, dim_hidden, num_prototypes, cells] of supervised stages before the last one. A stage
     that is not listed has the sizes of the last."""
+    drop_path: float = field(default=0.0, metadata=_BELOW_1)
+    """timm only: the probability with which the student leaves out the last block for an image; it
+    grows linearly over the blocks (stochastic depth, Huang et al., arXiv 1603.09382)."""
+    image_stats: Statistics | None = field(default=None, metadata=_STATISTICS)
+    """timm only: mean and deviation by which the encoder gets its images, in 0..1. null: those of
+    the network's published weights, which are then recorded here."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -114,6 +129,54 @@ class ModelConfig:
         sized = {stage for stage, *_ in self.stage_sizes} <= others
         among = f"of stages among {sorted(others)}, those in model.supervise without the last"
         _require(sized, "stage_sizes", self.stage_sizes, among)
+        self._check_timm()
+
+    def _check_timm(self) -> None:
+        """Check what depends on the network, and record how its images are normalised."""
+        if not is_timm(self.arch):
+            _require(self.drop_path == 0, "drop_path", self.drop_path, "0 with this arch")
+            _require(self.image_stats is None, "image_stats", self.image_stats, "null with it")
+            return
+        from model.timm_encoder import facts, has_drop_path
+
+        known = facts(self.arch)
+        for name, stages in (("stages", (self.stages,)), ("supervise", self.supervise)):
+            there = set(stages) <= known.strides.keys()
+            _require(there, name, stages, f"of {sorted(known.strides)}, the stages of {self.arch}")
+        drops = self.drop_path == 0 or has_drop_path(self.arch)
+        _require(drops, "drop_path", self.drop_path, f"0: {self.arch} has none")
+        if self.image_stats is None:
+            object.__setattr__(self, "image_stats", known.image_stats)
+
+    @property
+    def strides(self) -> Mapping[int, int]:
+        """Pixels of an image along one side of a cell, by stage."""
+        if not is_timm(self.arch):
+            return STRIDES
+        from model.timm_encoder import facts
+
+        return facts(self.arch).strides
+
+    def cells_of(self, side: int, stage: int | None = None) -> int:
+        """Number of cells that a stage, if None the last one, makes of a view of `side` pixels."""
+        return math.ceil(side / self.strides[stage or self.stages]) ** 2
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the encoder's activations can be computed twice instead of kept."""
+        if not is_timm(self.arch):
+            return True
+        from model.timm_encoder import can_checkpoint
+
+        return can_checkpoint(self.arch)
+
+    def refused_side(self, side: int) -> str | None:
+        """What the side of a view must be instead; None if the encoder takes `side` pixels."""
+        if not is_timm(self.arch):
+            return None
+        from model.timm_encoder import refused_side
+
+        return refused_side(self.arch, self.stages, side)
 
     @property
     def supervised(self) -> tuple[int, ...]:
@@ -127,11 +190,6 @@ class ModelConfig:
             if of == stage:
                 alone = replace(alone, dim_hidden=hidden, num_prototypes=prototypes, cells=cells)
         return alone
-
-
-def cells_of(side: int, stage: int = 4) -> int:
-    """Number of cells that a stage makes of a view of `side` × `side` pixels."""
-    return math.ceil(side / STRIDES[stage]) ** 2
 
 
 def _require(holds: bool, name: str, value: object, meaning: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from model.encoder import Encoder
+from model.encoder import AnyEncoder, Encoder
 from model.slotcon import SlotCon
 
 Forward = Callable[..., Any]
@@ -36,7 +36,7 @@ def prepare(
     channels_last: weights, and so activations, have this layout. Results differ by rounding.
 
     checkpointing: the student's residual blocks keep only their input for the backward pass and
-    compute the rest again. Results are bit-equal on a CPU.
+    compute the rest again. Results are bit-equal on a CPU. Networks of timm do it in their own way.
 
     compile: encoders and projectors go through torch.compile at their first call. If that fails,
     `warn` gets one line and they run uncompiled. Results differ by rounding. A copy of a compiled
@@ -88,7 +88,13 @@ class Fallback:
         return compiled_or_not
 
 
-def _checkpoint_blocks(encoder: Encoder) -> None:
+def _checkpoint_blocks(encoder: AnyEncoder) -> None:
+    if not isinstance(encoder, Encoder):
+        encoder.net.set_grad_checkpointing()
+        for module in encoder.modules():
+            if isinstance(module, _BatchNorm):
+                module.forward = partial(_counted_once, module, module.forward)  # type: ignore[method-assign]
+        return
     for stage in encoder.children():
         if isinstance(stage, nn.Sequential):
             for block in stage:
@@ -104,6 +110,13 @@ def _recomputed(block: nn.Module, forward: Forward, inputs: Tensor) -> Tensor:
     output: Tensor = checkpoint(
         forward, inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
+    return output
+
+
+def _counted_once(norm: _BatchNorm, forward: Forward, images: Tensor) -> Tensor:
+    """forward(images); within a backward pass it is a second one."""
+    with _statistics_kept(norm) if torch._C._current_graph_task_id() != -1 else nullcontext():
+        output: Tensor = forward(images)
     return output
 
 

@@ -1,13 +1,22 @@
-"""The encoder: a torchvision ResNet up to the feature map of one of its stages."""
+"""The encoder: a network up to the map of one of its stages. Here are torchvision's ResNets; those
+of timm are in `model.timm_encoder`.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from model.config import STRIDES
+from model.architectures import STAGES, STRIDES, is_timm
+from model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from model.timm_encoder import TimmEncoder
+
+AnyEncoder: TypeAlias = "Encoder | TimmEncoder"
 
 
 class Encoder(nn.Sequential):
@@ -24,8 +33,12 @@ class Encoder(nn.Sequential):
     """The last stage, 1 to 4."""
     dim: int
     """Channels of the last feature map."""
-    stage_dims: dict[str, int]
-    """Channels of each stage's feature map: "layer1" … "layer4"."""
+    stage_dims: dict[int, int]
+    """Channels of each stage's map."""
+    strides: dict[int, int]
+    """Pixels along one side of a cell of each stage."""
+    step = 1
+    """Images are padded to a multiple of it."""
 
     def __init__(self, arch: str, stages: int = 4) -> None:
         resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
@@ -34,9 +47,10 @@ class Encoder(nn.Sequential):
         super().__init__(OrderedDict(kept))
         self.stages = stages
         # Each stage has twice the channels of the one before it.
-        dims = {stage: resnet.fc.in_features >> (4 - stage) for stage in range(1, stages + 1)}
-        self.stage_dims = {name_of(stage): dim for stage, dim in dims.items()}
-        self.dim = dims[stages]
+        kept_stages = range(1, stages + 1)
+        self.stage_dims = {stage: resnet.fc.in_features >> (4 - stage) for stage in kept_stages}
+        self.strides = {stage: STRIDES[stage] for stage in kept_stages}
+        self.dim = self.stage_dims[stages]
 
     def forward(self, images: Tensor) -> Tensor:
         """The map of the last stage."""
@@ -47,9 +61,10 @@ class Encoder(nn.Sequential):
         is layer n, 1 to 4; those after the last one asked for are not computed.
         """
         maps: dict[int, Tensor] = {}
+        ends = {name_of(stage) for stage in self.stage_dims}
         for name, part in self.named_children():
             images = part(images)
-            if name in self.stage_dims:
+            if name in ends:
                 maps[len(maps) + 1] = images
             if len(maps) == max(stages):
                 break
@@ -61,16 +76,40 @@ def name_of(stage: int) -> str:
     return f"layer{stage}"
 
 
+def build_encoder(config: ModelConfig) -> AnyEncoder:
+    """A new encoder with weights from torch's generator. Raises ValueError."""
+    if not is_timm(config.arch):
+        return Encoder(config.arch, config.stages)
+    from model.timm_encoder import TimmEncoder
+
+    return TimmEncoder(
+        config.arch, config.stages, drop_path=config.drop_path, image_stats=config.image_stats
+    )
+
+
 def encoder_dim(arch: str) -> int:
     """`Encoder.dim` of an architecture, without allocating its weights."""
+    if is_timm(arch):
+        from model.timm_encoder import facts
+
+        return facts(arch).dims[STAGES]
     with torch.device("meta"):
         return Encoder(arch).dim
 
 
-def dilate(encoder: Encoder, output_stride: int) -> Encoder:
-    """Change a ResNet in place: cells of its map become `output_stride` (8, 16, 32) pixels wide.
-    Where layer3 and layer4 (if it has them) would halve the map, their strides become 1, and the
-    3×3 convolutions that follow get twice the dilation.
+def dilate(encoder: AnyEncoder, output_stride: int) -> AnyEncoder:
+    """The encoder with cells of `output_stride` pixels in its last map. A ResNet is changed in
+    place. Raises ValueError for a network of timm that cannot be built so.
+    """
+    if isinstance(encoder, Encoder):
+        return _dilate_resnet(encoder, output_stride)
+    return encoder.dilated(output_stride)
+
+
+def _dilate_resnet(encoder: Encoder, output_stride: int) -> Encoder:
+    """Cells of the map become `output_stride` (8, 16, 32) pixels wide. Where layer3
+    and layer4 (if it has them) would halve the map, their strides become 1, and the 3×3
+    convolutions that follow get twice the dilation.
 
     The new map contains the old one: every second (fourth) cell keeps its value. torchvision does
     the same at construction (replace_stride_with_dilation), but not for ResNet-18 and -34.
@@ -87,4 +126,5 @@ def dilate(encoder: Encoder, output_stride: int) -> Encoder:
                 conv.stride = (1, 1)
         for conv in others:
             conv.dilation = conv.padding = (dilation, dilation)
+    encoder.strides = {stage: min(of, output_stride) for stage, of in encoder.strides.items()}
     return encoder

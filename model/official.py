@@ -32,9 +32,14 @@ def official_name(name: str) -> str:
     raise KeyError(name)
 
 
+def official_names(names: Iterable[str]) -> dict[str, str]:
+    """The authors' names by ours, of those of our state-dict entries that they have."""
+    return {name: official_name(name) for name in names if _shared(name)}
+
+
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict under the authors' names (without `module.`), without `OURS_ALONE`."""
-    return {official_name(name): value for name, value in state.items() if _shared(name)}
+    return {theirs: state[name] for name, theirs in official_names(state).items()}
 
 
 def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,7 +50,7 @@ def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
     `ours`.
     """
     given = {name.removeprefix("module."): value for name, value in official.items()}
-    wanted = {official_name(name): name for name in ours if _shared(name)}
+    wanted = {theirs: name for name, theirs in official_names(ours).items()}
     kept = {name: value for name, value in ours.items() if not _shared(name)}
     problems = [
         _listing("missing", wanted.keys() - given.keys()),

@@ -6,7 +6,8 @@ B images, K prototypes, D features, H W cells, S side of a view, two views each.
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from hashlib import blake2b
 from typing import Literal
 
 import torch
@@ -15,6 +16,8 @@ from torch.profiler import record_function
 
 from model.branch import Branch
 from model.config import ModelConfig
+from model.distributed import rank
+from model.encoder import Encoder
 from model.objective import Geometry, ModelOutput, Objective
 from model.official import from_official, to_official
 from model.slots import read_capacities
@@ -39,6 +42,8 @@ class SlotCon(Objective):
         nn.Module.__init__(self)
         self.student = Branch(config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        if not isinstance(self.teacher.encoder, Encoder):
+            self.teacher.encoder.keep_all_paths()
         self.add_parts(config)
         self.further = nn.ModuleDict()
         for stage in config.supervised[:-1]:  # last: their draws do not change the other weights
@@ -67,13 +72,14 @@ class SlotCon(Objective):
         views [2, B, 3, S, S]; overlap [2, B, 4], x1 y1 x2 y2 of the shared pixels in (0..1) of each
         view after its flip; flipped bool [2, B]. B is equal on all ranks. With `micro_batches` n,
         this batch is one of the n of a step: the centre moves by 1/n of a step. `draw` is (seed,
-        number of the batch in the run): the sample of cells follows from it.
+        number of the batch in the run): the sample of cells and the drop paths follow from it.
         With `own_teacher` the student's outputs, without gradients, are the teacher's too. The
         teacher's network is not used, and does not change until `copy_to_teacher`.
         In training (train mode, gradients on) the centre is used first and updated afterwards.
         """
         _check_batch(views, overlap, flipped, micro_batches)
-        with record_function("slotcon.student"):
+        paths = drawn_from(draw, views.device) if self.config.drop_path else nullcontext()
+        with record_function("slotcon.student"), paths:
             student = [self.student.stages(view) for view in views]
         if own_teacher:
             teacher = [[stage.detached() for stage in view] for view in student]
@@ -187,6 +193,16 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for child, training in modes.items():
             child.training = training
+
+
+@contextmanager
+def drawn_from(draw: tuple[int, int], device: torch.device) -> Iterator[None]:
+    """Inside the block torch's random numbers follow from `draw` and the rank alone, so a resumed
+    run draws the same; afterwards they are what they would have been."""
+    seed = blake2b(f"{draw[0]} {draw[1]} {rank()}".encode(), digest_size=7).digest()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(seed))
+        yield
 
 
 def _check_batch(views: Tensor, overlap: Tensor, flipped: Tensor, micro_batches: int) -> None:

@@ -20,6 +20,8 @@ import numba
 import numpy as np
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
+from pipeline.commands import as_called
+
 _PLAIN = (bool, int, float, str, bytes, tuple, np.generic)
 """Types of the constants that compiled code may have from another file."""
 _DIGEST = hashlib.sha256().digest_size
@@ -88,7 +90,7 @@ class _Kept(FunctionCache):
 def _say_that_it_takes_time() -> None:
     print(
         "compiling for this processor, once: some seconds, or 30 for all of the data path "
-        "(python -m tools.warm_up does that beforehand)",
+        f"({as_called('python -m tools.warm_up')} does that beforehand)",
         file=sys.stderr,
     )
 

@@ -1,7 +1,8 @@
 """How mistakes of the user are reported, and texts of others shown."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 _CONTROLS = {
     code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
@@ -22,6 +23,19 @@ class UserError(ValueError):
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
         super().__init__("\n  ".join([message, *details]))
         self.lines = [message, *details]
+
+
+@contextmanager
+def about(what: object) -> Iterator[None]:
+    """Turns a ValueError inside, which does not know what it is about, into a UserError that begins
+    with `what`. A UserError inside says that already, and stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from None
 
 
 def require(holds: bool, name: str, value: object, meaning: str) -> None:

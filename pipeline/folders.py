@@ -164,7 +164,7 @@ def find_images(top: Path) -> tuple[list[Path], Left]:
     return sorted(found), left
 
 
-def say_found(count: int, place: Path, left: Left) -> None:
+def say_found(count: int, place: object, left: Left) -> None:
     """Print on stderr how many images were found, and what was left aside, on one line."""
     plural = "" if count == 1 else "s"
     _say(f"found {count:,} image{plural} in {printable(str(place))}{aside(left)}")

@@ -4,9 +4,9 @@ import pytest
 
 from tests.fuzz.driver import READERS, fuzz
 
-INPUTS = {"beton": 800, "configuration": 60, "results": 60}
+INPUTS = {"beton": 400, "configuration": 30, "results": 30}
 """Inputs of a reader, by its speed; `OTHERS` for those that are not named."""
-OTHERS = 150
+OTHERS = 75
 
 
 @pytest.mark.parametrize("reader", READERS)

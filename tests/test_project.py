@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from pipeline import commands as names
 from pipeline import ffcv_format
 from tests import ROOT
 
@@ -25,7 +26,7 @@ EXTRAS = [
     Requirement(text) for extra in PROJECT["optional-dependencies"].values() for text in extra
 ]
 
-PACKAGES = ("pipeline", "model", "train", "tools", "evaluation", "transfer")
+PACKAGES = ("slotstream", "pipeline", "model", "train", "tools", "evaluation", "transfer")
 
 # Dependencies that only another package imports.
 LOADED_INDIRECTLY = {
@@ -33,7 +34,8 @@ LOADED_INDIRECTLY = {
     "ffcv",  # its native library
 }
 
-OPTIONAL = {"nvidia", "pydensecrf", "pynvml", "timm"}  # extras (nvidia: DALI), imported when used
+OPTIONAL = {"aiohttp", "fsspec", "nvidia", "pyarrow", "pydensecrf", "pynvml", "timm"}
+"""Of the extras (nvidia: DALI), imported when used."""
 
 # Paths and hosts of one machine or network. The brackets keep this file from matching itself.
 LOCAL_NAMES = re.compile(
@@ -178,6 +180,7 @@ def test_command_explains_itself(
     All commands run in this process: fresh ones would spend a minute importing torch.
     """
     monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.setitem(names._called, "by name", False)  # put back: `slotstream` changes it
     # As in a fresh process; a package itself must stay, or it would lose its modules.
     executed = f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module
     monkeypatch.delitem(sys.modules, executed, raising=False)

@@ -27,6 +27,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools": {
         "tools.packing", "tools.report", "tools.weights", "train", "train.run", "model", "pipeline",
     },
+    "slotstream": {
+        "tools", "evaluation", "evaluation.datasets", "train", "train.pretrain", "train.run",
+        "model", "pipeline",
+    },
 }  # fmt: skip
 """The other rooms that the modules of each room may import. A module belongs to the longest name
 that its own name begins with."""

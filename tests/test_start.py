@@ -9,7 +9,7 @@ from tests import ROOT
 
 COMMANDS = sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-    for room in ("train", "evaluation", "transfer", "tools")
+    for room in ("slotstream", "train", "evaluation", "transfer", "tools")
     for file in (ROOT / room).rglob("*.py")
     if 'if __name__ == "__main__"' in file.read_text()
 )

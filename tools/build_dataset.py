@@ -19,10 +19,18 @@ from tools.packing.images import Storage
 from tools.packing.job import job_of, shard_path
 from tools.packing.lists import listed
 from tools.packing.merge import merge_job
+from tools.packing.parquet import parquet
+from tools.packing.remote import place
 from tools.packing.run import Summary, is_complete, is_interrupted, pack
 from tools.packing.sources import KNOWN_COUNTS, SOURCES, Source
+from tools.packing.subset import subset
+from tools.packing.webdataset import webdataset
 from train.run.cli import CommandParser, check_writable, run
 
+SHARDED = {"parquet": (parquet, "column"), "webdataset": (webdataset, "ending")}
+"""Sources whose shards have named parts: the function, and what a part is."""
+REMOTE = ("folder", "imagefolder")
+"""Sources below a root that may be a URL; those of `SHARDED` and `list` may too."""
 MAX_WORKERS = 1024
 """Threads. Each has up to four batches in memory."""
 
@@ -34,6 +42,10 @@ EPILOG = """examples:
   python -m tools.build_dataset openimages --root /data/oi --out oi.beton --store auto --budget 400GB
   python -m tools.build_dataset folder --root ~/photos --out photos.beton --on-error skip
   python -m tools.build_dataset list --list train.csv --root /data --out mine.beton
+  python -m tools.build_dataset parquet --root '/data/in1k/data/train-*.parquet' --out in1k.beton
+  python -m tools.build_dataset webdataset --root '/data/shard-{000000..000099}.tar' --out w.beton
+  python -m tools.build_dataset folder --root s3://bucket/photos --out photos.beton
+  python -m tools.build_dataset imagenet --root /data/imagenet --out in118k.beton --subset 118000
   python -m tools.build_dataset imagenet --root /data/imagenet --out in1k.beton --shard 3/16
   python -m tools.build_dataset merge in1k.shard-*-of-16.beton --out in1k.beton
   python -m tools.build_dataset sample --out sample.beton
@@ -60,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = merge_job(args.shards)
     else:
         storage, limits = _storage(args), Limits(args.max_bytes, args.max_pixels)
-        source = _source(args, out)
-        if expected := KNOWN_COUNTS.get(args.source):
-            _warn_of_count(source, args.source, expected)
+        source = _chosen(args, _source(args, out))
         if args.store == "auto":
             storage = fit(source, args.budget, storage, args.workers, limits)
         job = job_of(args.source, source, storage, args.shard, limits)
@@ -97,6 +107,21 @@ def fit(source: Source, budget: int, base: Storage, workers: int, limits: Limits
     return storage
 
 
+def _chosen(args: argparse.Namespace, source: Source) -> Source:
+    """The part of a source that the options ask for; warns if the whole has another size than it
+    should.
+    """
+    if expected := KNOWN_COUNTS.get(args.source):
+        _warn_of_count(source, args.source, expected)
+    count = getattr(args, "subset", None)
+    if count is None:
+        if getattr(args, "subset_lt", False):
+            raise UserError("--subset-lt needs --subset N")
+        return source
+    print(f"taken: {count:,} of them, by --seed {args.seed}", file=sys.stderr)
+    return subset(source, count, args.seed, args.subset_lt)
+
+
 def _source(args: argparse.Namespace, out: Path) -> Source:
     if args.source == "sample":
         root = args.root or out.parent / "scenes"
@@ -104,13 +129,17 @@ def _source(args: argparse.Namespace, out: Path) -> Source:
         return SOURCES["folder"](root / "train" / "images")
     if args.source == "list":
         return listed(args.list, args.root)
-    source = SOURCES[args.source](args.root)
+    if args.source in SHARDED:
+        source = SHARDED[args.source][0](args.root, args.image, args.label)
+    else:
+        source = SOURCES[args.source](args.root)
     say_found(len(source) - len(source.faults), source.root, source.left)
     if source.sidecars:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.sidecars.most_common(8))
         print(
             f"warning: {kinds} beside images of their names are not read: the beton gets no labels"
-            " or captions from them; `list` takes labels from a CSV file of path,label",
+            " or captions from them; `list` takes labels from a CSV file of path,label, and"
+            " `webdataset` from the .cls files of a WebDataset",
             file=sys.stderr,
         )
     return source
@@ -157,14 +186,30 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, build in SOURCES.items():
         command = _add_command(commands, name, build.__doc__ or "")
         command.add_argument(
-            "--root", type=Path, required=True, metavar="DIR", help="folder of the data set"
-        )
+            "--root", type=place if name in REMOTE else Path, required=True, metavar="DIR",
+            help="folder of the data set" + ", or its URL" * (name in REMOTE),
+        )  # fmt: skip
+        _add_subset(command)
+        _add_storage(command)
+    for name, (build, parts) in SHARDED.items():
+        command = _add_command(commands, name, build.__doc__ or "")
+        command.add_argument(
+            "--root", type=place, required=True, metavar="PATH",
+            help="file, folder or pattern of the shards, or its URL",
+        )  # fmt: skip
+        for option, kind in (("image", "images"), ("label", "labels")):
+            command.add_argument(f"--{option}", metavar="NAME", help=f"{parts} of the {kind}")
+        _add_subset(command)
         _add_storage(command)
     command = _add_command(commands, "list", listed.__doc__ or "")
     command.add_argument("--list", type=Path, required=True, metavar="FILE", help="the list")
     command.add_argument(
-        "--root", type=Path, metavar="DIR", help="folder of the paths (default: list's)"
+        "--root",
+        type=place,
+        metavar="DIR",
+        help="folder of the paths, or its URL (default: list's)",
     )
+    _add_subset(command)
     _add_storage(command)
     command = _add_command(commands, "sample", "Generated scenes with label maps, and photographs.")
     command.add_argument(
@@ -204,6 +249,19 @@ def _add_command(
     )  # fmt: skip
     command.add_argument("--force", action="store_true", help="replace an existing FILE")
     return command
+
+
+def _add_subset(command: CommandParser) -> None:
+    command.add_argument(
+        "--subset", type=_positive, metavar="N",
+        help="pack only N images, chosen by their names and --seed; as many of each class, where"
+        " there are labels",
+    )  # fmt: skip
+    command.add_argument(
+        "--subset-lt", action="store_true",
+        help="the classes of --subset have long-tailed sizes, as those of ImageNet-LT",
+    )  # fmt: skip
+    command.add_argument("--seed", type=_seed, default=0, help="seed of --subset (default 0)")
 
 
 def _add_storage(command: CommandParser) -> None:

@@ -58,16 +58,24 @@ def main() -> None:
 
 def read(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
     """The encoder that the options choose, with the licence in its metadata. Raises UserError."""
-    from train.weights import read_backbone
+    from model.architectures import is_timm
+    from train.encoders import read_encoder
 
     branch: Branch = "student" if args.student else "teacher"
-    backbone = read_backbone(args.checkpoint, branch=branch, partial=True)
+    backbone = read_encoder(args.checkpoint, branch=branch, partial=True)
     known = backbone.metadata
+    timm = is_timm(backbone.arch)
+    if timm and args.to not in ("timm", "huggingface"):
+        raise UserError(
+            f"--to {args.to}: for the ResNets of torchvision alone, and {args.checkpoint} has a "
+            f"{backbone.arch}: give --to timm or huggingface"
+        )
     if backbone.stages < 4:
-        if (args.to, args.out.suffix) != ("torchvision", ".safetensors"):
+        plain = "timm" if timm else "torchvision"
+        if (args.to, args.out.suffix) != (plain, ".safetensors"):
             raise UserError(
                 f"--to {args.to}: needs four stages, and {args.checkpoint} ends at stage "
-                f"{backbone.stages}: only --to torchvision --out NAME.safetensors can say so"
+                f"{backbone.stages}: only --to {plain} --out NAME.safetensors can say so"
             )
         print(f"{args.checkpoint}: only the stages 1 to {backbone.stages} of a {backbone.arch}")
         known = {"stages": str(backbone.stages), **known}

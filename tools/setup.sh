@@ -88,7 +88,7 @@ install_python_packages() {
     say "Python packages (PyTorch and its CUDA libraries: about 3 GB to download, 6 GB on disk)"
     "${pip[@]}" --upgrade pip setuptools wheel
     # Without isolation the build of ffcv uses the pinned setuptools, not whatever is newest that day.
-    "${pip[@]}" --no-build-isolation --editable '.[dali,dev,power,timm]'
+    "${pip[@]}" --no-build-isolation --editable '.[dali,dev,parquet,power,remote,timm]'
     # The extra [crf]. In isolation, since it builds with a Cython of its own.
     "${pip[@]}" pydensecrf2 || say "pydensecrf2 was not built: --crf will be refused"
 }

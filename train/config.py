@@ -1,8 +1,8 @@
 """The configuration of a pre-training run: one typed description of the whole run.
 
 It is read from YAML files and the command line, and each checkpoint stores it. An impossible
-configuration is refused before anything is loaded. The sections `data`, `views`, `model` and
-`train` define the science; `efficiency`, `log` and `eval` do not.
+configuration is refused before anything is loaded. The sections `data`, `views`, `model`, `train`
+and `init` define the science; `efficiency`, `log` and `eval` do not.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from model import ModelConfig
-from model.config import cells_of
 from pipeline.bounds import (
     BELOW_1,
     MOST_PROCESSES,
@@ -38,13 +37,15 @@ TRACKERS = (
 _EXAMPLES = """examples:
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --data.path coco.beton
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml --resume auto
-  python -m train.pretrain --config configs/demo_cpu.yaml --train.epochs 2 --name trial
+  python -m train.pretrain --config configs/scenes_cpu.yaml --train.epochs 2 --name trial
   torchrun --nproc_per_node 8 -m train.pretrain --config configs/imagenet_r50_200ep.yaml
   accelerate launch -m train.pretrain --config configs/coco_r50_800ep.yaml \\
       --config configs/ablations/k1024.yaml     # a later file wins, and options over both
   python -m train.pretrain --config configs/camvid_cpu.yaml --eval.every 50 --eval.dataset camvid \\
       --eval.root CamVid     # score the teacher while it trains
-  python -m train.pretrain --config configs/demo_cpu.yaml --print_config
+  python -m train.pretrain --config configs/camvid_cpu.yaml --init.weights resnet18.pth
+      # start from weights: a run, a file of anyone's, or torchvision and timm
+  python -m train.pretrain --config configs/scenes_cpu.yaml --print_config
 
 A run writes LOG.DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/ and the trackers' files.
 
@@ -165,6 +166,24 @@ class TrainConfig(Bounded):
 
 
 @dataclass(frozen=True)
+class InitConfig(Bounded):
+    """The weights that a run starts from. Only its first start reads them: checkpoints hold all."""
+
+    weights: str = field(default="random", metadata={"random, torchvision, timm or a path": bool})
+    """"random"; "torchvision" or "timm", what they publish for model.arch; or the path of a run, a
+    checkpoint or a file of weights, as tools.export reads them."""
+    part: Literal["encoder", "all"] = "encoder"
+    """What to take. "encoder": its weights, for student and teacher alike. "all": also projectors,
+    prototypes, predictor and centre, each as it is there, from a run, a checkpoint or a file of the
+    authors' code; parts of other sizes begin anew."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = self.part == "encoder" or self.weights not in ("random", "torchvision", "timm")
+        require(whole, "part", self.part, f"encoder with init.weights {self.weights}")
+
+
+@dataclass(frozen=True)
 class EfficiencyConfig(Bounded):
     """Settings of speed and memory. A resume may change them. The run then continues with the same
     images and views, but bit-exactness is lost."""
@@ -244,6 +263,8 @@ class RunConfig(Bounded):
     """Model"""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training"""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Initial weights"""
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
     """Efficiency"""
     log: LogConfig = field(default_factory=LogConfig)
@@ -254,6 +275,12 @@ class RunConfig(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         sides = [side for _, side in self.train.view_sizes] or [self.views.size]
+        for side in sides:
+            refused = self.model.refused_side(side)
+            require(refused is None, "views.size", side, refused or "")
+        checkpointing = self.efficiency.checkpointing
+        able = not checkpointing or self.model.can_checkpoint
+        require(able, "efficiency.checkpointing", checkpointing, "false with this model.arch")
         self._check_stages(min(sides))
         require(
             sides[-1] == self.views.size,
@@ -277,13 +304,13 @@ class RunConfig(Bounded):
         """Whether the smallest views, of this side, have enough cells at each supervised stage."""
         last = self.model.supervised[-1]
         require(
-            cells_of(side, last) > 1 or not self.model.supervise,
+            self.model.cells_of(side, last) > 1 or not self.model.supervise,
             "model.supervise",
             list(self.model.supervise),
             f"stages with more than one cell of a view (stage {last} has one of {side} pixels)",
         )
         for stage in self.model.supervised:
-            cells, sample = cells_of(side, stage), self.model.at(stage).cells
+            cells, sample = self.model.cells_of(side, stage), self.model.at(stage).cells
             require(
                 sample <= cells or not self.model.cell_loss_weight,
                 "model.cells",
@@ -314,7 +341,7 @@ SETTINGS = Settings(
     description="Pre-train SlotCon on the images of a beton.",
     epilog=_EXAMPLES + EXIT_CODES,
     options={"resume": RESUME},
-    fixed=("data.order", "data.window_gb", "views.", "model.", "train."),
+    fixed=("data.order", "data.window_gb", "views.", "model.", "train.", "init."),
     free=("train.max_steps", "train.stop_on_plateau"),
 )
 

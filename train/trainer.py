@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from model import SlotCon, prepare
-from model.config import cells_of
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.beton import Beton
 from pipeline.errors import UserError
@@ -32,6 +31,7 @@ from train.run.launch import share_of_cores, to_device
 from train.run.run import Run
 from train.run.signals import StopSignals
 from train.schedule import learning_rate, teacher_momentum
+from train.start import in_words, start_from
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ROLL_BACKS = 3  # without progress, before the run gives up
@@ -77,6 +77,7 @@ class Trainer:
         """The first step with a teacher that is not the student itself."""
 
         torch.manual_seed(config.train.seed)
+        self.init: dict[str, Any] = {}  # what the weights were at step 0
         self.slotcon = self._build_model()
         self.lars = self._build_optimizer()
         self.model, self.optimizer = self.accelerator.prepare(self.slotcon, self.lars)
@@ -125,7 +126,7 @@ class Trainer:
         """
         size = self.config.view_size(0)
         image_loss = bool(self.config.model.image_loss_weight)
-        cells = cells_of(size, self.config.model.stages)
+        cells = self.config.model.cells_of(size)
         rows, unit = (1, "image") if image_loss else (cells, "cell")
         parts = self.accelerator.num_processes * self.config.efficiency.accumulation
         batch = self.config.train.batch_size
@@ -136,9 +137,16 @@ class Trainer:
             )
 
     def _build_model(self) -> SlotCon:
-        """SlotCon on this process's device, with the speed settings of the configuration."""
+        """SlotCon on this process's device, with the speed settings of the configuration. A new run
+        gives it the weights to start from. Raises UserError.
+        """
         efficiency = self.config.efficiency
-        model = to_device(SlotCon(self.config.model), self.accelerator)
+        model = SlotCon(self.config.model)
+        if not self.run.resumes:
+            self.init = start_from(self.config.init, model)
+            if words := in_words(self.init):
+                self.run.say(f"{self.run.folder}: {words}")
+        model = to_device(model, self.accelerator)
         prepare(
             model,
             channels_last=efficiency.channels_last,
@@ -295,7 +303,7 @@ class Trainer:
     def _check_collapse(self, begin: int, values: dict[str, float]) -> None:
         """Check the log line that begins with step `begin`. Raises Collapsed."""
         step = self.run.step
-        cells = cells_of(self.view_size, self.config.model.stages)
+        cells = self.config.model.cells_of(self.view_size)
         symptom = self.alarm.check(begin, step, cells, values)
         if not symptom:
             return
@@ -313,7 +321,7 @@ class Trainer:
             self.meter.read().averages,
             self._data(),
             meter=self.meter.state(),
-            more=self.evaluations.state(),
+            more={**self.evaluations.state(), "init": self.init},
             is_best=self.evaluations.is_best,
         )
 
@@ -349,6 +357,7 @@ class Trainer:
         standing = self.evaluations.read(origin, record)
         self.run.load(origin, record, self.slotcon, self.lars)
         self.evaluations.resume(standing)
+        self.init = record.provenance.get("init", {})
         self.meter.load(record.meter)
         self.alarm.reset()
 

@@ -34,9 +34,9 @@ META = "meta"
 FOLDER_WEIGHTS, FOLDER_CONFIG = "model.safetensors", "config.json"
 """The files of a model on the Hugging Face Hub."""
 FACTS = {
-    "method", "arch", "stages", "branch", "run", "imported", "prefix", "step", "optimizer",
+    "method", "arch", "stages", "branch", "run", "imported", "start", "prefix", "step", "optimizer",
     "epochs", "batch_size", "prototypes", "view_size", "config", "data", "data_images",
-    "data_fingerprint", "data_license", "slotstream", "format",
+    "data_fingerprint", "data_license", "slotstream", "format", "image_stats",
 }  # fmt: skip
 """The names in the metadata of files that slotstream writes, see `describe` and tools."""
 
@@ -66,6 +66,8 @@ class Backbone:
     """How the weights were made, see `describe`; empty if the file does not say."""
     stages: int = 4
     """The last stage. Only `read_backbone` with `partial` gives fewer than four."""
+    unused: tuple[str, ...] = ()
+    """The parts of the source that are not these weights, by the beginnings of their names."""
 
 
 def read_backbone(
@@ -87,19 +89,17 @@ def read_backbone(
             `branch` is "student" and `source` holds the teacher; or it holds several ResNets whose
             prefixes do not say which is which.
     """
-    if source.name == FOLDER_WEIGHTS and is_checkpoint(source.parent):
-        source = source.parent  # its record says what the weights are
-    if (source / FOLDER_CONFIG).is_file():
-        source = source / FOLDER_WEIGHTS
+    source = _origin(source)
     if source.is_dir():
         record = read_record(find(source))
         state, metadata = load_model(source)[0].state_dict(), describe(record, branch)
     else:
         content, metadata = read_file(source)
         state = tensors_in(content)
+    resnets = resnets_in(state)
     networks = {
         prefix: _dense({ours: state[name] for ours, name in names.items()}, source)
-        for prefix, names in resnets_in(state).items()
+        for prefix, names in resnets.items()
     }
     known = {prefix: found for prefix, found in networks.items() if archs_of(found)}
     whole = {prefix: found for prefix, found in known.items() if stages_of(found) == 4}
@@ -116,7 +116,23 @@ def read_backbone(
     if stages < 4 and not partial:
         raise UserError(f"{source}: a {arch} that ends at stage {stages}; all four are needed")
     place = f"{source}: below '{printable(prefix)}'" if prefix else source
-    return Backbone(arch, fitting(weights, arch, place, stages), metadata, stages)
+    used = set(resnets[prefix].values())
+    unused = tuple(dict.fromkeys(stem(name) or name for name in state if name not in used))
+    return Backbone(arch, fitting(weights, arch, place, stages), metadata, stages, unused)
+
+
+def weights_file(source: Path) -> Path:
+    """The file that holds the weights of what `read_backbone` reads. Raises UserError."""
+    source = _origin(source)
+    return find(source) / FOLDER_WEIGHTS if source.is_dir() else source
+
+
+def _origin(source: Path) -> Path:
+    """A checkpoint's folder for its weights, as its record says what they are; the weights of a
+    folder for the Hugging Face Hub; anything else as it is."""
+    if source.name == FOLDER_WEIGHTS and is_checkpoint(source.parent):
+        return source.parent
+    return source / FOLDER_WEIGHTS if (source / FOLDER_CONFIG).is_file() else source
 
 
 def _arch(
@@ -185,8 +201,32 @@ def published_weights(arch: str) -> dict[str, Tensor]:
         raise UserError(
             f"{published.url} cannot be downloaded ({error}): get it elsewhere and give its file"
         ) from None
-    weights = {ours: state[name] for ours, name in resnets_in(state)[""].items()}
-    return fitting(weights, arch, published.url)
+    return fitting(_resnet(state), arch, published.url)
+
+
+def timm_weights(arch: str) -> dict[str, Tensor]:
+    """The backbone that timm publishes under this name by default.
+
+    Downloads it, unless the cache of Hugging Face's hub has it. Raises UserError.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise UserError("weights of timm need timm (pip install .[timm])") from None
+    try:
+        state = timm.create_model(arch, pretrained=True).state_dict()
+    except Exception as error:  # timm's hub and registry raise many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"timm's weights of {arch} cannot be loaded ({printable(reason)}): get them elsewhere "
+            "and give their file"
+        ) from None
+    return fitting(_resnet(state), arch, f"timm's weights of {arch}")
+
+
+def _resnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The ResNet, without classifier, in the state dict of one."""
+    return {ours: state[name] for ours, name in resnets_in(state)[""].items()}
 
 
 def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
@@ -199,9 +239,11 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
         "method": "SlotCon (arXiv 2205.15288)",
         "arch": config.model.arch,
         "stages": config.model.stages if config.model.stages < 4 else None,
+        "image_stats": json.dumps(config.model.image_stats) if config.model.image_stats else None,
         "branch": branch,
         "run": config.name,
         "imported": record.provenance.get("imported"),
+        "start": _start(record.provenance.get("init", {})),
         "step": record.step,
         "prototypes": config.model.num_prototypes,
         "optimizer": record.provenance.get("args", {}).get("optimizer", "lars"),
@@ -213,6 +255,18 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
         "slotstream": _version(),
     }
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def _start(init: Mapping[str, Any]) -> str | None:
+    """The weights that the run started from, if they were not new: what is said about a file names
+    more than the run's own data."""
+    if init.get("kind", "random") == "random":
+        return None
+    about = init.get("metadata", {})
+    name = init["kind"] if init["kind"] != "file" else Path(init["weights"]).name
+    digest = f"sha256 {init['sha256'][:12]}" if "sha256" in init else "published weights"
+    earlier = "".join(f", {about[key]}" for key in ("method", "data", "start") if key in about)
+    return f"{name} ({digest}{earlier})"
 
 
 def tensors_in(content: Any) -> dict[str, Any]:
@@ -268,7 +322,7 @@ def _chosen(
     if not state:
         raise UserError(f"{source}: no weights in it")
     if not networks:
-        above = dict.fromkeys(_stem(name) for name in state)
+        above = dict.fromkeys(stem(name) for name in state)
         raise UserError(f"{source}: no {what} in it; its names begin with {_listed(above)}")
     distinct = list[str]()
     # One network may have two names: DenseCL's student is also `backbone.`
@@ -284,8 +338,8 @@ def _chosen(
     )
 
 
-def _stem(name: str) -> str:
-    """A name up to its first number."""
+def stem(name: str) -> str:
+    """A tensor's name up to its first number: the part of the network that it belongs to."""
     parts = name.split(".")
     return ".".join(parts[: next((n for n, p in enumerate(parts) if p.isdigit()), -1)])
 

@@ -6,23 +6,26 @@ from typing import Any
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from model.encoder import Encoder
-from train.weights import published_weights, read_backbone
+from model.architectures import is_timm
+from model.encoder import AnyEncoder, Encoder
+from model.timm_encoder import TimmEncoder
+from pipeline.errors import UserError
+from train.encoders import image_stats, published_encoder, read_encoder
+from train.weights import Backbone, published_weights
 from transfer.config import InitConfig
 
 _LAST_OF_STAGE = ("bn1", "layer1", "layer2", "layer3", "layer4")
 
 
-def build_backbone(init: InitConfig) -> tuple[Encoder, dict[str, Any]]:
+def build_backbone(init: InitConfig) -> tuple[AnyEncoder, dict[str, Any]]:
     """The encoder [B, 3, S, S] → [B, C, ⌈S/32⌉, ⌈S/32⌉] that `init` describes, and its description
     for result.json: {"weights", "kind": "random" | "supervised" | "file", "arch", "branch",
     "frozen", "metadata"}. "weights" is a file's absolute path, so that the same file has the same
     name in all runs, wherever they were started.
 
-    The children are torchvision's: conv1, bn1, relu, maxpool, layer1 … layer4. Random weights are
-    drawn from torch's global generator. Raises UserError.
+    A ResNet's children are torchvision's: conv1, bn1, relu, maxpool, layer1 … layer4. Random
+    weights are drawn from torch's global generator. Raises UserError.
     """
-    encoder = Encoder(init.arch)
     named = init.weights in ("random", "supervised")
     about: dict[str, Any] = {
         "weights": init.weights if named else str(Path(init.weights).resolve()),
@@ -32,16 +35,42 @@ def build_backbone(init: InitConfig) -> tuple[Encoder, dict[str, Any]]:
         "frozen": init.frozen,
         "metadata": {},
     }
-    if about["kind"] == "file":
-        backbone = read_backbone(Path(init.weights), init.arch, init.branch)
-        encoder.load_state_dict(backbone.weights)
-        about["metadata"] = dict(backbone.metadata)
-    elif about["kind"] == "supervised":
+    encoder, backbone = _of_timm(init) if is_timm(init.arch) else _resnet(init)
+    about["metadata"] = dict(backbone.metadata) if backbone else {}
+    return encoder, about
+
+
+def _resnet(init: InitConfig) -> tuple[Encoder, Backbone | None]:
+    encoder, backbone = Encoder(init.arch), None
+    if init.weights == "supervised":
         weights = published_weights(init.arch)
         names = encoder.state_dict()
         encoder.load_state_dict({name: weights[name] for name in names})
+    elif init.weights != "random":
+        backbone = read_encoder(Path(init.weights), init.arch, init.branch)
+        encoder.load_state_dict(backbone.weights)
     freeze(encoder, init.frozen)
-    return encoder, about
+    return encoder, backbone
+
+
+def _of_timm(init: InitConfig) -> tuple[TimmEncoder, Backbone | None]:
+    backbone, statistics = None, None
+    if init.weights not in ("random", "supervised"):
+        backbone = read_encoder(Path(init.weights), init.arch, init.branch)
+        statistics = image_stats(backbone)
+    try:
+        encoder = TimmEncoder(init.arch, image_stats=statistics)
+    except ValueError as error:
+        raise UserError(f"init.{error}") from None
+    if init.weights == "supervised":
+        encoder.net.load_state_dict(published_encoder(init.arch))
+    elif backbone is not None:
+        encoder.net.load_state_dict(backbone.weights)
+    if init.frozen and (stage := init.frozen - 1) not in encoder.strides:
+        raise UserError(f"init.frozen {init.frozen}: {init.arch} has no stage {stage}")
+    if init.frozen:
+        encoder.freeze(init.frozen - 1)
+    return encoder, backbone
 
 
 def freeze(encoder: nn.Sequential, stages: int) -> None:

@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
-from model.config import ARCHITECTURES
+from model.architectures import ARCH, is_timm
 from pipeline.bounds import (
     BELOW_1,
     MOST_PROCESSES,
@@ -14,7 +14,6 @@ from pipeline.bounds import (
     UP_TO_1,
     Bounded,
     at_least,
-    one_of,
     optional,
     within,
 )
@@ -30,15 +29,21 @@ class InitConfig(Bounded):
     """The backbone: the source of its weights, and which part of it is trained."""
 
     weights: str = field(default="random", metadata={"random, supervised or a path": bool})
-    """"random"; "supervised" (torchvision's IMAGENET1K_V1); or the path of a run, a checkpoint or a
-    file of weights, see tools.export."""
-    arch: str = field(default="resnet50", metadata=one_of(ARCHITECTURES))
-    """The ResNet; it must match the weights."""
+    """"random"; "supervised" (torchvision's IMAGENET1K_V1, or timm's weights of that name); or the
+    path of a run, a checkpoint or a file of weights, see tools.export."""
+    arch: str = field(default="resnet50", metadata=ARCH)
+    """The encoder, a ResNet of torchvision or, for segmentation, timm:NAME (docs/backbones.md); it
+    must match the weights."""
     branch: Literal["teacher", "student"] = "teacher"
     """Which encoder of a slotstream run or checkpoint to use."""
     frozen: int = field(default=0, metadata=within(0, len(STAGES)))
     """Number of leading stages whose weights and BatchNorm statistics stay frozen: 0 none, 1 the
-    stem, 2 also layer1, … 5 the whole encoder."""
+    stem, 2 also layer1, … 5 the whole encoder. Of timm's networks 1 is not defined."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defined = not (is_timm(self.arch) and self.frozen == 1)
+        require(defined, "frozen", self.frozen, "0 or 2 to 5 with a network of timm")
 
 
 @dataclass(frozen=True)

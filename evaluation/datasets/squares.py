@@ -61,6 +61,10 @@ class SquareImages:
         """Image `i` as uint8 [R, R, 3]."""
         return self.fit.image(pixels, self.size)
 
+    def first(self) -> Squares:
+        """The first image, which says how large all features will be. Raises UserError."""
+        return next(self.batches(indices=np.arange(1)))
+
     def batches(
         self, progress: str | None = None, indices: np.ndarray | None = None
     ) -> Iterator[Squares]:

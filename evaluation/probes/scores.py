@@ -41,7 +41,7 @@ from evaluation.probes.voting import gather_pixels, join_pixels, room_for_pixels
 from evaluation.reduction import reduced, require_cells, whitened
 from evaluation.scoring import Counting, Predictor, Result, evaluate, print_scores, score_rows
 from evaluation.specs import open_all
-from pipeline.errors import UserError
+from pipeline.errors import UserError, about
 
 Head = Callable[[Tensor], Tensor]
 """A fitted probe: cells [Q, D] → class scores [Q, C]."""
@@ -82,7 +82,7 @@ def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
     void_as = getattr(args, "void_as", None)
     if random_crops(args):
         train = random_squares(train, HUMMINGBIRD, seed)
-    try:
+    with about(train.images.source):
         return gather_memory(
             labelled_features(task.network, train, void_as),
             count,
@@ -92,10 +92,6 @@ def gather(args: argparse.Namespace, task: Task, seed: int) -> Memory:
             balanced=args.probe == "knn",
             storage=storage_of(args),
         )
-    except UserError:  # it says already what it is about
-        raise
-    except ValueError as error:
-        raise UserError(f"{train.images.source}: {error}") from None
 
 
 def capacity_of(args: argparse.Namespace, num_images: int) -> int:
@@ -108,20 +104,18 @@ def require_room(args: argparse.Namespace, network: Features, train: LabelledSqu
     """Refuse a memory without room, and too few cells, before whitening and standardising read the
     whole training set: a single image says how many cells and features there are. Raises UserError.
     """
+    squares, count = train.first(), len(train.images)
+    features = network(squares.normalised(train.device))
     clusters = args.clusters if args.probe == "clusters" else None
-    require_cells(network, train, whiten=args.whiten, clusters=clusters)
+    require_cells(network.name, features, count, whiten=args.whiten, clusters=clusters)
     if getattr(args, "head", None) == "sgd":  # it keeps no cells
         return
-    squares = next(train.batches(indices=np.arange(1)))
-    features = network(squares.normalised(train.device))
     first = LabelledFeatures(squares, features, train.labels(squares))
-    count, classes = len(train.images), train.images.num_classes
+    classes = train.images.num_classes
     if learns_from_pixels(args):
         copies = int(args.probe == "linear")  # of the cells that it learns from
-        try:
+        with about(train.images.source):
             room = room_for_pixels(first, count, copies=copies)
-        except ValueError as error:
-            raise UserError(f"{train.images.source}: {error}") from None
         Storage(whole=True).place(*room, train.device)
         return
     copies = int(args.probe == "clusters")  # k-means scales cells to length 1
@@ -154,7 +148,7 @@ def random_squares(train: LabelledSquares, recipe: Recipe, seed: int) -> RandomS
 
 def fit(args: argparse.Namespace, memory: Memory, seed: int, task: Task) -> Head:
     """The probe that the options name, fitted to `memory`. Raises UserError."""
-    try:
+    with about(task.train.images.source):
         if args.probe == "knn":
             count, temperature = args.neighbours[0], args.temperature
             return Retrieval(memory, neighbours=count, temperature=temperature)
@@ -162,8 +156,6 @@ def fit(args: argparse.Namespace, memory: Memory, seed: int, task: Task) -> Head
             return fit_linear(memory, seed, steps=args.steps, learning_rate=args.learning_rate)
         clusters = kmeans(memory.features, args.clusters, seed, cosine=task.network.cosine)
         return Overclustering(memory, clusters)
-    except ValueError as error:
-        raise UserError(f"{task.train.images.source}: {error}") from None
 
 
 def scores_of_cells(head: Head, features: Tensor) -> Tensor:
@@ -228,14 +220,10 @@ def fitted_to_pixels(args: argparse.Namespace, task: Task) -> Iterator[Predictor
         apart = held.others if len(fits) > 1 else None
         scaled = standardised(task, apart) if args.standardise else task
         classes = task.train.images.num_classes
-        try:
+        with about(task.train.images.source):
             batches = labelled_features(scaled.network, task.train)
             memory = gather_pixels(batches, len(task.train.images), classes)
             name, classifier = select(fits, memory, held)
-        except UserError:  # it says already what it is about
-            raise
-        except ValueError as error:
-            raise UserError(f"{task.train.images.source}: {error}") from None
         print(f"{task.network.name}, seed {seed}: {name}", file=sys.stderr)
         yield as_predictor(
             args.probe,

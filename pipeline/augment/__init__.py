@@ -65,7 +65,7 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise UserError(f"unknown augmentation backend {name!r}; choose from {', '.join(BACKENDS)}")
     try:
-        module = import_module(f"pipeline.augment.{name}")
+        module = import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
         raise UserError(f"the {name} backend needs {error.name}, which is not installed") from error
     return Backend(module.apply, module.colour)

@@ -16,11 +16,11 @@ from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features, Network, fuse
 from evaluation.options import stage
 from evaluation.specs import open_all, open_trained, open_untrained, read
-from evaluation.timm_networks import load
 from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.coloured import write_scenes
+from train.encoders import load
 from train.weights import read_weights
 
 CPU = torch.device("cpu")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from evaluation import probe
 from evaluation.confusion import score_classes
 from evaluation.datasets.squares import Squares
+from evaluation.features import block_means
 from evaluation.probes import overclustering, retrieval
 from evaluation.probes.linear import fit_linear, pixel_cross_entropy
 from evaluation.probes.memory import (
@@ -327,6 +328,24 @@ def test_retrieval_without_a_draw_has_one_seed(
     write_scenes(tmp_path / "train", MAPS)
     write_scenes(tmp_path / "val", MAPS)
     assert values(command(tmp_path, monkeypatch, "knn"), "miou") == [1.0]
+
+
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_one_look_at_the_first_image_says_how_many_cells_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Without it each check before the work would encode an image of its own."""
+    write_scenes(tmp_path / "train", MAPS)
+    write_scenes(tmp_path / "val", MAPS[::-1])
+    read: list[int] = []
+
+    def counted(images: Tensor) -> Tensor:
+        read.append(len(images))
+        return block_means(images)
+
+    monkeypatch.setattr("evaluation.specs.block_means", counted)
+    command(tmp_path, monkeypatch, name, "--seeds", "0")
+    assert read == [1, 3, 3]  # then the set to learn from, and the one to score
 
 
 def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from evaluation.datasets.images import FolderImages
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features, block_means
-from evaluation.reduction import fit_reduction, fit_whitening, whitened
+from evaluation.reduction import fit_reduction, fit_whitening, reduced, whitened
 from pipeline.errors import UserError
 from tests.helpers.coloured import write_scenes
 
@@ -89,6 +89,24 @@ def test_too_few_cells_to_whiten(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="pixels: --whiten: 1 cells are fewer than 3 features"):
         whitened(Features("pixels", block_means), squares, 0.25)
+
+
+def test_an_error_names_its_features_once(tmp_path: Path) -> None:
+    """Without it too large a --pca would be a traceback, and features that are not finite would
+    come with their name twice.
+    """
+    squares = SquareImages(
+        FolderImages(write_scenes(tmp_path, [np.array([[0]])])[0]), 8, torch.device("cpu")
+    )
+    with pytest.raises(UserError, match=r"^x: --pca 9: there are only 3 features"):
+        reduced(Features("x", block_means), squares, standardise=True, pca=9)
+    broken = Features("x", lambda images: block_means(images) / 0)
+    for read in (
+        lambda: whitened(broken, squares, 0.25),
+        lambda: reduced(broken, squares, pca=1, standardise=False),
+    ):
+        with pytest.raises(UserError, match=r"^x: features with NaN"):
+            read()
 
 
 def test_whitened_features_keep_their_measure(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from evaluation.datasets.images import FolderImages
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Network
 from evaluation.specs import open_trained, open_untrained
-from evaluation.timm_networks import create_timm, load_weights, padded, timm_network
+from evaluation.timm_networks import create_timm, timm_network
+from model.timm_encoder import padded
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from tests.helpers.coloured import write_scenes
+from train.encoders import load_weights
 
 timm = pytest.importorskip("timm")
 CPU = torch.device("cpu")
@@ -98,7 +100,7 @@ def test_stages_are_blocks_and_levels(tmp_path: Path) -> None:
         resnet.forward_features(images)
     network = opened("resnet18", tmp_path / "r.pth")
     torch.testing.assert_close(network.read("2")(images), seen["r"])
-    assert list(network.strides) == [4, 8, 16, 32]
+    assert list(network.strides.values()) == [4, 8, 16, 32]
 
     vit = saved("test_vit", tmp_path / "v.pth", dynamic_img_size=True)
     vit.blocks[2].register_forward_hook(lambda _module, _input, output: seen.update(v=output))
@@ -140,7 +142,7 @@ def test_dilated(tmp_path: Path) -> None:
     )
     assert isinstance(network, Network)
     assert network.read()(torch.zeros(1, 3, 64, 64)).shape[2:] == (8, 8)
-    with pytest.raises(UserError, match="--output-stride 8: timm:test_vit cannot be dilated"):
+    with pytest.raises(UserError, match="timm:test_vit: it cannot be dilated to cells of 8"):
         open_trained("timm:test_vit", None, CPU, weights=tmp_path / "w.pth", output_stride=8)
 
 
@@ -196,7 +198,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch, pytest.raises(UserError, match="vit: no such block"):
         patch.setattr(timm, "create_model", refuse)
         opened("test_vit", tmp_path / "w.pth")
-    with pytest.raises(UserError, match="Unknown model"):
+    with pytest.raises(UserError, match="timm has no such network; near it"):
         open_trained("timm:nonsense", None, CPU, weights=tmp_path / "w.pth")
     saved("test_vit", tmp_path / "w.pth", patch_size=8)
     with pytest.raises(UserError, match=r"another model \(patch_embed.proj.weight has shape \["):

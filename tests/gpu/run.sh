@@ -21,7 +21,7 @@ mkdir -p "$OUT" "$WORK/logs"
 : >"$WORK/parts"
 
 if [ "$DEVICE" = cpu ]; then
-    recipe=configs/camvid_cpu.yaml deep=configs/fast/camvid_cpu.yaml batch=4 threads=1 repeats=1 seconds=0.05 steps=4 images=8
+    recipe=configs/scenes_cpu.yaml deep=configs/fast/camvid_cpu.yaml batch=4 threads=1 repeats=1 seconds=0.05 steps=4 images=8
     sides=(64) few=8 epochs=2 half=4
     backends=(kornia) count=8 side=64 workers=() fp16=no
     unset NUMBA_CACHE_DIR  # what the checkout has compiled is at hand

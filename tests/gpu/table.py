@@ -120,7 +120,7 @@ def sections(results: dict[str, Any]) -> dict[str, list[str]]:
         ],
         "largest batch": [f"{name}: {row}" for name, row in largest.items()],
         "training": [training_line(name, results[name]) for name in curves],
-        "loss by images seen": [curve_line(name, results[name]) for name in CURVES if results[name]],
+        "loss by images": [curve_line(name, results[name]) for name in CURVES if results[name]],
     }
 
 

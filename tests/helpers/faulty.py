@@ -1,6 +1,5 @@
 """Faulty runs, in this process and in others, for tests/train/run/test_faults.py."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.source import Batch
+from tests.helpers.forked import forkserver
 from tests.helpers.training import run_dir, small_run, trainer
 from train import metrics, pretrain
 from train.config import RunConfig
@@ -90,8 +90,7 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("forkserver")  # it imports everything once
-        context.set_forkserver_preload(["tests.helpers.faulty"])
+        context = forkserver()
         self.errors = [Path(f"{run_dir(config)}.stderr{rank}") for rank in (0, 1)]
         command = ["train.pretrain", "--config", str(file), *options]
         self.processes = [

@@ -1,7 +1,6 @@
 """Runs that end by SIGKILL, each in a process of its own, and their curves."""
 
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.forked import forkserver
 from tests.helpers.training import TIMES
 from train.run import checkpoint
 from train.run.log import Journal
@@ -23,9 +23,7 @@ def killed(at: int, train: Callable[..., object], *arguments: Any) -> bool:
     """Call train(*arguments) in a process that kills itself at its event number `at`, counted from
     0: the begin or the end of a call in `EVENTS`. Returns whether the run came so far.
     """
-    context = multiprocessing.get_context("forkserver")  # it imports everything once
-    context.set_forkserver_preload(["tests.helpers.killed", train.__module__])
-    process = context.Process(target=_train, args=(at, train, arguments))
+    process = forkserver().Process(target=_train, args=(at, train, arguments))
     process.start()
     process.join(240)
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
+
+from tests.helpers.forked import forkserver
 
 TIMEOUT = timedelta(seconds=60)
 """How long a collective may wait for the other ranks."""
@@ -22,7 +24,10 @@ def run_workers(
     `worker` must be importable by name. Kills processes that still run after `limit_s`.
     """
     store = folder / f"{worker.__name__}.store"
-    context = spawn(_enter, (world, store, worker, folder, args), nprocs=world, join=False)
+    forkserver()  # so that torch's processes are forked from a server that has imported everything
+    context = start_processes(
+        _enter, (world, store, worker, folder, args), world, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + limit_s
     try:
         while not context.join(timeout=1):

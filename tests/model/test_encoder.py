@@ -89,7 +89,7 @@ def test_stages_are_torchvisions_layers(arch: str) -> None:
             assert len(found) == len(stages)
             for stage, value in zip(stages, found, strict=True):
                 torch.testing.assert_close(value, expected[str(stage)])
-                assert value.shape[1] == encoder.stage_dims[f"layer{stage}"]
+                assert value.shape[1] == encoder.stage_dims[stage]
         dilated = dilate(encoder, 8).maps(images, [2, 3, 4])
     assert {tuple(value.shape[2:]) for value in dilated} == {(8, 12)}
     torch.testing.assert_close(dilated[0], expected["2"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import ModelConfig, SlotCon
-from model.config import ARCHITECTURES, cells_of
+from model.architectures import ARCHITECTURES
 from model.encoder import Encoder
 from tests.helpers.tiny_slotcon import IMAGES, gradients, set_agreement, tiny_batch, tiny_model
 
@@ -183,13 +183,14 @@ def test_encoder_architectures(arch: str, channels: int, parameters: int) -> Non
         assert encoder(torch.empty(2, 3, 224, 224)).shape == (2, channels, 7, 7)
         assert encoder(torch.empty(2, 3, 96, 96)).shape == (2, channels, 3, 3)
         features = torch.empty(2, 3, 96, 96)
-        for name, stage in encoder.named_children():
-            features = stage(features)
-            if name in encoder.stage_dims:
-                assert features.shape[1] == encoder.stage_dims[name]
+        for name, part in encoder.named_children():
+            features = part(features)
+            if name.startswith("layer"):
+                assert features.shape[1] == encoder.stage_dims[int(name[-1])]
     assert encoder.dim == channels
-    assert list(encoder.stage_dims) == ["layer1", "layer2", "layer3", "layer4"]
-    assert cells_of(224) == 49 and cells_of(96) == 9 and cells_of(97) == 16
+    assert list(encoder.stage_dims) == [1, 2, 3, 4]
+    config = ModelConfig(arch)
+    assert [config.cells_of(side) for side in (224, 96, 97)] == [49, 9, 16]
     assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
 
 

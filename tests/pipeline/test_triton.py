@@ -194,7 +194,7 @@ def test_random_crops_are_those_of_pil(runner: Runner, data: st.DataObject) -> N
     assert_same_geometry(runner, noise(height, width), [box], data.draw(st.integers(1, 20)))
 
 
-@pytest.mark.parametrize("shape", [(3, 1000), (2000, 3)])
+@pytest.mark.parametrize("shape", [(3, 700), (700, 3)])
 def test_a_long_crop(runner: Runner, shape: tuple[int, int]) -> None:
     """Positions are exact at any distance from the corner."""
     assert_same_geometry(runner, noise(*shape), [(0, 0, *shape[::-1])], 8)

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.choices import BACKENDS
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, check_writable
+from train.run.text import configuration_file
 
 EXAMPLES = """examples:
   python -m tools.benchmark all --data coco.beton --config configs/coco_r50_800ep.yaml \\
@@ -120,7 +121,7 @@ def parse(argv: Sequence[str], description: str = "") -> argparse.Namespace:
         help="print the ratios between the --json files of two runs",
     )
     args = parser.parse_args(argv)
-    files = args.config or [_config("demo_cpu")]
+    files = args.config or [configuration_file("scenes_cpu")]
     args.config = [word for file in files for word in ("--config", file)]
     return args
 
@@ -135,9 +136,9 @@ def _add_subject(parser: CommandParser) -> None:
     )
     parser.add_argument(
         "--config",
-        type=_config,
+        type=configuration_file,
         action="append",
-        help="views, model and precision: a file, or the name of a file in configs/ (demo_cpu);"
+        help="views, model and precision: a file, or the name of a file in configs/ (scenes_cpu);"
         " a later file overrides an earlier one",
     )
     parser.add_argument(
@@ -195,12 +196,6 @@ def _add_cost(parser: CommandParser) -> None:
         help=f"cost: CO2 of electricity ({CO2_PER_KWH:.0f}: the world's in 2024, by the IEA's"
         " Electricity 2025)",
     )
-
-
-def _config(name: str) -> str:
-    """The path of a configuration, from its path or its bare name."""
-    known = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
-    return str(known) if known.is_file() and not Path(name).is_file() else name
 
 
 def check(args: argparse.Namespace) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelOutput, SlotCon, prepare
-from model.config import cells_of
 from pipeline.errors import UserError
 from pipeline.views import ViewConfig, sample_views
 from tools.benchmark.options import VARIANTS
@@ -270,7 +269,7 @@ def _work(bench: Bench, backend: str, variant: str | None, call: Callable[[], ob
 
 def step_data(bench: Bench, side: int, batch: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """A batch in the layout that a backend gets in training. Raises UserError."""
-    if batch * cells_of(side, bench.config.model.stages) < 2:
+    if batch * bench.config.model.cells_of(side) < 2:
         raise UserError(f"--batch {batch}: one cell of {side} pixels has no variance")
     views, overlap, flipped = step_views(batch, side, device=bench.device, dtype=bench.dtype)
     if backend == "fast":

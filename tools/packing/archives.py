@@ -6,11 +6,15 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from pipeline.files import open_file
+from zlib_ng.zlib_ng import crc32
+
+from pipeline.errors import BadImage
+from pipeline.images import Limits
+from tools.packing.containers import Blob
+from tools.packing.places import Place, open_blob
 
 SUFFIXES = (".tar", ".zip")
 UNREAD = (
@@ -80,23 +84,63 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(SUFFIXES + UNREAD)
 
 
-def members(path: Path) -> Iterator[Member]:
+def members(path: Place) -> Iterator[Member]:
     """The files in an archive, and in the .tar files in it, in the archive's order.
 
     If an archive is damaged, cut short or unreadable, the last member is the archive itself, with
     a fault.
     """
     try:
-        with _Stream(open_file(path).detach()) as stream:
+        with open_blob(path) as file:
             if path.name.lower().endswith(".zip"):
-                yield from _zip(stream)
+                yield from _zip(file)
             else:
-                file = stream.fileno()
-                yield from _tar(file, 0, os.fstat(file).st_size)
+                yield from _tar(file, 0, file.size)
     except OSError as error:
         yield Member("", fault=error.strerror or str(error))
     except _DAMAGE as error:
         yield Member("", fault=f"damaged zip file: {error}")
+
+
+class Archive:
+    """A .tar or .zip file as a container. An image's offset and size are those of its `Member`; the
+    size of a deflated one is negative.
+    """
+
+    def __init__(self, path: Place) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def open(self) -> "_OpenArchive":
+        """Raises OSError."""
+        return _OpenArchive(open_blob(self.path))
+
+    def expect(self, offsets: Iterable[int]) -> None:
+        """Each image is read on its own."""
+
+
+class _OpenArchive:
+    def __init__(self, file: Blob) -> None:
+        self._file = file
+
+    def read(self, offset: int, size: int, crc: int, limits: Limits) -> bytes:
+        """Raises BadImage."""
+        limits.check_bytes(abs(size))
+        try:
+            data = self._file.pread(abs(size), offset)
+            content = data if size >= 0 else inflate(data, limits.max_bytes)
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from error
+        except zlib.error as error:
+            raise BadImage(f"in the zip file: {error}") from error
+        if crc not in (-1, crc32(content)):
+            raise BadImage("damaged in the zip file: its checksum differs")
+        return content
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def inflate(data: bytes, limit: int) -> bytes:
@@ -109,7 +153,7 @@ def inflate(data: bytes, limit: int) -> bytes:
 
 
 class _Stream(io.BufferedReader):
-    """An archive. zipfile reads a zip file's directory with one call, if it is not too large."""
+    """A zip file. zipfile reads its directory with one call, if it is not too large."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > MAX_DIRECTORY:
@@ -119,17 +163,17 @@ class _Stream(io.BufferedReader):
         return super().read(size)
 
 
-def _zip(stream: _Stream) -> Iterator[Member]:
+def _zip(file: Blob) -> Iterator[Member]:
     """The files of a zip file in the order of their data. None reaches into the next."""
-    with zipfile.ZipFile(stream) as archive:
+    with zipfile.ZipFile(_Stream(file)) as archive:
         infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
         ends = [info.header_offset for info in infos[1:]] + [archive.start_dir]
         for info, end in zip(infos, ends, strict=False):
             if not info.is_dir():
-                yield _zip_member(info, stream.fileno(), end)
+                yield _zip_member(info, file, end)
 
 
-def _zip_member(info: zipfile.ZipInfo, file: int, end: int) -> Member:
+def _zip_member(info: zipfile.ZipInfo, file: Blob, end: int) -> Member:
     """One file of a zip file, whose data end at byte `end` or before."""
     name = info.filename
     if info.create_system == 0 and "/" not in name:  # by old .NET; Unix names may have backslashes
@@ -156,22 +200,22 @@ def _zip_member(info: zipfile.ZipInfo, file: int, end: int) -> Member:
     return _tidy(Member(name, offset, info.compress_size, deflated, info.CRC))
 
 
-def _zip_data(info: zipfile.ZipInfo, file: int, end: int) -> int | None:
+def _zip_data(info: zipfile.ZipInfo, file: Blob, end: int) -> int | None:
     """Where the data of a file begins; None if the position is impossible or another file's."""
     if not 0 <= info.header_offset <= end:
         return None
-    local = os.pread(file, 30, info.header_offset)
+    local = file.pread(30, info.header_offset)
     if len(local) < 30 or local[:4] != b"PK\3\4":
         return None
     length, extra = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
     name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-    if os.pread(file, length, info.header_offset + 30) != name:
+    if file.pread(length, info.header_offset + 30) != name:
         return None
     offset = info.header_offset + 30 + length + extra
     return offset if offset + info.compress_size <= end else None
 
 
-def _tar(file: int, start: int, end: int, depth: int = 1) -> Iterator[Member]:
+def _tar(file: Blob, start: int, end: int, depth: int = 1) -> Iterator[Member]:
     """The members of the tar file at bytes `start` to `end`, and its fault if it has one."""
     try:
         yield from _tar_members(file, start, end, depth)
@@ -179,7 +223,7 @@ def _tar(file: int, start: int, end: int, depth: int = 1) -> Iterator[Member]:
         yield Member("", fault=str(error))
 
 
-def _tar_members(file: int, start: int, end: int, depth: int) -> Iterator[Member]:
+def _tar_members(file: Blob, start: int, end: int, depth: int) -> Iterator[Member]:
     """The members of a tar file: ustar, GNU and pax. Raises _Damage.
 
     The standard library's tarfile takes 23 µs a member instead of 9 µs. It also ignores a damaged
@@ -188,7 +232,7 @@ def _tar_members(file: int, start: int, end: int, depth: int) -> Iterator[Member
     position, extended = start, _Extended()
     files: dict[str, Member] = {}  # for hard links
     while position + _BLOCK <= end:
-        header = os.pread(file, _BLOCK, position)
+        header = file.pread(_BLOCK, position)
         if not header.strip(b"\0"):
             _check_end(file, position, end)
             return
@@ -219,7 +263,7 @@ def _tar_members(file: int, start: int, end: int, depth: int) -> Iterator[Member
 
 
 def _tar_member(
-    file: int, entry: Member, kind: bytes, end: int, depth: int, files: dict[str, Member]
+    file: Blob, entry: Member, kind: bytes, end: int, depth: int, files: dict[str, Member]
 ) -> Iterator[Member]:
     """The members of one header: a file, the files in a nested tar, or a member with a fault.
 
@@ -247,11 +291,11 @@ def _tar_member(
     yield files[entry.name]
 
 
-def _after_sparse_map(file: int, header: bytes, data: int) -> int:
+def _after_sparse_map(file: Blob, header: bytes, data: int) -> int:
     """Where the data of GNU's sparse file begin: after the blocks that continue its header."""
     more = header[482]
     while more:
-        block = os.pread(file, _BLOCK, data)
+        block = file.pread(_BLOCK, data)
         data += _BLOCK
         more = block[504] if len(block) == _BLOCK else 0
     return data
@@ -265,13 +309,13 @@ def _hard_link(entry: Member, link: str, files: dict[str, Member]) -> Member:
     return target._replace(name=entry.name, fault=target.fault or entry.fault)
 
 
-def _check_end(file: int, position: int, end: int) -> None:
+def _check_end(file: Blob, position: int, end: int) -> None:
     """Refuse further data after the end marker at `position`.
 
     A hole in an unfinished download looks like an end marker, and the second of two joined tar
     files would be missed.
     """
-    if end - position > MAX_PADDING or os.pread(file, end - position, position).strip(b"\0"):
+    if end - position > MAX_PADDING or file.pread(end - position, position).strip(b"\0"):
         raise _Damage(f"damaged: {end - position:,} bytes after its end marker at byte {position}")
 
 
@@ -310,11 +354,11 @@ def _ustar_name(header: bytes, position: int) -> str:
     return f"{prefix}/{name}" if prefix else name
 
 
-def _extended(file: int, kind: bytes, data: int, length: int, before: _Extended) -> _Extended:
+def _extended(file: Blob, kind: bytes, data: int, length: int, before: _Extended) -> _Extended:
     """`before` and what the extended header at byte `data` says. Raises _Damage."""
     if length > MAX_EXTENDED:
         raise _Damage(f"an extended header of {length:,} bytes; at most {MAX_EXTENDED:,} are read")
-    text = os.pread(file, length, data)
+    text = file.pread(length, data)
     if kind in b"LK":
         path = _text(text)
         new = _Extended(name=path) if kind == b"L" else _Extended(link=path)

@@ -8,11 +8,13 @@ from typing import TypeVar
 from pipeline.errors import UserError
 from pipeline.folders import Left, as_url, is_dir, is_folder, left_aside, require_root
 from tools.packing import archives
+from tools.packing.places import Place
+from tools.packing.remote import Remote
 
 T = TypeVar("T")
 
 
-def bounded(items: Iterable[T], name: Path) -> Iterator[T]:
+def bounded(items: Iterable[T], name: Place) -> Iterator[T]:
     """The images or rows of `name`. Raises UserError if there are too many to list in memory."""
     for count, item in enumerate(items):
         if count == archives.MAX_FILES:
@@ -54,8 +56,10 @@ def stem(name: str) -> str:
     return name[: -next(len(suffix) for suffix in suffixes if name.lower().endswith(suffix))]
 
 
-def contents(folder: Path) -> str:
+def contents(folder: Place) -> str:
     """The content of `folder`, for an error message."""
+    if isinstance(folder, Remote):
+        return f"{folder} holds none"
     if not is_folder(folder):
         return f"{folder} is {'not a folder' if os.path.lexists(folder) else 'missing'}"
     names = sorted(entry.name + "/" * is_dir(entry) for entry in entries(folder, Left()))

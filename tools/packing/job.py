@@ -66,7 +66,7 @@ def job_of(
     Raises:
         UserError: if the shard is empty.
     """
-    options = asdict(storage)
+    options = asdict(storage) | source.options
     if not storage.tiles:
         del options["tiles"]  # as earlier versions, whose shards and unfinished betons stay usable
     listing = _listing_digest(kind, source, options)
@@ -113,7 +113,7 @@ def _listing_digest(kind: str, source: Source, options: dict[str, Any]) -> str:
 
 def _location_digest(source: Source) -> str:
     """Digest of where the images are."""
-    containers = [str(path) for path in source.containers]
+    containers = [str(container) for container in source.containers]
     digest = hashlib.sha256(repr((str(source.root), containers, source.faults)).encode())
     for column in (source.container, source.offset, source.size, source.crc):
         digest.update(memoryview(column).cast("B"))

@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError, printable
-from pipeline.folders import as_url, require_root
+from pipeline.folders import as_url
 from pipeline.formats import IMAGE_SUFFIXES
 from pipeline.lines import MAX_LINE, text_lines
 from tools.packing.files import bounded
+from tools.packing.places import Place, require_root
 from tools.packing.sources import Source, mark_duplicates
 
 EXPECTED = "expected a path on each line, or .csv or .tsv of path or path,label"
 
 
-def listed(path: Path, root: Path | None = None) -> Source:
+def listed(path: Path, root: Place | None = None) -> Source:
     """The files in a list, in its order: a path on each line, or CSV with path and label.
 
     Paths are relative to `root`, by default the list's folder. If all labels are whole numbers,
@@ -25,11 +26,12 @@ def listed(path: Path, root: Path | None = None) -> Source:
     """
     if root:
         require_root(root)
-    source = Source(root or path.parent)
+    where = root or path.parent
+    source = Source(where)
     rows: list[tuple[str, str | None]] = []
     for line, name, label in bounded(_rows(path), path):
         odd = _is_odd(name, label) or not (rows or name.lower().endswith(IMAGE_SUFFIXES))
-        if odd and not os.path.lexists(source.root / name):
+        if odd and not (isinstance(where, Path) and os.path.lexists(where / name)):
             raise UserError(f"{path}: line {line}: {_described(name, label)}")
         rows.append((name, label))
     if not rows:
@@ -39,8 +41,8 @@ def listed(path: Path, root: Path | None = None) -> Source:
     if labels and len(labels) < len(rows):
         raise UserError(f"{path}: {len(rows) - len(labels):,} of {len(rows):,} rows have no label")
     if labels:
-        source.labels, source.classes = _ranked(path, labels)
-    top = str(source.root.absolute())
+        source.labels, source.classes = ranked(str(path), labels)
+    top = str(where.absolute()) if isinstance(where, Path) else ""
     join = os.path.join  # a Path takes ten times as long
     return mark_duplicates(source, lambda name: os.path.normpath(join(top, name)))
 
@@ -94,7 +96,7 @@ def _described(name: str, label: str | None) -> str:
     """What an odd row is, and what was expected."""
     shown = printable(name[:80])
     if url := as_url(name):
-        return f"{printable(url[:80])} is a URL: list the paths of images on this machine"
+        return f"{printable(url[:80])} is a URL: list paths below one --root, which may be a URL"
     if name.lstrip()[:1] in ("{", "["):
         return f"JSON, not a path: {EXPECTED}"
     if (label or "").lower().endswith(IMAGE_SUFFIXES):
@@ -138,18 +140,20 @@ _SECOND_COLUMN = re.compile(
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
-def _ranked(path: Path, labels: list[str]) -> tuple[array, list[str] | None]:
-    """Labels and class names: whole numbers unchanged, or the rank of each name.
+def ranked(path: str, labels: list[str]) -> tuple[array, list[str] | None]:
+    """Labels and class names of `path`: whole numbers unchanged, or the rank of each name. An empty
+    text, of an image that is a fault, is -1.
 
     Refuses numbers that cannot be stored. As names they would be renumbered, "10" before "2".
     """
-    odd = next((label for label in labels if _whole(label) is None), None)
+    known = set(labels) - {""}
+    odd = next((label for label in labels if label and _whole(label) is None), None)
     if odd is None:
-        return array("q", map(int, labels)), None
-    classes = sorted(set(labels))
+        return array("q", (int(label or -1) for label in labels)), None
+    classes = sorted(known)
     if all(_NUMBER.fullmatch(name) for name in classes):
-        raise UserError(f"{path}: label {odd}: numbers must be whole and fit 64 bits")
-    rank = {name: label for label, name in enumerate(classes)}
+        raise UserError(f"{path}: label {printable(odd)}: numbers must be whole and fit 64 bits")
+    rank = {name: label for label, name in enumerate(classes)} | {"": -1}
     return array("q", (rank[label] for label in labels)), classes
 
 

@@ -1,15 +1,12 @@
 """Reading images from their files or archives, and converting them to their stored form."""
 
-import os
-import zlib
 from contextlib import closing
 
-from zlib_ng.zlib_ng import crc32
-
 from pipeline.errors import BadImage
-from pipeline.images import LIMITS, Limits, read_file
-from tools.packing.archives import inflate
+from pipeline.images import LIMITS, Limits
+from tools.packing.containers import Reading
 from tools.packing.images import Packed, Storage, pack_image
+from tools.packing.places import read
 from tools.packing.sources import Source
 
 MAX_BATCH = 16 << 20
@@ -44,42 +41,35 @@ def read_image(source: Source, i: int, limits: Limits = LIMITS) -> bytes:
 
 
 class _Reader:
-    """Reads images. Keeps the last archive open, because the next image is usually in it too."""
+    """Reads images. Keeps the last container open, because the next image is usually in it too."""
 
     def __init__(self, source: Source, limits: Limits) -> None:
         self.source, self.limits = source, limits
-        self._container, self._file = -1, -1
+        self._container = -1
+        self._open: Reading | None = None
 
     def read(self, i: int) -> bytes:
         """The bytes of image `i`. Raises BadImage."""
-        if i in self.source.faults:
-            raise BadImage(self.source.faults[i])
-        container = self.source.container[i]
-        if container < 0:
-            path = os.path.join(self.source.root, self.source.names[i])  # noqa: PTH118
-            return read_file(path, self.limits)
-        return self._read_member(i, container)
+        source = self.source
+        if i in source.faults:
+            raise BadImage(source.faults[i])
+        if source.container[i] < 0:
+            return read(source.root / source.names[i], self.limits)
+        container = self._opened(source.container[i])
+        return container.read(source.offset[i], source.size[i], source.crc[i], self.limits)
 
-    def _read_member(self, i: int, container: int) -> bytes:
-        size = self.source.size[i]  # negative if the member is deflated
-        self.limits.check_bytes(abs(size))
-        try:
-            if container != self._container:
-                self.close()
-                self._file = os.open(self.source.containers[container], os.O_RDONLY | os.O_CLOEXEC)
-                self._container = container
-            data = os.pread(self._file, abs(size), self.source.offset[i])
-            content = data if size >= 0 else inflate(data, self.limits.max_bytes)
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from error
-        except zlib.error as error:
-            raise BadImage(f"in the zip file: {error}") from error
-        if self.source.crc[i] not in (-1, crc32(content)):
-            raise BadImage("damaged in the zip file: its checksum differs")
-        return content
+    def _opened(self, number: int) -> Reading:
+        if number != self._container or not self._open:
+            self.close()
+            try:
+                self._open = self.source.containers[number].open()
+            except OSError as error:
+                raise BadImage(error.strerror or str(error)) from error
+            self._container = number
+        return self._open
 
     def close(self) -> None:
-        """Close the archive that is open, if any."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._container, self._file = -1, -1
+        """Close the container that is open, if any."""
+        if self._open:
+            self._open.close()
+        self._open = None

@@ -3,18 +3,22 @@
 To add a data set, write a function from its root folder to a `Source` and add it to `SOURCES`.
 """
 
+import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline import folders
 from pipeline.errors import UserError, printable
 from pipeline.formats import IMAGE_SUFFIXES
+from pipeline.manifest import Option
 from tools.packing import archives, files
-from tools.packing.archives import Member
+from tools.packing.archives import Archive, Member
+from tools.packing.containers import Container
+from tools.packing.places import Place, is_file, require_root, walk
 
 KNOWN_COUNTS = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167}
 """Number of images in the data sets of published results."""
@@ -33,7 +37,7 @@ class Source:
     per image.
     """
 
-    root: Path
+    root: Place
     names: list[str] = field(default_factory=list)
     """Paths below `root` with forward slashes, as if all archives were unpacked."""
     classes: list[str] | None = None
@@ -46,16 +50,18 @@ class Source:
     """Number of files and folders that were left aside, by reason."""
     sidecars: Counter[str] = field(default_factory=Counter)
     """Of these, files that say something of an image, by suffix: labels or captions."""
-    containers: list[Path] = field(default_factory=list)
-    """The archives."""
+    containers: list[Container] = field(default_factory=list)
+    """The archives and tables."""
     container: array = field(default_factory=lambda: array("i"))
-    """Number of each image's archive in `containers`; -1 for a file outside of archives."""
+    """Number of each image's container in `containers`; -1 for a file outside of them."""
     offset: array = field(default_factory=lambda: array("q"))
-    """Position of each image's bytes in the archive."""
+    """Position of each image's bytes in the archive, or number of its row in the table."""
     size: array = field(default_factory=lambda: array("q"))
-    """Bytes of each image in the archive; negative if they are deflated."""
+    """Bytes of each image in the archive; negative if they are deflated. 0 in a table."""
     crc: array = field(default_factory=lambda: array("q"))
     """The archive's CRC-32 of each image; -1 without one."""
+    options: dict[str, Option] = field(default_factory=dict)
+    """What was chosen of it, for the manifest."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,20 +71,49 @@ class Source:
         for name in names:
             self._add(name)
 
-    def add_archive(self, path: Path, chosen: Iterable[Member]) -> None:
-        """Add images of the archive at `path`. The members already have the names to store."""
+    def add_archive(self, archive: Archive, chosen: Iterable[Member]) -> None:
+        """Add images of an archive. The members already have the names to store."""
         number = len(self.containers)
-        self.containers.append(path)
+        self.containers.append(archive)
         for member in chosen:
             if member.fault:
                 self.faults[len(self.names)] = member.fault
             size = -member.size if member.deflated else member.size
             self._add(member.name, number, member.offset, size, member.crc)
 
+    def add_rows(self, table: Container, names: Iterable[str]) -> None:
+        """Add all rows of a table under these names."""
+        self.containers.append(table)
+        for row, name in enumerate(names):
+            self._add(name, len(self.containers) - 1, row)
+
     def add_fault(self, name: str, reason: str) -> None:
         """Add a file or folder that cannot be packed."""
         self.faults[len(self.names)] = reason
         self._add(name)
+
+    def take(self, positions: Sequence[int]) -> "Source":
+        """The images at these positions, in their order."""
+
+        def column(values: array) -> array:
+            return array(values.typecode, (values[i] for i in positions))
+
+        new = replace(
+            self,
+            names=[self.names[i] for i in positions],
+            labels=None if self.labels is None else column(self.labels),
+            faults={k: self.faults[i] for k, i in enumerate(positions) if i in self.faults},
+            container=column(self.container),
+            offset=column(self.offset),
+            size=column(self.size),
+            crc=column(self.crc),
+        )
+        expected: dict[int, list[int]] = {number: [] for number in range(len(self.containers))}
+        for number, offset in zip(new.container, new.offset, strict=True):
+            expected.setdefault(number, []).append(offset)
+        for number, container in enumerate(self.containers):
+            container.expect(expected[number])
+        return new
 
     def _add(
         self, name: str, container: int = -1, offset: int = 0, size: int = 0, crc: int = -1
@@ -93,23 +128,25 @@ class Source:
 
 
 def coco(root: Path) -> Source:
-    """COCO: ROOT/train2017/*.jpg, or ROOT/train2017.zip."""
-    return _flat(root, "train2017")
+    """COCO: ROOT/train2017/*.jpg, or ROOT/train2017.zip; also in ROOT/coco2017, as from Kaggle."""
+    return _flat(_found(root, "train2017", "coco2017"), "train2017")
 
 
 def cocoplus(root: Path) -> Source:
     """COCO+: ROOT/train2017/*.jpg and ROOT/unlabeled2017/*.jpg, or zip files of these names."""
-    return _flat(root, "train2017", "unlabeled2017")
+    return _flat(_found(root, "train2017", "coco2017"), "train2017", "unlabeled2017")
 
 
 def imagenet(root: Path) -> Source:
     """ImageNet: ROOT/train/<wnid>/*.JPEG, ROOT/train/<wnid>.tar, or ROOT/ILSVRC2012_img_train.tar.
 
-    The label is the rank of the wnid in sorted order.
+    ROOT/train may also be ROOT/ILSVRC/Data/CLS-LOC/train, as from Kaggle, or ROOT itself. The label
+    is the rank of the wnid in sorted order.
     """
     whole = root / "ILSVRC2012_img_train.tar"
     if not folders.is_folder(root / "train") and folders.is_file(whole):
         return _imagenet_of_one_tar(root, whole)
+    root = _found(root, "train", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
     folder = files.require_folder(root, "train", "<wnid>/*.JPEG")
     source = Source(root, classes=[], labels=array("q"))
     entries = list(files.entries(folder, source.left))
@@ -125,14 +162,14 @@ def imagenet(root: Path) -> Source:
         )
     for label, wnid in enumerate(source.classes):
         of_class = sorted(name for name, stem in packed.items() if stem == wnid)
-        _add_class(source, wnid, wnid in unpacked, of_class)
+        _add_class(source, root, wnid, wnid in unpacked, of_class)
         source.labels.extend([label] * (len(source) - len(source.labels)))  # type: ignore
     if source.sidecars[".cls"]:
         raise UserError(
             f"{folder}: holds .cls files beside its images, as a WebDataset does: its archives are"
             " no classes; `folder` packs the images without labels"
         )
-    return _require_any(source)
+    return require_any(source)
 
 
 def bdd100k(root: Path) -> Source:
@@ -146,7 +183,7 @@ def bdd100k(root: Path) -> Source:
         return _flat(root, "images/100k/train")
     source = Source(root)
     _add_archive(source, archive, r"(?:(?:.*/)?train/)?([^/]+)", "images/100k/train")
-    return _require_any(source)
+    return require_any(source)
 
 
 def openimages(root: Path) -> Source:
@@ -155,10 +192,37 @@ def openimages(root: Path) -> Source:
     return _tree(root, "train", "train*/ with image files")
 
 
-def folder(root: Path) -> Source:
-    """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path."""
-    folders.require_root(root)
+def folder(root: Place) -> Source:
+    """Any folder: all images below ROOT, also in .tar and .zip files, sorted by path.
+
+    ROOT may also be one such file.
+    """
+    if root.name.lower().endswith(archives.SUFFIXES) and is_file(root, archives.SUFFIXES):
+        return _tree(root.parent, "", "image files", root.name)
+    require_root(root)
     return _tree(root, "", "image files")
+
+
+def imagefolder(root: Place) -> Source:
+    """torchvision's ImageFolder: all images below ROOT/<class>, also in .tar and .zip files.
+
+    The label is the rank of the class in sorted order; the images are sorted by class and path.
+    """
+    require_root(root)
+    whole = _tree(root, "", "<class>/ with image files")
+    parts = [name.split("/", 1) for name in whole.names]
+    outside = {i for i, part in enumerate(parts) if len(part) == 1 and i not in whole.faults}
+    whole.left["images in no class"] += len(outside)
+    order = sorted(set(range(len(whole))) - outside, key=parts.__getitem__)
+    source = whole.take(order)
+    names = [part[0] if len(part) == 2 else "" for part in map(parts.__getitem__, order)]
+    names = [files.stem(name) if archives.is_archive(name) else name for name in names]
+    source.classes = sorted(set(names) - {""})
+    if not source.classes:
+        raise UserError(f"{root}: expected a folder per class; {files.contents(root)}")
+    rank = {name: label for label, name in enumerate(source.classes)} | {"": -1}
+    source.labels = array("q", map(rank.__getitem__, names))
+    return source
 
 
 SOURCES: dict[str, Callable[[Path], Source]] = {
@@ -167,8 +231,23 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "imagenet": imagenet,
     "bdd100k": bdd100k,
     "openimages": openimages,
+    "imagefolder": imagefolder,
     "folder": folder,
 }
+
+
+def _found(root: Path, name: str, *inside: str) -> Path:
+    """The folder that holds `name`: `root`, one of the folders `inside` it, or the one that holds
+    `root`, if that is called `name`; `root` if there is none.
+    """
+    if any(
+        folders.is_folder(root / name) or folders.is_file(root / f"{name}{suffix}")
+        for suffix in archives.SUFFIXES
+    ):
+        return root
+    if found := next((root / one for one in inside if folders.is_folder(root / one / name)), None):
+        return found
+    return root.parent if root.name == name and folders.is_folder(root) else root
 
 
 def _flat(root: Path, *names: str) -> Source:
@@ -180,14 +259,14 @@ def _flat(root: Path, *names: str) -> Source:
             # Such files contain train2017/x.jpg, x.jpg or ./x.jpg: only the last part counts.
             _add_archive(source, archive, r"(?:.*/)?([^/]+)", name)
         else:
-            _add_folder(source, name, "*.jpg")
-    return _require_any(source)
+            _add_folder(source, root, name, "*.jpg")
+    return require_any(source)
 
 
-def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> None:
+def _add_class(source: Source, root: Path, wnid: str, unpacked: bool, packed: list[str]) -> None:
     """Add an ImageNet class from its folder or archive. A second one of the class is a fault."""
     if unpacked:
-        _add_folder(source, f"train/{wnid}", "*.JPEG")
+        _add_folder(source, root, f"train/{wnid}", "*.JPEG")
     for name in packed:
         path = f"train/{name}"
         if unpacked or name != packed[0]:
@@ -195,12 +274,12 @@ def _add_class(source: Source, wnid: str, unpacked: bool, packed: list[str]) -> 
         elif name.lower().endswith(archives.UNREAD):
             source.add_fault(path, archives.COMPRESSED)
         else:
-            _add_archive(source, source.root / path, r"(?:.*/)?([^/]+)", f"train/{wnid}")
+            _add_archive(source, root / path, r"(?:.*/)?([^/]+)", f"train/{wnid}")
 
 
-def _add_folder(source: Source, name: str, content: str) -> None:
+def _add_folder(source: Source, root: Path, name: str, content: str) -> None:
     """Add the images directly in ROOT/name, sorted."""
-    folder, before = files.require_folder(source.root, name, content), len(source)
+    folder, before = files.require_folder(root, name, content), len(source)
     names = []
     for entry in files.entries(folder, source.left):
         if folders.is_dir(entry):
@@ -212,12 +291,12 @@ def _add_folder(source: Source, name: str, content: str) -> None:
         raise UserError(f"{folder}: expected image files; {files.contents(folder)}")
 
 
-def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
+def _add_archive(source: Source, path: Place, pattern: str, folder: str) -> None:
     """Add the images of an archive whose names match `pattern`, sorted, and the archive's faults.
 
     The stored name is `folder` and the groups of `pattern`.
     """
-    before, top = len(source), path.relative_to(source.root).as_posix()
+    before, top = len(source), os.path.relpath(str(path), str(source.root))
     chosen = []
     for member in files.bounded(_members(source, path), path):
         match = re.fullmatch(pattern, member.name)
@@ -227,13 +306,13 @@ def _add_archive(source: Source, path: Path, pattern: str, folder: str) -> None:
             chosen.append(member._replace(name="/".join([folder, *match.groups()])))
         else:
             source.left[f"images in other folders of {top}"] += 1
-    source.add_archive(path, sorted(chosen))
+    source.add_archive(Archive(path), sorted(chosen))
     if len(source) == before:
         raise UserError(f"{path}: holds no image files where they are expected")
     mark_duplicates(source, start=before)
 
 
-def _members(source: Source, path: Path) -> Iterator[Member]:
+def _members(source: Source, path: Place) -> Iterator[Member]:
     """The images in an archive, and the faults of the archive and of the archives in it."""
     samples = _Samples(source.sidecars)
     for member in archives.members(path):
@@ -258,17 +337,19 @@ def _imagenet_of_one_tar(root: Path, path: Path) -> Source:
     source.classes = sorted({wnid for wnid in wnids if wnid})
     rank = {name: label for label, name in enumerate(source.classes)}
     source.labels = array("q", (rank[wnid] if wnid else -1 for wnid in wnids))
-    return _require_any(source)
+    return require_any(source)
 
 
-def _tree(root: Path, start: str, expected: str) -> Source:
+def _tree(root: Place, start: str, expected: str, only: str = "") -> Source:
     """All images below the entries of `root` whose names begin with `start`, sorted by path. The
-    images of an archive stand where a folder of its name would.
+    images of an archive stand where a folder of its name would. `only` is the one entry to search.
     """
     source = Source(root)
     names: list[str] = []
     reasons: dict[str, str] = {}  # apart: a pair for each name would take much memory
-    for name, reason in files.bounded(folders.walk(root, source.left, start), root):
+    for name, reason in files.bounded(
+        [(only, "")] if only else walk(root, source.left, start), root
+    ):
         names.append(name)
         if reason:
             reasons[name] = reason
@@ -284,7 +365,7 @@ def _tree(root: Path, start: str, expected: str) -> Source:
                 member._replace(name=f"{name}/{member.name}".rstrip("/"))
                 for member in _members(source, root / name)
             )
-            source.add_archive(root / name, sorted(files.bounded(chosen, root / name)))
+            source.add_archive(Archive(root / name), sorted(files.bounded(chosen, root / name)))
         else:
             is_image = folders.is_image(name, source.left)
             source.add_files([name] * is_image)
@@ -293,10 +374,10 @@ def _tree(root: Path, start: str, expected: str) -> Source:
         raise UserError(
             f"{root}: expected {expected} ({' '.join(IMAGE_SUFFIXES)}); {files.contents(root)}"
         )
-    return _require_any(mark_duplicates(source) if source.containers else source)
+    return require_any(mark_duplicates(source) if source.containers else source)
 
 
-def _require_any(source: Source) -> Source:
+def require_any(source: Source) -> Source:
     """Refuse a source without a good image."""
     if len(source.faults) == len(source):
         more = f" (and {len(source) - 1:,} more like it)" if len(source) > 1 else ""

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from pipeline.commands import as_called
 from pipeline.errors import UserError
 from tools.report.charts import dot_chart, line_chart, short
 from tools.report.page import Table, picture, render
@@ -260,7 +261,7 @@ def listed(values: Mapping[str, Any]) -> str:
 
 
 def missing(run: Run) -> list[tuple[str, str]]:
-    """The missing parts of the page: (title, command after `python -m` that makes it)."""
+    """The missing parts of the page: (title, the command that makes it)."""
     paths = {
         "run": run.folder,
         "data": run.settings.get("data.path", "FILE.beton"),
@@ -269,7 +270,8 @@ def missing(run: Run) -> list[tuple[str, str]]:
 
     def command(part: Part) -> str:
         values = {**paths, "out": run.folder / part.file}
-        return part.command.format(**{k: shlex.quote(str(path)) for k, path in values.items()})
+        quoted = {name: shlex.quote(str(path)) for name, path in values.items()}
+        return as_called(f"python -m {part.command}").format(**quoted)
 
     present = run.results.keys() | run.pictures.keys()
     return [

@@ -59,7 +59,7 @@ def width(values: Sequence[float]) -> str:
 
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("tools.report"),
+    loader=PackageLoader(__package__),
     autoescape=True,
     finalize=lambda value: safe_lines(value) if type(value) is str else value,
     undefined=StrictUndefined,

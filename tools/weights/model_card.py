@@ -2,6 +2,8 @@
 
 import re
 
+from model.architectures import is_timm, timm_name
+from model.timm_encoder import facts, idle_parts
 from pipeline.errors import in_markdown
 from train.weights import Backbone
 
@@ -19,10 +21,10 @@ library_name: timm
 ```python
 import timm
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)  # or hf-hub:OWNER/NAME
-features = model.forward_features(images)  # [B, C, H/32, W/32]
+{use}
 ```
-Images are RGB in 0..1, normalised by ImageNet's mean and deviation (`config.json`). The weights are
-meant to be fine-tuned, or probed, on dense tasks; nothing here classifies.
+Images are RGB in 0..1, normalised by {statistics} mean and deviation (`config.json`). The weights
+are meant to be fine-tuned, or probed, on dense tasks; nothing here classifies.{idle}
 
 ## How it was made
 | | |
@@ -31,12 +33,18 @@ meant to be fine-tuned, or probed, on dense tasks; nothing here classifies.
 
 Licence of the images that it was trained on: {license}.
 """
+RESNET_USE = "features = model.forward_features(images)  # [B, C, H/32, W/32]"
+TIMM_USE = """\
+maps = model.forward_intermediates(images, norm={norm}, intermediates_only=True)
+features = maps[-1]  # [B, {dim}, H/{stride}, W/{stride}]"""
+IDLE = "\n\nThese parts follow the last map, and were not trained with it: {parts}."
 SLOTCON_TAGS = "- self-supervised\n- slotcon\n"
 SLOTCON = """\
 The {encoder} of a SlotCon model: a {arch} without classifier, pre-trained on images without
-labels{by}. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
+labels{by}{start}. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
 groups (Wen et al., *Self-Supervised Visual Representation Learning with Semantic Grouping*, NeurIPS
 2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288))."""
+STARTED = ", starting from weights whose own training may have used labels (see the table)"
 OTHER = "A {arch} without classifier. The table below holds all that is known of its training."
 HUB_LICENCES = {
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-2.0", "cc-by-2.5",
@@ -52,6 +60,7 @@ TITLES = {
     "branch": "Encoder",
     "run": "Run",
     "imported": "Imported from",
+    "start": "Started from",
     "prefix": "Prefix of the weights there",
     "step": "Optimiser steps",
     "optimizer": "Optimiser",
@@ -69,25 +78,39 @@ TITLES = {
 def model_card(backbone: Backbone) -> str:
     """The README.md of a model on Hugging Face's hub."""
     known = backbone.metadata
-    facts = "\n".join(
+    rows = "\n".join(
         f"| {title} | {in_markdown(known[name])} |"
         for name, title in TITLES.items()
         if name in known
     )
     ours = of_slotcon(backbone)
-    title = f"{backbone.arch}, {in_markdown(known.get('run', 'weights'))}"
+    arch = timm_name(backbone.arch)
+    title = f"{arch}, {in_markdown(known.get('run', 'weights'))}"
     return CARD.format(
         head=_yaml_licence(known.get("data_license", "")),
         tags=SLOTCON_TAGS if ours else "",
         title=f"SlotCon {title}" if ours else title,
         about=(SLOTCON if ours else OTHER).format(
             encoder=in_markdown(f"{known.get('branch', '')} encoder".strip()),
-            arch=backbone.arch,
+            arch=arch,
             by="" if "imported" in known else " by slotstream",
+            start=STARTED if "start" in known else "",
         ),
-        facts=facts,
+        facts=rows,
+        **_use(backbone),
         license=in_markdown(" ".join(known.get("data_license", "not stated").split())),
     )
+
+
+def _use(backbone: Backbone) -> dict[str, str]:
+    """How features are computed."""
+    if not is_timm(backbone.arch):
+        return {"use": RESNET_USE, "statistics": "ImageNet's", "idle": ""}
+    known = facts(backbone.arch)
+    code = TIMM_USE.format(norm=known.norm, dim=known.dims[4], stride=known.strides[4])
+    parts = ", ".join(f"`{part}`" for part in idle_parts(backbone.arch))
+    idle = IDLE.format(parts=parts) if parts else ""
+    return {"use": code, "statistics": "the run's", "idle": idle}
 
 
 def _yaml_licence(text: str) -> str:

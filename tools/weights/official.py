@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, SlotCon
-from model.config import ARCHITECTURES
+from model.architectures import ARCHITECTURES
 from model.names import Branch, arch_of, resnets_in
 from model.official import from_official
 from pipeline.errors import UserError

@@ -3,10 +3,13 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.commands import as_called
 from pipeline.errors import UserError, one_line, safe_lines
 from pipeline.folders import refuse_url
 from train.run.environment import check_before_import
@@ -63,14 +66,20 @@ def _escaping(write: Callable[[str], int], bars: bool) -> Callable[[str], int]:
 def print_error(message: str | UserError) -> None:
     """One line on stderr, and one for each of the details."""
     lines = message.lines if isinstance(message, UserError) else [message]
-    print("error: " + "\n  ".join(map(one_line, lines)), file=sys.stderr)
+    print("error: " + as_called("\n  ".join(map(one_line, lines))), file=sys.stderr)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Prints each error as one line, and keeps the line breaks of its help texts."""
+    """Prints each error as one line, keeps the line breaks of its help texts, and names itself as
+    it was called.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.prog = as_called(self.prog)
+
+    def format_help(self) -> str:
+        return as_called(super().format_help())
 
     def parse_args(  # type: ignore[override]
         self, *arguments: Any, **options: Any
@@ -84,8 +93,25 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        if _from_python.get():
+            raise UserError(message)
         print_error(f"{message} (see {self.prog} --help)")
         sys.exit(2)
+
+
+_from_python: ContextVar[bool] = ContextVar("from_python", default=False)
+
+
+@contextmanager
+def as_function() -> Iterator[None]:
+    """Inside its `with`, Python calls a command: a refused option is a UserError like any other
+    bad input, and does not end the process.
+    """
+    token = _from_python.set(True)
+    try:
+        yield
+    finally:
+        _from_python.reset(token)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -139,10 +140,21 @@ def to_device(model: Model, accelerator: Accelerator) -> Model:
     """`model` on this process's device. On several GPUs its BatchNorms share their statistics."""
     processes, device = accelerator.num_processes, accelerator.device
     if processes > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = _synchronised(model)
     elif processes > 1:
         accelerator.print("note: on CPUs each process has its own batch statistics")
     return model.to(device)
+
+
+def _synchronised(model: Model) -> Model:
+    """`model` with SyncBatchNorm. timm's norms have an activation within, which PyTorch's own
+    conversion would lose."""
+    if "timm" in sys.modules:  # nothing else makes such norms
+        from timm.layers.norm_act import convert_sync_batchnorm
+
+        converted: Model = convert_sync_batchnorm(model)
+        return converted
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def share_of_cores(device: torch.device) -> int:

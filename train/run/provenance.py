@@ -63,7 +63,10 @@ def provenance() -> dict[str, Any]:
     """`hardware`, `versions` and `command` of the running process. Each JSON file of a measurement
     begins with them.
     """
-    command = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    program, *words = sys.orig_argv
+    if words and Path(words[0]).name == "slotstream":  # the console script, which Python runs
+        program, *words = words
+    command = [Path(program).name, *words]
     return {"hardware": hardware(), "versions": versions(), "command": shlex.join(command)}
 
 

@@ -23,9 +23,10 @@ import msgspec
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from pipeline.bounds import Bound, check
+from pipeline.commands import as_called
 from pipeline.errors import UserError
 from train.run import text
-from train.run.text import DEEPEST, LARGEST_YAML, read_text, read_yaml
+from train.run.text import DEEPEST, LARGEST_YAML, configuration_file, read_text, read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -95,7 +96,7 @@ class Settings(Generic[Config]):
         """
         argv = sys.argv[1:] if argv is None else argv
         if {"-h", "--help"} & set(argv):
-            self._help.print_help()
+            print(as_called(self._help.format_help()), end="")
             sys.exit(0)
         given = self._typed([*_leaves(under or {}), *self._given(argv)])
         if "--print_config" in argv:
@@ -119,14 +120,14 @@ class Settings(Generic[Config]):
         """Writes --help. It reads no arguments: jsonargparse imports the classes that they name."""
         usage = "".join(f"[--{name} {value}] " for name, (value, _) in self.options.items())
         parser = ArgumentParser(
-            prog=self.prog,
+            prog=as_called(self.prog),
             usage=f"%(prog)s --config FILE {usage}[--section.field VALUE ...]",
             formatter_class=_Help,
             description=self.description,
             epilog=self.epilog,
             print_config=None,
         )
-        about = "YAML file with any of the values below."
+        about = "YAML file with any of the values below, or the name of one in configs/."
         parser.add_argument("--config", metavar="FILE", help=about)
         about = "Print the configuration after applying all other arguments and exit."
         parser.add_argument("--print_config", action="store_true", help=about)
@@ -164,7 +165,9 @@ class Settings(Generic[Config]):
             value = value if equals else next(words, "--")
             if not equals and value.startswith("--"):
                 raise UserError(f"--{_shown(key)} needs a value")
-            if key == "config" or key in self._sections:
+            if key == "config":
+                yield from _read(key, configuration_file(value))
+            elif key in self._sections:
                 yield from _read(key, value)
             else:
                 yield _Given(key, value, "")

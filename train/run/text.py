@@ -17,6 +17,18 @@ MOST_VALUES = 10_000
 aliases can stand for more than any memory holds."""
 DEEPEST = 20
 """Lists and mappings inside each other in a text of YAML. Parsers read them by recursion."""
+CONFIGS = Path(__file__).parents[2] / "configs"
+"""The configurations that come with slotstream."""
+
+
+def configuration_file(name: str) -> str:
+    """The path that a --config names: a file, or one of those that come with slotstream, as
+    scenes_cpu or configs/scenes_cpu.yaml from anywhere.
+    """
+    if not re.fullmatch(r"[\w./-]{1,200}", name) or Path(name).is_file():
+        return name
+    known = CONFIGS / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
+    return str(known) if known.is_file() else name
 
 
 def read_text(path: Path, limit: int) -> str:

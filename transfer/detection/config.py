@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass, field
 
+from model.architectures import ARCHITECTURES
 from pipeline.bounds import BELOW_1, LONGEST_SIDE, WIDEST, Bound, Bounded, at_least, within
+from pipeline.errors import require
 from transfer.config import TransferConfig
 
 _SIDES: Bound = {
@@ -99,3 +101,9 @@ class DetectionConfig(TransferConfig):
     """Data"""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ", ".join(ARCHITECTURES)
+        resnet = self.init.arch in ARCHITECTURES
+        require(resnet, "init.arch", self.init.arch, f"one of {known} for detection")

@@ -33,6 +33,8 @@ from transfer.detection.annotations import (
 
 HAIRLINE = 1e-5
 """Of an image's side: float32 rounds away what is thinner when boxes are resized and mirrored."""
+NO_AREA = "their boxes or masks have no area within the image"
+"""Why objects are skipped."""
 SLACK = 2
 """Pixels by which a box may differ from its mask's bounds, or reach out of the image: tools round
 and count pixels differently."""
@@ -232,9 +234,8 @@ class TrainingExamples:
         self.with_masks = masks
         self.records = [record for record in source.records if len(record.boxes)]
         if not self.records:
-            skipped = f" ({source.dropped} are skipped)" if source.dropped else ""
+            skipped = f" ({source.dropped} are skipped: {NO_AREA})" if source.dropped else ""
             raise UserError(f"{source.annotations}: no image with an object to learn from{skipped}")
-
         if masks and not any(record.masked.any() for record in self.records):
             raise UserError(
                 f"{source.annotations}: no object has a mask: give --model.masks false to learn"

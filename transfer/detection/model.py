@@ -156,7 +156,7 @@ def _normalised(images: list[Tensor]) -> ImageList:
 
 def _pyramid(encoder: Encoder, channels: int) -> BackboneWithFPN:
     """[B, 3, h, w] → dict of five maps [B, channels, …] at 1/4, 1/8, … 1/64 of the size."""
-    dims = [encoder.stage_dims[name] for name in LEVELS]
+    dims = list(encoder.stage_dims.values())
     return BackboneWithFPN(
         encoder, {name: name for name in LEVELS}, dims, channels, norm_layer=nn.BatchNorm2d
     )

@@ -9,10 +9,11 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from model.encoder import Encoder
 from pipeline.errors import UserError
 from transfer.backbone import build_backbone
 from transfer.detection.config import DetectionConfig
-from transfer.detection.dataset import CocoInstances, TrainingExamples, open_instances
+from transfer.detection.dataset import NO_AREA, CocoInstances, TrainingExamples, open_instances
 from transfer.detection.evaluate import evaluate
 from transfer.detection.model import Detector
 from transfer.examples import generator
@@ -51,6 +52,7 @@ class Detection:
             for note in _left_out(train, self.val, masks):
                 print(f"note: {note}", file=sys.stderr)
         encoder, self.init = build_backbone(config.init)
+        assert isinstance(encoder, Encoder), "the configuration refuses others"
         self.model: nn.Module = Detector(encoder, len(train.categories), config.model)
         self.data = _identity(train, len(self.examples))
         self.scored = _identity(self.val, len(self.val.records))
@@ -106,10 +108,7 @@ def _oddities(source: CocoInstances) -> Iterator[str]:
 def _left_out(train: CocoInstances, val: CocoInstances, masks: bool) -> Iterator[str]:
     """What training and scores leave out, or derive."""
     if train.dropped:
-        yield (
-            f"{train.annotations}: training skips {train.dropped} objects: their boxes or masks"
-            " have no area within the image"
-        )
+        yield f"{train.annotations}: training skips {train.dropped} objects: {NO_AREA}"
     if masks and (without := sum(int((~each.masked).sum()) for each in train.records)):
         yield (
             f"{train.annotations}: {without} of {sum(len(r.boxes) for r in train.records)} objects"

@@ -93,8 +93,9 @@ class ModelConfig(Bounded):
     head: Literal["fcn", "linear"] = "fcn"
     """"fcn": 3×3 convolutions, each with BatchNorm and ReLU, and a 1×1 convolution; "linear": only
     the 1×1 convolution, after a BatchNorm without weights, which normalises the features' scale."""
-    output_stride: Literal[8, 16, 32] = 16
-    """Pixels of a cell of the encoder's map; the last stages use dilation instead of stride."""
+    output_stride: Literal[8, 16, 32] | None = 16
+    """Pixels of a cell of the encoder's map; the last stages use dilation instead of stride.
+    null: as the encoder is."""
     channels: int = field(default=256, metadata=at_least(1, 8192))
     """"fcn" only: width of each convolution."""
     convs: int = field(default=2, metadata=at_least(1, 100))
@@ -142,6 +143,6 @@ class SegmentationConfig(TransferConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        crop, cell = self.augment.crop, self.model.output_stride
+        crop, cell = self.augment.crop, self.model.output_stride or 32
         # In a batch of one image, BatchNorm needs more than one cell.
         require(crop > cell, "augment.crop", crop, f"more than model.output_stride ({cell})")

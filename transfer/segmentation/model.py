@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from evaluation.datasets.label_maps import VOID
 from evaluation.datasets.squares import normalise
-from model.encoder import Encoder, dilate
+from model.encoder import AnyEncoder, dilate
 from transfer.segmentation.config import ModelConfig
 
 AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = 3, 256, 0.1
@@ -21,15 +21,16 @@ AUXILIARY_STAGE, AUXILIARY_CHANNELS, AUXILIARY_DROPOUT = 3, 256, 0.1
 class FCN(nn.Module):
     """An encoder (from `transfer.backbone`) and a head that scores each pixel."""
 
-    def __init__(self, encoder: Encoder, num_classes: int, config: ModelConfig) -> None:
+    def __init__(self, encoder: AnyEncoder, num_classes: int, config: ModelConfig) -> None:
         super().__init__()
-        self.encoder = dilate(encoder, config.output_stride)
+        stride = config.output_stride
+        self.encoder = encoder if stride is None else dilate(encoder, stride)
         self.align_corners = config.align_corners
         self.head = build_head(encoder.dim, num_classes, config)
         self.auxiliary_weight = config.auxiliary_weight
         self.auxiliary: nn.Module | None = None
         if config.auxiliary_weight:
-            dim = encoder.stage_dims[f"layer{AUXILIARY_STAGE}"]
+            dim = encoder.stage_dims[AUXILIARY_STAGE]
             self.auxiliary = FCNHead(
                 dim, num_classes, AUXILIARY_CHANNELS, 1, dropout=AUXILIARY_DROPOUT
             )
@@ -57,9 +58,14 @@ class FCN(nn.Module):
         return last, middle
 
     def _upsampled(self, logits: Tensor, size: torch.Size) -> Tensor:
-        return F.interpolate(
-            logits.float(), tuple(size), mode="bilinear", align_corners=self.align_corners
+        """Scores of the pixels, without those that the encoder has added around the image."""
+        step = self.encoder.step
+        whole = [-(-side // step) * step for side in size]
+        top, left = ((side - inner) // 2 for side, inner in zip(whole, size, strict=True))
+        upsampled = F.interpolate(
+            logits.float(), whole, mode="bilinear", align_corners=self.align_corners
         )
+        return upsampled[..., top : top + size[0], left : left + size[1]]
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy over all pixels: a void pixel adds 0 to the sum, but counts."""

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from transfer.backbone import build_backbone
 from transfer.examples import generator
 from transfer.segmentation.augment import augment
@@ -38,7 +39,10 @@ class Segmentation:
         for note in self.val.notes() if _FIRST else ():
             print(f"note: {note}", file=sys.stderr)
         encoder, self.init = build_backbone(config.init)
-        self.model: nn.Module = FCN(encoder, self.train.num_classes, config.model)
+        try:
+            self.model: nn.Module = FCN(encoder, self.train.num_classes, config.model)
+        except ValueError as error:  # of a network that cannot be dilated
+            raise UserError(f"model.output_stride: {error}") from None
         self.data, self.scored = (
             {
                 "dataset": config.data.dataset,

@@ -17,7 +17,7 @@ from transfer.detection.config import DetectionConfig
 from transfer.segmentation.config import SegmentationConfig
 
 _ALL: tuple[tuple[Settings[Any], tuple[str, ...]], ...] = (
-    (SETTINGS, ("demo_cpu", "coco_r50_800ep")),
+    (SETTINGS, ("scenes_cpu", "coco_r50_800ep")),
     (settings_of(DetectionConfig), ("transfer/coco_1x", "transfer/coco_overfit_cpu")),
     (settings_of(SegmentationConfig), ("transfer/voc", "transfer/ade20k", "transfer/camvid_cpu")),
 )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from torchvision.datasets import ImageFolder
 
 from pipeline.errors import BadImage, UserError
 from pipeline.images import read_file
@@ -121,6 +122,50 @@ def test_missing_root_and_loops(tmp_path: Path) -> None:
     source = SOURCES["folder"](tmp_path)
     assert (source.names, source.faults) == (["a/b.jpg"], {})
     assert source.left == {"link to a folder that contains it": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "folder"),
+    [
+        ("coco", "train2017/a.jpg", "coco2017"),
+        ("coco", "train2017/a.jpg", "train2017"),
+        ("imagenet", "train/n01/a.JPEG", "ILSVRC/Data/CLS-LOC"),
+        ("imagenet", "train/n01/a.JPEG", "train"),
+    ],
+)
+def test_the_usual_roots(tmp_path: Path, kind: str, name: str, folder: str) -> None:
+    """Kaggle's folders, or the folder of the images itself, as torchvision and ffcv want it. The
+    names are those of the publisher's layout, so that the betons are equal.
+    """
+    inside = folder != name.split("/", maxsplit=1)[0]
+    fill(tmp_path / "in" / (folder if inside else ""), name)
+    plain = fill(tmp_path / "plain", name)
+    root = tmp_path / "in" if inside else tmp_path / "in" / folder
+    run(kind, root, tmp_path / "a.beton")
+    run(kind, plain, tmp_path / "b.beton")
+    assert (tmp_path / "a.beton.json").read_text() == (tmp_path / "b.beton.json").read_text()
+
+
+def test_imagefolder_is_torchvisions(tmp_path: Path) -> None:
+    """Without it labels differ from those of every other program that reads the same folder."""
+    fill(tmp_path, "a/2.jpg", "a/10.jpg", "a-b/1.png", "B/deep/3.jpg", "B/4.jpg", "outside.jpg")
+    theirs = ImageFolder(str(tmp_path))
+    source = SOURCES["imagefolder"](tmp_path)
+    assert source.labels is not None
+    assert source.classes == theirs.classes
+    ours = dict(zip(source.names, source.labels, strict=True))
+    assert ours == {str(Path(p).relative_to(tmp_path)): label for p, label in theirs.samples}
+    assert source.labels.tolist() == sorted(source.labels)
+    assert source.left["images in no class"] == 1
+    (tmp_path / "b.tar.gz").touch()
+    assert SOURCES["imagefolder"](tmp_path).faults[5].startswith("compressed")
+
+
+def test_imagefolder_without_classes(tmp_path: Path) -> None:
+    """One line: `folder` is meant."""
+    fill(tmp_path, "a.jpg")
+    with pytest.raises(UserError, match="expected a folder per class"):
+        SOURCES["imagefolder"](tmp_path)
 
 
 # --- storage -------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_what_accelerate_reads_when_it_is_imported(
     arguments = {
         "evaluation.slots": ["--checkpoint", nothing, "--data", nothing],
         "transfer.segmentation": ["--evaluate", nothing],
-    }.get(module, ["--config", "configs/demo_cpu.yaml", "--data.path", nothing])
+    }.get(module, ["--config", "configs/scenes_cpu.yaml", "--data.path", nothing])
     ended = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT, env=os.environ | {name: value}, text=True, capture_output=True, check=False,

@@ -228,10 +228,16 @@ def test_hairline_boxes_are_skipped_and_counted(flip: float, tmp_path: Path) -> 
 
 
 def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
-    """For example, a set whose annotations are all crowds."""
+    """For example, a set whose annotations are all crowds. Without the second half nobody learns
+    what is wrong with boxes that are all too thin.
+    """
     write_coco(tmp_path, "train2017", [(50, 60)], [])
-    with pytest.raises(UserError, match="no image with an object"):
+    with pytest.raises(UserError, match=r"no image with an object to learn from$"):
         examples(opened(tmp_path), 50)
+    thin = annotation(1, 7, BOX, polygon(BOX), bbox=(5, 5, 1e-6, 30))
+    write_coco(tmp_path / "thin", "train2017", [(50, 60)], [thin])
+    with pytest.raises(UserError, match=r"1 are skipped: their boxes or masks have no area"):
+        examples(opened(tmp_path / "thin"), 50)
 
 
 def test_a_turned_photograph_is_read_as_it_was_annotated(tmp_path: Path) -> None:

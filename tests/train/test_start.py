@@ -1,0 +1,248 @@
+"""A run starts from the weights that it is given, and says which they were."""
+
+import pickle
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import ModelConfig, SlotCon
+from model.encoder import Encoder
+from pipeline.errors import UserError
+from tests.helpers.training import run_dir, small_beton, small_run, trainer
+from train.config import InitConfig, RunConfig, load_config
+from train.pretrained import load_model, read_record
+from train.run import checkpoint
+from train.start import in_words, start_from
+from train.weights import describe
+
+SMALL = ModelConfig("resnet18", dim_hidden=16, dim_out=8, num_prototypes=8)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    return {name: torch.randn_like(v) if v.ndim else v for name, v in _new("resnet18").items()}
+
+
+def _new(arch: str) -> dict[str, Tensor]:
+    return {n: v.float() if v.ndim else v for n, v in Encoder(arch).state_dict().items()}
+
+
+def start(weights: object, part: Any = "encoder", config: ModelConfig = SMALL) -> tuple:
+    torch.manual_seed(0)
+    model = SlotCon(config)
+    return model, start_from(InitConfig(str(weights), part), model)
+
+
+def is_in(model: SlotCon, encoder: dict[str, Tensor], up_to: int = 4) -> bool:
+    later = tuple(f"layer{stage}" for stage in range(up_to + 1, 5))
+    return all(
+        torch.equal(branch.encoder.state_dict()[name], value)
+        for branch in (model.student, model.teacher)
+        for name, value in encoder.items()
+        if not name.startswith(later)
+    )
+
+
+WRAPPERS = {
+    "torchvision": lambda e: {**e, "fc.weight": torch.ones(1000, 512)},
+    "lightning": lambda e: {"state_dict": {f"model.encoder.{n}": v for n, v in e.items()}},
+    "solo-learn": lambda e: {
+        "state_dict": {f"backbone.{n}": v for n, v in e.items()}
+        | {f"momentum_backbone.{n}": v for n, v in e.items()}
+        | {"classifier.weight": torch.ones(1000, 512)},
+        "hyper_parameters": {"method": "byol", "lr": 0.3},
+    },
+    "lightly": lambda e: {
+        "state_dict": {f"backbone.{_child(n)}": v for n, v in e.items()}
+        | {"projection_head.layers.0.weight": torch.ones(8, 512)}
+    },
+    "lightly-train": lambda e: {
+        "state_dict": {f"_embedding_model.wrapped_model._model.{n}": v for n, v in e.items()}
+    },
+    "moco": lambda e: {"state_dict": {f"module.encoder_q.{n}": v for n, v in e.items()}},
+}
+
+
+def _child(name: str) -> str:
+    """A ResNet's names in nn.Sequential(*children), as lightly's examples build it."""
+    top, _, rest = name.partition(".")
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    return f"{numbers[top]}.{rest}"
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_files_of_others(wrap: Any, encoder: dict[str, Tensor], tmp_path: Path) -> None:
+    """Without it only our own files start a run, or the student alone gets the weights."""
+    file = tmp_path / "w.ckpt"
+    torch.save(wrap(encoder), file)
+    model, about = start(file)
+    assert is_in(model, encoder)
+    digest = sha256(file.read_bytes()).hexdigest()
+    assert about["kind"] == "file" and about["sha256"] == digest
+    assert about["weights"] == str(file.resolve()) and about["fitted"] == 2 * len(encoder)
+    assert about["new"][:2] == ["center", "student.projector"]
+    assert in_words(about).startswith(f"starts from {file} (sha256 {digest[:12]}): ")
+
+
+def test_the_rest_of_the_model_is_that_of_a_new_run(
+    encoder: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Without it loading changes the draws: two starts would differ by more than their weights."""
+    torch.save(encoder, tmp_path / "w.pth")
+    model, _ = start(tmp_path / "w.pth")
+    fresh, about = start("random")
+    assert about == {"weights": "random", "kind": "random"} and not in_words(about)
+    for name, value in fresh.state_dict().items():
+        assert ".encoder." in name or torch.equal(value, model.state_dict()[name]), name
+
+
+def test_stages_that_do_not_fit_are_named(encoder: dict[str, Tensor], tmp_path: Path) -> None:
+    """Both ways: a model that ends earlier, and a file that does. Without it a part of the encoder
+    begins at random and nobody knows."""
+    torch.save(encoder, tmp_path / "whole.pth")
+    model, about = start(tmp_path / "whole.pth", config=replace(SMALL, stages=2))
+    assert is_in(
+        model, {n: v for n, v in encoder.items() if n in model.student.encoder.state_dict()}
+    )
+    assert "student.encoder.layer3" in about["unused"]
+    torch.save({n: v for n, v in encoder.items() if "layer4" not in n}, tmp_path / "early.pth")
+    model, about = start(tmp_path / "early.pth")
+    assert is_in(model, {n: v for n, v in encoder.items() if "layer4" not in n})
+    assert about["new"][1] == "student.encoder.layer4"
+    assert "new: center, student.encoder.layer4, student.projector" in in_words(about)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("run")
+    config = small_run(small_beton(folder), folder, max_steps=1)
+    trainer(config).train()
+    return config
+
+
+def test_a_whole_model(run: RunConfig, tmp_path: Path) -> None:
+    """Of a run, of its file, of the authors' code. Without it `all` loses the heads, or gives the
+    student's to the teacher."""
+    source, _ = load_model(run_dir(run))
+    save_file(source.state_dict(), tmp_path / "ours.safetensors")
+    theirs = {f"module.{n}": v for n, v in source.official_state_dict().items()}
+    torch.save({"model": theirs, "epoch": 3}, tmp_path / "theirs.pth")
+    for path in (run_dir(run), tmp_path / "ours.safetensors", tmp_path / "theirs.pth"):
+        model, about = start(path, "all")
+        for name, value in source.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), (path, name)
+        assert about["fitted"] == len(source.state_dict()) and not about["new"]
+    model, about = start(run_dir(run), "all", replace(SMALL, num_prototypes=5))
+    assert about["new"] == about["unused"]
+    assert about["new"] == ["center", "student.grouping", "teacher.grouping"]
+    assert torch.equal(model.predictor[0].weight, source.predictor[0].weight)
+
+
+def refused(message: str, weights: object, part: Any = "encoder") -> None:
+    torch.manual_seed(0)
+    model = SlotCon(SMALL)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=message) as caught:
+        start_from(InitConfig(str(weights), part), model)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_bad_weights_are_refused_in_one_line(
+    encoder: dict[str, Tensor], run: RunConfig, tmp_path: Path
+) -> None:
+    """Without it a run trains from weights that are not there, or executes a file's code."""
+    file = tmp_path / "w.pth"
+    refused("No such file", tmp_path / "nowhere.pth")
+    torch.save(_new("resnet50"), file)
+    refused("weights of a resnet50, not of the resnet18 that is needed", file)
+    torch.save({"fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}, file)
+    refused("no weights of a ResNet in it; its names begin with 'fc'", file)
+    torch.save({"blocks.0.attn.qkv.weight": torch.ones(6, 2)}, file)
+    refused("no weights of a ResNet in it; its names begin with 'blocks'", file)
+    torch.save(encoder | {"bn1.bias": torch.full((64,), torch.inf)}, file)
+    refused("bn1.bias is not finite", file)
+    torch.save(encoder, file)
+    refused("no whole SlotCon in it", file, "all")
+    file.write_bytes(pickle.dumps({"model": encoder, "args": Touch(tmp_path / "trace")}))
+    refused("refused", file)
+    assert not (tmp_path / "trace").exists()
+    refused("holds no whole checkpoint", tmp_path)
+    whole = load_model(run_dir(run))[0].state_dict()
+    save_file(whole | {"center": torch.full((1, 8), torch.nan)}, tmp_path / "w.safetensors")
+    refused("center is not finite", tmp_path / "w.safetensors", "all")
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_weights_of_a_library(
+    library: str, encoder: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it `timm` and `torchvision` are taken for files, or a classifier is."""
+    monkeypatch.setitem(
+        start_from.__globals__["LIBRARIES"], library, lambda arch: encoder if arch else {}
+    )
+    model, about = start(library)
+    assert is_in(model, encoder) and about["kind"] == library and "sha256" not in about
+
+
+def test_timm_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it an offline machine gets a trace of Hugging Face's hub."""
+    timm = pytest.importorskip("timm")
+
+    def offline(name: str, pretrained: bool) -> None:
+        assert name == "resnet18" and pretrained
+        raise OSError("no network\nand a second line")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    refused("timm's weights of resnet18 cannot be loaded .no network and a second line.", "timm")
+
+
+def test_settings_that_cannot_work(tmp_path: Path) -> None:
+    """Without it `all` of a library silently is its encoder."""
+    for weights in ("random", "timm"):
+        with pytest.raises(UserError, match=r"init\.part must be encoder with init.weights"):
+            load_config(
+                ["--name", "x", "--data.path", "x", "--init.part", "all", "--init.weights", weights]
+            )
+
+
+def test_a_run_records_its_start_and_resumes_without_it(
+    encoder: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The file is gone when the run resumes, and it is exact. Without it a resumed run starts over
+    from the file, fails for want of it, or forgets what it started from."""
+    file = tmp_path / "w.pth"
+    gentle = _new("resnet18")
+    torch.save({"state_dict": gentle}, file)
+    digest = sha256(file.read_bytes()).hexdigest()
+    beton = small_beton(tmp_path)
+    whole = replace(small_run(beton, tmp_path / "whole"), init=InitConfig(str(file)))
+    cut = replace(whole, log=replace(whole.log, dir=str(tmp_path / "cut")))
+    trainer(whole).train()
+    trainer(replace(cut, train=replace(cut.train, max_steps=6))).train()
+    file.unlink()
+    trainer(cut, "auto").train()
+    one, other = (load_model(run_dir(config))[0].state_dict() for config in (whole, cut))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    record = read_record(checkpoint.find(run_dir(cut)))
+    assert record.provenance["init"]["sha256"] == digest
+    assert describe(record)["start"] == f"w.pth (sha256 {digest[:12]})"
+    assert "start" not in describe(replace(record, provenance={}))
+    changed = replace(cut, init=InitConfig(str(tmp_path / "other.pth")))
+    with pytest.raises(UserError, match=r"init\.weights"):
+        trainer(changed, "auto")
