@@ -180,16 +180,9 @@ def _sharded(work: Path, workers: int) -> Iterator[dict[str, Any]]:
     part = ["parquet", "--root", work / "parquet", "--subset", half]
     yield _pack("parquet, --subset of half", work, coco, workers, part)
     with _server(coco):
-        fetch = [
-            "curl",
-            "--no-progress-meter",
-            "--create-dirs",
-            "--parallel",
-            "--config",
-            work / "curl.txt",
-        ]
-        fetch += ["--config", f"{work}/curl.txt"]
-        yield _measure("curl --parallel, HTTP", work, coco, fetch)
+        fetch = ["curl", "--no-progress-meter", "--create-dirs", "--parallel", "--parallel-max"]
+        fetch += [str(workers), "--config", f"{work}/curl.txt"]
+        yield _measure(f"curl, HTTP, {workers} at once", work, coco, fetch)
         listed = ["list", "--list", work / "names.txt", "--root", URL]
         yield _pack("list, HTTP", work, coco, workers, listed)
 
