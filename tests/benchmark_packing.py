@@ -183,8 +183,11 @@ def _sharded(work: Path, workers: int) -> Iterator[dict[str, Any]]:
         fetch = ["curl", "--no-progress-meter", "--create-dirs", "--parallel", "--parallel-max"]
         fetch += [str(workers), "--config", f"{work}/curl.txt"]
         yield _measure(f"curl, HTTP, {workers} at once", work, coco, fetch)
+        fetch[-3] = "16"
+        yield _measure("curl, HTTP, 16 at once", work, coco, fetch)
         listed = ["list", "--list", work / "names.txt", "--root", URL]
         yield _pack("list, HTTP", work, coco, workers, listed)
+        yield _pack("list, HTTP, --workers 16", work, coco, 16, listed)
 
 
 def _pack(
