@@ -153,8 +153,7 @@ class Remote:
 async def _get(file_system: Any, url: str, most: int) -> bytes:
     """A file over HTTP, or the beginning of one that is larger than `most` bytes.
 
-    fsspec's own calls have no limit, or pass each piece from thread to thread, which takes twice as
-    long.
+    fsspec's own calls have no limit, or pass each piece from thread to thread.
     """
     session = await file_system.set_session()
     async with session.get(file_system.encode_url(url), **file_system.kwargs) as response:

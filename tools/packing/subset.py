@@ -13,8 +13,9 @@ from pipeline.errors import UserError
 from tools.packing.sources import Source
 
 POWER = 6
-"""Of the Pareto distribution of class sizes, as of ImageNet-LT (Liu et al., Large-Scale Long-Tailed
-Recognition in an Open World, CVPR 2019, section 4: "power value α = 6")."""
+"""α of the Pareto distribution of class sizes, as of ImageNet-LT (Liu et al., Large-Scale
+Long-Tailed Recognition in an Open World, CVPR 2019). That it is the distribution of the second kind
+is our reading: its sizes come near those that are published."""
 SMALLEST = 5
 """Images of the smallest class of ImageNet-LT."""
 
