@@ -25,6 +25,15 @@ from train.run.log import duration
 STAGES = ("read", "decode", "params", "augment", "transfer", "step", "pipeline")
 """The order in which the page shows the stages of the benchmark."""
 
+SHOWN_SCORES = {
+    "evaluation": "grouping mIoU",
+    "knn": "dense k-NN mIoU",
+    "linear": "linear probe mIoU",
+}
+"""Evaluations whose mIoU is among the most important figures."""
+UNTRAINED = "untrained"
+"""So begin the names of networks before training."""
+
 ONLINE = {
     f"eval_{protocol}_{metric}": f"{title}: {METRICS[metric]}"
     for protocol, title in (
@@ -76,12 +85,7 @@ def summary(run: Run) -> str:
 def figures(run: Run) -> list[tuple[str, str, str]]:
     """The most important figures: (figure, title, note)."""
     last = run.lines[-1]
-    shown: list[tuple[str, str, str]] = []
-    scores = network_values(run.scores(SCORES[0]))
-    if ("trained", "miou") in scores:
-        before = scores.get(("untrained", "miou"))
-        note = f"untrained: {statistics.mean(before):.1%}" if before else "no baseline"
-        shown.append((f"{statistics.mean(scores['trained', 'miou']):.1%}", "grouping mIoU", note))
+    shown = list(filter(None, (score(run, part) for part in SCORES if part.name in SHOWN_SCORES)))
     if "loss" in last:
         first = next(line["loss"] for line in run.lines if "loss" in line)
         shown.append((f"{last['loss']:.3f}", "loss", f"at the first log line: {first:.3f}"))
@@ -96,6 +100,20 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     if "wait_share" in last:
         shown.append((f"{wait_share(run.lines):.1%}", "data wait", "share of training time"))
     return shown
+
+
+def score(run: Run, part: Part) -> tuple[str, str, str] | None:
+    """The mIoU of the first network of an evaluation, with that of the untrained one as note; None
+    if it was not measured.
+    """
+    values = network_values(run.scores(part))
+    miou = {name: statistics.mean(each) for (name, m), each in values.items() if m == "miou"}
+    networks = [name for name in miou if not name.startswith(UNTRAINED)]
+    if not networks:
+        return None
+    before = [f"{name}: {miou[name]:.1%}" for name in miou if name.startswith(UNTRAINED)]
+    note = before[0] if before else "no baseline"
+    return f"{miou[networks[0]]:.1%}", SHOWN_SCORES[part.name], note
 
 
 def median_rate(run: Run) -> str:

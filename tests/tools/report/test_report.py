@@ -108,8 +108,9 @@ def write_measurements(folder: Path) -> None:
     (folder / "cost.json").write_text(json.dumps({**MACHINE, "results": [], "cost": [cost]}))
     noise = np.random.default_rng(0).integers(0, 256, (2100, 2200, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "prototypes.png", compress_level=0)
-    for part in PICTURES[1:]:
-        Image.new("RGB", (400, 300), "green").save(folder / part.file)
+    for part in PICTURES:
+        if part.name != "prototypes":
+            Image.new("RGB", (400, 300), "green").save(folder / part.file)
 
 
 def test_page_is_complete_and_self_contained(tmp_path: Path) -> None:
@@ -129,6 +130,20 @@ def test_page_is_complete_and_self_contained(tmp_path: Path) -> None:
     assert len(page.sources) == len(PICTURES)
     assert "Not here yet" not in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_groups_stand_beside_the_untrained(tmp_path: Path) -> None:
+    """Without it merged groups have no figure, or one that hides what needs no training."""
+    run, made = write_run(tmp_path / "run"), "9 prototypes merged to 3 groups"
+    scores = [
+        {"metric": "miou", "network": "trained, merged", "value": 0.41, "made": made},
+        {"metric": "miou", "network": "untrained, k-means", "value": 0.13},
+    ]
+    (run / "eval.json").write_text(json.dumps({**MACHINE, "results": scores}))
+    call(report.main, run)
+    page = Page((run / "report.html").read_text())
+    for part in ("41.0%", "grouping mIoU", "untrained, k-means: 13.0%", f"one seed; {made}"):
+        assert part in page.text, part
 
 
 def test_texts_are_not_markup(tmp_path: Path) -> None:
