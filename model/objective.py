@@ -44,8 +44,8 @@ class ModelOutput:
     dropped_pairs (active pairs that did not fit into the slots' buffers; of all supervised stages,
     the others are those of the last)."""
     usage: Tensor
-    """int64 [K], the number of cells that each of the teacher's prototypes wins in both views, at
-    the last stage."""
+    """int64 [K], the number of cells that each of the teacher's prototypes wins in both views.
+    Those of earlier supervised stages come first; `SlotCon.prototype_counts` has their numbers."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class SlotCon(Objective):
                 for term, value in output.terms.items()
             },
             stats=last.stats | {"dropped_pairs": torch.stack(dropped).sum()},
-            usage=last.usage,
+            usage=torch.cat([output.usage for output in outputs.values()]),
         )
 
     @property
@@ -114,6 +114,11 @@ class SlotCon(Objective):
             for name, objective in self.objectives.items()
             for term in objective.own_term_names
         )
+
+    @property
+    def prototype_counts(self) -> dict[str, int]:
+        """The prototypes of each supervised stage, by the beginning of its terms' names."""
+        return {name: one.config.num_prototypes for name, one in self.objectives.items()}
 
     @record_function("slotcon.teacher update")
     @torch.no_grad()

@@ -48,7 +48,9 @@ def near_duplicates(prototypes: Tensor) -> Tensor:
 
 
 class CollapseAlarm:
-    """Checks the log lines after the warm-up; during the warm-up the prototypes still spread."""
+    """Checks the log lines of one stage after the warm-up; during the warm-up the prototypes still
+    spread. The active slots of stages before the last one are not logged, so not checked.
+    """
 
     def __init__(self, num_prototypes: int, warmup_steps: int) -> None:
         self._prototypes, self._warmup_steps = num_prototypes, warmup_steps
@@ -75,7 +77,7 @@ class CollapseAlarm:
         return len(begun) >= lines and end - begun[0] >= steps
 
     def _symptoms(self, cells: int, values: Mapping[str, float]) -> dict[str, str]:
-        slots, entropy = values["active_slots"], values["usage_entropy"]
+        slots, entropy = values.get("active_slots", math.inf), values["usage_entropy"]
         loss = (values["grouping_12"] + values["grouping_21"]) / 2
         log_k = math.log(self._prototypes)
         large_enough = cells >= FEWEST_CELLS and self._prototypes >= FEWEST_PROTOTYPES

@@ -26,7 +26,8 @@ class Reading(NamedTuple):
     reason: int
     """The largest `reason` that a process has passed to `read`."""
     usage: Tensor
-    """float64 [K] on the host: cells that each of the teacher's prototypes has won."""
+    """float64 [K] on the host: cells that each of the teacher's prototypes has won, as in
+    `ModelOutput.usage`."""
     duplicates: int
     """Pairs of prototypes that are nearly the same, as passed to `read`."""
 

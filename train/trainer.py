@@ -84,9 +84,11 @@ class Trainer:
         self.static_slots = config.efficiency.selects_statically(self.accelerator.device.type)
         self.view_size = 0  # of the last step
 
-        prototypes = config.model.num_prototypes
-        self.meter = Meter(self.accelerator, self.slotcon.term_names, prototypes, self.lars.skipped)
-        self.alarm = CollapseAlarm(prototypes, self.warmup_steps)
+        counts, terms = self.slotcon.prototype_counts, self.slotcon.term_names
+        self.meter = Meter(self.accelerator, terms, sum(counts.values()), self.lars.skipped)
+        self.alarms = {
+            name: CollapseAlarm(count, self.warmup_steps) for name, count in counts.items()
+        }
         self.roll_backs = 0  # since the run has passed `furthest_step`
         self.furthest_step = 0  # the last step at which it has diverged so far
 
@@ -95,7 +97,7 @@ class Trainer:
             checkpoint.Retention(log.keep, log.history, self.total_steps),
             last_step=min(self.total_steps, config.train.max_steps or self.total_steps),
             data=f"{len(self.beton)} images, {steps_per_epoch} steps/epoch",
-            model=f"{config.model.arch} with {prototypes} prototypes",
+            model=f"{config.model.arch} with {config.model.num_prototypes} prototypes",
         )
 
     def _load_data(self) -> BatchSource:
@@ -286,8 +288,7 @@ class Trainer:
             "step": run.step,
             "epoch": round(run.step / self.loader.steps_per_epoch, 4),
             **reading.averages,
-            "usage_entropy": usage_entropy(reading.usage),
-            "dead_prototypes": int((reading.usage == 0).sum()),
+            **self._usage(reading.usage),
             "near_duplicates": reading.duplicates,
             "lr": lr,
             "teacher_momentum": momentum,
@@ -300,14 +301,27 @@ class Trainer:
         self.meter.clear()
         return Reason(reading.reason)
 
+    def _usage(self, usage: Tensor) -> dict[str, float]:
+        """How the prototypes of each supervised stage are used, from the cells that they won."""
+        counts, values = self.slotcon.prototype_counts, dict[str, float]()
+        for name, part in zip(counts, usage.split([*counts.values()]), strict=True):
+            values[f"{name}usage_entropy"] = usage_entropy(part)
+            values[f"{name}dead_prototypes"] = int((part == 0).sum())
+        return values
+
     def _check_collapse(self, begin: int, values: dict[str, float]) -> None:
         """Check the log line that begins with step `begin`. Raises Collapsed."""
         step = self.run.step
-        cells = self.config.model.cells_of(self.view_size)
-        symptom = self.alarm.check(begin, step, cells, values)
-        if not symptom:
+        symptoms = []
+        for name, alarm in self.alarms.items():
+            own = {key.removeprefix(name): values[key] for key in values if key.startswith(name)}
+            cells = self.slotcon.objectives[name].config.cells_of(self.view_size)
+            if symptom := alarm.check(begin, step, cells, own):
+                symptoms.append(f"{name.replace('_', ': ')}{symptom}")
+        if not symptoms:
             return
-        message = f"{self.run.folder}: the grouping has collapsed at step {step}: {symptom}"
+        told = "; ".join(symptoms)
+        message = f"{self.run.folder}: the grouping has collapsed at step {step}: {told}"
         if self.config.log.on_collapse == "stop":
             raise Collapsed(message)
         self.run.say(f"warning: {message}; training continues (log.on_collapse)")
@@ -359,7 +373,8 @@ class Trainer:
         self.evaluations.resume(standing)
         self.init = record.provenance.get("init", {})
         self.meter.load(record.meter)
-        self.alarm.reset()
+        for alarm in self.alarms.values():
+            alarm.reset()
 
     def _data(self) -> dict[str, int | str]:
         """The identity of the beton, wherever its file is."""

@@ -80,9 +80,10 @@ def picture(rows: Sequence[Row], title: str) -> Image.Image:
     whole = Image.new("RGB", (len(PANELS) * step + GAP, 2 * step + GAP), PAPER)
     pen = ImageDraw.Draw(whole)
     pen.text((GAP, 20), title, INK, ImageFont.load_default(26))
-    for number, recipe in enumerate(COLOURS):
-        place = (GAP + 160 * number, 58)
-        pen.text(place, f"■ {recipe}", COLOURS[recipe], ImageFont.load_default(22))
+    for number, (recipe, colour) in enumerate(COLOURS.items()):
+        left = GAP + 160 * number
+        pen.rectangle((left, 62, left + 16, 78), colour)
+        pen.text((left + 24, 58), recipe, colour, ImageFont.load_default(22))
     for across, reading in enumerate(PANELS):
         for down, (fact, unit) in enumerate((("tflop", "TFLOP"), ("cpu_seconds", "CPU seconds"))):
             corner = (GAP + across * step, GAP + 40 + down * step)
@@ -102,7 +103,7 @@ def draw_panel(
     trained = [row for row in rows if row.facts[fact]]
     xs = [math.log(x) for row in trained for x in row.facts[fact]] or [0.0]
     ys = [y for row in rows for y in row.scores[reading]] or [0.0]
-    left, right = min(xs) - 0.1, max(xs) + 0.1
+    left, right = min(xs) - 0.7, max(xs) + 0.7  # a factor of two
     low, high = min(ys) - 1, max(ys) + 1
     small = ImageFont.load_default(18)
 

@@ -116,7 +116,14 @@ def test_names_and_sums_in_the_log() -> None:
     )  # fmt: skip
     assert model.term_names[-1] == "slot_21"
     assert output.stats["dropped_pairs"] > 0
-    assert output.usage.shape == (6,)
+    counts = model.prototype_counts
+    assert output.usage.shape == (sum(counts.values()),) and next(iter(counts)) == "stage2_"
+    first = output.usage[: counts["stage2_"]]
+    scores = torch.stack(
+        [model.teacher.stages(view)[0].scores for view in tiny_batch(side=SIDE)[0]]
+    )
+    won = torch.bincount(scores.argmax(dim=2).flatten(), minlength=counts["stage2_"])
+    assert torch.equal(first, won)
 
 
 def test_no_host_synchronisation_at_any_stage() -> None:

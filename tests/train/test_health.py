@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,10 +162,14 @@ def test_alarm_knows_views_with_too_few_cells() -> None:
 def collapse(model: SlotCon) -> None:
     """One prototype wins every cell: the others point away from the mean of all features."""
     for branch in (model.student, model.teacher):
-        *_, (_, bias) = branch.projector.named_parameters()
-        torch.nn.init.constant_(bias, 50.0)
-        torch.nn.init.constant_(branch.grouping.prototypes, -1.0)
-        torch.nn.init.constant_(branch.grouping.prototypes[0], 1.0)
+        collapse_head(branch)
+
+
+def collapse_head(head: Any) -> None:
+    *_, (_, bias) = head.projector.named_parameters()
+    torch.nn.init.constant_(bias, 50.0)
+    torch.nn.init.constant_(head.grouping.prototypes, -1.0)
+    torch.nn.init.constant_(head.grouping.prototypes[0], 1.0)
 
 
 def roomy_run(beton: Path, folder: Path, **log: object) -> RunConfig:
@@ -200,6 +205,24 @@ def test_a_collapsed_run_warns_once_and_continues(
     last = lines(config)[-1]
     assert last["step"] == 4 and last["usage_entropy"] == 0 and last["active_slots"] == 1
     assert last["dead_prototypes"] == 7 and last["near_duplicates"] == math.comb(7, 2)
+
+
+def test_a_stage_before_the_last_collapses(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it a head that has died trains on unseen: the last stage is healthy."""
+    config = roomy_run(beton, tmp_path)
+    model = replace(config.model, supervise=(3, 4), stage_sizes=((3, 16, 6, 4),))
+    run = trainer(replace(config, model=model))
+    with torch.no_grad():
+        for branch in (run.slotcon.student, run.slotcon.teacher):
+            collapse_head(branch.heads["3"])
+    run.train()
+    said = [line for line in capsys.readouterr().err.splitlines() if "collapsed" in line]
+    assert len(said) == 1 and "at step 2: stage3: usage entropy 0.00" in said[0]
+    last = lines(config)[-1]
+    assert last["stage3_usage_entropy"] == 0 and last["stage3_dead_prototypes"] == 5
+    assert last["usage_entropy"] > 0.25 and last["dead_prototypes"] < 8
 
 
 def test_a_collapsed_run_stops_if_configured(beton: Path, tmp_path: Path) -> None:

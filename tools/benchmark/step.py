@@ -76,7 +76,7 @@ class FastStep:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         accelerator = cast(Accelerator, SimpleNamespace(device=device))  # all that `add` needs
-        self.meter = Meter(accelerator, model.term_names, model.config.num_prototypes)
+        self.meter = Meter(accelerator, model.term_names, sum(model.prototype_counts.values()))
         self.adapts = efficiency.selects_statically(device.type)
         self.steps = 0
 

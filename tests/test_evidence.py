@@ -1,0 +1,105 @@
+"""What stands behind docs/results.md: the control, the plan of a budget, the tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.datasets.squares import SquareImages
+from model import ModelConfig, SlotCon
+from model.encoder import Encoder
+from tests.evidence import curves
+from tests.evidence.control import put_on
+from tests.evidence.curve_tables import tables
+from tests.evidence.data import setting
+from tests.evidence.scores import READINGS, remembering
+from tests.helpers.betons import varied, write_beton
+
+CPU = torch.device("cpu")
+
+
+class Noise:
+    """Images that are all different."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def load(self, i: int) -> np.ndarray:
+        return np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def test_the_control_has_trained_and_random_stages() -> None:
+    """Without it the control may be an untrained network, or its deep BatchNorms never calibrated:
+    then every run beats it.
+    """
+    trunk = Encoder("resnet18", stages=2).eval()
+    for name, value in trunk.state_dict().items():
+        if "running_mean" in name:
+            value.fill_(0.25)
+    model = SlotCon(ModelConfig("resnet18", dim_hidden=16, dim_out=8, num_prototypes=4))
+    before = {name: value.clone() for name, value in model.teacher.encoder.state_dict().items()}
+    put_on(trunk, model, SquareImages(Noise(), 64, CPU))
+    after = model.teacher.encoder.state_dict()
+    for name, value in trunk.state_dict().items():
+        assert torch.equal(after[name], value), name
+    deep = [name for name in after if name.startswith(("layer3", "layer4"))]
+    weights = [name for name in deep if name.endswith(("weight", "bias"))]
+    assert all(torch.equal(after[name], before[name]) for name in weights)
+    means = [after[name] for name in deep if name.endswith("running_mean")]
+    assert all(mean.abs().max() > 0 for mean in means)
+    images = torch.rand(8, 3, 64, 64)
+    assert torch.equal(model.student.encoder.eval()(images), model.teacher.encoder.eval()(images))
+
+
+def test_maps_are_remembered_for_the_same_images_only() -> None:
+    """Without it one network's or one image's scores may be another's."""
+    maps, read = Encoder.maps, remembering(Encoder.maps)
+    one, other = (Encoder("resnet18").eval() for _ in range(2))
+    first, second = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        for encoder in (one, other, one):
+            for images in (first, second, first):
+                for stages in ((4,), (2, 3, 4), (1,)):
+                    expected = maps(encoder, images, stages)
+                    assert all(map(torch.equal, read(encoder, images, stages), expected))
+        one.train()
+        read(one, first, (4,))
+        moved = one.eval().maps(first, (4,))
+    assert not torch.equal(moved[0], read(one, second, (4,))[0])
+
+
+def test_epochs_and_rate_follow_from_the_budget(tmp_path: Path) -> None:
+    """Without it recipes of unequal cost stand side by side, or a longer run gets a longer path."""
+    write_beton(tmp_path / "b.beton", varied(160))
+    data = setting("scenes", tmp_path, None)
+    runs = [curves.planned("fast", 0, budget, data, tmp_path / "b.beton") for budget in (1.5, 3.0)]
+    for run, budget in zip(runs, (1.5, 3.0), strict=True):
+        assert run is not None
+        assert run.tflop == pytest.approx(budget, rel=0.2)
+        assert run.peak * run.steps == pytest.approx(curves.PATH)
+    assert curves.planned("today", 0, 0.1, data, tmp_path / "b.beton") is None
+
+
+def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> None:
+    """Without it a run that is not finished, or of another budget, may enter a mean."""
+    for name, value in (
+        ("fast_6_0", 0.2),
+        ("fast_6_1", 0.3),
+        ("fast_12_0", 0.5),
+        ("untrained_0", 0.1),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for probe, stages in READINGS.items():
+            rows = [{"metric": "miou", "stage": stage, "value": value} for stage in stages]
+            (folder / f"{probe}.json").write_text(json.dumps({"results": rows}))
+        facts = {"tflop": 6.1, "steps": 75, "cpu_seconds": 50.0}
+        (folder / "facts.json").write_text(json.dumps(facts))
+    (tmp_path / "today_6_0").mkdir()  # not scored yet
+    _, _, untrained, six, twelve = tables("camvid", tmp_path).splitlines()
+    assert untrained.startswith("| untrained | 0.0 | 0 | 0 | 1 | 10.0 |")
+    assert six.startswith("| fast | 6.1 | 75 | 50 | 2 | 25.0 ± 7.1 |")
+    assert twelve.startswith("| fast | 6.1 | 75 | 50 | 1 | 50.0 |")
+    assert (tmp_path / "curves.png").stat().st_size > 0
