@@ -1,14 +1,10 @@
-"""FFCV's file format, version 2, as NumPy types, and the path of ffcv's native library.
+"""FFCV's file format, version 2, as NumPy types.
 
     header · a descriptor for each field · metadata[N] · padding │ pages of data │ allocation table
 
 ffcv itself is not imported. The import takes seconds and 0.8 GB, and silently sets PyTorch and
 Numba to one thread for the whole process. On two cores this halves the speed of a training step.
 """
-
-from ctypes.util import find_library
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
@@ -50,23 +46,3 @@ TYPE_ID = {"image": 2, "index": 1, "label": 1}
 def metadata_type(names: list[str]) -> np.dtype:
     """The metadata type of one sample with these fields; columns are named f0, f1, …"""
     return np.dtype([("", FIELDS[name]) for name in names], align=True)
-
-
-def library() -> str:
-    """A library with libturbojpeg's functions: ffcv's extension, which links it; without ffcv, the
-    system's libturbojpeg, or the one in a package called turbojpeg. Raises ImportError.
-    """
-    folders = [path for path in map(_package, ("ffcv", "turbojpeg")) if path]
-    patterns = ("_libffcv*.so", "../turbojpeg.libs/libturbojpeg*.so*")
-    paths = [path for folder in folders for each in patterns for path in sorted(folder.glob(each))]
-    found = str(paths[0]) if paths else find_library("turbojpeg")
-    if found is None:
-        raise ImportError("neither ffcv nor libturbojpeg is installed: see docs/install.md")
-    return found
-
-
-def _package(name: str) -> Path | None:
-    """The folder of an installed package, which is not imported."""
-    spec = find_spec(name)
-    folders = (spec and spec.submodule_search_locations) or []
-    return next(map(Path, folders), None)

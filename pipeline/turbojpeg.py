@@ -1,6 +1,6 @@
-"""Calls the libturbojpeg that ffcv links, without the GIL, and checks its return codes.
+"""Calls libturbojpeg, without the GIL, and checks its return codes.
 
-ffcv's `imdecode` wraps the same library, but it writes rows without a stride (a padded canvas needs
+ffcv's `imdecode` wraps this library too, but it writes rows without a stride (a padded canvas needs
 one), it uses the fast, less exact inverse DCT, and its callers ignore the return code. The pixels
 here are those of PIL.
 
@@ -11,6 +11,10 @@ images. So each image gets a new handle (0.5 µs, a thousandth of a decode).
 
 import ctypes
 import re
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +24,31 @@ from numba.core.typing.ctypes_utils import make_function_type
 from zlib_ng import zlib_ng
 
 from pipeline.compiling import njit
-from pipeline.ffcv_format import RAW, library
+from pipeline.ffcv_format import RAW
 
 _int, _pointer, _ulong, _size = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_size_t
 
-lib = ctypes.CDLL(library())
+
+def libraries() -> list[str]:
+    """Where a libturbojpeg may be, in the order of choice: that of Python's environment (conda);
+    the system's, which its distribution keeps up to date; that of the package `turbojpeg`.
+    """
+    own = Path(sys.prefix, "lib", "libturbojpeg.so.0")
+    spec = find_spec("turbojpeg")  # which is not imported
+    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    packaged = sorted(folder.glob("turbojpeg.libs/libturbojpeg*.so*"))
+    return [*map(str, filter(Path.exists, [own])), "libturbojpeg.so.0", *map(str, packaged)]
+
+
+def load_library() -> ctypes.CDLL:
+    """The first of `libraries` that can be loaded. Raises ImportError."""
+    for name in libraries():
+        with suppress(OSError):
+            return ctypes.CDLL(name)
+    raise ImportError("no libturbojpeg: pip install turbojpeg (docs/install.md)")
+
+
+lib = load_library()
 _init = lib.tjInitDecompress
 _init.argtypes, _init.restype = [], ctypes.c_ssize_t  # an address; numba stores no pointers
 _destroy = lib.tjDestroy

@@ -1,6 +1,8 @@
 """Compiled code that calls C libraries: kept for the next process, and calls the right library."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline import turbojpeg
 from tests import ROOT
 from tests.helpers.betons import photograph
 
@@ -67,3 +70,64 @@ def test_second_process_compiles_nothing_and_calls_our_library(jpeg: Path) -> No
 def test_a_variable_that_switches_compiling_off(jpeg: Path) -> None:
     """Without it every record counts as cut short, because Python cannot call C's `pread` so."""
     assert decode(jpeg, NUMBA_DISABLE_JIT="1")[:2] == ["(-1, 0)", "True"]
+
+
+PACKAGED = """
+import ctypes, io, sys
+real = ctypes.CDLL
+def load(name, *rest, **options):
+    if name == "libturbojpeg.so.0":
+        raise OSError("no such library")
+    return real(name, *rest, **options)
+ctypes.CDLL = load
+import numpy as np
+from PIL import Image
+from pipeline.turbojpeg import Decoder, lib
+image = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3) // 4)
+stream = io.BytesIO()
+image.save(stream, "JPEG")
+pixels = np.empty((16, 16, 3), np.uint8)
+assert not Decoder(0).decompress(stream.getvalue(), pixels)
+assert np.array_equal(pixels, Image.open(stream))
+assert "turbojpeg" not in sys.modules and "ffcv" not in sys.modules
+print(lib._name)
+"""
+
+
+def test_the_package_turbojpeg_stands_in_for_the_systems_library(tmp_path: Path) -> None:
+    """Without it a machine without libturbojpeg, or without root to install it, reads no beton."""
+    loaded = Path("/proc/self/maps").read_text()
+    ours = re.search(r"/\S*libturbojpeg\S*", loaded)
+    assert ours
+    (tmp_path / "turbojpeg.so").write_bytes(b"not imported")
+    file = tmp_path / "turbojpeg.libs" / "libturbojpeg-0a1b.so.0.3.0"
+    file.parent.mkdir()
+    shutil.copy(ours[0], file)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    process = subprocess.run(
+        [sys.executable, "-c", PACKAGED],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert process.stdout == f"{file}\n", process.stderr
+
+
+def test_the_systems_library_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without it a library that gets no security fixes decodes, where one is that does; or conda's
+    Python decodes with the system's.
+    """
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert turbojpeg.libraries()[0] == "libturbojpeg.so.0"
+    own = tmp_path / "lib/libturbojpeg.so.0"
+    own.parent.mkdir()
+    own.write_bytes(b"")
+    assert turbojpeg.libraries()[:2] == [str(own), "libturbojpeg.so.0"]
+
+
+def test_without_any_library_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without it a traceback of ctypes names a file, and no remedy."""
+    monkeypatch.setattr(turbojpeg, "libraries", lambda: ["/nothing.so"])
+    with pytest.raises(ImportError, match="pip install turbojpeg"):
+        turbojpeg.load_library()

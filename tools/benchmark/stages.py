@@ -1,6 +1,6 @@
 """The stages from a beton to a training step, each measured alone on the same images.
 
-Only stages that read a beton need ffcv's native library.
+Only stages that read a beton need libturbojpeg.
 """
 
 import copy

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import turbojpeg
+from pipeline.jpeg import jpeg_header
 from pipeline.tiles import Frame, frame_of
 from tools.packing import huffman
 from tools.packing.huffman import TABLES, Symbols
@@ -23,6 +24,7 @@ NARROWEST, WIDEST = 32, 200
 
 _TABLES, _INTERVAL, _KEPT = 0xC4, 0xDD, 0xE9
 """Markers of Huffman tables, of a restart interval; APP9, which holds those of the source."""
+_PROFILE = b"ICC_PROFILE\0"
 _INTERVAL_BYTES = 6  # of the whole segment; one with tables is longer
 
 Bytes = NDArray[np.uint8]
@@ -46,7 +48,7 @@ def tiled(jpeg: bytes) -> Tiled | None:
     if made := _with_markers(jpeg):
         return Tiled(made, restored(made) == jpeg)
     made = turbojpeg.baseline(jpeg)
-    made = made and _with_markers(made)
+    made = made and _with_markers(_with_profile(made, jpeg))
     return Tiled(made, False) if made else None
 
 
@@ -57,7 +59,7 @@ def restored(jpeg: bytes) -> bytes:
         return b""
     frame, symbols, blocks, end = scan
     header = jpeg[:2]
-    for part in _segments(jpeg, frame):
+    for part in _segments(jpeg, frame.scan):
         if part[1] == _KEPT:
             kind = _INTERVAL if len(part) == _INTERVAL_BYTES else _TABLES
             header += bytes([0xFF, kind]) + part[2:]
@@ -96,7 +98,7 @@ def _with_markers(jpeg: bytes) -> bytes | None:
         return None
     counts, values = np.zeros((TABLES, 16), np.uint8), np.zeros((TABLES, 256), np.uint8)
     header = jpeg[:2]
-    for part in _segments(jpeg, frame):
+    for part in _segments(jpeg, frame.scan):
         kept = part[1] in (_TABLES, _INTERVAL)
         header += bytes([0xFF, _KEPT]) + part[2:] if kept else part
     header += _segment(_INTERVAL, interval.to_bytes(2))
@@ -173,7 +175,7 @@ def _tables(jpeg: bytes, frame: Frame) -> tuple[Bytes, Bytes] | None:
     one is damaged, or one that the scan needs is missing.
     """
     counts, values = np.zeros((TABLES, 16), np.uint8), np.zeros((TABLES, 256), np.uint8)
-    for part in _segments(jpeg, frame):
+    for part in _segments(jpeg, frame.scan):
         at = 4
         while part[1] == _TABLES and at < len(part):
             number, lengths = part[at], np.frombuffer(part[at + 1 : at + 17], np.uint8)
@@ -187,10 +189,28 @@ def _tables(jpeg: bytes, frame: Frame) -> tuple[Bytes, Bytes] | None:
     return (counts, values) if counts[used].any(axis=-1).all() else None
 
 
-def _segments(jpeg: bytes, frame: Frame) -> list[bytes]:
-    """The segments before the scan, with their markers."""
+def _with_profile(made: bytes, source: bytes) -> bytes:
+    """`made` by `turbojpeg.baseline` from `source`, with its colour profile: from 2.1.90 on,
+    libjpeg-turbo leaves it out.
+    """
+    header, frame = jpeg_header(source), frame_of(np.frombuffer(made, np.uint8))
+    if header is None or not frame.height:
+        return made
+    profile = [part for part in _segments(source, header.scan) if part[4:].startswith(_PROFILE)]
+    parts = _segments(made, frame.scan)
+    if any(part[4:].startswith(_PROFILE) for part in parts):
+        return made
+    first = next((i for i, part in enumerate(parts) if part[1] not in (0xE0, 0xE1)), len(parts))
+    return made[:2] + b"".join(parts[:first] + profile + parts[first:]) + made[frame.scan :]
+
+
+def _segments(jpeg: bytes, scan: int) -> list[bytes]:
+    """The segments before the offset of the scan, with their markers."""
     parts, at = [], 2
-    while at < frame.scan:
+    while at < scan:
+        if jpeg[at + 1] == 0xFF:  # a fill byte
+            at += 1
+            continue
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
         parts.append(jpeg[at:end])
         at = end

@@ -15,8 +15,8 @@ from typing import Any
 from pipeline.errors import UserError
 
 PACKAGES = (
-    "torch", "torchvision", "numpy", "numba", "pillow", "ffcv", "kornia", "triton", "accelerate",
-    "nvidia-dali-cuda120", "nvidia-dali-cuda130",
+    "torch", "torchvision", "numpy", "numba", "pillow", "turbojpeg", "ffcv", "kornia", "triton",
+    "accelerate", "nvidia-dali-cuda120", "nvidia-dali-cuda130",
 )  # fmt: skip
 
 

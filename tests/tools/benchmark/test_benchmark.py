@@ -114,7 +114,7 @@ def test_every_stage_is_measured_and_written_down(
 
 
 def test_only_the_named_stages_run_and_no_file_is_needed(tmp_path: Path) -> None:
-    """A machine without ffcv's native library can still measure its GPU."""
+    """A machine without libturbojpeg can still measure its GPU."""
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     code = f"""
 import sys

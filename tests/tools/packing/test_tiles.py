@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline import turbojpeg
 from pipeline.beton import Beton
 from pipeline.errors import BadImage, UserError
 from pipeline.manifest import Manifest, Record, manifest_path
 from pipeline.tiles import find_tiles, frame_of, grid_of
 from tests import ROOT
-from tests.helpers.jpegs import SAMPLINGS, jpeg, pool, sampled
+from tests.helpers.jpegs import SAMPLINGS, jpeg, pool, sampled, without
 from tests.helpers.manifests import damage
 from tests.pipeline.test_tiles import noise
 from tests.tools.packing.test_build_dataset import picture, run, save
@@ -124,6 +125,21 @@ def test_progressive_becomes_baseline() -> None:
         assert not made.restorable
         assert frame_of(np.frombuffer(made.data, np.uint8)).height
         assert np.array_equal(pixels_of(made.data), pixels_of(source))
+
+
+def test_the_colour_profile_stays_with_every_libjpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the bytes of a packed progressive JPEG depend on the machine's libjpeg-turbo:
+    from 2.1.90 on it leaves the profile out.
+    """
+    profile = bytes(range(256)) * 300  # two segments
+    for options in ({}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"}, {"comment": b"x"}):
+        source = jpeg(5, progressive=True, icc_profile=profile, **options)
+        made = tiled(source)
+        copied = turbojpeg.baseline
+        with monkeypatch.context() as patch:
+            patch.setattr(turbojpeg, "baseline", lambda data: without(copied(data), 0xE2))  # noqa: B023
+            assert tiled(source) == made
+        assert made and Image.open(io.BytesIO(made.data)).info["icc_profile"] == profile
 
 
 def test_codings_that_cannot_be_repeated() -> None:
