@@ -70,7 +70,7 @@ install_system_packages() {
     if ! command -v apt-get >/dev/null || ! "${sudo[@]}" true 2>/dev/null; then
         if [ -z "$(missing_python)" ]; then
             say "without ffcv, which only tests need: no root to 'apt-get install ${missing[*]}'"
-            extras=dali,dev,parquet,power,remote,timm
+            extras=${extras/,ffcv/}
             return 0
         fi
         die "system packages are missing, and there is no apt-get with root or password-less sudo:" \
