@@ -85,10 +85,11 @@ def test_the_package_has_every_module_and_configuration(wheel: Path) -> None:
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
+@pytest.mark.timeout(900)
 def test_the_package_works_without_the_source_tree(installed: Path, tmp_path: Path) -> None:
     """Without it an import that was missed ends the first command of a user.
 
-    It takes long, since most of the data path is compiled for the new place.
+    It takes long, 40 CPU seconds, since most of the data path is compiled for the new place.
     """
     absent = f"import importlib.util as u; assert not any(map(u.find_spec, {ROOMS!r}))"
     python(installed, tmp_path, ["-c", absent])
