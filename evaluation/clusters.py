@@ -23,7 +23,6 @@ from evaluation.crf import refine_clusters, require_crf
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, dilated, dilated_name
-from evaluation.kmeans import COSINE_TEMPERATURE, RECIPES, kmeans, sample_cells
 from evaluation.networks import load_network, untrained_network
 from evaluation.pictures.segmentation import Column
 from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
@@ -38,6 +37,7 @@ from evaluation.scoring import (
 )
 from evaluation.segment import Segmenter, assign, assign_cells
 from evaluation.specs import open_all
+from model.kmeans import COSINE_TEMPERATURE, RECIPES, kmeans, sample_cells
 from pipeline.errors import UserError, about
 from train.config import RunConfig
 

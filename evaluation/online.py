@@ -29,7 +29,6 @@ from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import CURATED, open_labelled
 from evaluation.datasets.squares import Squares
-from evaluation.kmeans import kmeans, sample_cells
 from evaluation.networks import calibrate
 from evaluation.probes.memory import LabelledFeatures, gather_memory
 from evaluation.probes.retrieval import Retrieval
@@ -40,6 +39,7 @@ from evaluation.segment import assign
 from model import ModelConfig, SlotCon
 from model.branch import Branch
 from model.grouping import won_cells
+from model.kmeans import kmeans, sample_cells
 from pipeline.errors import UserError, about
 from train.config import RunConfig
 from train.health import usage_entropy
