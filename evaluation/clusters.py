@@ -20,10 +20,14 @@ from evaluation.commands import (
     write_results,
 )
 from evaluation.crf import refine_clusters, require_crf
+from evaluation.datasets.images import open_images
+from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, dilated, dilated_name
+from evaluation.merging import Groups, merge_prototypes
 from evaluation.networks import load_network, untrained_network
+from evaluation.options import AS_CLASSES
 from evaluation.pictures.segmentation import Column
 from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
 from evaluation.reduction import reduced, require_cells, whitened
@@ -45,6 +49,8 @@ Decide = Callable[[Tensor, int], Tensor]
 """As `Predictor.decide`."""
 DECIDE: dict[str, Decide] = dict(zip(UPSAMPLE, (assign, assign, assign_cells), strict=True))
 """By --upsample."""
+LEAST_SHARE = 1e-2
+"""Probability of a group that no cell around a cell has, for a CRF."""
 
 
 def prototype_clusters(
@@ -64,6 +70,26 @@ def prototype_clusters(
     if args.upsample != "features":
         return predictor
     return beside_features(predictor, config.model.num_prototypes)
+
+
+def merged_prototypes(
+    name: str, network: Segmenter, groups: Groups, config: RunConfig, args: argparse.Namespace
+) -> Predictor:
+    """Clusters that are groups of a network's prototypes."""
+
+    def refine(shares: Tensor, clusters: Tensor, pixels: np.ndarray) -> Tensor:
+        return refine_clusters(shares.clamp_min(LEAST_SHARE).log(), clusters, pixels)
+
+    return Predictor(
+        f"{name}, merged",
+        "groups",
+        [config.train.seed],
+        lambda images: [groups.shares(network.segment(images)[0])],
+        DECIDE[args.upsample],
+        memory=groups.points,
+        made=groups.made,
+        refine=refine,
+    )
 
 
 def beside_features(predictor: Predictor, count: int) -> Predictor:
@@ -136,6 +162,41 @@ def counting_of(args: argparse.Namespace, num_classes: int) -> Counting:
     return Counting(matches, args.absent, args.masks, as_many)
 
 
+def of_prototypes(args: argparse.Namespace, squares: LabelledSquares) -> Iterator[Predictor]:
+    """The prototypes of the run, or with --merge their groups, and the same of the network before
+    training. Raises UserError.
+    """
+    unlabelled = open_images(args.unlabelled) if args.merge else None
+    trained, config = load_network(args.checkpoint, squares.device)
+    count = number_of_groups(args, squares.images, config.model.num_prototypes)
+    stride = args.output_stride
+    trained.teacher.encoder = dilated(trained.teacher.encoder, stride)
+    networks = {"trained": lambda: trained}
+    if args.baseline == "untrained":
+        model, seed = config.model, config.train.seed
+        networks["untrained"] = lambda: untrained_network(model, seed, squares, stride)
+    for title, load in networks.items():
+        name, network = dilated_name(title, stride), load()
+        if unlabelled is None:
+            yield prototype_clusters(name, network, config, args)
+        else:
+            groups = merge_prototypes(network, config, unlabelled, count, squares.device)
+            yield merged_prototypes(name, network, groups, config, args)
+
+
+def number_of_groups(args: argparse.Namespace, data: LabelledImages, prototypes: int) -> int:
+    """That of --merge; 0 without it. Raises UserError if there cannot be so many."""
+    if args.merge is None:
+        return 0
+    if args.merge == AS_CLASSES and data.names is None:
+        raise UserError("--merge needs a number: no class table says how many classes there are")
+    count: int = data.num_classes if args.merge == AS_CLASSES else args.merge
+    if count > prototypes:
+        raise UserError(f"--merge {count}: {args.checkpoint} has {prototypes} prototypes")
+    counting_of(args, data.num_classes).require(count, data.names, f"--merge {count}")
+    return count
+
+
 def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Iterator[Predictor]:
     """The clusterings that the options name, one at a time. Opens all networks first, so that a
     missing file is found before any computation.
@@ -154,13 +215,7 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
             features.name, first, len(data), whiten=args.whiten, pca=args.pca, clusters=count
         )
     if args.checkpoint is not None and not clusters_itself(args.protocol):
-        trained, config = load_network(args.checkpoint, squares.device)
-        stride = args.output_stride
-        trained.teacher.encoder = dilated(trained.teacher.encoder, stride)
-        yield prototype_clusters(dilated_name("trained", stride), trained, config, args)
-        if args.baseline == "untrained":
-            network = untrained_network(config.model, config.train.seed, squares, stride)
-            yield prototype_clusters(dilated_name("untrained", stride), network, config, args)
+        yield from of_prototypes(args, squares)
     for features in opened:
         yield kmeans_clusters(whitened(features, squares, args.whiten), squares, args)
 
@@ -175,21 +230,29 @@ def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> lis
         "seed": result.seed,
         "match": result.match,
         "memory": result.memory,
+        "made": result.made,
         "stage": result.stage,
     }
     used = "used_prototypes" if result.kind == "prototypes" else "used_clusters"
     return score_rows(result.score, names, head | common, used)
 
 
+def shown(result: Result) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """What a picture's column has of a result: clusters, their classes, IoU by class."""
+    return result.kept, result.score.classes, result.score.iou
+
+
 def print_results(results: list[Result], facts: dict[str, Any]) -> None:
     """One line for each network, over its seeds; `facts` of `commands.facts`."""
     for name in dict.fromkeys(result.network for result in results):
         same = [result for result in results if result.network == name]
-        kind = "prototypes" if same[0].kind == "prototypes" else "clusters"
+        kind = same[0].kind.replace("k-means", "clusters")
         note = f"{same[0].score.used} of {same[0].num_clusters} {kind} in use"
         note = note if len(same) == 1 else f"{len(same)} seeds"
         note = f"{note}; {in_words(facts, same[0].memory)}"
         print_scores(name, [result.score for result in same], note)
+        if same[0].made:
+            print(f"{'':24} {same[0].made}")
 
 
 def score_clusters(args: argparse.Namespace) -> None:
@@ -210,7 +273,7 @@ def score_clusters(args: argparse.Namespace) -> None:
     rows = [row for result in results for row in result_rows(result, data.class_names, common)]
     first = {result.network: result for result in reversed(results)}  # the first seed of each
     columns = [
-        Column(name, first[name].kept, first[name].score.classes, first[name].score.iou)
+        Column(name, *shown(first[name]), note=first[name].made)
         for name in dict.fromkeys(result.network for result in results)
     ]
     write_results(args, rows, columns, squares, pixels=results[0].score.pixels)

@@ -4,7 +4,8 @@ Letters: B images, S their side in pixels, D features, h w cells.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.options import stages_of
-from model.encoder import AnyEncoder, dilate
+from model.encoder import AnyEncoder, Encoder, dilate
+from model.timm_encoder import first_line
 from pipeline.errors import UserError
 
 BLOCK = 8
@@ -92,9 +94,29 @@ def dilated_name(name: str, output_stride: int | None) -> str:
     return name if output_stride is None else f"{name}, output stride {output_stride}"
 
 
+@contextmanager
+def in_one_line(name: str, images: Tensor) -> Iterator[None]:
+    """Inside the block a network of timm's gets `images`. Raises UserError for a size that it does
+    not accept: each asserts and fails in its own way.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        side = "×".join(map(str, images.shape[2:]))
+        raise UserError(f"{name} on images of {side} pixels: {first_line(error)}") from None
+
+
 def of_encoder(name: str, encoder: AnyEncoder) -> Network:
     """An encoder, in eval mode."""
-    return Network(name, encoder.eval().maps, encoder.strides)
+
+    def maps(images: Tensor, stages: Sequence[int]) -> list[Tensor]:
+        with in_one_line(name, images):
+            return encoder.maps(images, stages)
+
+    any_size = isinstance(encoder.eval(), Encoder)
+    return Network(name, encoder.maps if any_size else maps, encoder.strides)
 
 
 def dilated(encoder: AnyEncoder, output_stride: int | None) -> AnyEncoder:

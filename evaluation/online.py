@@ -29,6 +29,7 @@ from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import CURATED, open_labelled
 from evaluation.datasets.squares import Squares
+from evaluation.features import in_one_line
 from evaluation.networks import calibrate
 from evaluation.probes.memory import LabelledFeatures, gather_memory
 from evaluation.probes.retrieval import Retrieval
@@ -37,9 +38,11 @@ from evaluation.protocols import Match
 from evaluation.scoring import Counting, scored
 from evaluation.segment import assign
 from model import ModelConfig, SlotCon
+from model.architectures import is_timm
 from model.branch import Branch
 from model.grouping import won_cells
 from model.kmeans import kmeans, sample_cells
+from model.timm_encoder import TimmEncoder
 from pipeline.errors import UserError, about
 from train.config import RunConfig
 from train.health import usage_entropy
@@ -200,7 +203,10 @@ class _Encoder:
         """Normalised images [B, 3, R, R] → features of the encoder [B, D, h, w], scores of the
         prototypes [B, K, h, w].
         """
-        features = self.branch.encoder(images)
+        encoder = self.branch.encoder
+        any_size = not isinstance(encoder, TimmEncoder)
+        with nullcontext() if any_size else in_one_line("eval.size: the encoder", images):
+            features = encoder(images)
         _, scores = self.branch.grouping(self.branch.projector(features))
         return self._finite(features.float()), self._finite(scores.float())
 
@@ -227,10 +233,11 @@ def copy_of(teacher: nn.Module, config: ModelConfig, accelerator: Accelerator) -
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in teacher.state_dict().items()
     }
-    with torch.device("meta"):
+    # timm's networks have buffers that no state dict holds, as Swin's: their values are needed.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if is_timm(config.arch) else "meta"):
         branch = SlotCon(config).teacher
     branch.load_state_dict(broadcast(state), assign=True)
-    return branch.requires_grad_(False).eval()
+    return branch.requires_grad_(False).eval().to(accelerator.device)
 
 
 def seen_a_batch(branch: nn.Module) -> bool:

@@ -12,6 +12,8 @@ from pipeline.errors import UserError
 from train.run.cli import CommandParser, check_writable
 
 WHITEN = 0.25
+AS_CLASSES = "classes"
+"""`--merge` without a number"""
 SHOWN = 5
 """Prototypes in each column of the picture of evaluation.slots."""
 FEATURES_HELP = (

@@ -34,7 +34,7 @@ class Predictor:
 
     name: str
     kind: str
-    """prototypes, k-means, or the name of a probe."""
+    """prototypes, groups (of prototypes), k-means, or the name of a probe."""
     seeds: list[int]
     logits: Callable[[Tensor], list[Tensor]]
     """Normalised images [B, 3, R, R] → [B, K, h, w] for each seed: scores of the clusters or
@@ -45,6 +45,8 @@ class Predictor:
     """None: as many as there are logits."""
     memory: int | None = None
     """Cells that the clusters or the probe were fitted to; None for prototypes."""
+    made: str | None = None
+    """How the clusters were made, in words, if `kind` does not say it."""
     stage: str | None = None
     """Of the network, as in `Features`."""
     refine: Callable[[Tensor, Tensor, np.ndarray], Tensor] = refine_clusters
@@ -111,6 +113,7 @@ class Result:
     num_clusters: int
     match: Match
     memory: int | None
+    made: str | None
     stage: str | None
     score: GroupingScore
     kept: list[np.ndarray]
@@ -161,6 +164,7 @@ def evaluate(
             len(confusion),
             match,
             predictor.memory,
+            predictor.made,
             predictor.stage,
             scored(counting, confusion, match, data),
             kept[seed, refined],

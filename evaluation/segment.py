@@ -4,6 +4,7 @@ Letters: B images, K prototypes, D features, h w cells, R the side of an evaluat
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.datasets.squares import SquareImages, Squares
+from evaluation.features import in_one_line
+from model import SlotCon
+from model.timm_encoder import TimmEncoder
 
 UPSAMPLED_FLOATS = 2**24
 """Floats of upsampled scores held at once: 64 MiB, whatever K and R are."""
@@ -43,9 +47,12 @@ def segment_images(
     indices: np.ndarray | None = None,
 ) -> Iterator[Segmented]:
     """Segment images, one batch in memory at a time; arguments as in `SquareImages.batches`."""
+    of_timm = isinstance(network, SlotCon) and isinstance(network.teacher.encoder, TimmEncoder)
     for batch in squares.batches(progress, indices):
         with torch.inference_mode():
-            scores, features = network.segment(batch.normalised(squares.device))
+            images = batch.normalised(squares.device)
+            with in_one_line("the encoder", images) if of_timm else nullcontext():
+                scores, features = network.segment(images)
         yield Segmented(batch, scores.float(), features.float())
 
 

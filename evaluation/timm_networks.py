@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.features import Network
-from model.timm_encoder import create, first_line, padded, read_maps
+from evaluation.features import Network, in_one_line
+from model.timm_encoder import create, padded, read_maps
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from train.encoders import load_weights
@@ -42,16 +42,9 @@ class TimmMaps:
         before the model's head.
         """
         images = padded(images * self.scale + self.shift, max(self.strides.values()))
-        try:
-            levels = [stage - 1 + self.first for stage in stages]
+        levels = [stage - 1 + self.first for stage in stages]
+        with in_one_line(self.name, images):
             return read_maps(self.model, images, levels, norm=True)
-        except torch.OutOfMemoryError:
-            raise
-        except (AssertionError, RuntimeError, ValueError) as error:
-            side = "×".join(map(str, images.shape[2:]))
-            raise UserError(
-                f"{self.name} on images of {side} pixels: {first_line(error)}"
-            ) from None
 
 
 def create_timm(

@@ -1,4 +1,4 @@
-"""SlotCon (Wen et al., NeurIPS 2022, arXiv 2205.15288) on torchvision's ResNets.
+"""SlotCon (Wen et al., NeurIPS 2022, arXiv 2205.15288) on ResNets and timm's networks.
 
 The network is imported when it is first named: a configuration, and so --help of every command,
 needs `ModelConfig` alone.

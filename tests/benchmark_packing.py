@@ -19,6 +19,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ EPILOG = """example:
 """
 
 CLASSES = 100
+PORT = 18973
+URL = f"http://127.0.0.1:{PORT}"
 ROW = (
     "| {what} | {images:,} | {images_per_s:,.0f} | {mb_per_s:,.0f} | {gb:.2f} GB | {seconds:.1f} |"
 )
@@ -65,12 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _lay_out(args.images, work, args.repeat_to, args.few)
         os.sync()
-        results = [result for _ in range(args.rounds) for result in _round(work, args.workers)]
+        turn = _sharded if args.sharded else _round
+        print("| what | images | images/s | MB/s | output | seconds |", "|---" * 6 + "|", sep="\n")
+        results = []
+        for _ in range(args.rounds):
+            for result in turn(work, args.workers):
+                results.append(result)
+                print(ROW.format(**result), flush=True)
     finally:
         shutil.rmtree(work)
-    print("| what | images | images/s | MB/s | output | seconds |", "|---" * 6 + "|", sep="\n")
-    for result in results:
-        print(ROW.format(**result))
     if args.json:
         args.json.write_text(json.dumps({"results": results}, indent=1) + "\n")
 
@@ -98,6 +104,44 @@ def _lay_out(images: Path, work: Path, count: int, few: int) -> None:
                 tar.add(path, path.name)
     rows = (f"{path},{path.parent.name}\n" for path in sorted(imagenet.rglob("*.JPEG")))
     (work / "list.csv").write_text("path,label\n" + "".join(rows))
+    _lay_out_shards(coco, work)
+
+
+def _lay_out_shards(coco: Path, work: Path) -> None:
+    """The images as shards of 1,000: Parquet with row groups of 100, as Hugging Face's `datasets`
+    writes, and WebDataset; and lists of their URLs.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    paths = sorted(coco.iterdir())
+    for k in range(0, len(paths), 1000):
+        part = paths[k : k + 1000]
+        rows = [{"image": {"bytes": path.read_bytes(), "path": path.name}} for path in part]
+        (work / "parquet").mkdir(exist_ok=True)
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(table, work / f"parquet/train-{k:07d}.parquet", row_group_size=100)
+        (work / "webdataset").mkdir(exist_ok=True)
+        with tarfile.open(work / f"webdataset/train-{k:07d}.tar", "w") as tar:
+            for path in part:
+                tar.add(path, path.name)
+    (work / "names.txt").write_text("".join(f"{path.name}\n" for path in paths))
+    urls = (f'url = "{URL}/{path.name}"\noutput = "{work}/copy/{path.name}"\n' for path in paths)
+    (work / "curl.txt").write_text("".join(urls))
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[None]:
+    """The standard library's HTTP server of a folder, in a process of its own."""
+    command = [sys.executable, "-m", "http.server", str(PORT), "--bind", "127.0.0.1"]
+    command += ["--directory", str(folder), "--protocol", "HTTP/1.1"]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
+        try:
+            time.sleep(2)
+            yield
+        finally:
+            process.terminate()
 
 
 def _round(work: Path, workers: int) -> Iterator[dict[str, Any]]:
@@ -115,6 +159,7 @@ def _round(work: Path, workers: int) -> Iterator[dict[str, Any]]:
         ("coco --check decode", ["coco", "--root", work / "coco", "--check", "decode"]),
     ):
         yield _pack(title, work, coco, workers, options)
+    yield from _sharded(work, workers)
     budget = sum(path.stat().st_size for path in few.iterdir()) // 2
     for store in ("jpeg --max-side 500", "raw --max-side 256", f"auto --budget {budget}"):
         options = ["folder", "--root", few, "--store", *store.split()]
@@ -122,6 +167,27 @@ def _round(work: Path, workers: int) -> Iterator[dict[str, Any]]:
     for settings in ({}, {"max_resolution": 500, "jpeg_quality": 95}):
         shown = "".join(f", {name} {value}" for name, value in settings.items())
         yield _ffcv(f"ffcv's writer, jpg{shown}", work, few, workers, settings)
+
+
+def _sharded(work: Path, workers: int) -> Iterator[dict[str, Any]]:
+    """Sources of shards, and files behind a URL."""
+    coco = work / "coco/train2017"
+    yield _measure("cp -r", work, coco, ["cp", "-r", coco, work / "copy"])
+    for kind in ("folder", "parquet", "webdataset"):
+        root = coco if kind == "folder" else work / kind
+        yield _pack(kind, work, coco, workers, [kind, "--root", root])
+    half = len(list(coco.iterdir())) // 2
+    part = ["parquet", "--root", work / "parquet", "--subset", half]
+    yield _pack("parquet, --subset of half", work, coco, workers, part)
+    with _server(coco):
+        fetch = ["curl", "--no-progress-meter", "--create-dirs", "--parallel", "--parallel-max"]
+        fetch += [str(workers), "--config", f"{work}/curl.txt"]
+        yield _measure(f"curl, HTTP, {workers} at once", work, coco, fetch)
+        fetch[-3] = "16"
+        yield _measure("curl, HTTP, 16 at once", work, coco, fetch)
+        listed = ["list", "--list", work / "names.txt", "--root", URL]
+        yield _pack("list, HTTP", work, coco, workers, listed)
+        yield _pack("list, HTTP, --workers 16", work, coco, 16, listed)
 
 
 def _pack(
@@ -178,6 +244,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--few", type=int, default=6000, help="number of files to encode (default 6000)"
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--sharded", action="store_true", help="only shards, URLs, and cp beside them"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="number of repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     return parser.parse_args(argv)

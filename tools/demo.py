@@ -1,4 +1,4 @@
-"""The whole way in a few minutes on a CPU: pack, pre-train, benchmark, evaluate, report.
+"""The whole way in a few minutes on a CPU: pack, pre-train, evaluate, benchmark, report.
 
 Runs the same commands as a user, one after the other, and prints the path of the report at the end.
 """
@@ -12,35 +12,39 @@ from pathlib import Path
 from pipeline.commands import arguments, as_called
 from train.run.cli import CommandParser, run
 
+CONFIG = Path("configs/fast/scenes_cpu.yaml")
 RUN = Path("runs/demo")
 BETON = RUN / "sample.beton"
 SCENES = RUN / "scenes"
 LEARNT = RUN / "learnt.txt"
-"""The scenes that the probe learns from: the first 100 of those that the run has seen."""
+"""The labelled scenes that the probes learn from: the first `LABELLED` of those that the run has
+seen."""
+LABELLED = 200
 
+_SCORED = f"--checkpoint {RUN} --images {SCENES}/val/images --labels {SCENES}/val/labels --size 192"
+_LEARNT = (
+    f"--train-images {SCENES}/train/images --train-labels {SCENES}/train/labels"
+    f" --train-list {LEARNT} --memory 20000 --seeds 0"
+)
 STEPS = {
     "Pack the sample scenes": f"tools.build_dataset sample --out {BETON}",
-    "Pre-train": f"train.pretrain --config configs/scenes_cpu.yaml --data.path {BETON} --name demo",
-    "Measure each stage": f"tools.benchmark all --data {BETON} --config configs/scenes_cpu.yaml"
-    f" --batch 32 --repeats 3 --seconds 0.1 --backends compiled --json {RUN}/bench.json",
-    "Score the grouping on held-out scenes": f"evaluation.unsupervised_segmentation"
-    f" --checkpoint {RUN} --images {SCENES}/val/images --labels {SCENES}/val/labels"
-    f" --size 192 --json {RUN}/eval.json --picture {RUN}/eval.png",
-    "Score its features, and untrained ones at the same stages": "evaluation.probe knn"
-    f" --checkpoint {RUN} --images {SCENES}/val/images --labels {SCENES}/val/labels"
-    f" --train-images {SCENES}/train/images --train-labels {SCENES}/train/labels"
-    f" --train-list {LEARNT} --memory 5000 --seeds 0 --stage 2 4 --size 192"
-    f" --json {RUN}/knn.json",
+    "Pre-train": f"train.pretrain --config {CONFIG} --data.path {BETON} --name {RUN.name}",
+    "Group held-out scenes without labels, beside the untrained network":
+    f"evaluation.unsupervised_segmentation {_SCORED} --merge --unlabelled {BETON}"
+    " --features untrained --baseline none"
+    f" --json {RUN}/eval.json --picture {RUN}/eval.png",
+    "Score its features with labels, beside the untrained network's":
+    f"evaluation.probe knn {_SCORED} {_LEARNT} --json {RUN}/knn.json",
+    "The same by a linear probe":
+    f"evaluation.probe linear {_SCORED} {_LEARNT} --json {RUN}/linear.json",
     "Count its slots": f"evaluation.slots --checkpoint {RUN} --data {BETON} --size 192"
-    f" --max-images 300 --json {RUN}/slots.json --picture {RUN}/slots.png",
-    "Draw the prototypes": f"evaluation.pictures prototypes --checkpoint {RUN} --data {BETON}"
-    f" --size 192 --max-images 300 --out {RUN}/prototypes.png",
-    "Draw the grouping of whole images": f"evaluation.pictures grouping --checkpoint {RUN}"
-    f" --data {BETON} --size 192 --out {RUN}/grouping.png",
+    f" --max-images 200 --json {RUN}/slots.json --picture {RUN}/slots.png",
     "Draw the views that it trained on": f"evaluation.pictures views --checkpoint {RUN}"
     f" --data {BETON} --out {RUN}/views.png",
+    "Measure each stage": f"tools.benchmark all --data {BETON} --config {CONFIG}"
+    f" --batch 16 --repeats 3 --seconds 0.1 --backends compiled --json {RUN}/bench.json",
     "Write the report": f"tools.report {RUN}",
-}
+}  # fmt: skip
 
 
 def main() -> None:
@@ -53,7 +57,7 @@ def main() -> None:
     parser.parse_args()
     shutil.rmtree(RUN, ignore_errors=True)
     RUN.mkdir(parents=True)
-    LEARNT.write_text("".join(f"{number}\n" for number in range(100)))
+    LEARNT.write_text("".join(f"{number}\n" for number in range(LABELLED)))
     began = time.perf_counter()
     for number, (title, command) in enumerate(STEPS.items(), start=1):
         shown = as_called(f"python -m {command}")

@@ -44,10 +44,12 @@ def read_encoder(
     else:
         metadata = read_file(source)[1] if source.suffix == ".safetensors" else {}
     found = metadata.get("arch", arch or "")
-    if not is_timm(arch or found):
+    if not is_timm(found) and not is_timm(arch or ""):
         return read_backbone(source, arch, branch, partial)
-    if arch is not None and found != arch:
+    stated = source.is_dir() or is_timm(found)  # else the names of the weights decide
+    if arch is not None and stated and _untagged(found) != _untagged(arch):
         raise UserError(f"{source}: weights of a {found}, not of the {arch} that is needed")
+    found = arch or found
     stages = metadata.get("stages", "4")
     if stages not in ("1", "2", "3", "4"):
         raise UserError(f"{source}: damaged: it says that it ends at stage {stages}")
@@ -94,6 +96,11 @@ def image_stats(backbone: Backbone) -> Statistics:
     except (ValueError, TypeError, AssertionError):
         raise UserError(f"{backbone.arch}: damaged: image_stats {stated[:80]}") from None
     return (mean[0], mean[1], mean[2]), (deviation[0], deviation[1], deviation[2])
+
+
+def _untagged(arch: str) -> str:
+    """Without timm's tag, which names weights."""
+    return arch.partition(".")[0]
 
 
 def _new(arch: str, stages: int, source: Path) -> Any:

@@ -95,7 +95,7 @@ def draw_views(args: argparse.Namespace) -> Image.Image:
         raise UserError(f"--epoch must be in 0..{config.train.epochs - 1}, not {args.epoch}")
     views = config.views_of(args.epoch)
     which = choose(args, images)
-    pairs = draw_pairs(images, which, config.train.seed, args.epoch, views.size, views)
+    pairs = draw_pairs(images, which, config.train.seed, args.epoch, views)
     title = f"views of {views.size} pixels, epoch {args.epoch}, seed {config.train.seed}"
     return picture_of_views(pairs, title)
 

@@ -20,7 +20,7 @@ MARGIN, GAP, TITLE, CAPTION = 40, 10, 56, 34
 FORMATS = (".png", ".jpg", ".webp")
 
 _GOLDEN = 0.6180339887  # step on the circle of hues: the next hue falls into the largest gap
-_LOOKS = ((0.85, 0.95), (0.55, 0.75), (0.9, 0.6), (0.35, 1.0))  # saturation and value, in turn
+_LOOKS = ((0.62, 0.9), (0.5, 0.66), (0.75, 0.55), (0.3, 0.95))  # saturation and value, in turn
 _COVER = 0.55  # opacity of a segment's colour over the image
 
 

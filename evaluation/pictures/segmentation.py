@@ -14,8 +14,9 @@ from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.pictures.drawing import FAINT, INK, PAPER, distinct, font
 
 LINE = "#e5e7eb"
-TILE, GAP, MARGIN, CAPTION = 240, 12, 32, 64
-BAR = 26
+TILE, GAP, MARGIN, CAPTION = 240, 12, 32, 44
+BAR, LINE_HEIGHT = 24, 29
+MEAN = (27, 31, 36)
 VOID_COLOUR = (24, 24, 27)
 CLASSES_SHOWN = 30
 
@@ -41,6 +42,8 @@ class Column:
     """int64 [K], the class of each cluster; -1 for none"""
     iou: np.ndarray
     """float64 [C]; NaN for a class that does not count"""
+    note: str | None = None
+    """How the clusters were made"""
 
 
 def read_samples(squares: LabelledSquares, numbers: np.ndarray) -> list[Sample]:
@@ -80,7 +83,9 @@ def draw_segmentations(
     shown = shown[:CLASSES_SHOWN]
     width = 2 * MARGIN + (2 + len(columns)) * (TILE + GAP) - GAP
     tiles = CAPTION + len(samples) * (TILE + GAP)
-    height = 2 * MARGIN + tiles + CAPTION + len(shown) * (BAR + 6)
+    notes = [f"{column.title}: {column.note}" for column in columns if column.note]
+    head = LINE_HEIGHT * (len(notes) + 1) + GAP
+    height = 2 * MARGIN + tiles + head + (len(shown) + 1) * LINE_HEIGHT
     picture = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(picture)
     lefts = [MARGIN + i * (TILE + GAP) for i in range(2 + len(columns))]
@@ -98,13 +103,19 @@ def draw_segmentations(
     unmatched = any((k.classes[np.stack(k.clusters)] < 0).any() for k in columns)
     void = any((sample.truth == VOID).any() for sample in samples)
     caption = "IoU by class" + "; black: void" * void + "; grey: clusters of no class" * unmatched
-    write(pen, (lefts[0], top), caption, FAINT, 2 * TILE)
+    for line, text in enumerate([*notes, caption]):
+        write(pen, (lefts[0], top + line * LINE_HEIGHT), text, FAINT, width - 2 * MARGIN)
+    top += head
     for line, c in enumerate(shown):
-        y = top + CAPTION + line * (BAR + 6)
-        pen.rectangle((lefts[0], y + 4, lefts[0] + 18, y + BAR - 4), tuple(colours[c].tolist()))
+        y, colour = top + line * LINE_HEIGHT, tuple(colours[c].tolist())
+        pen.rectangle((lefts[0], y + 4, lefts[0] + 18, y + BAR - 4), colour)
         write(pen, (lefts[0] + 28, y), names[c], INK, room=2 * TILE - 30)
         for left, column in zip(lefts[2:], columns, strict=True):
-            bar(pen, left, y, float(column.iou[c]), tuple(colours[c].tolist()))
+            bar(pen, left, y, float(column.iou[c]), colour)
+    y = top + len(shown) * LINE_HEIGHT
+    write(pen, (lefts[0] + 28, y), "mean of all classes", INK, room=2 * TILE - 30)
+    for left, column in zip(lefts[2:], columns, strict=True):
+        bar(pen, left, y, float(np.nanmean(column.iou)), MEAN)
     return picture
 
 

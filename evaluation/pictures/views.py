@@ -10,10 +10,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from evaluation.datasets.images import BetonImages, ImageSource
+from evaluation.datasets.images import ImageSource
 from evaluation.pictures.drawing import OUTLINE, sheet
-from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, get_backend
-from pipeline.views import ViewConfig, sample_views
+from evaluation.views import make_views
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.views import ViewConfig
 
 HEIGHT, WIDEST = 240, 420
 """Height and largest width of a panel, in pixels."""
@@ -41,23 +42,12 @@ class DrawnPair:
 
 
 def draw_pairs(
-    images: ImageSource, which: np.ndarray, seed: int, epoch: int, size: int, config: ViewConfig
+    images: ImageSource, which: np.ndarray, seed: int, epoch: int, config: ViewConfig
 ) -> list[DrawnPair]:
     """The views of images `which` int64 [B] in `epoch` of a run with this `seed`, made by the
-    reference backend. Images of a folder are numbered in their order, as if packed. Raises
-    UserError.
+    reference backend; see `make_views`. Raises UserError.
     """
-    pictures = [images.load(i) for i in which.tolist()]
-    heights, widths = ([picture.shape[side] for picture in pictures] for side in (0, 1))
-    numbers = images.beton.index[which] if isinstance(images, BetonImages) else which
-    params = sample_views(seed, epoch, numbers, heights, widths, config)
-    canvas = np.zeros((len(which), max(heights), max(widths), 3), np.uint8)
-    for padded, picture in zip(canvas, pictures, strict=True):
-        padded[: picture.shape[0], : picture.shape[1]] = picture
-    sizes = torch.tensor([heights, widths]).T
-    views = get_backend("reference").apply(
-        torch.from_numpy(canvas), sizes, params, size, torch.device("cpu"), torch.float32
-    )
+    pictures, views, params = make_views(images, which, seed, epoch, config)
     pixels = _pixels(views)
     return [
         DrawnPair(

@@ -180,7 +180,7 @@ def test_views_are_those_of_the_training(tmp_path: Path) -> None:
     """For the same image and epoch: equal pixels, geometry and flips."""
     beton = write_beton(tmp_path / "small.beton", varied(6))
     config, which = ViewConfig(size=32), np.array([4, 1])
-    pairs = draw_pairs(BetonImages(beton), which, seed=5, epoch=2, size=32, config=config)
+    pairs = draw_pairs(BetonImages(beton), which, seed=5, epoch=2, config=config)
     loader = make_loader(
         Beton(beton),
         config,

@@ -9,11 +9,6 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-CAMVID = "--config configs/camvid_cpu.yaml"
-SCENES = (
-    "--model.num_prototypes 12 --train.batch_size 32 --train.epochs 4 --train.warmup_epochs 0.3"
-)
-"""What the scenes' recipe has instead: 124 steps."""
 TRAIN_SCENES = 200
 """Labelled scenes that the probes learn from."""
 
@@ -45,12 +40,12 @@ def setting(data: str, work: Path, root: Path | None) -> Setting:
         listed = work / "learnt.txt"
         listed.write_text("".join(f"{number}\n" for number in range(TRAIN_SCENES)))
         learnt = f"--train-{train} --train-list {listed} --memory 20000"
-        return Setting(f"{CAMVID} {SCENES}", "sample", f"--{val}", learnt, 192)
+        return Setting("--config configs/scenes_cpu.yaml", "sample", f"--{val}", learnt, 192)
     if root is None:
         raise UserError("camvid needs --root, the folder with train, trainannot, val and valannot")
     scored = f"--dataset camvid --root {shlex.quote(str(root))}"
     pack = f"folder --root {shlex.quote(str(root / 'train'))}"
-    return Setting(CAMVID, pack, scored, "", 320)
+    return Setting("--config configs/camvid_cpu.yaml", pack, scored, "", 320)
 
 
 def make_beton(data: Setting, work: Path, threads: int) -> None:

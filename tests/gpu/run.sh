@@ -21,18 +21,20 @@ mkdir -p "$OUT" "$WORK/logs"
 : >"$WORK/parts"
 
 if [ "$DEVICE" = cpu ]; then
-    recipe=configs/scenes_cpu.yaml batch=4 threads=1 repeats=1 seconds=0.05 steps=4 images=8
+    recipe=configs/scenes_cpu.yaml deep=configs/fast/camvid_cpu.yaml batch=4 threads=1 repeats=1 seconds=0.05 steps=4 images=8
+    sides=(64) few=8 epochs=2 half=4
     backends=(kornia) count=8 side=64 workers=() fp16=no
     unset NUMBA_CACHE_DIR  # what the checkout has compiled is at hand
     small=(--model.arch resnet18 --model.dim_hidden 64 --model.dim_out 32 --model.num_prototypes 16 --views.size 64)
 else
-    recipe=configs/coco_r50_800ep.yaml batch=512 threads=$(nproc) repeats=3 seconds=0.3 steps=90 images=51200
+    recipe=configs/coco_r50_800ep.yaml deep=configs/fast/coco_1gpu.yaml batch=512 threads=$(nproc) repeats=3 seconds=0.3 steps=90 images=51200
+    sides=(96 128 160) few=4096 epochs=20 half=256
     backends=(kornia triton) count=64 side=224 workers=(-n 8) fp16=fp16
     small=()
 fi
 
 # Seconds that the parts after this one need at least.
-declare -A LATER=([checks]=245 [pytest]=225 [fidelity]=200 [fp16]=135 [all]=75 [bf16]=30)
+declare -A LATER=([checks]=245 [pytest]=225 [fidelity]=200 [fp16]=135 [all]=75 [bf16]=30 [side96]=20 [side128]=10)
 
 # part NAME LIMIT COMMAND…: run the command for at most LIMIT seconds, if the part is wanted.
 part() {
@@ -61,12 +63,20 @@ pretrain() {
     cp "$RUNS/$1/metrics.jsonl" "$OUT/$1.jsonl" 2>/dev/null
 }
 
-# benchmark NAME LIMIT ARGUMENTS…: tools.benchmark with the sizes of this machine.
+# curve NAME LIMIT CONFIG BATCH: a whole short run of a recipe on few images, each seen `epochs` times; its curve is a result.
+curve() {
+    part "$1" "$2" "$PYTHON" -m tests.gpu.pretrain "$few" --config "$3" --data.path "$BETON" --name "$1" --train.batch_size "$4" \
+        --train.epochs "$epochs" --train.warmup_epochs 1 --data.threads "$threads" --log.every 2 --log.checkpoint_every 0 \
+        --log.trackers '[]' --log.dir "$RUNS" --efficiency.precision bf16 "${small[@]}"
+    cp "$RUNS/$1/metrics.jsonl" "$OUT/$1.jsonl" 2>/dev/null
+}
+
+# benchmark NAME LIMIT ARGUMENTS…: tools.benchmark with the sizes of this machine; a later --config adds to the recipe.
 benchmark() {
-    local name=$1 limit=$2
-    shift 2
-    part "$name" "$limit" "$PYTHON" -m tools.benchmark "$@" --config "$recipe" --batch "$batch" --device "$DEVICE" \
-        --repeats "$repeats" --seconds "$seconds" --json "$OUT/$name.json"
+    local name=$1 limit=$2 stages=$3
+    shift 3
+    part "$name" "$limit" "$PYTHON" -m tools.benchmark "$stages" --config "$recipe" --batch "$batch" --device "$DEVICE" \
+        --repeats "$repeats" --seconds "$seconds" --json "$OUT/$name.json" "$@"
 }
 
 # Wheels that the machine lacks, into a folder of their own.
@@ -87,6 +97,12 @@ part fidelity 45 "$PYTHON" -m tests.fidelity --images "$WORK/images" --device "$
 pretrain fp16 75 "$fp16"
 benchmark all 150 all --data "$BETON" --threads "$threads" --backends "${backends[@]}"
 pretrain bf16 75 bf16
+for side in "${sides[@]}"; do # of the fast recipe: more supervised stages, smaller views; the step at 224 pixels is in "all"
+    echo "views: {size: $side}" >"$WORK/side$side.yaml"
+    benchmark "side$side" 30 step --synthetic --config "$deep" --config "$WORK/side$side.yaml"
+done
+curve curve_fast 80 "$deep" "$half"
+curve curve_plain 80 "$recipe" "$batch"
 benchmark step 110 step --synthetic --also checkpointing
 [ "$DEVICE" = cpu ] || part largest 110 "$PYTHON" -m tests.gpu.checks largest "$batch"
 benchmark compile 150 step --synthetic --also compile

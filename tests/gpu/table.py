@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 OUT, WORK = Path(os.environ["OUT"]), Path(os.environ["WORK"])
-ONE_OBJECT = ("machine", "checks", "fidelity", "all", "step", "compile", "largest")
-ONE_OBJECT_A_LINE = ("fp16", "bf16")
+SIDES = ("side64", "side96", "side128", "side160")
+BENCHMARKS = ("all", *SIDES, "step", "compile")
+ONE_OBJECT = ("machine", "checks", "fidelity", "largest", *BENCHMARKS)
+CURVES = ("curve_fast", "curve_plain")
+ONE_OBJECT_A_LINE = ("fp16", "bf16", *CURVES)
 
 
 def read_results() -> dict[str, Any]:
@@ -44,8 +47,8 @@ def benchmark_lines(name: str, content: dict[str, Any]) -> list[str]:
         keys = ("stage", "backend", "crops", "operation")
         label = " ".join(str(row[key]) for key in keys if row.get(key))
         rates = f"{row['images_per_s']:10,.0f}{row['ms']:9.2f}{row['host_ms']:9.2f}"
-        lines.append(f"{name:8}{label:44}{rates}  {', '.join(details(row))}")
-    return [*lines, f"{name:8}{content.get('verdict', '')}"]
+        lines.append(f"{name:9}{label:43}{rates}  {', '.join(details(row))}")
+    return [*lines, f"{name:9}{content.get('verdict', '')}"]
 
 
 def details(row: dict[str, Any]) -> list[str]:
@@ -85,6 +88,13 @@ def training_line(name: str, rows: list[dict[str, Any]]) -> str:
     )
 
 
+def curve_line(name: str, rows: list[dict[str, Any]]) -> str:
+    """The grouping loss at about ten places of a run, and the images that had been seen."""
+    chosen = rows[:: max(1, len(rows) // 10)]
+    losses = [f"{row['grouping_12']:.3f}" for row in chosen]
+    return f"{name}: to epoch {rows[-1]['epoch']:.0f}, grouping loss {' '.join(losses)}"
+
+
 def fidelity_line(row: dict[str, Any]) -> str:
     numbers = f"{row['mae']:8.3f}{row['psnr']:8.1f}{row['edges']:10.4%}{row['most']:6.0f}"
     return f"{row['way']:8}{row['case']:12}{numbers}"
@@ -95,7 +105,7 @@ def sections(results: dict[str, Any]) -> dict[str, list[str]]:
     machine = results["machine"] or {}
     checks, largest = results["checks"] or {}, results["largest"] or {}
     fidelity = (results["fidelity"] or {"results": []})["results"]
-    benchmarks = [name for name in ("all", "step", "compile") if results[name]]
+    benchmarks = [name for name in BENCHMARKS if results[name]]
     curves = [name for name in ONE_OBJECT_A_LINE if results[name]]
     return {
         "parts": results["parts"],
@@ -110,6 +120,7 @@ def sections(results: dict[str, Any]) -> dict[str, list[str]]:
         ],
         "largest batch": [f"{name}: {row}" for name, row in largest.items()],
         "training": [training_line(name, results[name]) for name in curves],
+        "loss by images": [curve_line(name, results[name]) for name in CURVES if results[name]],
     }
 
 

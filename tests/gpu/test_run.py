@@ -28,7 +28,7 @@ def run(folder: Path, *parts: str) -> subprocess.CompletedProcess:
     )
 
 
-PARTS = ("checks", "fidelity", "all", "bf16", "step")
+PARTS = ("checks", "fidelity", "all", "bf16", "side64", "curve_fast", "curve_plain", "step")
 """All but fp16, largest and pytest, which need a GPU, and compile, which takes minutes on a CPU."""
 
 
@@ -63,7 +63,10 @@ def test_all_results_are_in_one_file(done: tuple[Path, str]) -> None:
     assert {row["stage"] for row in results["all"]["results"]} >= {"decode", "augment", "step"}
     assert results["fidelity"]["results"]
     assert [row["step"] for row in results["bf16"]] == [1, 2, 3, 4]
-    for heading in ("machine", "checks", "fidelity", "benchmark", "training"):
+    assert [row["operation"] for row in results["side64"]["results"]] == [None]
+    for name in ("curve_fast", "curve_plain"):
+        assert [row["step"] for row in results[name]] == [2, 4]
+    for heading in ("machine", "checks", "fidelity", "benchmark", "training", "loss by images"):
         assert f"\n==== {heading}" in done[1]
 
 

@@ -1,5 +1,7 @@
 """Runs with several stages, balanced targets, the contrast of cells, and other teachers."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 
 from model import ModelConfig
 from pipeline.errors import UserError
+from tests import ROOT
 from tests.helpers.training import (
     assert_same_tensors,
     launch,
@@ -18,7 +21,7 @@ from tests.helpers.training import (
     trainer,
     with_accumulation,
 )
-from train.config import RunConfig, TrainConfig, from_dict
+from train.config import RunConfig, TrainConfig, from_dict, load_config
 from train.run.settings import to_dict
 from train.schedule import teacher_momentum
 
@@ -160,3 +163,28 @@ def test_defaults_are_the_authors() -> None:
         4, (4,), "centred", 0
     )  # fmt: skip
     assert train.teacher == "ema"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs/fast").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_a_fast_recipe_steps(file: Path, tmp_path: Path) -> None:
+    """Without it a recipe that nobody has trained yet may not even start. Its networks are narrow
+    here; its views, stages, cells and teacher are its own.
+    """
+    config, _ = load_config(["--config", str(file)])
+    assert config.name.replace("_fast", "") == file.stem.replace("_cpu", "")
+    small = small_run(small_beton(tmp_path), tmp_path, "recipe", max_steps=1)
+    sizes = tuple((stage, 16, 8, cells) for stage, _, _, cells in config.model.stage_sizes)
+    narrow = {"arch": "resnet18", "dim_hidden": 16, "dim_out": 8, "num_prototypes": 8}
+    taken = {name: getattr(config.train, name) for name in ("teacher", "teacher_momentum")}
+    config = replace(
+        small,
+        views=config.views,
+        model=replace(config.model, **narrow, stage_sizes=sizes),
+        train=replace(small.train, **taken),
+    )
+    trainer(config).train()
+    line = json.loads((run_dir(config) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(line["loss"])
+    assert line["step"] == 1

@@ -20,7 +20,7 @@ import torch
 
 from pipeline.errors import UserError
 from tools.benchmark.stages import EPOCH, batches, repeated
-from tools.benchmark.step import gflop_of, start_of, step_works, take_a_step, ways_of
+from tools.benchmark.step import gflop_of, step_works, take_a_step, ways_of
 from tools.benchmark.timing import Bench, Work
 from tools.benchmark.verdict import aligned
 from train.config import RunConfig
@@ -163,7 +163,7 @@ def _measure_size(bench: Bench, side: int, epochs: int) -> Size:
         train=replace(bench.config.train, view_sizes=()),
     )
     sized, label = replace(bench, config=config), f"{side} pixels"
-    ways = step_works(sized, start_of(sized), ways_of(config))
+    ways = step_works(sized, ways_of(config))
     works = [replace(work, operation=label) for work in ways]
     for work in works:
         take_a_step(work.call)

@@ -75,14 +75,20 @@ STAGES = {
 """What each stage of `tools.benchmark.stages` measures."""
 FROM_A_FILE = ("read", "decode", "pipeline")
 """Stages that need a beton."""
-VARIANTS: dict[str, dict[str, Any]] = {
-    "compile": {"compile": True, "checkpointing": False},
-    "checkpointing": {"checkpointing": True, "compile": False},
-    "exact": {"slot_selection": "exact"},
-    "static": {"slot_selection": "static"},
-    "nchw": {"channels_last": False},
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "compile": {"efficiency": {"compile": True, "checkpointing": False}},
+    "checkpointing": {"efficiency": {"checkpointing": True, "compile": False}},
+    "exact": {"efficiency": {"slot_selection": "exact"}},
+    "static": {"efficiency": {"slot_selection": "static"}},
+    "nchw": {"efficiency": {"channels_last": False}},
+    "stages-2": {"model": {"stages": 2}},
+    "supervise-2-3-4": {"model": {"supervise": (2, 3, 4)}},
+    "balanced": {"model": {"targets": "balanced"}},
+    "cells": {"model": {"cell_loss_weight": 1.0, "cells": 4}},
+    "student": {"train": {"teacher": "student", "teacher_momentum": 0.0}},
 }
-"""Settings of `efficiency` that can be measured besides the configuration's."""
+"""Settings that can be measured besides the configuration's, by section: of speed, and of
+docs/fast.md. Four cells are all that stage 4 has of the smallest views, of 64 pixels."""
 
 
 def parse(argv: Sequence[str], description: str = "") -> argparse.Namespace:
@@ -152,7 +158,7 @@ def _add_subject(parser: CommandParser) -> None:
         nargs="+",
         choices=VARIANTS,
         default=[],
-        help="step: also measure it with these efficiency settings",
+        help="step: also measure it with each of these settings; stages-2 to student: docs/fast.md",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(the GPU, if there is one)")
 

@@ -2,7 +2,6 @@
 step by turns, with the time of its parts, its operators, launches and memory.
 """
 
-import copy
 import gc
 import sys
 import time
@@ -110,17 +109,26 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def make_step(
-    model: SlotCon, config: RunConfig, backend: str, dtype: torch.dtype, variant: str | None = None
-) -> Step:
+def varied(config: RunConfig, variant: str | None) -> RunConfig:
+    """The configuration with the settings of one of `VARIANTS`. Raises UserError if they do not fit
+    the others.
+    """
+    sections = VARIANTS[variant] if variant else {}
+    try:
+        parts = {name: replace(getattr(config, name), **sections[name]) for name in sections}
+        return replace(config, **parts)
+    except ValueError as error:
+        raise UserError(f"--also {variant}: {error}") from None
+
+
+def make_step(model: SlotCon, config: RunConfig, backend: str, dtype: torch.dtype) -> Step:
     """The step of a backend, "plain" or "fast". It changes `model`. With train.teacher "switch" it
     is a step with an average, which costs more, and with train.freeze_encoder_epochs one after
     these.
     """
     train = config.train
-    efficiency = replace(config.efficiency, **(VARIANTS[variant] if variant else {}))
     if backend == "fast":
-        return FastStep(model, efficiency=efficiency, dtype=dtype, train=train)
+        return FastStep(model, efficiency=config.efficiency, dtype=dtype, train=train)
     return PlainStep(
         model,
         dtype=dtype,
@@ -193,45 +201,58 @@ def gflop_of(config: RunConfig, side: int) -> float:
     return total
 
 
-def start_of(bench: Bench) -> SlotCon:
-    """A model with several active slots an image, on the CPU."""
-    model = build_model(bench.config)
-    spread_prototypes(model, _few_views(bench)[0])
+def start_of(bench: Bench, variant: str | None = None) -> SlotCon:
+    """A model with several active slots an image, on the CPU; the same for each setting that
+    changes no network.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_model(varied(bench.config, variant))
+        spread_prototypes(model, _few_views(bench)[0])
     return model
 
 
-def step_works(bench: Bench, start: SlotCon, ways: Sequence[Way]) -> Iterator[Work]:
-    """The step of each way, on a copy of `start` and a batch that are on the device already."""
+def step_works(bench: Bench, ways: Sequence[Way]) -> Iterator[Work]:
+    """The step of each way, on a model and a batch that are on the device already."""
     for backend, variant in ways:
-        model = copy.deepcopy(start).to(bench.device)
-        data = step_data(bench, bench.config.views.size, bench.batch, backend)
-        train = make_step(model, bench.config, backend, bench.dtype, variant)
+        config = varied(bench.config, variant)
+        model = start_of(bench, variant).to(bench.device)
+        data = step_data(bench, config.views.size, bench.batch, backend)
+        train = make_step(model, config, backend, bench.dtype)
         yield _work(bench, backend, variant, partial(train, *data))
 
 
 def step(bench: Bench) -> None:
     """See `options.STAGES`."""
-    ways, start = ways_of(bench.config), start_of(bench)
+    ways = ways_of(bench.config)
     if len(ways) == 1:
         bench.skip("step, plain", "this configuration is a variant of the method")
     ways += [("fast", variant) for variant in bench.also]
+    for _, variant in ways:  # refused before the first is measured
+        varied(bench.config, variant)
     works, details, before = [], [], _allocated(bench.device)
-    for work in step_works(bench, start, ways):
+    for work in step_works(bench, ways):
         works.append(work)
         details.append(_warm_up(bench, work.call, before))
         before = _allocated(bench.device)
     results = bench.measure(works, ratio_to="plain")
-    gflop = gflop_of(bench.config, bench.config.views.size)
-    with torch.no_grad():
-        pairs = float(start(*_few_views(bench)).stats["active_pairs"])
     for number, (work, result, detail) in enumerate(zip(works, results, details, strict=True)):
-        known = replace(detail, gflop=gflop)
+        known = _counted(bench, work.operation, detail)
         if work.operation != "compile":  # the profiler would see one call
-            known = replace(_profiled(bench, work, result, known), active_pairs=pairs)
+            known = _profiled(bench, work, result, known)
         bench.results[number - len(works)] = replace(result, detail=known)
     del works, work  # they hold the GPU's memory
     if bench.largest:
         _find_largest(bench, ways)
+
+
+def _counted(bench: Bench, variant: str | None, detail: StepDetail) -> StepDetail:
+    """With what a step of one image takes, whatever the machine."""
+    config = varied(bench.config, variant)
+    with torch.no_grad():
+        pairs = float(start_of(bench, variant)(*_few_views(bench)).stats["active_pairs"])
+    gflop = gflop_of(config, config.views.size)
+    return replace(detail, gflop=gflop, active_pairs=pairs)
 
 
 def _few_views(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
@@ -330,8 +351,9 @@ def _fits(bench: Bench, backend: str, variant: str | None, batch: int) -> bool:
     torch.cuda.empty_cache()
     try:
         data = step_data(bench, bench.config.views.size, batch, backend)
-        model = build_model(bench.config).to(bench.device)
-        train = make_step(model, bench.config, backend, bench.dtype, variant)
+        config = varied(bench.config, variant)
+        model = build_model(config).to(bench.device)
+        train = make_step(model, config, backend, bench.dtype)
         for _ in range(2):
             train(*data)
         torch.cuda.synchronize(bench.device)

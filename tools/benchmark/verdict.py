@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError, printable
+from tools.benchmark.options import VARIANTS
 from tools.benchmark.timing import Result
 from tools.report.schema import Rate, Rates
 
@@ -152,7 +153,8 @@ def verdict(results: Sequence[Result], cores: int) -> str:
 
 def _step_advice(results: Sequence[Result], step: Result) -> str:
     """How to speed up a step that limits: by a measured setting, or else by fewer pixels."""
-    variants = [r for r in results if (r.stage, r.backend) == ("step", "fast") and r.operation]
+    steps = [r for r in results if (r.stage, r.backend) == ("step", "fast") and r.operation]
+    variants = [r for r in steps if "efficiency" in VARIANTS.get(str(r.operation), {})]
     best = max(variants, key=lambda result: result.images_per_s, default=step)
     if best.images_per_s > 1.05 * step.images_per_s:
         return f"Of its settings, {best.operation} helps: {_rate(best)} images/s."

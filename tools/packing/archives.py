@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32
@@ -85,21 +86,14 @@ def is_archive(name: str) -> bool:
 
 
 def members(path: Place) -> Iterator[Member]:
-    """The files in an archive, and in the .tar files in it, in the archive's order.
-
-    If an archive is damaged, cut short or unreadable, the last member is the archive itself, with
-    a fault.
-    """
+    """The files in an archive, as `OpenArchive.members`."""
     try:
-        with open_blob(path) as file:
-            if path.name.lower().endswith(".zip"):
-                yield from _zip(file)
-            else:
-                yield from _tar(file, 0, file.size)
+        archive = Archive(path).open()
     except OSError as error:
         yield Member("", fault=error.strerror or str(error))
-    except _DAMAGE as error:
-        yield Member("", fault=f"damaged zip file: {error}")
+        return
+    with closing(archive):
+        yield from archive.members()
 
 
 class Archive:
@@ -113,17 +107,32 @@ class Archive:
     def __str__(self) -> str:
         return str(self.path)
 
-    def open(self) -> "_OpenArchive":
+    def open(self) -> "OpenArchive":
         """Raises OSError."""
-        return _OpenArchive(open_blob(self.path))
+        return OpenArchive(open_blob(self.path), self.path.name.lower().endswith(".zip"))
 
     def expect(self, offsets: Iterable[int]) -> None:
         """Each image is read on its own."""
 
 
-class _OpenArchive:
-    def __init__(self, file: Blob) -> None:
-        self._file = file
+class OpenArchive:
+    """An archive that is open."""
+
+    def __init__(self, file: Blob, is_zip: bool) -> None:
+        self._file, self._is_zip = file, is_zip
+
+    def members(self) -> Iterator[Member]:
+        """The files in the archive, and in the .tar files in it, in the archive's order.
+
+        If an archive is damaged, cut short or unreadable, the last member is the archive itself,
+        with a fault.
+        """
+        try:
+            yield from _zip(self._file) if self._is_zip else _tar(self._file, 0, self._file.size)
+        except OSError as error:
+            yield Member("", fault=error.strerror or str(error))
+        except _DAMAGE as error:
+            yield Member("", fault=f"damaged zip file: {error}")
 
     def read(self, offset: int, size: int, crc: int, limits: Limits) -> bytes:
         """Raises BadImage."""

@@ -8,9 +8,9 @@ A file is read row group by row group, and a row group page by page: threads tak
 import json
 import threading
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,7 +117,7 @@ class Table:
             self._starts.append(self._starts[-1] + self._metadata.row_group(group).num_rows)
         if self._starts[-1] > archives.MAX_FILES:
             raise UserError(f"{path}: more than {archives.MAX_FILES:,} rows")
-        self._expected: frozenset[int] | None = None
+        self._expected: list[int] | None = None
         self._groups: OrderedDict[int, _Group] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -135,8 +135,8 @@ class Table:
         """The row groups close when they have been read."""
 
     def expect(self, offsets: Iterable[int]) -> None:
-        """Other rows are not kept for later."""
-        self._expected = frozenset(offsets)
+        """Other rows are not kept for later, and those after the last are not read."""
+        self._expected = sorted(offsets)
 
     def facts(self) -> Iterator[tuple[str | None, int | None]]:
         """Of each row: the path, and the label; None where it has none. Raises BadImage."""
@@ -176,7 +176,12 @@ class Table:
                 for batch in file.iter_batches(_ROWS, [number], [column], use_threads=False):
                     yield from _leaf(batch, column, as_buffers=True) or ()
 
-        return _Group(range(self._starts[number], self._starts[number + 1]), values, self._expected)
+        rows = range(self._starts[number], self._starts[number + 1])
+        expected: Sequence[int] = rows
+        if self._expected is not None:
+            first, last = (bisect_left(self._expected, row) for row in (rows.start, rows.stop))
+            expected = self._expected[first:last] or rows
+        return _Group(rows.start, expected, values)
 
     @contextmanager
     def _file(self, metadata: Any = None) -> "Iterator[ParquetFile]":
@@ -201,21 +206,22 @@ class _Group:
 
     def __init__(
         self,
-        rows: range,
+        start: int,
+        expected: Sequence[int],
         values: Callable[[], Iterator[Any]],
-        expected: frozenset[int] | None,
     ) -> None:
-        self._rows, self._values, self._expected = rows, values, expected
+        self._start, self._stop, self._values = start, expected[-1] + 1, values
+        self._expected = expected if isinstance(expected, range) else frozenset(expected)
         self._lock = threading.Lock()
-        self._next, self._seen = rows.start, rows.start
+        self._next, self._seen = start, start
         self._iterator = values()
         self._waiting: dict[int, Any] = {}
         self._bytes = 0
 
     @property
     def done(self) -> bool:
-        """Whether all rows have been taken."""
-        return self._next == self._rows.stop and not self._waiting
+        """Whether all rows that are expected have been taken."""
+        return self._next >= self._stop and not self._waiting
 
     def take(self, row: int) -> bytes | None:
         """The value of `row`. Raises BadImage."""
@@ -225,7 +231,7 @@ class _Group:
                 self._bytes -= len(value or b"")
                 return value
             if row < self._next:
-                self._next, self._iterator = self._rows.start, self._values()
+                self._next, self._iterator = self._start, self._values()
             while self._next <= row:
                 value = self._advance(row)
             return None if value is None else bytes(value)
@@ -239,7 +245,7 @@ class _Group:
         number, self._next = self._next, self._next + 1
         if number >= self._seen:
             self._seen = self._next
-            if number != row and (self._expected is None or number in self._expected):
+            if number != row and number in self._expected:
                 self._waiting[number] = None if value is None else bytes(value)
                 self._bytes += len(value or b"")
                 while self._bytes > _WAITING:
@@ -280,8 +286,8 @@ def _columns(path: str, schema: "Schema", image: str | None, label: str | None) 
     """The columns of images and labels. Raises UserError."""
     import pyarrow.types as kinds
 
-    def is_bytes(kind: Any) -> bool:
-        return any(f(kind) for f in (kinds.is_binary, kinds.is_large_binary))
+    def is_bytes(kind: Any) -> Any:
+        return kind and (kinds.is_binary(kind) or kinds.is_large_binary(kind))
 
     leaves: dict[str, tuple[str, str | None]] = {}
     for field in schema:
@@ -292,7 +298,7 @@ def _columns(path: str, schema: "Schema", image: str | None, label: str | None) 
             if is_bytes(inner.get("bytes")):
                 leaves[field.name] = (
                     f"{field.name}.bytes",
-                    f"{field.name}.path" if kinds.is_string(inner.get("path")) else None,
+                    f"{field.name}.path" if str(inner.get("path")) == "string" else None,
                 )
     features = _features(schema)
     marked = [name for name in leaves if features.get(name, {}).get("_type") == "Image"]

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import closing
 
 from pipeline import folders
 from pipeline.errors import BadImage, UserError, printable
 from pipeline.formats import IMAGE_SUFFIXES
 from pipeline.images import Limits
 from tools.packing import archives, files
-from tools.packing.archives import Archive, Member
-from tools.packing.containers import Reading
+from tools.packing.archives import Archive, Member, OpenArchive
 from tools.packing.lists import ranked
 from tools.packing.places import Place
 from tools.packing.shards import add_shards, find_shards
@@ -56,9 +56,13 @@ def _samples(
     """The image and the label of each sample, and the faults of the shard and of archives in it.
     Raises UserError if a sample has several images.
     """
-    open_shard: Reading | None = None
     try:
-        for sample in _grouped(shard.path, source.left):
+        archive = shard.open()
+    except OSError as error:
+        yield Member("", fault=error.strerror or str(error)), ""
+        return
+    with closing(archive):  # headers and labels by one file: behind a URL its blocks are read once
+        for sample in _grouped(archive, source.left):
             if "" in sample:
                 yield sample[""], ""
                 continue
@@ -76,20 +80,16 @@ def _samples(
                 continue
             member, text = sample[images[0]], ""
             if label in sample and not member.fault:
-                open_shard = open_shard or shard.open()
-                text, fault = _text(open_shard, sample[label])
+                text, fault = _text(archive, sample[label])
                 member = member._replace(fault=fault)
             yield member, text
-    finally:
-        if open_shard:
-            open_shard.close()
 
 
 def _is_image(ending: str, chosen: str | None) -> bool:
     return ending == chosen if chosen else f".{ending}" in IMAGE_SUFFIXES
 
 
-def _grouped(path: Place, left: folders.Left) -> Iterator[dict[str, Member]]:
+def _grouped(archive: OpenArchive, left: folders.Left) -> Iterator[dict[str, Member]]:
     """The files of each sample by their ending. A fault of the archive, or of one in it, has the
     ending "".
 
@@ -98,7 +98,7 @@ def _grouped(path: Place, left: folders.Left) -> Iterator[dict[str, Member]]:
     """
     sample: dict[str, Member] = {}
     current = ""
-    for member in archives.members(path):
+    for member in archive.members():
         if not member.name or (member.fault and archives.is_archive(member.name)):
             yield from (sample, {"": member}) if sample else ({"": member},)
             sample = {}
@@ -117,12 +117,12 @@ def _grouped(path: Place, left: folders.Left) -> Iterator[dict[str, Member]]:
         yield sample
 
 
-def _text(shard: Reading, member: Member) -> tuple[str, str]:
+def _text(archive: OpenArchive, member: Member) -> tuple[str, str]:
     """The content of a label's file, and why it cannot be used, or ""."""
     fault, text = member.fault, ""
     try:
         if not fault:
-            data = shard.read(member.offset, member.size, member.crc, _LABEL_LIMITS)
+            data = archive.read(member.offset, member.size, member.crc, _LABEL_LIMITS)
             text = data.decode().strip()
             fault = "" if text else "empty"
     except BadImage as error:

@@ -57,10 +57,10 @@ COST = Part("cost", "Cost of the whole recipe", "cost.json", _COST)
 RESULTS = (*SCORES, SLOTS, BENCHMARK, COST)
 
 PICTURES = (
+    Part("segmentation", "Clusters beside label maps", "eval.png", _SEGMENTATION_PICTURE),
     _picture("prototypes", "Prototypes and their nearest segments"),
     Part("ends", "Prototypes of the most and the fewest images", "slots.png", _SLOTS_PICTURE),
     _picture("grouping", "Images under the colours of their prototypes"),
     _picture("attention", "Grouping over the training", "--run"),
-    Part("segmentation", "Clusters beside label maps", "eval.png", _SEGMENTATION_PICTURE),
     _picture("views", "The two views that it trains on"),
 )

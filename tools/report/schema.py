@@ -62,6 +62,8 @@ class Score(Struct):
     list: Text | None = None
     """Which images of the set were scored, if not all."""
     flip: bool = False
+    made: Text | None = None
+    """How the clusters were made, in words."""
 
 
 class Use(Struct):

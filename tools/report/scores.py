@@ -53,7 +53,8 @@ def evaluation(title: str, rows: Sequence[Score]) -> Evaluation | None:
 
 
 def note(rows: Sequence[Score]) -> str:
-    """protocol picie, 300 images, 320 pixels, mean ± deviation over 3 seeds"""
+    """protocol picie, 300 images, 320 pixels, mean ± deviation over 3 seeds; how groups were
+    made"""
     first, seeds = rows[0], max(map(len, network_values(rows).values()))
     parts = [] if first.protocol is None else [f"protocol {first.protocol}"]
     if first.images is not None:
@@ -65,4 +66,6 @@ def note(rows: Sequence[Score]) -> str:
         parts.append(f"{first.size} pixels")
     if first.flip:
         parts.append("averaged with their mirror images")
-    return ", ".join([*parts, f"mean ± deviation over {seeds} seeds" if seeds > 1 else "one seed"])
+    parts.append(f"mean ± deviation over {seeds} seeds" if seeds > 1 else "one seed")
+    made = dict.fromkeys(row.made for row in rows if row.made)
+    return "; ".join([", ".join(parts), *made])

@@ -17,6 +17,7 @@ from tests.helpers.tiny_slotcon import tiny_model
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import cost as benchmark_cost
 from tools.benchmark.cost import Recipe, Size, costs, peak_of, recipe_of
+from tools.benchmark.options import VARIANTS
 from tools.benchmark.plain_step import PlainStep
 from tools.benchmark.profile import NETWORKS, PARTS, _part, beside_networks, by_part, profile_step
 from tools.benchmark.step import (
@@ -27,6 +28,7 @@ from tools.benchmark.step import (
     spread_prototypes,
     step_views,
     take_a_step,
+    varied,
 )
 from train.config import RunConfig, load_config
 
@@ -99,7 +101,8 @@ def test_the_plain_step_waits_and_a_static_one_does_not() -> None:
     waits = {}
     for backend, variant in (("plain", None), ("fast", "exact"), ("fast", "static")):
         model = copy.deepcopy(start)
-        call = partial(make_step(model, configured(), backend, torch.float32, variant), *data)
+        config = varied(configured(), variant)
+        call = partial(make_step(model, config, backend, torch.float32), *data)
         call()
         waits[variant] = profile_step(call, CPU).host_waits
     assert "tolist" not in vars(torch.Tensor)  # the patch is gone
@@ -240,6 +243,38 @@ def test_operations_are_counted() -> None:
     assert switch == pytest.approx(0.8 * own + 0.2 * whole, rel=0.01)
 
 
+def test_settings_are_measured_beside_the_configuration(
+    small: Callable[..., list[dict[str, Any]]],
+) -> None:
+    """Without it a row of --also may be the step of the configuration itself. Slow: whole steps."""
+    names = ["stages-2", "supervise-2-3-4", "student"]
+    rows = small("--also", *names)
+    assert [row["backend"] for row in rows] == ["plain", *["fast"] * 4]
+    assert [row["operation"] for row in rows] == [None, None, *names]
+    gflop = [row["detail"]["gflop"] for row in rows]
+    ratios = [each / gflop[1] for each in gflop]
+    assert ratios[0] == pytest.approx(1, rel=0.01)
+    assert 0.3 < ratios[2] < 0.8
+    assert 1.002 < ratios[3] < 1.5  # the heads are tiny
+    assert ratios[4] == pytest.approx(0.75, rel=0.01)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_setting_changes_its_own_section(variant: str) -> None:
+    """Without it a misspelt section or value would show on the day of a measurement."""
+    plain, other = configured(), varied(configured(), variant)
+    changed = {name for name in vars(plain) if getattr(plain, name) != getattr(other, name)}
+    assert changed == VARIANTS[variant].keys()
+
+
+def test_a_setting_that_does_not_fit_is_refused_first(
+    small: Callable[..., list[dict[str, Any]]],
+) -> None:
+    """Without it the step of the last setting fails after minutes of measuring the others."""
+    with pytest.raises(UserError, match=r"^--also stages-2: supervise must be"):
+        small("--also", "supervise-2-3-4", "stages-2", lines="supervise: [3, 4]")
+
+
 def test_the_peak_is_the_gpu_s_own() -> None:
     """A PCIe card would look slow beside the peak of the larger card."""
     assert peak_of("NVIDIA H200", torch.float16) == 989.4
@@ -247,6 +282,29 @@ def test_the_peak_is_the_gpu_s_own() -> None:
     assert peak_of("NVIDIA H100 80GB HBM3", torch.float16) == 989.4
     assert peak_of("NVIDIA H200", torch.float32) is None
     assert peak_of("Some Other GPU", torch.float16) is None
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Runs `step`, not profiled, on a tiny recipe with these options; returns its rows."""
+    monkeypatch.setattr("tools.benchmark.step._profiled", lambda *arguments: arguments[-1])
+
+    def run(*options: str, lines: str = "") -> list[dict[str, Any]]:
+        (tmp_path / "tiny.yaml").write_text(
+            "name: tiny\ndata: {path: none}\nviews: {size: 64}\n"
+            "model:\n  {arch: resnet18, dim_hidden: 32, dim_out: 8, num_prototypes: 4}\n"
+        )
+        if lines:
+            (tmp_path / "more.yaml").write_text(f"model: {{{lines}}}\n")
+            options = ("--config", str(tmp_path / "more.yaml"), *options)
+        argv = ["step", "--synthetic", "--batch", "2", "--repeats", "1", "--seconds", "0.01"]
+        argv += ["--config", str(tmp_path / "tiny.yaml"), "--json", str(tmp_path / "step.json")]
+        monkeypatch.setattr("sys.argv", ["benchmark", *argv, *options])
+        benchmark.main()
+        rows: list[dict[str, Any]] = json.loads((tmp_path / "step.json").read_text())["results"]
+        return rows
+
+    return run
 
 
 @pytest.fixture

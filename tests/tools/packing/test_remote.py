@@ -175,11 +175,14 @@ def test_http_gives_the_same_beton(local: Path, tmp_path: Path, kind: str) -> No
 
 
 def test_patterns_and_single_files(local: Path) -> None:
-    """A server that lists no folders has its shards named by a pattern, an archive by its URL."""
-    with served(local / "set") as (url, _):
+    """A server that lists no folders has its shards named by a pattern, an archive by its URL. A
+    small shard is asked for once, and once for its size: a label is not fetched on its own.
+    """
+    with served(local / "set") as (url, handler):
         pattern = f"{url}/webdataset/s-{{0..1}}.tar"
         names = build_dataset.SHARDED["webdataset"][0](Remote.of(pattern), None, None).names
         assert names[9] == "s-1.tar/00.jpg"
+        assert Counter(handler.requests) == {f"/webdataset/s-{i}.tar": 2 for i in (0, 1)}
         zipped = SOURCES["folder"](Remote.of(f"{url}/folder/z.zip"))  # type: ignore[arg-type]
     assert zipped.names[0] == "z.zip/00.jpg"
     assert SOURCES["folder"](local / "set/folder/z.zip").names == zipped.names

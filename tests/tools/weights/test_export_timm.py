@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evaluation.features import Network
+from evaluation.features import Network, of_encoder
 from evaluation.specs import open_trained
 from model import ModelConfig, SlotCon
+from model.timm_encoder import TimmEncoder
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
@@ -128,6 +129,9 @@ def test_evaluation_reads_the_run(checkpoints: dict[str, tuple[SlotCon, Path]]) 
     assert isinstance(finer, Network) and finer.read()(images()).shape[2:] == (4, 4)
     vit = open_trained("teacher", checkpoints["test_vit"][1], torch.device("cpu"))
     assert isinstance(vit, Network) and vit.read()(images(70)).shape[2:] == (5, 5)
+    fixed = of_encoder("fixed", TimmEncoder("timm:test_maxvit"))
+    with pytest.raises(UserError, match="fixed on images of 96×96 pixels: "):
+        fixed.read()(images(96))
     with pytest.raises(UserError, match="--output-stride 8: arch timm:test_vit: it cannot be dil"):
         open_trained("teacher", checkpoints["test_vit"][1], torch.device("cpu"), output_stride=8)
 
