@@ -25,7 +25,6 @@ from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.features import Features, dilated, dilated_name
-from evaluation.kmeans import COSINE_TEMPERATURE, RECIPES, kmeans, sample_cells
 from evaluation.merging import Groups, merge_prototypes
 from evaluation.networks import load_network, untrained_network
 from evaluation.options import AS_CLASSES
@@ -42,6 +41,7 @@ from evaluation.scoring import (
 )
 from evaluation.segment import Segmenter, assign, assign_cells
 from evaluation.specs import open_all
+from model.kmeans import COSINE_TEMPERATURE, RECIPES, kmeans, sample_cells
 from pipeline.errors import UserError, about
 from train.config import RunConfig
 

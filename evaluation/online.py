@@ -30,7 +30,6 @@ from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import CURATED, open_labelled
 from evaluation.datasets.squares import Squares
 from evaluation.features import in_one_line
-from evaluation.kmeans import kmeans, sample_cells
 from evaluation.networks import calibrate
 from evaluation.probes.memory import LabelledFeatures, gather_memory
 from evaluation.probes.retrieval import Retrieval
@@ -42,6 +41,7 @@ from model import ModelConfig, SlotCon
 from model.architectures import is_timm
 from model.branch import Branch
 from model.grouping import won_cells
+from model.kmeans import kmeans, sample_cells
 from model.timm_encoder import TimmEncoder
 from pipeline.errors import UserError, about
 from train.config import RunConfig

@@ -6,12 +6,13 @@ B images, K prototypes, D features, H W cells, S side of a view.
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from model.config import ModelConfig
 from model.encoder import build_encoder
 from model.grouping import SemanticGrouping
-from model.heads import build_projector
+from model.heads import build_norm, build_projector
 
 
 class Grouped(NamedTuple):
@@ -36,7 +37,13 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, config: ModelConfig) -> None:
         super().__init__()
-        self.projector = build_projector(dim, config.dim_hidden, config.dim_out)
+        self.projector: nn.Module
+        if config.projector == "mlp":
+            self.projector = build_projector(dim, config.dim_hidden, config.dim_out)
+        elif dim == config.dim_out:
+            self.projector = build_norm(dim)
+        else:
+            raise ValueError(f"dim_out must be {dim}, the encoder's width, with projector norm")
         # Both branches assign cells to slots with the teacher's temperature.
         self.grouping = SemanticGrouping(config.num_prototypes, config.dim_out, config.teacher_temp)
 
@@ -55,6 +62,11 @@ class Branch(nn.Module):
         self.projector, self.grouping = last.projector, last.grouping
         self.heads = nn.ModuleDict()
         """Heads of the supervised stages before the last one, by number."""
+        weights = self.encoder.named_parameters()
+        self._learning = frozenset(name for name, weight in weights if weight.requires_grad)
+        self._resting = frozenset[str]()
+        self._keeps_statistics = config.norm == "eval"
+        self.train()
 
     def forward(self, images: Tensor) -> Grouped:
         """Group one view [B, 3, S, S]; BatchNorm normalises the B images together."""
@@ -66,6 +78,29 @@ class Branch(nn.Module):
         maps = self.encoder.maps(images, numbers)
         earlier = [head(each) for head, each in zip(self.heads.values(), maps, strict=False)]
         return [*earlier, grouped(self, maps[-1])]
+
+    def train(self, mode: bool = True) -> "Branch":
+        """As nn.Module's. Norms that keep their running statistics stay in eval mode: all of the
+        encoder with model.norm "eval", else those of the stages that rest.
+        """
+        super().train(mode)
+        for name, module in self.encoder.named_modules():
+            if isinstance(module, _BatchNorm) and (
+                self._keeps_statistics or f"{name}.weight" in self._resting
+            ):
+                module.eval()
+        return self
+
+    def train_stages(self, count: int | None, *, learns: bool) -> None:
+        """Let only the last `count` stages of the encoder learn; None: all of it. No gradients are
+        computed for the stages before them. Without `learns`, as in a teacher, nothing needs
+        gradients, but the norms are treated alike.
+        """
+        last = 0 if count is None else self.encoder.stages - count
+        self._resting = self.encoder.weights_up_to(last) if last else frozenset()
+        for name, weight in self.encoder.named_parameters():
+            weight.requires_grad_(learns and name in self._learning - self._resting)
+        self.train(self.training)
 
     def add_head(self, stage: int, config: ModelConfig) -> None:
         """A head with the sizes of `config` on a further stage."""

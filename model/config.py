@@ -10,6 +10,9 @@ from model.architectures import ARCH, STRIDES, Statistics, is_timm
 SlotLoss = Literal["contrastive", "regression"]
 Align = Literal["assignments", "projections"]
 Targets = Literal["centred", "balanced"]
+Norm = Literal["train", "eval"]
+Projector = Literal["mlp", "norm"]
+PrototypeInit = Literal["random", "kmeans"]
 
 # The metadata of a field are its bounds: the words after "must be", and a test of the value.
 _Bound = dict[str, Callable[[Any], bool]]
@@ -98,6 +101,20 @@ class ModelConfig:
     equal cost, it raised the prototypes' mIoU on sample scenes from 14 to 21 %. 0 = none."""
     cells: int = field(default=16, metadata=_COUNT)
     """Cells of an image that this contrast samples in each direction, at most those of a view."""
+    projector: Projector = field(default="mlp", metadata=_one_of(get_args(Projector)))
+    """What is between a cell of the encoder's map and its feature. "mlp": three layers, as in the
+    paper. "norm": a BatchNorm without weights, so that the map itself is grouped; dim_out must then
+    be the encoder's width."""
+    prototype_init: PrototypeInit = field(
+        default="random", metadata=_one_of(get_args(PrototypeInit))
+    )
+    """Prototypes at the start. "random": from N(0, 1). "kmeans": centres of the cells of the first
+    epoch's images, for networks that are trained already (model.supervise must be empty)."""
+    norm: Norm = field(default="train", metadata=_one_of(get_args(Norm)))
+    """The encoder's BatchNorms in training. "train": they normalise by the batch. "eval": by the
+    running statistics that the encoder started with, which stay; scale and shift are trained. On
+    160 photographs, measuring an ImageNet network's statistics again cost 5.9 points of dense k-NN
+    by itself (docs/posttraining.md). Projector and predictor always use the batch."""
     stages: int = field(default=4, metadata=_STAGE)
     """Stages that the encoder has, 1 to 4. Those of a ResNet have cells of 4, 8, 16 and 32 pixels,
     those of timm's networks: docs/backbones.md. Stages after the last one are not built. On a few

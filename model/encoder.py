@@ -70,6 +70,12 @@ class Encoder(nn.Sequential):
                 break
         return [maps[stage] for stage in stages]
 
+    def weights_up_to(self, stage: int) -> frozenset[str]:
+        """The names of the weights that the map of `stage`, 1 to 4, depends on."""
+        parts = [name for name, _ in self.named_children()]
+        early = tuple(f"{name}." for name in parts[: parts.index(name_of(stage)) + 1])
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith(early))
+
 
 def name_of(stage: int) -> str:
     """torchvision's name of a stage."""

@@ -11,6 +11,11 @@ def build_projector(dim_in: int, dim_hidden: int, dim_out: int) -> nn.Sequential
     return _mlp(partial(nn.Conv2d, kernel_size=1), nn.BatchNorm2d, dim_in, dim_hidden, dim_out)
 
 
+def build_norm(dim: int) -> nn.BatchNorm2d:
+    """In place of a projector: each channel of [B, dim, H, W] with mean 0 and variance 1."""
+    return nn.BatchNorm2d(dim, affine=False)
+
+
 def build_predictor(dim_in: int, dim_hidden: int, dim_out: int) -> nn.Sequential:
     """MLP applied to every slot: [N, dim_in] -> [N, dim_out]."""
     return _mlp(nn.Linear, nn.BatchNorm1d, dim_in, dim_hidden, dim_out)

@@ -95,9 +95,15 @@ class Objective(nn.Module):
         return (*names, *["cells"] * bool(self.config.cell_loss_weight))
 
     def measure(
-        self, student: Sequence[Grouped], teacher: Sequence[Grouped], batch: Geometry
+        self,
+        student: Sequence[Grouped],
+        teacher: Sequence[Grouped],
+        batch: Geometry,
+        has_slots: bool = True,
     ) -> ModelOutput:
-        """The losses of both views of student and teacher at this stage."""
+        """The losses of both views of student and teacher at this stage. Unless the teacher
+        `has_slots` of the student's space, the terms of slots are 0.
+        """
         config = self.config
         # A pair without common pixels is excluded; the authors' code includes it as zero maps.
         overlapping = has_area(batch.overlap).all(dim=0)
@@ -108,7 +114,8 @@ class Objective(nn.Module):
 
         with record_function("slotcon.slots"):
             won = torch.stack([won_cells(view.scores) for view in teacher])
-            slot_terms, stats = self._slot_terms(student, teacher, won > 0)
+            measure = self._slot_terms if has_slots else _no_slot_terms
+            slot_terms, stats = measure(student, teacher, won > 0)
         terms |= slot_terms
         weight = config.group_loss_weight
         loss = weight * (terms["grouping_12"] + terms["grouping_21"]) + (1 - weight) * (
@@ -270,6 +277,20 @@ class Objective(nn.Module):
             for _, own, other in DIRECTIONS
         ]
         return torch.stack(directions).sum()
+
+
+def _no_slot_terms(
+    student: Sequence[Grouped], teacher: Sequence[Grouped], teacher_active: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As `Objective._slot_terms`, where there is nothing to contrast."""
+    student_active = torch.stack([winning_slots(view.scores) for view in student])
+    views = 2 * len(teacher[0].scores)
+    none = teacher[0].scores.new_zeros(())
+    return {f"slot_{name}": none for name, *_ in DIRECTIONS}, {
+        "active_slots": teacher_active.sum() / views,
+        "active_pairs": (teacher_active & student_active.flip(0)).sum() / views,
+        "dropped_pairs": none,
+    }
 
 
 def _predictor(config: ModelConfig) -> nn.Sequential:

@@ -19,7 +19,7 @@ PREFIXES = (
 )
 """(our prefix, the authors' prefix) of the same weights."""
 OURS_ALONE = (
-    "image_predictor.", "cell_predictor.", "further.", "student.heads.", "teacher.heads.",
+    "image_predictor.", "cell_predictor.", "further.", "student.heads.", "teacher.heads.", "guide.",
 )  # fmt: skip
 """Prefixes of names that the authors' code lacks: of variants that they did not publish."""
 

@@ -18,6 +18,7 @@ from model.branch import Branch
 from model.config import ModelConfig
 from model.distributed import rank
 from model.encoder import Encoder
+from model.guide import Guide
 from model.objective import Geometry, ModelOutput, Objective
 from model.official import from_official, to_official
 from model.slots import read_capacities
@@ -38,7 +39,10 @@ class SlotCon(Objective):
     each.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, guide: Guide | None = None) -> None:
+        """With a `guide`, a frozen teacher, the student learns to predict its scores, and nothing
+        else: there is no loss of slots, and no teacher but a copy of the student, to be stored.
+        """
         nn.Module.__init__(self)
         self.student = Branch(config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
@@ -51,6 +55,8 @@ class SlotCon(Objective):
             self.student.add_head(stage, sizes)
             self.further[str(stage)] = Objective(sizes)
         self.teacher.heads = copy.deepcopy(self.student.heads).requires_grad_(False)
+        self.guide = guide
+        self.predictor.requires_grad_(guide is None)
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -74,14 +80,22 @@ class SlotCon(Objective):
         this batch is one of the n of a step: the centre moves by 1/n of a step. `draw` is (seed,
         number of the batch in the run): the sample of cells and the drop paths follow from it.
         With `own_teacher` the student's outputs, without gradients, are the teacher's too. The
-        teacher's network is not used, and does not change until `copy_to_teacher`.
+        teacher's network is not used, and does not change until `copy_to_teacher`. With a guide it
+        is never used, and the views are the guide's, [2, B, 3, f·S, f·S] with its factor f.
         In training (train mode, gradients on) the centre is used first and updated afterwards.
         """
         _check_batch(views, overlap, flipped, micro_batches)
         paths = drawn_from(draw, views.device) if self.config.drop_path else nullcontext()
         with record_function("slotcon.student"), paths:
-            student = [self.student.stages(view) for view in views]
-        if own_teacher:
+            seen = views if self.guide is None else map(self.guide.shrunk, views)
+            student = [self.student.stages(view) for view in seen]
+        if self.guide is not None:
+            with record_function("slotcon.teacher"):
+                grids = [maps[-1].scores.shape[-2:] for maps in student]
+                teacher = [
+                    [self.guide(view, grid)] for view, grid in zip(views, grids, strict=True)
+                ]
+        elif own_teacher:
             teacher = [[stage.detached() for stage in view] for view in student]
         else:
             with record_function("slotcon.teacher"), torch.no_grad():
@@ -90,7 +104,7 @@ class SlotCon(Objective):
         batch = Geometry(overlap, flipped, micro_batches, draw)
         pairs = zip(zip(*student, strict=True), zip(*teacher, strict=True), strict=True)
         outputs = {
-            name: objective.measure(*pair, batch)
+            name: objective.measure(*pair, batch, has_slots=self.guide is None)
             for (name, objective), pair in zip(self.objectives.items(), pairs, strict=True)
         }
         last = outputs[""]
@@ -119,6 +133,13 @@ class SlotCon(Objective):
     def prototype_counts(self) -> dict[str, int]:
         """The prototypes of each supervised stage, by the beginning of its terms' names."""
         return {name: one.config.num_prototypes for name, one in self.objectives.items()}
+
+    def train_stages(self, count: int | None) -> None:
+        """Let only the last `count` stages of the encoder learn; None: all of it. The BatchNorms of
+        the others keep their running statistics, in student and teacher.
+        """
+        self.student.train_stages(count, learns=True)
+        self.teacher.train_stages(count, learns=False)
 
     @record_function("slotcon.teacher update")
     @torch.no_grad()

@@ -89,6 +89,10 @@ class TimmEncoder(nn.Module):
         """The names in `net` of the weights that the map of a stage is made of."""
         return weights_of(self.arch, stage, norm=False)
 
+    def weights_up_to(self, stage: int) -> frozenset[str]:
+        """`names_up_to` as names in this encoder."""
+        return frozenset(f"net.{name}" for name in self.names_up_to(stage))
+
     def freeze(self, stage: int) -> None:
         """Freeze everything up to a stage: no gradients, and BatchNorms that use their running
         statistics without updating them, also in training mode.

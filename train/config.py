@@ -26,6 +26,7 @@ from pipeline.choices import BACKENDS, CROPS, ORDERS, AnyCrops, OnCorrupt, Order
 from pipeline.errors import require
 from pipeline.views import ViewConfig
 from train.eval_config import EvalConfig
+from train.init_config import InitConfig, check_frozen, check_start
 from train.run.command import EXIT_CODES
 from train.run.settings import RESUME, RUN_NAME, SEED, Settings
 
@@ -68,6 +69,11 @@ def _are_scales(parts: tuple[tuple[float, float, float], ...]) -> bool:
 
 
 _GROWING = {"pairs of a growing share, from 0 on, and a growing side, a multiple of 32": _grows}
+_STAGES = {
+    "a growing list of whole numbers in 1..4": lambda stages: (
+        list(stages) == sorted(set(stages)) and set(stages) <= {1, 2, 3, 4}
+    )
+}
 _SCALES = {"a growing share, from 0 on, and two growing scales in 0..1, for each": _are_scales}
 
 
@@ -117,22 +123,42 @@ class TrainConfig(Bounded):
     """Epochs of linear warm-up before the cosine."""
     warmup_multiplier: float = field(default=100, metadata=at_least(1))
     """The warm-up starts at the peak learning rate divided by this."""
+    optimizer: Literal["lars", "adamw"] = "lars"
+    """"lars": the authors', for training from scratch. "adamw" (arXiv 1711.05101), with base_lr
+    below 0.1: for weights that are good already."""
+    encoder_lr_scale: float = field(default=1.0, metadata=POSITIVE)
+    """The encoder's learning rate, as a share of that of projectors, prototypes and predictors."""
+    freeze_encoder_epochs: int = field(default=0, metadata=at_least(0))
+    """Epochs at first in which the encoder rests and only the new parts beside it learn."""
+    trainable_stages: int | None = field(default=None, metadata=optional(within(0, 3)))
+    """Train only so many of the encoder's last stages: 1 is the last one. What comes before rests:
+    no gradients are computed for it, and its BatchNorms keep their statistics. null = all of it."""
     momentum: float = field(default=0.9, metadata=BELOW_1)
-    """LARS: share of the last step's direction that a step keeps."""
+    """Share of the last step's direction that a step keeps; AdamW: beta 1 (beta 2 is 0.999)."""
     weight_decay: float = field(default=1e-5, metadata=at_least(0))
-    """LARS: decay of all weights except 1-D ones (biases, norms)."""
+    """Decay of all weights except 1-D ones (biases, norms) and, with AdamW, positions."""
     eta: float = field(default=0.001, metadata=POSITIVE)
     """LARS: trust coefficient, the size of a layer's step relative to its weights."""
     teacher_momentum: float = field(default=0.99, metadata=within(0, 1))
     """Share of the teacher that one step keeps at first; a cosine raises it to 1 at the end."""
-    teacher: Literal["ema", "student", "switch"] = "ema"
+    teacher: Literal["ema", "student", "switch", "frozen"] = "ema"
     """Whose output teaches. "ema": that of an average of the student, as in the paper. "student":
     the student's own, without gradient, as in SwAV (arXiv 2006.09882), which saves a quarter of the
     networks' operations; teacher_momentum must be 0. On small sets it is better below about 100
     steps, level or worse beyond. "switch": the student's own first, then an average that begins as
-    the student."""
+    the student. "frozen": a network that never learns (docs/posttraining.md); what is stored and
+    evaluated as the teacher is the student."""
     teacher_from: float = field(default=0.5, metadata=within(0, 1))
     """Switch: the share of the run after which the average begins."""
+    teacher_arch: str = ""
+    """Frozen: its architecture, with any width; empty: model.arch."""
+    teacher_weights: str = ""
+    """Frozen: its weights, as init.weights; empty: those of init.weights."""
+    teacher_stages: tuple[int, ...] = field(default=(), metadata=_STAGES)
+    """Frozen: its stages, whose maps are joined, as [3, 4]. Empty: the last one."""
+    teacher_resolution: int = field(default=1, metadata=within(1, 4))
+    """Frozen: how many times the student's resolution it sees. Views are made in its resolution,
+    and the student sees means of their pixels."""
     view_sizes: tuple[tuple[float, int], ...] = field(default=(), metadata=_GROWING)
     """Progressive size of the views: pairs of a share of the epochs (0..1) and the views' side
     from then on, a multiple of 32. [[0, 160], [0.5, 224]] trains the first half on views of 160
@@ -157,30 +183,24 @@ class TrainConfig(Bounded):
             self.warmup_epochs,
             f"at least 0 and less than epochs ({self.epochs})",
         )
+        rest = self.freeze_encoder_epochs
+        require(rest < self.epochs, "freeze_encoder_epochs", rest, f"below epochs ({self.epochs})")
+        adam = self.optimizer == "adamw"
+        fits = not adam or self.base_lr <= 0.1
+        require(fits, "base_lr", self.base_lr, "at most 0.1 with train.optimizer adamw")
         bound = {
             "ema": (True, ""),
             "student": (self.teacher_momentum == 0, "0 with train.teacher student"),
             "switch": (self.teacher_momentum > 0, "above 0 with train.teacher switch"),
+            "frozen": (self.teacher_momentum == 0, "0 with train.teacher frozen"),
         }[self.teacher]
         require(bound[0], "teacher_momentum", self.teacher_momentum, bound[1])
-
-
-@dataclass(frozen=True)
-class InitConfig(Bounded):
-    """The weights that a run starts from. Only its first start reads them: checkpoints hold all."""
-
-    weights: str = field(default="random", metadata={"random, torchvision, timm or a path": bool})
-    """"random"; "torchvision" or "timm", what they publish for model.arch; or the path of a run, a
-    checkpoint or a file of weights, as tools.export reads them."""
-    part: Literal["encoder", "all"] = "encoder"
-    """What to take. "encoder": its weights, for student and teacher alike. "all": also projectors,
-    prototypes, predictor and centre, each as it is there, from a run, a checkpoint or a file of the
-    authors' code; parts of other sizes begin anew."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        whole = self.part == "encoder" or self.weights not in ("random", "torchvision", "timm")
-        require(whole, "part", self.part, f"encoder with init.weights {self.weights}")
+        for name in ("teacher_arch", "teacher_weights", "teacher_stages", "teacher_resolution"):
+            value, default = getattr(self, name), getattr(type(self), name, ())
+            plain = self.teacher == "frozen" or value == default
+            require(plain, name, value, f"{default!r} unless train.teacher is frozen")
+        both = bool(self.teacher_arch) == bool(self.teacher_weights)
+        require(both, "teacher_weights", self.teacher_weights, "given with train.teacher_arch only")
 
 
 @dataclass(frozen=True)
@@ -288,6 +308,8 @@ class RunConfig(Bounded):
             self.train.view_sizes,
             f"of sides that end with views.size ({self.views.size})",
         )
+        check_start(self)
+        check_frozen(self)
         patience = self.train.stop_on_plateau
         scored = patience is None or self.eval.every is not None
         require(scored, "train.stop_on_plateau", patience, "null without eval.every")
@@ -299,6 +321,15 @@ class RunConfig(Bounded):
             self.train.view_scales,
             f"of scales that end with views.min_scale and max_scale {scales}",
         )
+
+    def loaded(self, views: ViewConfig) -> ViewConfig:
+        """How views are made: in the resolution of a frozen teacher."""
+        factor = self.train.teacher_resolution
+        if factor == 1:
+            return views
+        low, high = views.blur_sigma
+        sigma = (min(100.0, factor * low), min(100.0, factor * high))
+        return replace(views, size=factor * views.size, blur_sigma=sigma)
 
     def _check_stages(self, side: int) -> None:
         """Whether the smallest views, of this side, have enough cells at each supervised stage."""

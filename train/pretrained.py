@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import torch
+
 from model import SlotCon
+from model.guide import Guide
+from pipeline.errors import UserError
 from train.config import SETTINGS, RunConfig
 from train.run import checkpoint
 from train.run.checkpoint import Record, find, load_weights
@@ -11,6 +15,20 @@ from train.run.checkpoint import Record, find, load_weights
 def read_record(folder: Path) -> Record:
     """run.json of a checkpoint of pre-training. Raises Damaged."""
     return checkpoint.read_record(folder, SETTINGS)
+
+
+def build_model(config: RunConfig) -> SlotCon:
+    """The model of a run, with new weights. Raises UserError for sizes that do not fit."""
+    model, train, guide = config.model, config.train, None
+    try:
+        if train.teacher == "frozen":
+            stages = train.teacher_stages or (model.stages,)
+            arch = train.teacher_arch or model.arch
+            with torch.random.fork_rng(devices=[]):  # its draws do not change the other weights
+                guide = Guide(arch, stages, model.num_prototypes, train.teacher_resolution)
+        return SlotCon(model, guide)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from None
 
 
 def load_model(path: Path | str) -> tuple[SlotCon, RunConfig]:
@@ -22,6 +40,6 @@ def load_model(path: Path | str) -> tuple[SlotCon, RunConfig]:
     folder = find(Path(path))
     record = read_record(folder)
     config = SETTINGS.from_dict(record.config)
-    model = SlotCon(config.model)
+    model = build_model(config)
     load_weights(folder, record, model)
     return model.eval(), config

@@ -1,6 +1,7 @@
 """What a run of pre-training starts from: new weights, or those of a run, a file or a library."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from model import SlotCon
+from model.architectures import is_timm
 from model.official import official_names
 from pipeline.errors import UserError, printable
-from train.config import InitConfig
+from train.config import TrainConfig
+from train.encoders import published_encoder, read_encoder
+from train.init_config import LIBRARIES, InitConfig
 from train.pretrained import load_model
+from train.run.settings import to_dict
 from train.weights import (
     published_weights,
-    read_backbone,
     read_file,
     state_below,
     stem,
@@ -23,40 +27,39 @@ from train.weights import (
     weights_file,
 )
 
-LIBRARIES = {"torchvision": published_weights, "timm": timm_weights}
+_TRAIN = TrainConfig()
 _PARTS = 8  # of a network, in the line that names them
 _ANCHORS = ("student.grouping.prototypes", "grouping_q.slot_embed.weight")
 """A name that each whole SlotCon has: ours, the authors'."""
 
 
-def start_from(init: InitConfig, model: SlotCon) -> dict[str, Any]:
+def start_from(init: InitConfig, model: SlotCon, train: TrainConfig = _TRAIN) -> dict[str, Any]:
     """Give `model`, on the CPU, the weights that `init` names: the encoders of student and teacher
-    get the same ones.
+    get the same ones, and so does a frozen teacher, unless `train` names others.
 
     Returns what they were, for the record of each checkpoint: "weights", an absolute path for a
     file or a run; "kind": "random", "file", "torchvision" or "timm"; "part"; "sha256" of the file;
     "fitted", how many tensors the model got; "new", the parts of the model that begin at random;
-    "unused", the parts of the source without a place in the model; the source's "metadata".
-    Raises UserError, and then has changed nothing.
+    "unused", the parts of the source without a place in the model; the source's "metadata";
+    "teacher", the same of a frozen teacher with other weights. Raises UserError, and then has
+    changed nothing.
     """
     if init.weights == "random":
         return {"weights": "random", "kind": "random"}
-    arch, library = model.config.arch, LIBRARIES.get(init.weights)
-    about: dict[str, Any] = {"weights": init.weights, "kind": init.weights, "part": init.part}
-    if library:
-        weights, unused = library(arch), list[str]()
-    else:
-        path = Path(init.weights)
-        backbone = read_backbone(path, arch, partial=True)
-        weights, unused = backbone.weights, list(backbone.unused)
-        about |= {"weights": str(path.resolve()), "kind": "file", "sha256": _sha256(path)}
-        about["metadata"] = dict(backbone.metadata)
+    weights, unused, about = _encoder(init.weights, model.config.arch)
+    about["part"] = init.part
+    stated = about.get("metadata", {}).get("image_stats")
+    if stated is not None and json.loads(stated) != to_dict(model.config)["image_stats"]:
+        raise UserError(
+            f"init.weights: {init.weights} gets its images by other statistics: set "
+            f"model.image_stats to {stated}"
+        )
     expected = model.state_dict()
-    found = {
-        f"{branch}.encoder.{name}": value
-        for branch in ("student", "teacher")
-        for name, value in weights.items()
-    }
+    found = _below(("student", "teacher"), weights)
+    if model.guide is not None and train.teacher_weights:
+        weights, _, about["teacher"] = _encoder(train.teacher_weights, train.teacher_arch)
+    if model.guide is not None:
+        found |= _below(("guide",), weights)
     if init.part == "all":
         found |= _whole(Path(init.weights), expected)
         unused = []
@@ -64,10 +67,51 @@ def start_from(init: InitConfig, model: SlotCon) -> dict[str, Any]:
     for name, value in fitting.items():
         if not value.isfinite().all():
             raise UserError(f"init.weights: {init.weights}: {printable(name)} is not finite")
+    learnt = (n for n, _ in model.named_parameters() if n.startswith("guide."))
+    missing = [name for name in learnt if name not in fitting]
+    if missing:
+        raise UserError(f"train.teacher frozen: its weights lack {_parts(missing)[0]}")
     unused += [name for name in found if name not in fitting]
     model.load_state_dict({**expected, **fitting})
-    new = (name for name in expected if name not in fitting)
+    own = ("encoder.scale", "encoder.shift")  # how an encoder of timm gets its images
+    new = (
+        name
+        for name in expected
+        if not (name in fitting or name.startswith("guide.") or name.endswith(own))
+    )
     return about | {"fitted": len(fitting), "new": _parts(new), "unused": _parts(unused)}
+
+
+def _encoder(source: str, arch: str) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
+    """The weights of an encoder by its names, the parts of the source that are not used, and what
+    is known of it. Raises UserError.
+    """
+    if source in LIBRARIES:
+        weights, unused = _published(source, arch), list[str]()
+        about: dict[str, Any] = {"weights": source, "kind": source}
+    else:
+        path = Path(source)
+        backbone = read_encoder(path, arch, partial=True)
+        weights, unused = backbone.weights, list(backbone.unused)
+        about = {"weights": str(path.resolve()), "kind": "file", "sha256": _sha256(path)}
+        about["metadata"] = dict(backbone.metadata)
+    if is_timm(arch):
+        weights = {f"net.{name}": value for name, value in weights.items()}
+    return weights, unused, about
+
+
+def _published(library: str, arch: str) -> dict[str, Tensor]:
+    """The weights that a library publishes. Raises UserError."""
+    if library == "torchvision" and is_timm(arch):
+        raise UserError(f"torchvision has no weights of {arch}; use timm, or a file")
+    if library == "torchvision":
+        return published_weights(arch)
+    return published_encoder(arch) if is_timm(arch) else timm_weights(arch)
+
+
+def _below(networks: Iterable[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an encoder by their names in a model, once for each of its networks."""
+    return {f"{one}.encoder.{name}": value for one in networks for name, value in weights.items()}
 
 
 def in_words(about: Mapping[str, Any]) -> str:

@@ -23,8 +23,10 @@ from pipeline.source import Batch, BatchSource
 from train.config import SETTINGS, RunConfig
 from train.evaluations import Evaluations, OpenEvaluation
 from train.health import CollapseAlarm, near_duplicates, usage_entropy
-from train.lars import LARS
 from train.metrics import Meter, progress_line
+from train.optimizer import build_optimizer, set_rate
+from train.pretrained import build_model
+from train.prototypes import place_prototypes
 from train.run import checkpoint
 from train.run.ends import Collapsed, Diverged, Reason
 from train.run.launch import share_of_cores, to_device
@@ -62,6 +64,7 @@ class Trainer:
             timeout_minutes=log.timeout_minutes,
             trackers=log.trackers,
             accumulation=config.efficiency.accumulation,
+            parts_rest=config.train.freeze_encoder_epochs > 0,
         )
         self.accelerator = self.run.accelerator
 
@@ -72,20 +75,23 @@ class Trainer:
         steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * steps_per_epoch
         self.warmup_steps = round(config.train.warmup_epochs * steps_per_epoch)
-        own = {"ema": 0.0, "student": 1.0, "switch": config.train.teacher_from}
+        own = {"ema": 0.0, "student": 1.0, "switch": config.train.teacher_from, "frozen": 1.0}
         self.average_from = round(own[config.train.teacher] * self.total_steps)
         """The first step with a teacher that is not the student itself."""
 
         torch.manual_seed(config.train.seed)
         self.init: dict[str, Any] = {}  # what the weights were at step 0
         self.slotcon = self._build_model()
-        self.lars = self._build_optimizer()
-        self.model, self.optimizer = self.accelerator.prepare(self.slotcon, self.lars)
-        self.static_slots = config.efficiency.selects_statically(self.accelerator.device.type)
+        self.slotcon.train_stages(config.train.trainable_stages)
+        self.bare_optimizer = build_optimizer(self.slotcon, config.train)
+        self.model, self.optimizer = self.accelerator.prepare(self.slotcon, self.bare_optimizer)
+        static = config.efficiency.selects_statically(self.accelerator.device.type)
+        self.static_slots = static and self.slotcon.guide is None
         self.view_size = 0  # of the last step
 
         counts, terms = self.slotcon.prototype_counts, self.slotcon.term_names
-        self.meter = Meter(self.accelerator, terms, sum(counts.values()), self.lars.skipped)
+        skipped = self.bare_optimizer.skipped
+        self.meter = Meter(self.accelerator, terms, sum(counts.values()), skipped)
         self.alarms = {
             name: CollapseAlarm(count, self.warmup_steps) for name, count in counts.items()
         }
@@ -104,13 +110,13 @@ class Trainer:
         data, train, efficiency = self.config.data, self.config.train, self.config.efficiency
         return make_loader(
             self.beton,
-            self.config.views,
+            self.config.loaded(self.config.views),
             train.batch_size,
             crops=data.crops,
             backend=data.backend,
             order=data.order,
             window_bytes=round(data.window_gb * 1e9),
-            views_of=self.config.views_of,
+            views_of=lambda epoch: self.config.loaded(self.config.views_of(epoch)),
             seed=train.seed,
             device=self.accelerator.device,
             dtype=_DTYPES[efficiency.precision],
@@ -143,9 +149,9 @@ class Trainer:
         gives it the weights to start from. Raises UserError.
         """
         efficiency = self.config.efficiency
-        model = SlotCon(self.config.model)
+        model = build_model(self.config)
         if not self.run.resumes:
-            self.init = start_from(self.config.init, model)
+            self.init = start_from(self.config.init, model, self.config.train)
             if words := in_words(self.init):
                 self.run.say(f"{self.run.folder}: {words}")
         model = to_device(model, self.accelerator)
@@ -158,16 +164,6 @@ class Trainer:
         )
         return model
 
-    def _build_optimizer(self) -> LARS:
-        train = self.config.train
-        return LARS(
-            [weight for weight in self.slotcon.parameters() if weight.requires_grad],
-            lr=0.0,  # set at each step
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            eta=train.eta,
-        )
-
     def train(self) -> None:
         """Train up to the last step, which gets a checkpoint.
 
@@ -176,12 +172,26 @@ class Trainer:
         process raises it. The watchdog ends the process itself.
         """
         with self.run.alive():
+            if self.run.step == 0 and self.config.model.prototype_init == "kmeans":
+                self._place_prototypes()
             self._end_step(Reason.NONE)  # of step 0, or of one that a signal has cut short
             while self.run.step < self.run.last_step:
                 try:
                     self._train_epoch()
                 except Diverged as error:
                     self._roll_back(error)
+
+    def _place_prototypes(self) -> None:
+        """Cluster the cells of the first epoch's first batches, before the first step."""
+        self.run.say(f"{self.run.folder}: placing prototypes by k-means")
+        with self.run.stopwatch.paused():
+            seed, batches = self.config.train.seed, self._beating(self.loader.epoch(0))
+            place_prototypes(self.slotcon, batches, self.accelerator, seed)
+
+    def _beating(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.run.watchdog.beat()
+            yield batch
 
     def _train_epoch(self) -> None:
         """From the present step to the end of its epoch, or to the last step."""
@@ -193,6 +203,8 @@ class Trainer:
         if size != self.view_size:
             self.view_size = size
             self.slotcon.forget_capacity()  # the first step with this size counts the slots
+        rests = epoch < self.config.train.freeze_encoder_epochs
+        self.slotcon.train_stages(0 if rests else self.config.train.trainable_stages)
         while run.step < end:
             self._train_step(batches)
             run.advance()
@@ -217,8 +229,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         lr, momentum = self._schedule(self.run.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         own_teacher = self.run.step < self.average_from
         if not own_teacher:
             if self.run.step == self.average_from:
@@ -331,7 +342,7 @@ class Trainer:
         self._store_teacher()
         self.run.save(
             self.slotcon,
-            self.lars,
+            self.bare_optimizer,
             self.meter.read().averages,
             self._data(),
             meter=self.meter.state(),
@@ -369,7 +380,7 @@ class Trainer:
                 f"({_describe(self._data())}; it was {_describe(record.data)})"
             )
         standing = self.evaluations.read(origin, record)
-        self.run.load(origin, record, self.slotcon, self.lars)
+        self.run.load(origin, record, self.slotcon, self.bare_optimizer)
         self.evaluations.resume(standing)
         self.init = record.provenance.get("init", {})
         self.meter.load(record.meter)

@@ -246,7 +246,7 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
         "start": _start(record.provenance.get("init", {})),
         "step": record.step,
         "prototypes": config.model.num_prototypes,
-        "optimizer": record.provenance.get("args", {}).get("optimizer", "lars"),
+        "optimizer": record.provenance.get("args", {}).get("optimizer", config.train.optimizer),
         **(_recipe(config) if "assumed" not in record.provenance else {}),
         "data": Path(config.data.path).name,
         "data_images": record.data["images"],

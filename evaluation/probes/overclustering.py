@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.kmeans import Clusters
 from evaluation.probes.memory import Memory
+from model.kmeans import Clusters
 
 LOGITS = 2**24
 """Logits of cells and clusters held at once: 64 MiB."""

@@ -28,7 +28,6 @@ from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
 from evaluation.datasets.random_squares import HUMMINGBIRD, LEOPART, RandomSquares, Recipe
 from evaluation.features import Features
-from evaluation.kmeans import kmeans
 from evaluation.pictures.segmentation import Column
 from evaluation.probes.linear import fit_linear
 from evaluation.probes.linear_sgd import Schedule, fit_sgd
@@ -41,6 +40,7 @@ from evaluation.probes.voting import gather_pixels, join_pixels, room_for_pixels
 from evaluation.reduction import reduced, require_cells, whitened
 from evaluation.scoring import Counting, Predictor, Result, evaluate, print_scores, score_rows
 from evaluation.specs import open_all
+from model.kmeans import kmeans
 from pipeline.errors import UserError, about
 
 Head = Callable[[Tensor], Tensor]

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from evaluation.confusion import score_grouping
 from evaluation.datasets.images import FITS, torch_nearest
-from evaluation.kmeans import Clusters
 from evaluation.segment import assign, assign_cells
+from model.kmeans import Clusters
 from tests import GOLDEN
 
 RECORDED: dict[str, Any] = json.loads((GOLDEN / "evaluators.json").read_text())

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from evaluation import kmeans as module
-from evaluation.kmeans import (
+from evaluation.segment import assign
+from model.kmeans import (
     RECIPES,
     Clusters,
     Recipe,
@@ -18,7 +19,6 @@ from evaluation.kmeans import (
     remaining,
     sample_cells,
 )
-from evaluation.segment import assign
 
 
 def cells(count: int, dim: int, seed: int = 0) -> torch.Tensor:

@@ -70,7 +70,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     found = load_file(checkpoint / "model.safetensors")
     optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
     for number, state in optimizer["state"].items():
-        found[f"optimizer.{number}"] = state["momentum"]
+        found |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
     return found
 
 

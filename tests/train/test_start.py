@@ -13,9 +13,18 @@ from torch import Tensor
 
 from model import ModelConfig, SlotCon
 from model.encoder import Encoder
+from model.guide import Guide
 from pipeline.errors import UserError
-from tests.helpers.training import run_dir, small_beton, small_run, trainer
-from train.config import InitConfig, RunConfig, load_config
+from tests.helpers.training import (
+    assert_same_tensors,
+    launch,
+    run_dir,
+    small_beton,
+    small_run,
+    trainer,
+)
+from train.config import RunConfig, TrainConfig, load_config
+from train.init_config import InitConfig
 from train.pretrained import load_model, read_record
 from train.run import checkpoint
 from train.start import in_words, start_from
@@ -193,9 +202,8 @@ def test_weights_of_a_library(
     library: str, encoder: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without it `timm` and `torchvision` are taken for files, or a classifier is."""
-    monkeypatch.setitem(
-        start_from.__globals__["LIBRARIES"], library, lambda arch: encoder if arch else {}
-    )
+    reader = {"torchvision": "published_weights", "timm": "timm_weights"}[library]
+    monkeypatch.setattr(f"train.start.{reader}", lambda arch: encoder if arch else {})
     model, about = start(library)
     assert is_in(model, encoder) and about["kind"] == library and "sha256" not in about
 
@@ -246,3 +254,116 @@ def test_a_run_records_its_start_and_resumes_without_it(
     changed = replace(cut, init=InitConfig(str(tmp_path / "other.pth")))
     with pytest.raises(UserError, match=r"init\.weights"):
         trainer(changed, "auto")
+
+
+GENTLE: dict[str, Any] = {
+    "optimizer": "adamw",
+    "base_lr": 0.05,
+    "encoder_lr_scale": 0.5,
+    "freeze_encoder_epochs": 1,
+    "trainable_stages": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def gentle(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A finished run with all of a gentle start's settings."""
+    folder = tmp_path_factory.mktemp("gentle")
+    torch.manual_seed(5)
+    torch.save(_new("resnet18"), folder / "w.pth")
+    plain = small_run(small_beton(folder), folder)
+    config = replace(
+        plain,
+        model=replace(plain.model, norm="eval"),
+        train=replace(plain.train, **GENTLE),
+        init=InitConfig(str(folder / "w.pth")),
+    )
+    trainer(config).train()
+    return config
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_gentle_run_resumes_bit_for_bit(gentle: RunConfig, tmp_path: Path, at: int) -> None:
+    """Stopped while the encoder rests, and after. Without it a resumed run trains other parts, or
+    begins with moments of zero."""
+    config = replace(gentle, log=replace(gentle.log, dir=str(tmp_path)))
+    trainer(replace(config, train=replace(config.train, max_steps=at))).train()
+    cut = load_model(run_dir(config))[0].student.encoder.state_dict()
+    trainer(config, "auto").train()
+    assert_same_tensors(*(checkpoint.find(run_dir(each)) for each in (gentle, config)))
+    before = torch.load(config.init.weights, weights_only=True)
+    last = load_model(run_dir(config))[0].student.encoder.state_dict()
+    assert at > 5 or all(torch.equal(cut[name], value) for name, value in before.items())
+    moved = {name.split(".")[0] for name in before if not torch.equal(last[name], before[name])}
+    assert moved == {"layer3", "layer4"}
+
+
+def test_two_processes_rest_and_wake_together(gentle: RunConfig, tmp_path: Path) -> None:
+    """Gradients are averaged over processes whether the encoder rests or not. Without it the first
+    step of the second epoch hangs or fails, or the processes train different models."""
+    config = replace(gentle, log=replace(gentle.log, dir=str(tmp_path)))
+    ended = launch(config, processes=2)
+    assert ended.returncode == 0, ended.stderr
+    ranks = [torch.load(tmp_path / f"run.rank{rank}", weights_only=True) for rank in (0, 1)]
+    learnt = [name for name in ranks[0] if "running" not in name and "batches" not in name]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in learnt)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--train.optimizer", "adamw"], r"train\.base_lr must be at most 0\.1"),
+        (["--train.trainable_stages", "1"], r"train\.trainable_stages must be null"),
+        (["--model.norm", "eval"], r"model\.norm must be train with init\.weights random"),
+        (["--train.freeze_encoder_epochs", "2"], r"freeze_encoder_epochs must be 0"),
+        (["--init.weights", "w", "--model.stages", "2", "--train.trainable_stages", "3"], "below"),
+        (["--init.weights", "w", "--train.freeze_encoder_epochs", "800"], "below epochs"),
+        (["--train.optimizer", "sgd"], r"train\.optimizer must be one of lars, adamw"),
+    ],
+)
+def test_a_gentle_start_that_cannot_work(change: list[str], message: str) -> None:
+    """Without it LARS' rate destroys a trained network, or noise is frozen."""
+    with pytest.raises(UserError, match=message):
+        load_config(["--name", "x", "--data.path", "x", *change])
+
+
+def test_a_network_of_timm(tmp_path: Path) -> None:
+    """Its weights, its resting stages, a frozen teacher of another architecture. Without it only
+    ResNets start from weights."""
+    timm = pytest.importorskip("timm")
+    arch, other = "timm:test_efficientnet", "timm:test_resnet"
+    for name in ("test_efficientnet", "test_resnet"):
+        torch.save(timm.create_model(name).state_dict(), tmp_path / f"{name}.pth")
+    config = ModelConfig(arch, dim_hidden=16, dim_out=8, num_prototypes=5)
+    model = SlotCon(config, Guide(other, (3, 4), 5))
+    train = TrainConfig(
+        teacher="frozen",
+        teacher_momentum=0.0,
+        teacher_arch=other,
+        teacher_weights=str(tmp_path / "test_resnet.pth"),
+    )
+    about = start_from(InitConfig(str(tmp_path / "test_efficientnet.pth")), model, train)
+    assert about["teacher"]["sha256"] != about["sha256"]
+    assert about["new"] == [
+        "center",
+        "student.projector",
+        "student.grouping",
+        "teacher.projector",
+        "teacher.grouping",
+        "predictor",
+    ]
+    assert model.guide is not None
+    for name, net in (
+        ("test_efficientnet", model.student.encoder.net),
+        ("test_efficientnet", model.teacher.encoder.net),
+        ("test_resnet", model.guide.encoder.net),
+    ):
+        source = torch.load(tmp_path / f"{name}.pth", weights_only=True)
+        assert all(torch.equal(value, source[key]) for key, value in net.state_dict().items())
+    model.train_stages(1)
+    learning = {n for n, w in model.student.encoder.named_parameters() if w.requires_grad}
+    assert learning and not any("conv_stem" in name or "blocks.0" in name for name in learning)
+    with pytest.raises(UserError, match=r"torchvision has no weights of timm:test_efficientnet"):
+        start_from(InitConfig("torchvision"), model)
+    with pytest.raises(UserError, match=r"of another model|no weights of this model"):
+        start_from(InitConfig(str(tmp_path / "test_resnet.pth")), model)

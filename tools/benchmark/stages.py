@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from model import SlotCon
 from pipeline.augment import get_backend
 from pipeline.choices import CROPS, Crops
 from pipeline.errors import UserError
@@ -28,6 +27,7 @@ from tools.benchmark.options import FROM_A_FILE
 from tools.benchmark.step import Step, make_step, step
 from tools.benchmark.timing import Bench, Work, generated, to_result
 from tools.benchmark.verdict import FINISHED, find, plain_copy
+from train.pretrained import build_model
 from train.run.log import Stopwatch
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def pipeline(bench: Bench) -> None:
     """See `options.STAGES`."""
     beton = _beton(bench)
     backends = _usable(bench, "pipeline")
-    model = SlotCon(bench.config.model).to(bench.device)
+    model = build_model(bench.config).to(bench.device)
     train = make_step(model, bench.config, "fast", bench.dtype)
     for crops in CROPS:
         if crops == "dali" and not decoders.has_dali(bench, "pipeline"):

@@ -24,9 +24,10 @@ from tools.benchmark.options import VARIANTS
 from tools.benchmark.plain_step import PlainStep, is_plain
 from tools.benchmark.profile import beside_networks, profile_step
 from tools.benchmark.timing import Bench, Result, StepDetail, Work
-from train.config import EfficiencyConfig, RunConfig
-from train.lars import LARS
+from train.config import EfficiencyConfig, RunConfig, TrainConfig
 from train.metrics import Meter
+from train.optimizer import build_optimizer, set_rate
+from train.pretrained import build_model
 
 LOG_EVERY = 10
 """Steps between two log lines, at which the trainer adapts the slots' buffers."""
@@ -35,6 +36,7 @@ SMALL = 1e-6
 the last step as in the first."""
 MOST_OVERFLOWS = 40
 """The loss scale begins at 2^16 and is halved at each: far below 1 it cannot be the cause."""
+_TRAIN = TrainConfig()
 Way = tuple[str, str | None]
 """A backend, "plain" or "fast", and one of `VARIANTS` or None."""
 
@@ -46,7 +48,7 @@ Step = Callable[[Tensor, Tensor, Tensor], object]
 class FastStep:
     """The trainer's step in one process, by the same functions. Changes `model` in place.
 
-    Teacher, forward, metrics, backward, LARS, and at log lines the size of the slots' buffers.
+    Teacher, forward, metrics, backward, optimiser, and at log lines the size of the slots' buffers.
     """
 
     def __init__(
@@ -55,12 +57,9 @@ class FastStep:
         *,
         efficiency: EfficiencyConfig,
         dtype: torch.dtype = torch.float32,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-5,
-        eta: float = 0.001,
-        own_teacher: bool = False,
+        train: TrainConfig = _TRAIN,
     ) -> None:
-        self.own_teacher = own_teacher
+        self.own_teacher = train.teacher in ("student", "frozen")
         device = model.center.device
         prepare(
             model,
@@ -70,10 +69,8 @@ class FastStep:
             warn=_warn,
         )
         self.model, self.device, self.dtype = model, device, dtype
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.optimizer = LARS(
-            weights, lr=0.0, momentum=momentum, weight_decay=weight_decay, eta=eta
-        )
+        model.train_stages(train.trainable_stages)
+        self.optimizer = build_optimizer(model, train)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         accelerator = cast(Accelerator, SimpleNamespace(device=device))  # all that `add` needs
         self.meter = Meter(accelerator, model.term_names, sum(model.prototype_counts.values()))
@@ -89,8 +86,7 @@ class FastStep:
         lr: float = SMALL,
         teacher_momentum: float = 0.99,
     ) -> ModelOutput:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         if not self.own_teacher:
             self.model.update_teacher(teacher_momentum)
         mixed = self.dtype != torch.float32
@@ -127,12 +123,13 @@ def varied(config: RunConfig, variant: str | None) -> RunConfig:
 
 def make_step(model: SlotCon, config: RunConfig, backend: str, dtype: torch.dtype) -> Step:
     """The step of a backend, "plain" or "fast". It changes `model`. With train.teacher "switch" it
-    is a step with an average, which costs more.
+    is a step with an average, which costs more, and with train.freeze_encoder_epochs one after
+    these.
     """
-    train, own = config.train, config.train.teacher == "student"
-    fast = partial(FastStep, efficiency=config.efficiency, own_teacher=own)
-    make = PlainStep if backend == "plain" else fast
-    return make(
+    train = config.train
+    if backend == "fast":
+        return FastStep(model, efficiency=config.efficiency, dtype=dtype, train=train)
+    return PlainStep(
         model,
         dtype=dtype,
         momentum=train.momentum,
@@ -169,6 +166,7 @@ def spread_prototypes(model: SlotCon, views: Tensor) -> None:
     The features of an untrained network are similar, so one random prototype wins all cells. The
     loss would then contrast one slot an image, but training contrasts several.
     """
+    views = views if model.guide is None else model.guide.shrunk(views[0])[None]
     features = model.student(views[0]).features
     cells = features.permute(0, 2, 3, 1).flatten(0, 2)
     number = torch.arange(len(model.student.grouping.prototypes), device=cells.device)
@@ -179,7 +177,10 @@ def spread_prototypes(model: SlotCon, views: Tensor) -> None:
 
 def ways_of(config: RunConfig) -> list[Way]:
     """Plain and fast; a variant of the method has no plain step."""
-    plain = is_plain(config.model) and config.train.teacher == "ema"
+    standard = ("teacher", "optimizer", "encoder_lr_scale", "trainable_stages")
+    plain = is_plain(config.model) and all(
+        getattr(config.train, name) == getattr(TrainConfig, name) for name in standard
+    )
     return [("plain", None), ("fast", None)] if plain else [("fast", None)]
 
 
@@ -188,8 +189,10 @@ def gflop_of(config: RunConfig, side: int) -> float:
     two. With train.teacher "switch" it is the mean over the run.
     """
     teacher, share = config.train.teacher, config.train.teacher_from
-    shares = {"ema": 0.0, "student": 1.0, "switch": share}[teacher]
-    model, total = SlotCon(config.model), 0.0
+    shares = {"ema": 0.0, "student": 1.0, "switch": share, "frozen": 1.0}[teacher]
+    model, total = build_model(config), 0.0
+    side *= config.train.teacher_resolution
+    model.train_stages(config.train.trainable_stages)
     for own, part in ((False, 1 - shares), (True, shares)):
         if part:
             with FlopCounterMode(display=False) as counter:
@@ -204,7 +207,7 @@ def start_of(bench: Bench, variant: str | None = None) -> SlotCon:
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = SlotCon(varied(bench.config, variant).model)
+        model = build_model(varied(bench.config, variant))
         spread_prototypes(model, _few_views(bench)[0])
     return model
 
@@ -253,7 +256,8 @@ def _counted(bench: Bench, variant: str | None, detail: StepDetail) -> StepDetai
 
 
 def _few_views(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
-    return step_views(min(bench.batch, 8), bench.config.views.size)
+    side = bench.config.views.size * bench.config.train.teacher_resolution
+    return step_views(min(bench.batch, 8), side)
 
 
 def _profiled(bench: Bench, work: Work, result: Result, detail: StepDetail) -> StepDetail:
@@ -271,6 +275,7 @@ def step_data(bench: Bench, side: int, batch: int, backend: str) -> tuple[Tensor
     """A batch in the layout that a backend gets in training. Raises UserError."""
     if batch * bench.config.model.cells_of(side) < 2:
         raise UserError(f"--batch {batch}: one cell of {side} pixels has no variance")
+    side *= bench.config.train.teacher_resolution
     views, overlap, flipped = step_views(batch, side, device=bench.device, dtype=bench.dtype)
     if backend == "fast":
         views = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -347,7 +352,7 @@ def _fits(bench: Bench, backend: str, variant: str | None, batch: int) -> bool:
     try:
         data = step_data(bench, bench.config.views.size, batch, backend)
         config = varied(bench.config, variant)
-        model = SlotCon(config.model).to(bench.device)
+        model = build_model(config).to(bench.device)
         train = make_step(model, config, backend, bench.dtype)
         for _ in range(2):
             train(*data)

@@ -38,11 +38,13 @@ def launch(
     trackers: Sequence[str],
     timeout_minutes: float,
     accumulation: int = 1,
+    parts_rest: bool = False,
 ) -> Accelerator:
     """Form a group with the other processes; each waits up to `timeout_minutes` for the others.
 
     `precision` is efficiency.precision, `accumulation` the trainer's own micro-batches of a step;
-    the `trackers` write to `run_dir`. Raises UserError, also if the environment says otherwise.
+    the `trackers` write to `run_dir`; with `parts_rest` a step may leave parameters without
+    gradients. Raises UserError, also if the environment says otherwise.
     """
     on_gpu = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
     check_environment(precision, accumulation, on_gpu)
@@ -75,9 +77,7 @@ def launch(
         project_dir=run_dir,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=patience),
-            # Training does not use running statistics, and SyncBatchNorm keeps them equal.
-            # Gradients are summed in buckets during the backward pass.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            _parallel(parts_rest),
         ],
     )
     known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -87,6 +87,18 @@ def launch(
             "use plain data parallelism"
         )
     return accelerator
+
+
+def _parallel(parts_rest: bool) -> DistributedDataParallelKwargs:
+    """How the model is trained in parallel. Running statistics are not sent: training does not use
+    them, and SyncBatchNorm keeps them equal. Gradients are summed in buckets during the backward
+    pass.
+    """
+    return DistributedDataParallelKwargs(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=parts_rest,
+    )
 
 
 def _join(**options: Any) -> Accelerator:

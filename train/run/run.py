@@ -57,19 +57,23 @@ class Run:
         timeout_minutes: float,
         trackers: tuple[str, ...] = (),
         accumulation: int = 1,
+        parts_rest: bool = False,
     ) -> None:
         """Find the checkpoints to resume from, join the other processes, lock the folder.
 
         `config`: read by `settings`, with `name`, `log.dir` and `efficiency.precision`. `resume`:
         None (a new run), "auto" or the path of a checkpoint or run. `timeout_minutes`: how long to
         wait for other processes, the disk and the `trackers`. `accumulation`: micro-batches of a
-        step. Raises UserError.
+        step. `parts_rest`: parts of the model that learn get no gradients in some steps. Raises
+        UserError.
         """
         self._config, self._patience_s = config, 60 * timeout_minutes
         self.folder = Path(config.log.dir) / config.name
         self._origins = candidates(config, settings, self.folder, resume)
         precision = config.efficiency.precision
-        self.accelerator = launch(self.folder, precision, trackers, timeout_minutes, accumulation)
+        self.accelerator = launch(
+            self.folder, precision, trackers, timeout_minutes, accumulation, parts_rest
+        )
         self.is_main = self.accelerator.is_main_process
         if self.is_main:
             made = not self.folder.exists()
