@@ -170,7 +170,8 @@ def of_prototypes(args: argparse.Namespace, squares: LabelledSquares) -> Iterato
     trained, config = load_network(args.checkpoint, squares.device)
     count = number_of_groups(args, squares.images, config.model.num_prototypes)
     stride = args.output_stride
-    trained.teacher.encoder = dilated(trained.teacher.encoder, stride)
+    if stride is not None:
+        trained.teacher.encoder = dilated(trained.teacher.encoder, stride)
     networks = {"trained": lambda: trained}
     if args.baseline == "untrained":
         model, seed = config.model, config.train.seed

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import kmeans as module
+from model import kmeans as module
 from evaluation.segment import assign
 from model.kmeans import (
     RECIPES,
