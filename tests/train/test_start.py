@@ -25,11 +25,12 @@ from tests.helpers.training import (
     trainer,
 )
 from train.config import DataConfig, RunConfig, TrainConfig, load_config
+from train.encoders import image_stats
 from train.init_config import InitConfig
 from train.pretrained import build_model, load_model, read_record
 from train.run import checkpoint
 from train.start import in_words, start_from
-from train.weights import describe
+from train.weights import Backbone, describe
 
 SMALL = ModelConfig("resnet18", dim_hidden=16, dim_out=8, num_prototypes=8)
 
@@ -450,3 +451,11 @@ def test_stages_that_the_start_lacks_cannot_rest(
         return
     with pytest.raises(UserError, match=r"^init\.weights: without student\.encoder\.layer3"):
         start_from(init, model, settings)
+
+
+@pytest.mark.parametrize("stated", ["[" * 100_000, "[[NaN, 0, 0], [1, 1, 1]]", "\x1b[2J"])
+def test_statistics_that_a_file_cannot_mean(stated: str) -> None:
+    """Export and transfer read them. Without it they end in a traceback, normalise by NaN, or clear
+    the user's terminal."""
+    with pytest.raises(UserError, match=r"^timm:test_vit: damaged: image_stats [^\x1b]*$"):
+        image_stats(Backbone("timm:test_vit", {}, {"image_stats": stated}))
