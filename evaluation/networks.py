@@ -40,8 +40,8 @@ def run_config(checkpoint: Path) -> RunConfig:
 def untrained_network(
     config: ModelConfig, seed: int, squares: SquareImages, output_stride: int | None = None
 ) -> SlotCon:
-    """The network that a run with this `seed` starts from, calibrated, and dilated if
-    `output_stride` is given. Raises UserError.
+    """The network that a run with this `seed` and new weights starts from, calibrated, and dilated
+    if `output_stride` is given. Raises UserError.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

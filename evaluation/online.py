@@ -241,9 +241,11 @@ def copy_of(teacher: nn.Module, config: ModelConfig, accelerator: Accelerator) -
 
 
 def seen_a_batch(branch: nn.Module) -> bool:
-    """Whether BatchNorms have statistics of images. An untrained network has none."""
-    norms = [module for module in branch.modules() if isinstance(module, nn.BatchNorm2d)]
-    return any(bool(norm.num_batches_tracked) for norm in norms)
+    """Whether BatchNorms have statistics of images: an untrained network has none. Their counts do
+    not say it, since many files of weights have statistics without counts.
+    """
+    buffers = branch.named_buffers()
+    return any(bool(value.any()) for name, value in buffers if name.endswith("running_mean"))
 
 
 def open_part(config: RunConfig, part: str, device: torch.device) -> LabelledSquares:

@@ -67,7 +67,7 @@ def add_feature_options(parser: CommandParser, features: list[str]) -> None:
         choices=["untrained", "none"],
         default="untrained",
         help="untrained: beside each network, the same one before training, read at the same "
-        "stages: what a run started from; else drawn with seed 0 (untrained)",
+        "stages: weights drawn with the run's seed, else with seed 0 (untrained)",
     )
 
 

@@ -135,8 +135,8 @@ def untrained_name(spec: str) -> str | None:
 def open_untrained(
     spec: str, checkpoint: Path | None, images: SquareImages, output_stride: int | None = None
 ) -> Opened:
-    """The network that `spec` names, before training: the one that its run started from, or the
-    same architecture with weights drawn with `SEED`. BatchNorm's statistics are those of `images`.
+    """The network that `spec` names, with new weights: drawn with the seed of its run, or with
+    `SEED`. BatchNorm's statistics are those of `images`.
     Raises UserError.
     """
     kind, _, argument = spec.partition(":")

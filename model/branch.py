@@ -98,6 +98,8 @@ class Branch(nn.Module):
         """
         last = 0 if count is None else self.encoder.stages - count
         self._resting = self.encoder.weights_up_to(last) if last else frozenset()
+        if count == 0:
+            self._resting = self._learning  # a last normalisation belongs to no stage
         for name, weight in self.encoder.named_parameters():
             weight.requires_grad_(learns and name in self._learning - self._resting)
         self.train(self.training)

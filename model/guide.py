@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.architectures import Statistics
 from model.branch import Grouped
 from model.config import ModelConfig
 from model.encoder import build_encoder
@@ -29,10 +30,17 @@ class Guide(nn.Module):
     """[K, C] centres of cells without their mean, see train.prototypes."""
 
     def __init__(
-        self, arch: str, stages: Sequence[int], num_prototypes: int, factor: int = 1
+        self,
+        arch: str,
+        stages: Sequence[int],
+        num_prototypes: int,
+        factor: int = 1,
+        image_stats: Statistics | None = None,
     ) -> None:
+        """`image_stats`: as `ModelConfig.image_stats`. Raises ValueError."""
         super().__init__()
-        self.encoder = build_encoder(ModelConfig(arch, stages=max(stages)))
+        config = ModelConfig(arch, stages=max(stages), image_stats=image_stats)
+        self.encoder = build_encoder(config)
         self.stages, self.factor = tuple(stages), factor
         dim = sum(self.encoder.stage_dims[stage] for stage in stages)
         self.register_buffer("mean", torch.zeros(dim))

@@ -19,6 +19,7 @@ from packaging.version import Version
 from pipeline import commands as names
 from pipeline import ffcv_format
 from tests import ROOT
+from train.run.text import configuration_file
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = [Requirement(text) for text in PROJECT["dependencies"]]
@@ -96,6 +97,15 @@ def test_no_file_names_a_path_or_host_of_one_machine() -> None:
             f"{path.relative_to(ROOT)}: {match.group()}" for match in LOCAL_NAMES.finditer(text)
         ]
     assert not hits
+
+
+def test_configurations_that_the_docs_name_are_there() -> None:
+    """Without it a renamed configuration stops whoever follows the docs."""
+    named = re.compile(r"--config[ =]([A-Za-z]\w[\w./]*)|\b(configs/[\w/]+\.yaml)")
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for match in named.finditer(page.read_text()):
+            name = match[1] or match[2]
+            assert Path(configuration_file(name)).is_file(), f"{page.name}: {name}"
 
 
 def test_constraints_are_plain_pins() -> None:

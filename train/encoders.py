@@ -3,6 +3,7 @@ torchvision's ResNets, this module those of timm's networks too.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from model.architectures import Statistics, is_timm, timm_name
 from model.names import Branch, with_counts
 from model.timm_encoder import TimmEncoder, create, facts, first_line
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from train.pretrained import load_model, read_record
 from train.run.checkpoint import check_weights, find, is_checkpoint
 from train.weights import (
@@ -93,8 +94,10 @@ def image_stats(backbone: Backbone) -> Statistics:
     try:
         mean, deviation = ([float(value) for value in row] for row in json.loads(stated))
         assert len(mean) == len(deviation) == 3 and min(deviation) > 0
-    except (ValueError, TypeError, AssertionError):
-        raise UserError(f"{backbone.arch}: damaged: image_stats {stated[:80]}") from None
+        assert all(map(math.isfinite, mean + deviation))
+    except (ValueError, TypeError, AssertionError, RecursionError):
+        shown = printable(stated[:80])
+        raise UserError(f"{backbone.arch}: damaged: image_stats {shown}") from None
     return (mean[0], mean[1], mean[2]), (deviation[0], deviation[1], deviation[2])
 
 

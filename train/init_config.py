@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from model.config import ModelConfig
 from pipeline.bounds import Bounded
 from pipeline.errors import require
 
@@ -75,3 +76,15 @@ def check_frozen(config: Any) -> None:
     factor = train.teacher_resolution
     fits = config.views.size * factor <= _MOST_PIXELS
     require(fits, "train.teacher_resolution", factor, f"so that views have {_MOST_PIXELS} pixels")
+    try:
+        teacher = ModelConfig(train.teacher_arch or model.arch, stages=max(stages or (last_stage,)))
+    except ValueError as error:
+        raise ValueError(f"train.teacher_arch must be of a network with maps ({error})") from None
+    for side in {size for _, size in train.view_sizes} | {config.views.size}:
+        refused = teacher.refused_side(side * factor)
+        require(
+            refused is None,
+            "train.teacher_resolution",
+            factor,
+            f"so that views of {side} pixels become {refused}",
+        )

@@ -24,8 +24,10 @@ def build_model(config: RunConfig) -> SlotCon:
         if train.teacher == "frozen":
             stages = train.teacher_stages or (model.stages,)
             arch = train.teacher_arch or model.arch
+            seen = None if train.teacher_arch else model.image_stats  # those of the start itself
             with torch.random.fork_rng(devices=[]):  # its draws do not change the other weights
-                guide = Guide(arch, stages, model.num_prototypes, train.teacher_resolution)
+                factor = train.teacher_resolution
+                guide = Guide(arch, stages, model.num_prototypes, factor, seen)
         return SlotCon(model, guide)
     except ValueError as error:
         raise UserError(f"model.{error}") from None

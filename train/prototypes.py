@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.source import Batch
 
 MOST_CELLS = 2**16
-"""Cells to cluster, of the first images of the first epoch, over all processes."""
+"""Most cells to cluster, of the first images of the first epoch, over all processes."""
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def place_prototypes(
     cells than prototypes.
     """
     pairs = list(_cells(slotcon, batches, accelerator))
-    own = torch.cat([cells for cells, _ in pairs])
+    own = torch.cat([cells for cells, _ in pairs])[:MOST_CELLS]
     if len(own) < slotcon.config.num_prototypes:
         raise UserError(
             f"model.prototype_init: {len(own)} cells are fewer than "
@@ -47,7 +47,7 @@ def place_prototypes(
     if guide is None:
         centres = kmeans(own, count, seed).centres
     else:
-        cells = torch.cat([theirs for _, theirs in pairs])
+        cells = torch.cat([theirs for _, theirs in pairs])[:MOST_CELLS]
         guide.mean.copy_(broadcast(cells.mean(dim=0)))
         clusters = kmeans(cells - guide.mean, count, seed)
         guide.prototypes.copy_(broadcast(clusters.centres))

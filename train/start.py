@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from model import SlotCon
 from model.architectures import is_timm
+from model.encoder import AnyEncoder
 from model.official import official_names
 from pipeline.errors import UserError, printable
 from train.config import TrainConfig
 from train.encoders import published_encoder, read_encoder
 from train.init_config import LIBRARIES, InitConfig
 from train.pretrained import load_model
-from train.run.settings import to_dict
 from train.weights import (
     published_weights,
     read_file,
@@ -48,8 +48,7 @@ def start_from(init: InitConfig, model: SlotCon, train: TrainConfig = _TRAIN) ->
         return {"weights": "random", "kind": "random"}
     weights, unused, about = _encoder(init.weights, model.config.arch)
     about["part"] = init.part
-    stated = about.get("metadata", {}).get("image_stats")
-    if stated is not None and json.loads(stated) != to_dict(model.config)["image_stats"]:
+    if stated := _other_statistics(about, model.student.encoder):
         raise UserError(
             f"init.weights: {init.weights} gets its images by other statistics: set "
             f"model.image_stats to {stated}"
@@ -58,6 +57,11 @@ def start_from(init: InitConfig, model: SlotCon, train: TrainConfig = _TRAIN) ->
     found = _below(("student", "teacher"), weights)
     if model.guide is not None and train.teacher_weights:
         weights, _, about["teacher"] = _encoder(train.teacher_weights, train.teacher_arch)
+        if stated := _other_statistics(about["teacher"], model.guide.encoder):
+            raise UserError(
+                f"train.teacher_weights: {train.teacher_weights} gets its images by {stated}, not "
+                f"by the statistics that timm has for {train.teacher_arch}"
+            )
     if model.guide is not None:
         found |= _below(("guide",), weights)
     if init.part == "all":
@@ -71,6 +75,7 @@ def start_from(init: InitConfig, model: SlotCon, train: TrainConfig = _TRAIN) ->
     missing = [name for name in learnt if name not in fitting]
     if missing:
         raise UserError(f"train.teacher frozen: its weights lack {_parts(missing)[0]}")
+    _require_known(model, train, fitting)
     unused += [name for name in found if name not in fitting]
     model.load_state_dict({**expected, **fitting})
     own = ("encoder.scale", "encoder.shift")  # how an encoder of timm gets its images
@@ -98,6 +103,33 @@ def _encoder(source: str, arch: str) -> tuple[dict[str, Tensor], list[str], dict
     if is_timm(arch):
         weights = {f"net.{name}": value for name, value in weights.items()}
     return weights, unused, about
+
+
+def _other_statistics(about: Mapping[str, Any], encoder: AnyEncoder) -> str:
+    """Mean and deviation by which a source gets its images, if `encoder` has others; else ""."""
+    stated: str = about.get("metadata", {}).get("image_stats", "")
+    own = getattr(encoder, "image_stats", None) or ()
+    try:
+        same = not stated or json.loads(stated) == [list(row) for row in own]
+    except (ValueError, RecursionError):  # a file may say anything
+        same = False
+    return "" if same else printable(stated[:80])
+
+
+def _require_known(model: SlotCon, train: TrainConfig, fitting: Container[str]) -> None:
+    """New weights cannot rest, as in `check_start`: those of stages that the source lacks.
+
+    Raises UserError.
+    """
+    stages, learn = model.config.stages, train.trainable_stages
+    whole = model.config.norm == "eval" or train.freeze_encoder_epochs
+    rests = stages if whole else stages - (stages if learn is None else learn)
+    names = model.student.encoder.weights_up_to(rests) if rests else ()
+    full = (f"student.encoder.{name}" for name in sorted(names))
+    if missing := [name for name in full if name not in fitting]:
+        setting = "model.norm eval" if model.config.norm == "eval" else "resting stages"
+        parts = ", ".join(_parts(missing))
+        raise UserError(f"init.weights: without {parts}; new weights cannot rest ({setting})")
 
 
 def _published(library: str, arch: str) -> dict[str, Tensor]:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from evaluation import probe, slots, unsupervised_segmentation
+from evaluation.online import seen_a_batch
 from tests.helpers.exported import call
 from tests.helpers.labelled_sets import write_folder_set
+from tests.helpers.tiny_slotcon import tiny_model
 from tests.helpers.training import run_dir, small_beton, small_run, trainer
 from train.config import RunConfig, from_dict
 from train.run.settings import to_dict
@@ -95,6 +98,17 @@ def test_untrained_network(config: RunConfig, tmp_path: Path) -> None:
     expected = {row["metric"]: row["value"] for row in rows if "class" not in row}
     assert expected == {name: found[f"knn_{name}"] for name in ("miou", "pixel_accuracy")}
     assert found["knn_miou"] != scores(config, 1)["knn_miou"]
+
+
+def test_statistics_without_counts_are_kept() -> None:
+    """Many files of weights have them, torchvision's first ones too. Without it the start of such a
+    run is scored with statistics measured again, which may cost it many points."""
+    model = tiny_model()
+    assert not seen_a_batch(model.teacher)
+    for norm in model.teacher.encoder.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.get_buffer("running_mean"))
+    assert seen_a_batch(model.teacher)
 
 
 def test_slots(config: RunConfig, tmp_path: Path) -> None:

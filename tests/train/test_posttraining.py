@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from model import SlotCon
@@ -80,6 +81,23 @@ def test_prototypes_are_clusters_of_the_frozen_teacher(monkeypatch: pytest.Monke
         expected = F.normalize(torch.stack(mine).sum(dim=0), dim=0) * 16**0.5 if mine else before[k]
         for branch in (model.student, model.teacher):
             torch.testing.assert_close(branch.grouping.prototypes[k].detach(), expected)
+
+
+def test_so_many_cells_are_clustered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a batch of many small cells is clustered whole, however long that takes."""
+    monkeypatch.setattr("train.prototypes.broadcast", lambda value: value)
+    monkeypatch.setattr("train.prototypes.MOST_CELLS", 10)
+    seen = list[int]()
+
+    def counted(cells: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(len(cells))
+        return kmeans(cells, *args, **options)
+
+    monkeypatch.setattr("train.prototypes.kmeans", counted)
+    for guide in (None, Guide("resnet18", (4,), K, 2)):
+        model = SlotCon(tiny_model(num_prototypes=K).config, guide)
+        place_prototypes(model, [Views(1), Views(2)], Alone(), seed=0)  # type: ignore[arg-type]
+    assert seen == [10, 10]
 
 
 def test_prototypes_without_a_frozen_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +204,21 @@ FROZEN = [
         (["--views.size", "2048", "--train.teacher_resolution", "4"], "teacher_resolution"),
         (["--train.teacher_arch", "resnet50"], r"given with train\.teacher_arch only"),
         (["--train.teacher", "student", "--train.teacher_stages", "[4]"], "unless train.teacher"),
+        (
+            [
+                "--views.size",
+                "64",
+                "--train.teacher_arch",
+                "timm:vit_small_patch14_dinov2",
+                "--train.teacher_weights",
+                "w",
+            ],
+            r"train\.teacher_resolution must be so that views of 64 pixels .*a multiple of 14",
+        ),
+        (
+            ["--train.teacher_arch", "timm:mixr_s16_224", "--train.teacher_weights", "w"],
+            r"^train\.teacher_arch must .*no such network; near it: mixer_s16_224",
+        ),
     ],
 )
 def test_settings_that_cannot_work(change: list[str], message: str) -> None:

@@ -1,5 +1,6 @@
 """A run starts from the weights that it is given, and says which they were."""
 
+import json
 import pickle
 from dataclasses import replace
 from hashlib import sha256
@@ -23,12 +24,13 @@ from tests.helpers.training import (
     small_run,
     trainer,
 )
-from train.config import RunConfig, TrainConfig, load_config
+from train.config import DataConfig, RunConfig, TrainConfig, load_config
+from train.encoders import image_stats
 from train.init_config import InitConfig
-from train.pretrained import load_model, read_record
+from train.pretrained import build_model, load_model, read_record
 from train.run import checkpoint
 from train.start import in_words, start_from
-from train.weights import describe
+from train.weights import Backbone, describe
 
 SMALL = ModelConfig("resnet18", dim_hidden=16, dim_out=8, num_prototypes=8)
 
@@ -367,3 +369,93 @@ def test_a_network_of_timm(tmp_path: Path) -> None:
         start_from(InitConfig("torchvision"), model)
     with pytest.raises(UserError, match=r"of another model|no weights of this model"):
         start_from(InitConfig(str(tmp_path / "test_resnet.pth")), model)
+
+
+def test_a_whole_vit_can_rest() -> None:
+    """Its last norm belongs to no stage. Without it the map that the new parts learn from moves
+    while the encoder rests."""
+    pytest.importorskip("timm")
+    model = SlotCon(ModelConfig("timm:test_vit", dim_hidden=16, dim_out=8, num_prototypes=5))
+    model.train_stages(0)
+    assert not [n for n, w in model.student.encoder.named_parameters() if w.requires_grad]
+    model.train_stages(1)
+    assert model.student.encoder.net.norm.weight.requires_grad
+
+
+STATISTICS = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+
+
+def test_the_start_as_teacher_gets_its_images_as_the_start_does(tmp_path: Path) -> None:
+    """Without it the frozen teacher sees colours that its weights were not made for."""
+    pytest.importorskip("timm")
+    model = ModelConfig(
+        "timm:test_vit",
+        dim_hidden=16,
+        dim_out=8,
+        num_prototypes=5,
+        group_loss_weight=1.0,
+        prototype_init="kmeans",
+        image_stats=STATISTICS,
+    )
+    train = TrainConfig(teacher="frozen", teacher_momentum=0.0)
+    config = RunConfig("x", DataConfig("x"), model=model, train=train, init=InitConfig("w"))
+    built = build_model(config)
+    assert built.guide is not None
+    assert built.guide.encoder.image_stats == built.student.encoder.image_stats == STATISTICS
+
+
+@pytest.mark.parametrize("stated", [json.dumps(STATISTICS), "x", "[" * 100_000])
+def test_a_teacher_of_other_statistics_is_refused(tmp_path: Path, stated: str) -> None:
+    """No setting changes how a teacher of another architecture gets its images. Without it it sees
+    wrong colours, or what a file says ends in a traceback."""
+    timm = pytest.importorskip("timm")
+    config = ModelConfig("timm:test_vit", dim_hidden=16, dim_out=8, num_prototypes=5)
+    weights = timm.create_model("test_vit", num_classes=0).state_dict()
+    plain, other = (tmp_path / f"{name}.safetensors" for name in ("plain", "other"))
+    save_file(weights, plain)
+    save_file(weights, other, {"arch": "timm:test_vit", "image_stats": stated})
+    train = TrainConfig(
+        teacher="frozen",
+        teacher_momentum=0.0,
+        teacher_arch="timm:test_vit",
+        teacher_weights=str(other),
+    )
+    model = SlotCon(config, Guide("timm:test_vit", (4,), 5))
+    with pytest.raises(UserError, match=r"^train\.teacher_weights: .* gets its images by"):
+        start_from(InitConfig(str(plain)), model, train)
+    with pytest.raises(UserError, match=r"^init\.weights: .* gets its images by other statistics"):
+        start_from(InitConfig(str(other)), SlotCon(config))
+
+
+@pytest.mark.parametrize(
+    ("norm", "train", "refused"),
+    [
+        ("eval", {}, True),
+        ("train", {"freeze_encoder_epochs": 1}, True),
+        ("train", {"trainable_stages": 1}, True),
+        ("train", {"trainable_stages": 2}, False),
+        ("train", {}, False),
+    ],
+)
+def test_stages_that_the_start_lacks_cannot_rest(
+    encoder: dict[str, Tensor], tmp_path: Path, norm: Any, train: dict[str, int], refused: bool
+) -> None:
+    """Weights up to stage 2 leave stages 3 and 4 new. Without it noise rests, and so do its
+    statistics."""
+    early = {n: v for n, v in encoder.items() if not n.startswith(("layer3", "layer4"))}
+    save_file(early, tmp_path / "w.safetensors", {"arch": "resnet18", "stages": "2"})
+    model = SlotCon(replace(SMALL, norm=norm))
+    init, settings = InitConfig(str(tmp_path / "w.safetensors")), TrainConfig(**train)
+    if not refused:
+        assert "student.encoder.layer3" in start_from(init, model, settings)["new"]
+        return
+    with pytest.raises(UserError, match=r"^init\.weights: without student\.encoder\.layer3"):
+        start_from(init, model, settings)
+
+
+@pytest.mark.parametrize("stated", ["[" * 100_000, "[[NaN, 0, 0], [1, 1, 1]]", "\x1b[2J"])
+def test_statistics_that_a_file_cannot_mean(stated: str) -> None:
+    """Export and transfer read them. Without it they end in a traceback, normalise by NaN, or clear
+    the user's terminal."""
+    with pytest.raises(UserError, match=r"^timm:test_vit: damaged: image_stats [^\x1b]*$"):
+        image_stats(Backbone("timm:test_vit", {}, {"image_stats": stated}))
