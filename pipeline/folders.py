@@ -64,14 +64,15 @@ def refuse_url(path: Path) -> None:
 
 
 def as_url(name: str) -> str:
-    """`name` as a URL if it is one, with the slash that paths lose; else "". A letter of a drive is
-    none.
+    """`name` as a URL to show, if it is one: with the slash that paths lose, without a password or
+    a query; else "". A letter of a drive is none.
     """
     match = _URL.fullmatch(name)
     if not match or len(match[1]) == 1:
         return ""
     local = match[1].lower() == "file"  # of this machine: file:///a
-    return f"{match[1]}://{'/' * local}{match[2]}"
+    host, slash, path = match[2].partition("?")[0].partition("/")
+    return f"{match[1]}://{'/' * local}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def is_dir(entry: os.DirEntry[str]) -> bool:

@@ -271,3 +271,9 @@ def test_a_file_of_weights_has_features_and_no_segments(
     assert torch.equal(model.features(images, "3+4"), run.features(images, "3+4"))
     with pytest.raises(UserError, match="load a run"):
         model.segment(images)
+
+
+def test_the_beginning_of_an_option_is_none(tmp_path: Path) -> None:
+    """Without it a mistyped `max_sid` is max_side, and nobody is told."""
+    with pytest.raises(slotstream.UserError, match="unrecognized arguments: --max-sid=3"):
+        slotstream.pack(tmp_path, tmp_path / "o.beton", store="jpeg", max_sid=3)

@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = shard_path(out, *args.shard)
     check_writable("--out", out)
     check_output(out, args.force or is_interrupted(out))  # before the listing, which takes time
+    if getattr(args, "subset", 1) is None and (args.subset_lt or args.seed is not None):
+        raise UserError(f"{'--subset-lt' if args.subset_lt else '--seed'} needs --subset N")
     if args.source == "merge":
         job = merge_job(args.shards)
     else:
@@ -115,11 +117,11 @@ def _chosen(args: argparse.Namespace, source: Source) -> Source:
         _warn_of_count(source, args.source, expected)
     count = getattr(args, "subset", None)
     if count is None:
-        if getattr(args, "subset_lt", False):
-            raise UserError("--subset-lt needs --subset N")
         return source
-    print(f"taken: {count:,} of them, by --seed {args.seed}", file=sys.stderr)
-    return subset(source, count, args.seed, args.subset_lt)
+    seed = args.seed or 0
+    part = subset(source, count, seed, args.subset_lt)
+    print(f"taken: {count:,} of them, by --seed {seed}", file=sys.stderr)
+    return part
 
 
 def _source(args: argparse.Namespace, out: Path) -> Source:
@@ -261,7 +263,7 @@ def _add_subset(command: CommandParser) -> None:
         "--subset-lt", action="store_true",
         help="the classes of --subset have long-tailed sizes, as those of ImageNet-LT",
     )  # fmt: skip
-    command.add_argument("--seed", type=_seed, default=0, help="seed of --subset (default 0)")
+    command.add_argument("--seed", type=_seed, metavar="N", help="seed of --subset (default 0)")
 
 
 def _add_storage(command: CommandParser) -> None:

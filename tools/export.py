@@ -86,9 +86,7 @@ def read(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = CommandParser(
-        prog="python -m tools.export", description=__doc__, epilog=EXAMPLES, allow_abbrev=False
-    )
+    parser = CommandParser(prog="python -m tools.export", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("checkpoint", type=Path, help="run, checkpoint, or any file of a ResNet")
     parser.add_argument("--to", required=True, choices=tuple(SUFFIXES), help="format, see below")
     parser.add_argument("--out", required=True, type=Path, help="file or new folder to write")

@@ -68,7 +68,6 @@ def parse_args() -> argparse.Namespace:
         prog="python -m tools.import_official",
         description=__doc__,
         epilog=EXAMPLES,
-        allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, help="the checkpoint")
     parser.add_argument("--out", required=True, type=Path, help="new folder, or .safetensors file")

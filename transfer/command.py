@@ -91,7 +91,7 @@ def _evaluated(argv: list[str], settings: Settings[Any]) -> tuple[Path | None, d
     """The checkpoint that --evaluate names, and its configuration; None without it. Raises
     UserError.
     """
-    parser = CommandParser(add_help=False, allow_abbrev=False)
+    parser = CommandParser(add_help=False)
     parser.add_argument("--evaluate", type=Path)
     path: Path | None = parser.parse_known_args(argv)[0].evaluate
     if path is None:

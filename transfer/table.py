@@ -147,9 +147,7 @@ class Content(Struct):
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m transfer.table", description=__doc__, epilog=EXAMPLES, allow_abbrev=False
-    )
+    parser = CommandParser(prog="python -m transfer.table", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("runs", nargs="*", type=Path, help="runs, or their result.json files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write tables and runs as JSON")
     parser.add_argument(

@@ -62,6 +62,7 @@ def parquet(root: Place, image: str | None = None, label: str | None = None) -> 
                 first = table.columns
                 source.classes = first.classes
                 source.labels = array("q") if first.label else None
+                source.left.update(first.unread)
                 if source.labels is not None:  # of shards that could not be read
                     source.labels.extend([-1] * len(source))
             _add_table(source, table, name)
@@ -83,6 +84,8 @@ class _Columns:
     """Of the name that the image's file had."""
     label: str | None
     classes: list[str] | None
+    unread: tuple[str, ...]
+    """Those that look like labels, if none is read: what they are."""
 
 
 class Table:
@@ -276,10 +279,21 @@ def _add_table(source: Source, table: Table, name: str) -> None:
     if len(names) != len(table):
         raise BadImage("the file holds fewer rows than it says")
     if source.labels is not None:
-        if None in labels:
-            raise BadImage(f"row {labels.index(None)}: no label")
-        source.labels.extend(labels)
+        source.labels.extend(list(_checked(labels, table.columns.classes)))
     source.add_rows(table, names)
+
+
+def _checked(labels: list[int | None], classes: list[str] | None) -> Iterator[int]:
+    """Raises BadImage if a row has no label, or one that cannot be. Hugging Face writes -1 for an
+    image of a class that is not told, as in test splits.
+    """
+    low, high = (-1, len(classes) - 1) if classes else (-(1 << 63), (1 << 63) - 1)
+    for row, label in enumerate(labels):
+        if label is None:
+            raise BadImage(f"row {row}: no label")
+        if not low <= label <= high:
+            raise BadImage(f"row {row}: label {label}; expected {low} to {high}")
+        yield label
 
 
 def _columns(path: str, schema: "Schema", image: str | None, label: str | None) -> _Columns:
@@ -288,6 +302,9 @@ def _columns(path: str, schema: "Schema", image: str | None, label: str | None) 
 
     def is_bytes(kind: Any) -> Any:
         return kind and (kinds.is_binary(kind) or kinds.is_large_binary(kind))
+
+    def is_text(kind: Any) -> Any:
+        return kind and (kinds.is_string(kind) or kinds.is_large_string(kind))
 
     leaves: dict[str, tuple[str, str | None]] = {}
     for field in schema:
@@ -298,7 +315,7 @@ def _columns(path: str, schema: "Schema", image: str | None, label: str | None) 
             if is_bytes(inner.get("bytes")):
                 leaves[field.name] = (
                     f"{field.name}.bytes",
-                    f"{field.name}.path" if str(inner.get("path")) == "string" else None,
+                    f"{field.name}.path" if is_text(inner.get("path")) else None,
                 )
     features = _features(schema)
     marked = [name for name in leaves if features.get(name, {}).get("_type") == "Image"]
@@ -319,7 +336,19 @@ def _columns(path: str, schema: "Schema", image: str | None, label: str | None) 
     chosen = label or next(iter(classes if len(classes) == 1 else usual), None)
     names = features.get(chosen or "", {}).get("names")
     known = isinstance(names, list) and all(isinstance(one, str) for one in names)
-    return _Columns(*leaves[found[0]], chosen, names if known else None)
+    unread = () if chosen else _unread(schema, classes)
+    return _Columns(*leaves[found[0]], chosen, names if known else None, unread)
+
+
+def _unread(schema: "Schema", classes: list[str]) -> tuple[str, ...]:
+    """The columns that look like labels: several of `classes`, or one of another type."""
+    if classes:
+        return (f"choice of labels ({' or '.join(classes)}: see --label)",)
+    others = [field for field in schema if field.name in _LABELS]
+    return tuple(
+        f"column {one.name} ({one_line(str(one.type))[:60]}: labels are whole numbers)"
+        for one in others
+    )
 
 
 def _features(schema: "Schema") -> dict[str, Any]:

@@ -8,7 +8,9 @@ messages, journal and manifest have the URL without them.
 import asyncio
 import errno
 import os
+import re
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_HTTP = re.compile("https?:", re.IGNORECASE)
+_CHAIN = re.compile(r"::[a-z][a-z0-9+.-]*:/", re.IGNORECASE)  # of fsspec: zip://a::https://b
+
 WAITS = (0.5, 1, 2, 4, 8, 16)
 """Seconds before a request is tried again; after the last of these it fails."""
 BLOCK = 2 << 20
@@ -36,6 +41,8 @@ _PERMANENT = {
     "FileNotFoundError": "no such file",
     "NotADirectoryError": "no such file",
     "IsADirectoryError": "a folder",
+    "InvalidURL": "no valid URL",
+    "TooManyRedirects": "redirected without end",
     "PermissionError": f"access denied to these credentials: {_HINT}",
     "NoCredentialsError": f"no credentials: {_HINT}",
     "PartialCredentialsError": f"no credentials: {_HINT}",
@@ -47,8 +54,19 @@ _RETRIED_STATUS = (408, 425, 429)  # of HTTP's 4xx: too slow, too early, too man
 
 
 def place(text: str) -> "Path | Remote":
-    """A path of this machine, or a URL; for a parser of options."""
-    return Remote.of(text) if as_url(text) else Path(text)
+    """A path of this machine, or a URL; for a parser of options, whose errors show no URL."""
+    if _CHAIN.search(text):
+        raise ArgumentTypeError("a chain of URLs: give the URL of a file or folder")
+    if not as_url(text):
+        return Path(text)
+    try:
+        parts = urlsplit(text)
+        valid = not _HTTP.match(text) or (parts.hostname and parts.port != 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ArgumentTypeError("no valid URL: its host or port cannot be")
+    return Remote.of(text)
 
 
 class Remote:
@@ -62,6 +80,8 @@ class Remote:
     @classmethod
     def of(cls, url: str) -> "Remote":
         """The place of a URL. Nothing is asked of the server."""
+        kind, mark, rest = url.partition(":")
+        url = kind.lower() + mark + rest
         head, mark, query = url.rstrip("/").partition("?")
         return cls(head, mark + query, partial(_file_system, url))
 
@@ -85,7 +105,7 @@ class Remote:
 
     @property
     def _is_http(self) -> bool:
-        return self._url.lower().startswith(("http:", "https:"))
+        return bool(_HTTP.match(self._url))
 
     def walk(self, left: Left, start: str = "") -> Iterator[tuple[str, str]]:
         """As `pipeline.folders.walk`. Raises UserError if a folder cannot be listed: fsspec's own
@@ -210,12 +230,18 @@ def _file_system(url: str) -> "AbstractFileSystem":
         import fsspec
 
         options: dict[str, Any] = {}
-        if url.lower().startswith(("http:", "https:")):
+        if _HTTP.match(url):
             import aiohttp
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
             options = {"client_kwargs": {"timeout": timeout}}
+        elif url.startswith(("s3:", "s3a:")):  # its libraries would try 25 times, for each of ours
+            once = {"retries": {"total_max_attempts": 1}}
+            silence = {"read_timeout": _SILENCE, "connect_timeout": _SILENCE}
+            options = {"config_kwargs": once | silence}
         file_system: AbstractFileSystem = fsspec.core.url_to_fs(url, **options)[0]
+        if "config_kwargs" in options:
+            file_system.retries = 1
         return file_system
     except (ImportError, ValueError) as error:
         name = as_url(url).partition(":")[0]
@@ -230,10 +256,9 @@ def again(action: Callable[["AbstractFileSystem"], T], connect: Callable[..., An
         OSError: with a `strerror` that repeats nothing of a URL.
         UserError: if there is no such file system.
     """
-    file_system = connect()
     for wait in (*WAITS, None):
         try:
-            return action(file_system)
+            return action(connect())
         except (UserError, BadImage, MemoryError):
             raise
         except Exception as error:  # libraries of all kinds

@@ -29,7 +29,10 @@ def add_shards(
     for name in _named(source.root, pattern, suffix, source.left):
         add(source.root / name, name)
     if not len(source):
-        raise UserError(f"{source.root / pattern}: the shards hold no images")
+        seen = ", ".join(f"{n:,} {printable(kind)}" for kind, n in source.left.most_common(6))
+        hold = f"; left aside: {seen}" if seen else ""
+        choose = "; --image NAME chooses an ending" if suffix == ".tar" and seen else ""
+        raise UserError(f"{source.root / pattern}: the shards hold no images{hold}{choose}")
     return require_any(source)
 
 

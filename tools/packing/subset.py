@@ -36,8 +36,8 @@ def subset(source: Source, count: int, seed: int, long_tailed: bool = False) -> 
     labels = source.labels
     if labels is None and long_tailed:
         raise UserError(
-            "--subset-lt: the images have no labels; imagenet, list, parquet and webdataset read"
-            " them"
+            "--subset-lt: the images have no labels; imagefolder, imagenet, list, parquet and"
+            " webdataset read them"
         )
     good = [i for i in range(len(source)) if i not in source.faults]
     if count > len(good):
@@ -45,7 +45,8 @@ def subset(source: Source, count: int, seed: int, long_tailed: bool = False) -> 
     of_class = [0 if labels is None else labels[i] for i in good]
     room = Counter(of_class)
     names = source.classes
-    order = sorted(room, key=lambda one: _rank(seed, names[one] if names else one))
+    known = dict(enumerate(names or ()))  # not -1, of an image whose class is not told
+    order = sorted(room, key=lambda one: _rank(seed, known.get(one, one)))
     left: Sizes = (long_tail if long_tailed else equal)([room[one] for one in order], count, order)
     chosen = []
     for place in sorted(range(len(good)), key=lambda k: _rank(seed, source.names[good[k]])):

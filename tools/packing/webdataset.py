@@ -17,6 +17,8 @@ from tools.packing.sources import Source, mark_duplicates
 
 SUFFIX = ".tar"
 LABEL = "cls"
+_FAULT = "/"
+"""In place of an ending, which has no slash."""
 _KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)
 """Of a file's path: the key of its sample, up to the first dot of its name, and its ending."""
 _LABEL_LIMITS = Limits(max_bytes=1 << 10)
@@ -30,6 +32,7 @@ def webdataset(root: Place, image: str | None = None, label: str | None = None) 
     of the images, where a sample has several; `label` that of the labels, by default cls. If all
     labels are whole numbers, they are kept; else the label is the rank of the name.
     """
+    image, label = (name and name.lower().removeprefix(".") for name in (image, label))
     base, pattern = find_shards(root, SUFFIX)
     source = Source(base)
     labels: list[str] = []
@@ -63,8 +66,8 @@ def _samples(
         return
     with closing(archive):  # headers and labels by one file: behind a URL its blocks are read once
         for sample in _grouped(archive, source.left):
-            if "" in sample:
-                yield sample[""], ""
+            if _FAULT in sample:
+                yield sample[_FAULT], ""
                 continue
             images = [one for one in sample if _is_image(one, image)]
             if len(images) > 1:
@@ -91,7 +94,7 @@ def _is_image(ending: str, chosen: str | None) -> bool:
 
 def _grouped(archive: OpenArchive, left: folders.Left) -> Iterator[dict[str, Member]]:
     """The files of each sample by their ending. A fault of the archive, or of one in it, has the
-    ending "".
+    ending `_FAULT`.
 
     As the package webdataset does, files without a dot are left out, and a sample ends where
     another key begins. A second file of one name begins another sample, a duplicate.
@@ -100,7 +103,7 @@ def _grouped(archive: OpenArchive, left: folders.Left) -> Iterator[dict[str, Mem
     current = ""
     for member in archive.members():
         if not member.name or (member.fault and archives.is_archive(member.name)):
-            yield from (sample, {"": member}) if sample else ({"": member},)
+            yield from (sample, {_FAULT: member}) if sample else ({_FAULT: member},)
             sample = {}
         elif reason := folders.why_left_aside(member.name):
             left[reason] += 1

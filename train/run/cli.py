@@ -71,11 +71,12 @@ def print_error(message: str | UserError) -> None:
 
 class CommandParser(argparse.ArgumentParser):
     """Prints each error as one line, keeps the line breaks of its help texts, and names itself as
-    it was called.
+    it was called. The beginning of an option's name is no option: it may be another one mistyped.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        kept = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=kept, allow_abbrev=False, **options)
         self.prog = as_called(self.prog)
 
     def format_help(self) -> str:

@@ -23,6 +23,7 @@ from tools.packing.journal import Journal
 from tools.packing.parquet import parquet
 from tools.packing.read import read_image
 from tools.packing.shards import expanded
+from tools.packing.subset import subset
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -291,6 +292,46 @@ def test_labels_that_are_missing(tmp_path: Path) -> None:
     write(tmp_path / "a-0.parquet", [ROW])
     write(tmp_path / "a-1.parquet", [ROW], schema(["other", "names"]))
     assert "other columns or class names" in parquet(tmp_path).faults[1]
+
+
+@pytest.mark.parametrize("label", [2, -2, None])
+def test_labels_that_cannot_be(tmp_path: Path, label: int | None) -> None:
+    """Without it --subset fails on a label without a name, which training would count as a class.
+    Hugging Face writes -1 where the class is not told.
+    """
+    write(tmp_path / "a-0.parquet", [ROW, ROW | {"label": label}], schema(["cat", "dog"]))
+    write(tmp_path / "a-1.parquet", [ROW, ROW | {"label": -1}], schema(["cat", "dog"]))
+    source = parquet(tmp_path)
+    assert [*source.faults] == [0]
+    assert "row 1: " in source.faults[0]
+    assert source.labels is not None
+    assert source.labels.tolist() == [-1, 1, -1]
+    assert len(subset(source, 2, seed=0)) == 3
+
+
+def test_labels_beyond_64_bits(tmp_path: Path) -> None:
+    """Without it a hash as label is a traceback."""
+    kind = schema().set(0, pa.field("label", pa.uint64()))
+    write(tmp_path / "a-0.parquet", [ROW, ROW | {"label": 2**64 - 1}], kind)
+    write(tmp_path / "a-1.parquet", [ROW], kind)
+    assert "row 1: label 18446744073709551615" in parquet(tmp_path).faults[0]
+
+
+def test_columns_of_labels_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """Without it a beton has no labels, and nobody is told why. The names are of Polars' text."""
+    kind = pa.schema([
+        ("image", pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])),
+        ("label", pa.large_string()),
+    ])  # fmt: skip
+    write(tmp_path / "a.parquet", [ROW | {"label": "cat"}], kind)
+    source = parquet(tmp_path)
+    assert source.names == ["a.parquet/0-a.jpg"]
+    assert [*source.left] == ["column label (large_string: labels are whole numbers)"]
+    features = {name: {"_type": "ClassLabel", "names": ["x"]} for name in ("coarse", "fine")}
+    described = {"huggingface": json.dumps({"info": {"features": features}})}
+    kind = pa.schema([kind.field("image"), ("coarse", pa.int64()), ("fine", pa.int64())], described)
+    write(tmp_path / "a.parquet", [{"image": ROW["image"], "coarse": 0, "fine": 0}], kind)
+    assert [*parquet(tmp_path).left] == ["choice of labels (coarse or fine: see --label)"]
 
 
 @pytest.mark.parametrize(

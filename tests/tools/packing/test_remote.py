@@ -1,9 +1,11 @@
 """Sources behind a URL: moto's S3 server and a plain HTTP server on the loopback."""
 
 import contextlib
+import errno
 import http.server
 import io
 import re
+import socket
 import tarfile
 import threading
 import zipfile
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.folders import Left
 from tests.tools.packing.test_build_dataset import command, fill
 from tests.tools.packing.test_parquet import shards
 from tests.tools.packing.test_run import Killed
@@ -24,6 +27,7 @@ from tools.packing import run as packing
 from tools.packing.journal import Journal
 from tools.packing.remote import Remote
 from tools.packing.sources import SOURCES
+from train.run.cli import as_function
 
 pytest.importorskip("aiohttp")
 
@@ -277,6 +281,48 @@ def test_no_secret_is_shown(
     assert any(SECRET in path for path in handler.requests)
 
 
+@pytest.mark.parametrize(
+    ("kind", "root", "message"),
+    [
+        ("coco", f"https://me:{SECRET}@host/coco?key={SECRET}", "https://host/coco: a URL"),
+        ("folder", f"zip://*.jpg::https://me:{SECRET}@host/a.zip", "a chain of URLs"),
+        ("folder", f"simplecache::https://me:{SECRET}@host/a", "a chain of URLs"),
+        ("folder", f"http://me:{SECRET}@[::1/a", "no valid URL"),
+        ("folder", f"http://me:{SECRET}@host:port/a", "no valid URL"),
+        ("folder", f"http://:{SECRET}@/a", "no valid URL"),
+    ],
+)
+def test_urls_that_cannot_be_read_show_no_secret(
+    tmp_path: Path, kind: str, root: str, message: str
+) -> None:
+    """Without it the password is in the message of just those URLs, or a traceback is."""
+    with as_function(), pytest.raises(UserError, match=message) as error:
+        pack(kind, root, tmp_path / "o.beton")
+    assert SECRET not in str(error.value)
+
+
+def test_a_scheme_in_upper_case(local: Path, tmp_path: Path) -> None:
+    """Schemes have no case (RFC 3986, section 3.1)."""
+    with served(local / "set") as (url, _):
+        pack("folder", url.replace("http:", "HTTP:") + "/folder", tmp_path / "a.beton")
+    assert is_same(local, "folder", tmp_path / "a.beton")
+
+
+def test_a_library_that_connects_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a server of ftp:// that is lost has the message "None", and is not tried again."""
+    tries = []
+
+    def connect() -> None:
+        tries.append(1)
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "no")
+
+    monkeypatch.setattr(remote, "WAITS", (0,))
+    with pytest.raises(OSError, match="Connection refused") as error:
+        remote.again(lambda fs: None, connect)
+    assert len(tries) == 2
+    assert SECRET not in str(error.value)
+
+
 def test_urls_where_no_source_is_meant(tmp_path: Path) -> None:
     """The output, the list and the sources of fixed layouts are files of this machine."""
     for arguments in (
@@ -344,3 +390,28 @@ def test_s3_without_bucket_file_or_rights(bucket: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             pack("folder", url, tmp_path / "o.beton")
+
+
+def test_a_silent_s3_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the libraries' own repetitions multiply with ours: a server that takes connections
+    and never answers holds a command for three hours.
+    """
+    pytest.importorskip("s3fs")
+    import fsspec
+
+    monkeypatch.setattr(remote, "WAITS", (0,))
+    monkeypatch.setattr(remote, "_SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        with pytest.raises(UserError, match="2 times"):
+            list(Remote.of("s3://images/set").walk(Left()))
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        silent.setblocking(False)
+        connections = 0
+        with contextlib.suppress(BlockingIOError):
+            while silent.accept():
+                connections += 1
+    assert connections == 2

@@ -113,7 +113,7 @@ def test_what_cannot_be_taken() -> None:
     taken = subset(source, 4, seed=0)
     assert (len(taken), taken.faults) == (5, {0: "cut short"})  # it is named, whatever is chosen
     source.labels = None
-    with pytest.raises(UserError, match="--subset-lt: the images have no labels"):
+    with pytest.raises(UserError, match="--subset-lt: the images have no labels; imagefolder"):
         subset(source, 4, seed=0, long_tailed=True)
 
 
@@ -146,7 +146,9 @@ def test_a_subset_of_parquet_keeps_no_other_rows(tmp_path: Path) -> None:
 
 
 def test_a_part_of_nothing(tmp_path: Path) -> None:
-    """Without it --subset-lt alone is silently without effect."""
+    """Without it --subset-lt or --seed alone is silently without effect."""
     fill(tmp_path / "in", "a.jpg")
     with pytest.raises(UserError, match="--subset-lt needs --subset"):
         run("folder", tmp_path / "in", tmp_path / "o.beton", "--subset-lt")
+    with pytest.raises(UserError, match="--seed needs --subset"):
+        run("folder", tmp_path / "in", tmp_path / "o.beton", "--seed", "3")

@@ -110,6 +110,27 @@ def test_samples_with_several_images(tmp_path: Path) -> None:
     assert webdataset(tmp_path).faults == {1: "duplicate path"}
 
 
+def test_endings_are_named_as_people_write_them(tmp_path: Path) -> None:
+    """Without it `--label .CLS` finds no label of KEY.cls, and shards of `a.input.jpg` hold nothing
+    and nobody is told what they do hold.
+    """
+    tar(tmp_path / "0.tar", {"a.input.jpg": jpeg(1), "a.mask.png": b"", "a.CLS": b"3"})
+    source = webdataset(tmp_path, image=".input.JPG", label=".CLS")
+    assert source.names == ["0.tar/a.input.jpg"]
+    assert source.labels is not None
+    assert source.labels.tolist() == [3]
+    with pytest.raises(UserError, match=r"no images; left aside: .*1 \.input\.jpg.*--image NAME"):
+        webdataset(tmp_path)
+
+
+def test_a_file_whose_name_ends_in_a_dot(tmp_path: Path) -> None:
+    """Without it the image of its sample is lost, and it is read as one itself."""
+    tar(tmp_path / "0.tar", {"a.": b"text", "a.jpg": jpeg(1), "b.": b"text"})
+    source = webdataset(tmp_path)
+    assert source.names == ["0.tar/a.jpg"]
+    assert not source.faults
+
+
 def test_missing_shards(tmp_path: Path) -> None:
     """Without it a set without its last shards is packed as whole."""
     shards(tmp_path, 2)
