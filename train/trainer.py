@@ -107,16 +107,17 @@ class Trainer:
         )
 
     def _load_data(self) -> BatchSource:
-        data, train, efficiency = self.config.data, self.config.train, self.config.efficiency
+        config = self.config  # views_of holds it alone: holding self, it would keep a run's lock
+        data, train, efficiency = config.data, config.train, config.efficiency
         return make_loader(
             self.beton,
-            self.config.loaded(self.config.views),
+            config.loaded(config.views),
             train.batch_size,
             crops=data.crops,
             backend=data.backend,
             order=data.order,
             window_bytes=round(data.window_gb * 1e9),
-            views_of=lambda epoch: self.config.loaded(self.config.views_of(epoch)),
+            views_of=lambda epoch: config.loaded(config.views_of(epoch)),
             seed=train.seed,
             device=self.accelerator.device,
             dtype=_DTYPES[efficiency.precision],

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import kmeans as module
 from evaluation.segment import assign
+from model import kmeans as module
 from model.kmeans import (
     RECIPES,
     Clusters,

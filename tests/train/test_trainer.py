@@ -1,9 +1,11 @@
 """The run as a whole: it trains, stops and resumes exactly where it stopped, but not with other
 settings or data."""
 
+import gc
 import json
 import os
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +160,18 @@ def test_stopping_early_and_resuming_is_exact(whole: RunConfig, tmp_path: Path) 
     config = replace(whole, log=replace(log, keep=9), data=replace(whole.data, threads=2))
     trainer(config, "auto").train()
     assert_same_run(config, whole)
+
+
+def test_a_trainer_is_freed_with_its_last_name(beton: Path, tmp_path: Path) -> None:
+    """Without it a circle of references keeps the model's memory and the lock on the run's folder
+    until the garbage collector comes, and the run cannot go on in another process."""
+    gc.collect()
+    gc.disable()
+    try:
+        freed = weakref.ref(trainer(small_run(beton, tmp_path)))
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_two_processes(beton: Path, tmp_path: Path) -> None:
