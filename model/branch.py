@@ -97,9 +97,12 @@ class Branch(nn.Module):
         gradients, but the norms are treated alike.
         """
         last = 0 if count is None else self.encoder.stages - count
-        self._resting = self.encoder.weights_up_to(last) if last else frozenset()
+        resting = self.encoder.weights_up_to(last) if last else frozenset()
         if count == 0:
-            self._resting = self._learning  # a last normalisation belongs to no stage
+            resting = self._learning  # a last normalisation belongs to no stage
+        if resting == self._resting:
+            return  # modes that a caller has set stay
+        self._resting = resting
         for name, weight in self.encoder.named_parameters():
             weight.requires_grad_(learns and name in self._learning - self._resting)
         self.train(self.training)
