@@ -16,12 +16,11 @@ from model.names import Branch, with_counts
 from model.timm_encoder import TimmEncoder, create, facts, first_line
 from pipeline.errors import UserError, printable
 from train.pretrained import load_model, read_record
-from train.run.checkpoint import check_weights, find, is_checkpoint
+from train.run.checkpoint import check_weights, find
 from train.weights import (
-    FOLDER_CONFIG,
-    FOLDER_WEIGHTS,
     Backbone,
     describe,
+    origin,
     read_backbone,
     read_file,
     read_weights,
@@ -35,10 +34,7 @@ def read_encoder(
     if `arch` is timm:NAME, of any file with its weights. Names are timm's, without the classifier.
     Raises UserError.
     """
-    if source.name == FOLDER_WEIGHTS and is_checkpoint(source.parent):
-        source = source.parent  # its record says what the weights are
-    if (source / FOLDER_CONFIG).is_file():
-        source = source / FOLDER_WEIGHTS
+    source = origin(source)
     if source.is_dir():
         record = read_record(find(source))
         metadata = describe(record, branch)

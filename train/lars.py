@@ -67,9 +67,7 @@ class LARS(Optimizer):
         """One step of tensors that share a device and a type."""
         # The fused update needs the weights' memory layout; gradients may have another one.
         updates = [
-            gradient
-            if gradient.stride() == weight.stride()
-            else torch.empty_like(weight).copy_(gradient)
+            laid_out_like(weight, gradient)
             for weight, gradient in zip(weights, gradients, strict=True)
         ]
         if (scale := getattr(self, "grad_scale", None)) is not None:
@@ -106,3 +104,10 @@ def _adapt(weights: list[Tensor], updates: list[Tensor], group: dict[str, Any]) 
     usable = (norms[0] > 0) & (norms[1] > 0)
     trust = torch.where(usable, group["eta"] * norms[0] / norms[1], 1.0)
     torch._foreach_mul_(updates, trust.unbind())
+
+
+def laid_out_like(weight: Tensor, value: Tensor) -> Tensor:
+    """`value`, of the shape of `weight`, in its memory layout."""
+    if value.stride() == weight.stride():
+        return value
+    return torch.empty_like(weight, dtype=value.dtype).copy_(value)

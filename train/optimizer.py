@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import SlotCon
 from train.config import TrainConfig
-from train.lars import LARS
+from train.lars import LARS, laid_out_like
 
 BETA2 = 0.999
 _POSITIONS = re.compile(r"pos_embed|position|rel_pos|_token|relative_")
@@ -38,7 +38,7 @@ class AdamW(torch.optim.AdamW):
         """One update of every parameter that has a gradient, without waiting for the device."""
         for weight in self._weights():
             if weight.grad is not None:  # the fused update needs the weight's memory layout
-                weight.grad = _like(weight.grad, weight)
+                weight.grad = laid_out_like(weight, weight.grad)
         loss = super().step(closure)
         if (found_inf := getattr(self, "found_inf", None)) is not None:
             self.skipped += found_inf != 0
@@ -49,7 +49,7 @@ class AdamW(torch.optim.AdamW):
         super().load_state_dict(state_dict)
         for weight, state in self.state.items():
             for name, value in state.items():
-                state[name] = _like(value, weight) if value.ndim else value
+                state[name] = laid_out_like(weight, value) if value.ndim else value
 
     def _weights(self) -> Iterable[Tensor]:
         return (weight for group in self.param_groups for weight in group["params"])
@@ -94,10 +94,3 @@ def _groups(
         | ({} if scale == 1 else {"lr_scale": scale})
         for (scale, decayed), weights in groups.items()
     ]
-
-
-def _like(value: Tensor, weight: Tensor) -> Tensor:
-    """`value` in the memory layout of `weight`."""
-    if value.stride() == weight.stride():
-        return value
-    return torch.empty_like(weight, dtype=value.dtype).copy_(value)

@@ -89,7 +89,7 @@ def read_backbone(
             `branch` is "student" and `source` holds the teacher; or it holds several ResNets whose
             prefixes do not say which is which.
     """
-    source = _origin(source)
+    source = origin(source)
     if source.is_dir():
         record = read_record(find(source))
         state, metadata = load_model(source)[0].state_dict(), describe(record, branch)
@@ -123,11 +123,11 @@ def read_backbone(
 
 def weights_file(source: Path) -> Path:
     """The file that holds the weights of what `read_backbone` reads. Raises UserError."""
-    source = _origin(source)
+    source = origin(source)
     return find(source) / FOLDER_WEIGHTS if source.is_dir() else source
 
 
-def _origin(source: Path) -> Path:
+def origin(source: Path) -> Path:
     """A checkpoint's folder for its weights, as its record says what they are; the weights of a
     folder for the Hugging Face Hub; anything else as it is."""
     if source.name == FOLDER_WEIGHTS and is_checkpoint(source.parent):
