@@ -336,6 +336,7 @@ class RunConfig(Bounded):
             self.train.view_sizes,
             f"of sides that end with views.size ({self.views.size})",
         )
+        self._check_masks(sides)
         check_start(self)
         check_frozen(self)
         # check_masks(self)
@@ -358,7 +359,16 @@ class RunConfig(Bounded):
             return views
         low, high = views.blur_sigma
         sigma = (min(100.0, factor * low), min(100.0, factor * high))
-        return replace(views, size=factor * views.size, blur_sigma=sigma)
+        cell = factor * views.mask_cell
+        return replace(views, size=factor * views.size, mask_cell=cell, blur_sigma=sigma)
+
+    def _check_masks(self, sides: list[int]) -> None:
+        """Whether views of all these sides can be masked."""
+        for side in sides:
+            try:
+                replace(self.views, size=side)
+            except ValueError as error:
+                raise ValueError(f"train.view_sizes has views of {side} pixels: {error}") from None
 
     def _check_stages(self, side: int) -> None:
         """Whether the smallest views, of this side, have enough cells at each supervised stage."""
