@@ -163,6 +163,7 @@ class SlotCon(Objective):
         if masks is None:
             return
         side = views.shape[-1] // self.config.strides[self.config.stages]
+        side //= 1 if self.guide is None else self.guide.factor
         shape = (2, views.shape[1], side, side)
         if masks.shape != shape or masks.dtype != torch.bool:
             given = f"{masks.dtype} {list(masks.shape)}"

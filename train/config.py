@@ -336,10 +336,9 @@ class RunConfig(Bounded):
             self.train.view_sizes,
             f"of sides that end with views.size ({self.views.size})",
         )
-        self._check_masks(sides)
         check_start(self)
         check_frozen(self)
-        # check_masks(self)
+        check_masks(self)
         patience = self.train.stop_on_plateau
         scored = patience is None or self.eval.every is not None
         require(scored, "train.stop_on_plateau", patience, "null without eval.every")
@@ -361,14 +360,6 @@ class RunConfig(Bounded):
         sigma = (min(100.0, factor * low), min(100.0, factor * high))
         cell = factor * views.mask_cell
         return replace(views, size=factor * views.size, mask_cell=cell, blur_sigma=sigma)
-
-    def _check_masks(self, sides: list[int]) -> None:
-        """Whether views of all these sides can be masked."""
-        for side in sides:
-            try:
-                replace(self.views, size=side)
-            except ValueError as error:
-                raise ValueError(f"train.view_sizes has views of {side} pixels: {error}") from None
 
     def _check_stages(self, side: int) -> None:
         """Whether the smallest views, of this side, have enough cells at each supervised stage."""

@@ -208,7 +208,6 @@ class Trainer:
             self.slotcon.forget_capacity()  # the first step with this size counts the slots
         rests = epoch < self.config.train.freeze_encoder_epochs
         self.slotcon.train_stages(0 if rests else self.config.train.trainable_stages)
-        self.slotcon.set_teacher_temp(self._teacher_temp(epoch))
         while run.step < end:
             self._train_step(batches)
             run.advance()
@@ -233,7 +232,10 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         lr, momentum = self._schedule(self.run.step)
-        set_rate(self.optimizer, lr, self._weight_decay(self.run.step))
+        scheduled = self._scheduled(self.run.step)
+        set_rate(self.optimizer, lr, scheduled.get("weight_decay"))
+        if (temperature := scheduled.get("teacher_temp")) is not None:
+            self.slotcon.set_teacher_temp(temperature)
         own_teacher = self.run.step < self.average_from
         if not own_teacher:
             if self.run.step == self.average_from:
@@ -255,6 +257,7 @@ class Trainer:
                     micro_batches=count,
                     draw=(self.config.train.seed, self.run.step * count + micro),
                     own_teacher=own_teacher,
+                    masks=batch.masks,
                 )
                 self.accelerator.backward(output.loss / count)
             self.meter.add(output)
@@ -290,17 +293,20 @@ class Trainer:
         base, total = train.teacher_momentum, self.total_steps
         return lr, teacher_momentum(step, base=base, total_steps=total, begin=begin)
 
-    def _weight_decay(self, step: int) -> float | None:
-        """The decay of `step`; None if it never changes."""
-        first, last = self.config.train.weight_decay, self.config.train.final_weight_decay
-        if last is None:
-            return None
-        return weight_decay(step, first=first, last=last, total_steps=self.total_steps)
-
-    def _teacher_temp(self, epoch: int) -> float:
-        first, last = self.config.train.warmup_teacher_temp, self.config.model.teacher_temp
-        count = self.config.train.warmup_teacher_temp_epochs
-        return teacher_temp(epoch, first=first or last, last=last, warmup_epochs=count)
+    def _scheduled(self, step: int) -> dict[str, float]:
+        """Those of weight decay and teacher temperature that change in the run, at `step`."""
+        train, rates = self.config.train, dict[str, float]()
+        if (last := train.final_weight_decay) is not None:
+            first, total = train.weight_decay, self.total_steps
+            rates["weight_decay"] = weight_decay(step, first=first, last=last, total_steps=total)
+        if (warm := train.warmup_teacher_temp) is not None:
+            rates["teacher_temp"] = teacher_temp(
+                step // self.loader.steps_per_epoch,
+                first=warm,
+                last=self.config.model.teacher_temp,
+                warmup_epochs=train.warmup_teacher_temp_epochs,
+            )
+        return rates
 
     def _store_teacher(self) -> None:
         """Make the teacher what it is for whoever reads its weights now, if so far it has been the
@@ -332,6 +338,7 @@ class Trainer:
             "near_duplicates": reading.duplicates,
             "lr": lr,
             "teacher_momentum": momentum,
+            **self._scheduled(run.step - 1),
             **speed,
         }
         if self.config.data.on_corrupt == "replace":
