@@ -1,4 +1,4 @@
-"""Runs of SlotMIM: what the trainer adds to a step, resumed bit for bit, refused where it cannot work."""
+"""Runs of SlotMIM: what the trainer adds to a step, resumed bit for bit, refused if impossible."""
 
 import json
 from dataclasses import replace
@@ -146,7 +146,7 @@ def test_a_collapse_is_told(beton: Path, tmp_path: Path) -> None:
             branch.grouping.prototypes[1:] = -branch.grouping.prototypes[0]
             last: Any = branch.projector[-1]  # type: ignore[index]
             last.bias.copy_(branch.grouping.prototypes[0])
-    with pytest.raises(Collapsed, match="1.0 active slots an image"):
+    with pytest.raises(Collapsed, match=r"1\.0 active slots an image"):
         run.train()
 
 
