@@ -1,4 +1,4 @@
-"""Convert a checkpoint of the authors' code (github.com/CVMI-Lab/SlotCon).
+"""Convert a checkpoint of the authors' code (github.com/CVMI-Lab/SlotCon or SlotMIM).
 
 A full checkpoint becomes the folder of a run, for evaluation, export and transfer. A checkpoint of
 a backbone becomes a file of weights under torchvision's names. The file may hold tensors, plain
@@ -44,17 +44,20 @@ def main() -> None:
     content, metadata = read_file(args.file)
     tensors = tensors_in(content)
     stated = {"data": args.data, "epochs": args.epochs and str(args.epochs)}
-    if any(name.split(".")[-3:] == PROTOTYPES.split(".") for name in tensors):
+    ends = {".".join(name.split(".")[-3:]) for name in tensors}
+    if anchor := next((name for name in PROTOTYPES if name in ends), None):
         if args.student or any(stated.values()):
             raise UserError(
                 f"--student, --data, --epochs: only for a backbone, and {args.file} holds more"
             )
-        state = state_below(tensors, PROTOTYPES, args.file, "a whole SlotCon")
+        state = state_below(tensors, anchor, args.file, "a whole SlotCon")
         official = read_official(args.file, state, content, metadata)
         import_run(official, args.out)
-        optimizer = official.args.get("optimizer", "lars")
-        if optimizer != "lars":
-            print(f"warning: trained with {optimizer}, not config.yaml's LARS", file=sys.stderr)
+        known = "LARS" if anchor == PROTOTYPES[0] else "AdamW"
+        optimizer = str(official.args.get("optimizer", known))
+        if optimizer.lower() != known.lower():
+            message = f"warning: trained with {optimizer}, not config.yaml's {known}"
+            print(message, file=sys.stderr)
         steps = f"{official.step:,}" if official.step else "an unknown number of"
         print(f"{args.out}: a run of {steps} steps")
     else:

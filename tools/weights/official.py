@@ -1,4 +1,6 @@
-"""Checkpoints of the authors' code (github.com/CVMI-Lab/SlotCon) as runs and as backbones."""
+"""Checkpoints of the authors' code (github.com/CVMI-Lab/SlotCon and SlotMIM) as runs and as
+backbones.
+"""
 
 import argparse
 import json
@@ -12,12 +14,12 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, SlotCon
-from model.architectures import ARCHITECTURES
+from model.architectures import ARCHITECTURES, IMAGENET
 from model.names import Branch, arch_of, resnets_in
 from model.official import from_official
 from pipeline.errors import UserError
 from tools.weights.official_settings import with_official_settings
-from train.config import DataConfig, RunConfig, from_dict
+from train.config import DataConfig, RunConfig, from_dict, load_config
 from train.run.checkpoint import Record, check_weights, write_model
 from train.run.cli import check_writable
 from train.run.provenance import new_folder, provenance, write_bytes
@@ -25,7 +27,13 @@ from train.run.settings import to_dict, to_yaml
 from train.weights import read_backbone, safetensors_bytes
 
 _DIGITS = 15  # of a count: no run has more steps
-PROTOTYPES, HIDDEN = "grouping_k.slot_embed.weight", "projector_k.mlp.0.weight"
+PROTOTYPES = ("grouping_k.slot_embed.weight", "grouping_k.prototypes_patch.weight")
+"""A name that each whole checkpoint has: SlotCon's, SlotMIM's."""
+HIDDEN, PATCHES = "projector_k.mlp.0.weight", "encoder_k.patch_embed.proj.weight"
+VITS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
+"""timm's names of the ViTs of SlotMIM by their width; all have patches of 16 pixels."""
+RECIPE = "slotmim/cocoplus_vitb_800ep"
+"""What a checkpoint of SlotMIM is taken to be trained with, where it does not say."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +96,19 @@ def import_run(official: Official, out: Path) -> None:
 def loaded(official: Official) -> SlotCon:
     """SlotCon with these weights; its sizes follow from their shapes. Raises UserError."""
     state, source = official.state, official.source
-    arch = arch_of(resnets_in(state).get("encoder_k.", ()))
-    if arch not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{source}: damaged, or its encoder is none of {known}")
-    if HIDDEN not in state or state[PROTOTYPES].ndim != 2:
+    name = next(name for name in PROTOTYPES if name in state)
+    slotmim = name == PROTOTYPES[1]
+    arch = vit_of(state) if slotmim else arch_of(resnets_in(state).get("encoder_k.", ()))
+    known = [f"ViT-{size}/16" for size in VITS.values()] if slotmim else ARCHITECTURES
+    if arch is None or not (slotmim or arch in ARCHITECTURES):
+        raise UserError(f"{source}: damaged, or its encoder is none of {', '.join(known)}")
+    if HIDDEN not in state or state[name].ndim != 2:
         raise UserError(f"{source}: damaged: no {HIDDEN}, or prototypes of a wrong shape")
-    prototypes, dim = state[PROTOTYPES].shape
+    prototypes, dim = state[name].shape
     hidden = state[HIDDEN].shape[0] if state[HIDDEN].ndim else 0
+    own: dict[str, Any] = {"objective": "slotmim", "image_stats": IMAGENET} if slotmim else {}
     try:
-        config = ModelConfig(arch, hidden, dim, prototypes)
+        config = ModelConfig(arch, hidden, dim, prototypes, **own)
         with torch.device("meta"):  # takes no memory: the sizes are those that the file claims
             from_official(state, SlotCon(config).state_dict())
         model = SlotCon(config)
@@ -109,10 +120,21 @@ def loaded(official: Official) -> SlotCon:
     return model
 
 
+def vit_of(state: Mapping[str, Tensor]) -> str | None:
+    """The architecture of SlotMIM's encoder; None if it is none of `VITS`."""
+    shape = tuple(state[PATCHES].shape) if PATCHES in state else (0,)
+    known = len(shape) == 4 and shape[1:] == (3, 16, 16) and shape[0] in VITS
+    return f"timm:vit_{VITS[shape[0]]}_patch16_224" if known else None
+
+
 def configured(official: Official, model: ModelConfig, name: str) -> RunConfig:
     """The run's configuration: settings from the file, defaults for the rest. Raises UserError."""
     try:
-        config = RunConfig(name, DataConfig("unknown"), model=model)
+        config = RunConfig(name, DataConfig("unknown"))
+        if model.hides_patches:
+            told = ["--name", name, "--data.path", "unknown", "--config", RECIPE]
+            config = load_config(told)[0]
+        config = replace(config, model=replace(model, drop_path=config.model.drop_path))
         # Read back to check the types: a dataclass accepts values of any type.
         return from_dict(to_dict(with_official_settings(config, official.args, model)))
     except (ValueError, TypeError) as error:

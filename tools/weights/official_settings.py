@@ -57,7 +57,10 @@ def with_official_settings(
         if type(batch) is not int or type(processes) is not int:  # a text times a number is a text
             raise ValueError("train.batch_size must be a whole number")
         changed["train"]["batch_size"] = batch * processes
-    for size in ("arch", "dim_hidden", "dim_out", "num_prototypes"):
+    sizes = ("arch", "dim_hidden", "dim_out", "num_prototypes", "objective", "image_stats")
+    for size in sizes:
         changed["model"][size] = getattr(model, size)
+    if model.hides_patches:  # SlotMIM's code reads these, and leaves others unused
+        changed["train"] |= {"warmup_multiplier": None}
     parts = {part: replace(getattr(config, part), **values) for part, values in changed.items()}
     return replace(config, **parts)
