@@ -221,7 +221,7 @@ def start_of(bench: Bench, variant: str | None = None) -> SlotCon:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_model(varied(bench.config, variant))
-        spread_prototypes(model, _few_views(bench)[0])
+        spread_prototypes(model, _few_views(bench, variant)[0])
     return model
 
 
@@ -230,7 +230,7 @@ def step_works(bench: Bench, ways: Sequence[Way]) -> Iterator[Work]:
     for backend, variant in ways:
         config = varied(bench.config, variant)
         model = start_of(bench, variant).to(bench.device)
-        data = step_data(bench, config.views.size, bench.batch, backend)
+        data = step_data(bench, config, bench.batch, backend)
         train = make_step(model, config, backend, bench.dtype)
         yield _work(bench, backend, variant, partial(train, *data))
 
@@ -263,13 +263,15 @@ def _counted(bench: Bench, variant: str | None, detail: StepDetail) -> StepDetai
     """With what a step of one image takes, whatever the machine."""
     config = varied(bench.config, variant)
     with torch.no_grad():
-        pairs = float(start_of(bench, variant)(*_few_views(bench)).stats["active_pairs"])
+        views = _few_views(bench, variant)
+        pairs = float(start_of(bench, variant)(*views).stats["active_pairs"])
     gflop = gflop_of(config, config.views.size)
     return replace(detail, gflop=gflop, active_pairs=pairs)
 
 
-def _few_views(bench: Bench) -> tuple[Tensor, ...]:
-    views = bench.config.loaded(bench.config.views)
+def _few_views(bench: Bench, variant: str | None) -> tuple[Tensor, ...]:
+    config = varied(bench.config, variant)
+    views = config.loaded(config.views)
     return step_views(min(bench.batch, 8), views.size, like=views)
 
 
@@ -284,13 +286,13 @@ def _work(bench: Bench, backend: str, variant: str | None, call: Callable[[], ob
     return Work("step", backend, call, bench.batch, bench.batch, threads, operation=variant)
 
 
-def step_data(bench: Bench, side: int, batch: int, backend: str) -> tuple[Tensor, ...]:
+def step_data(bench: Bench, config: RunConfig, batch: int, backend: str) -> tuple[Tensor, ...]:
     """A batch in the layout that a backend gets in training. Raises UserError."""
-    if batch * bench.config.model.cells_of(side) < 2:
+    side = config.views.size
+    if batch * config.model.cells_of(side) < 2:
         raise UserError(f"--batch {batch}: one cell of {side} pixels has no variance")
-    side *= bench.config.train.teacher_resolution
-    like = bench.config.loaded(bench.config.views)
-    views, *others = step_views(batch, side, like=like, device=bench.device, dtype=bench.dtype)
+    like = config.loaded(config.views)
+    views, *others = step_views(batch, like.size, like=like, device=bench.device, dtype=bench.dtype)
     if backend == "fast":
         views = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         views = views.unflatten(0, (2, batch))
@@ -364,8 +366,8 @@ def _fits(bench: Bench, backend: str, variant: str | None, batch: int) -> bool:
     gc.collect()
     torch.cuda.empty_cache()
     try:
-        data = step_data(bench, bench.config.views.size, batch, backend)
         config = varied(bench.config, variant)
+        data = step_data(bench, config, batch, backend)
         model = build_model(config).to(bench.device)
         train = make_step(model, config, backend, bench.dtype)
         for _ in range(2):
