@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """images.beton, and data/{train,val}/{images,labels}."""
     folder = tmp_path_factory.mktemp("slotmim")
     write_beton(folder / "images.beton", varied(8))
-    write_folder_set(folder / "data", 6, 3, (SIDE, 80))
+    write_folder_set(folder / "data", 10, 10, (SIDE, 80))  # whitening needs many cells
     return folder
 
 
@@ -107,8 +107,10 @@ def timm_maps(net: Any) -> Tensor:
     own = [torch.tensor(config[name])[:, None, None] for name in ("mean", "std")]
     given = (images() * std + mean - own[0]) / own[1]
     with torch.inference_mode():
-        found: Tensor = net.eval().forward_intermediates(given, intermediates_only=True)[-1]
-    return found
+        maps: list[Tensor] = net.eval().forward_intermediates(
+            given, norm=True, intermediates_only=True
+        )
+    return maps[-1]
 
 
 # ---- Evaluation ----
