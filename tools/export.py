@@ -33,7 +33,7 @@ formats:
   detectron2   .pkl for MODEL.WEIGHTS (INPUT.FORMAT "RGB", RESNETS.STRIDE_IN_1X1 False)
   mmseg        .pth for init_cfg=dict(type='Pretrained', checkpoint=...) of type='ResNet'
   huggingface  a new folder: weights, timm's configuration, a model card
-  official     .pth with the whole of SlotCon under the names of the authors' code
+  official     .pth with the whole of SlotCon or SlotMIM under the names of the authors' code
 """
 
 

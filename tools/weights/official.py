@@ -1,11 +1,11 @@
-"""Checkpoints of the authors' code (github.com/CVMI-Lab/SlotCon and SlotMIM) as runs and as
+"""Checkpoints of the authors' code (CVMI-Lab/SlotCon and SlotMIM on GitHub) as runs and as
 backbones.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,28 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, SlotCon
-from model.architectures import ARCHITECTURES, IMAGENET
-from model.names import Branch, arch_of, resnets_in
+from model.architectures import ARCHITECTURES, IMAGENET, is_timm
+from model.config import Objective
+from model.names import Branch, arch_of, choose, resnets_in
 from model.official import from_official
 from pipeline.errors import UserError
-from tools.weights.official_settings import with_official_settings
-from train.config import DataConfig, RunConfig, from_dict, load_config
+from tools.weights.official_settings import recipe, with_official_settings
+from tools.weights.vits import PATCHES, VITS, vit_of
+from train.config import DataConfig, RunConfig, from_dict
+from train.encoders import read_encoder
 from train.run.checkpoint import Record, check_weights, write_model
 from train.run.cli import check_writable
 from train.run.provenance import new_folder, provenance, write_bytes
 from train.run.settings import to_dict, to_yaml
-from train.weights import read_backbone, safetensors_bytes
+from train.weights import read_file, safetensors_bytes, tensors_in
 
 _DIGITS = 15  # of a count: no run has more steps
-PROTOTYPES = ("grouping_k.slot_embed.weight", "grouping_k.prototypes_patch.weight")
-"""A name that each whole checkpoint has: SlotCon's, SlotMIM's."""
-HIDDEN, PATCHES = "projector_k.mlp.0.weight", "encoder_k.patch_embed.proj.weight"
-VITS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
-"""timm's names of the ViTs of SlotMIM by their width; all have patches of 16 pixels."""
-RECIPE = "slotmim/cocoplus_vitb_800ep"
-"""What a checkpoint of SlotMIM is taken to be trained with, where it does not say."""
+PROTOTYPES: dict[Objective, str] = {
+    "slotcon": "grouping_k.slot_embed.weight",
+    "slotmim": "grouping_k.prototypes_patch.weight",
+}
+"""The entry that a full checkpoint of each objective has."""
+HIDDEN, ENCODER = "projector_k.mlp.0.weight", "encoder_k."
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Official:
     """A full checkpoint of the authors' code."""
 
     source: Path
+    objective: Objective
     state: dict[str, Tensor]
     """Weights by the authors' names, without `module.`."""
     args: dict[str, Any]
@@ -53,8 +56,18 @@ class Official:
     """Identity of the training data, as far as known: see Record.data."""
 
 
+def objective_of(names: Iterable[str]) -> Objective | None:
+    """What the full checkpoint with these entries was trained for; None if it is none."""
+    ends = {".".join(name.split(".")[-3:]) for name in names}
+    return next((objective for objective, entry in PROTOTYPES.items() if entry in ends), None)
+
+
 def read_official(
-    source: Path, state: dict[str, Tensor], content: Mapping[str, Any], metadata: Mapping[str, str]
+    source: Path,
+    objective: Objective,
+    state: dict[str, Tensor],
+    content: Mapping[str, Any],
+    metadata: Mapping[str, str],
 ) -> Official:
     """All that is known about a full checkpoint. `metadata`: the facts that tools.export wrote."""
     args, scheduler = content.get("args"), content.get("scheduler")
@@ -68,8 +81,17 @@ def read_official(
     }
     if licence := metadata.get("data_license"):
         identity["license"] = licence
-    step = count(steps or metadata.get("step"))
-    return Official(source, state, settings, step, count(content.get("epoch")), identity)
+    epoch = count(content.get("epoch"))
+    step = count(steps or metadata.get("step")) or epoch * _steps_per_epoch(settings)
+    return Official(source, objective, state, settings, step, epoch, identity)
+
+
+def _steps_per_epoch(settings: Mapping[str, Any]) -> int:
+    """As the authors' sampler and loader make them; 0 if the settings do not say it."""
+    images, batch, processes = (
+        count(settings.get(name)) for name in ("num_instances", "batch_size", "world_size")
+    )
+    return -(-images // processes) // batch if images and batch and processes else 0
 
 
 def count(value: object) -> int:
@@ -78,11 +100,12 @@ def count(value: object) -> int:
     return int(digits) if digits.isdecimal() and len(digits) <= _DIGITS else 0
 
 
-def import_run(official: Official, out: Path) -> None:
+def import_run(official: Official, out: Path, arch: str | None = None) -> None:
     """Write the folder of a run: one checkpoint, its configuration, and a line of metrics with the
-    steps and epochs done. Raises UserError.
+    steps and epochs done. `arch`: timm:NAME of a ViT that its weights do not tell. Raises
+    UserError.
     """
-    model = loaded(official)
+    model = loaded(official, arch)
     config = configured(official, model.config, run_name(out))
     settings = to_dict(config)
     record = Record(official.step, settings, official.data, 0.0, [], origin(official))
@@ -93,22 +116,25 @@ def import_run(official: Official, out: Path) -> None:
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
-def loaded(official: Official) -> SlotCon:
-    """SlotCon with these weights; its sizes follow from their shapes. Raises UserError."""
+def loaded(official: Official, arch: str | None = None) -> SlotCon:
+    """The model with these weights; its sizes follow from their shapes. Raises UserError."""
     state, source = official.state, official.source
-    name = next(name for name in PROTOTYPES if name in state)
-    slotmim = name == PROTOTYPES[1]
-    arch = vit_of(state) if slotmim else arch_of(resnets_in(state).get("encoder_k.", ()))
-    known = [f"ViT-{size}/16" for size in VITS.values()] if slotmim else ARCHITECTURES
+    slotmim = official.objective == "slotmim"
+    if slotmim:
+        arch, known = arch or vit_of(state, ENCODER), [*VITS.values(), "those of --arch"]
+    else:
+        arch, known = arch_of(resnets_in(state).get(ENCODER, ())), list(ARCHITECTURES)
     if arch is None or not (slotmim or arch in ARCHITECTURES):
         raise UserError(f"{source}: damaged, or its encoder is none of {', '.join(known)}")
-    if HIDDEN not in state or state[name].ndim != 2:
+    centres = state[PROTOTYPES[official.objective]]
+    if HIDDEN not in state or centres.ndim != 2:
         raise UserError(f"{source}: damaged: no {HIDDEN}, or prototypes of a wrong shape")
-    prototypes, dim = state[name].shape
+    prototypes, dim = centres.shape
     hidden = state[HIDDEN].shape[0] if state[HIDDEN].ndim else 0
-    own: dict[str, Any] = {"objective": "slotmim", "image_stats": IMAGENET} if slotmim else {}
     try:
-        config = ModelConfig(arch, hidden, dim, prototypes, **own)
+        config = ModelConfig(arch, hidden, dim, prototypes, objective=official.objective)
+        if slotmim:
+            config = replace(config, image_stats=IMAGENET)  # of its views, not of timm's weights
         with torch.device("meta"):  # takes no memory: the sizes are those that the file claims
             from_official(state, SlotCon(config).state_dict())
         model = SlotCon(config)
@@ -120,21 +146,10 @@ def loaded(official: Official) -> SlotCon:
     return model
 
 
-def vit_of(state: Mapping[str, Tensor]) -> str | None:
-    """The architecture of SlotMIM's encoder; None if it is none of `VITS`."""
-    shape = tuple(state[PATCHES].shape) if PATCHES in state else (0,)
-    known = len(shape) == 4 and shape[1:] == (3, 16, 16) and shape[0] in VITS
-    return f"timm:vit_{VITS[shape[0]]}_patch16_224" if known else None
-
-
 def configured(official: Official, model: ModelConfig, name: str) -> RunConfig:
     """The run's configuration: settings from the file, defaults for the rest. Raises UserError."""
     try:
-        config = RunConfig(name, DataConfig("unknown"))
-        if model.hides_patches:
-            told = ["--name", name, "--data.path", "unknown", "--config", RECIPE]
-            config = load_config(told)[0]
-        config = replace(config, model=replace(model, drop_path=config.model.drop_path))
+        config = recipe(RunConfig(name, DataConfig("unknown")), model)
         # Read back to check the types: a dataclass accepts values of any type.
         return from_dict(to_dict(with_official_settings(config, official.args, model)))
     except (ValueError, TypeError) as error:
@@ -159,16 +174,24 @@ def origin(official: Official) -> dict[str, Any]:
     return provenance() | facts
 
 
-def import_backbone(source: Path, out: Path, branch: Branch, stated: Mapping[str, str]) -> None:
-    """Write a backbone under torchvision's names. `stated` holds facts that the file may lack.
+def import_backbone(
+    source: Path, out: Path, branch: Branch, stated: Mapping[str, str], arch: str | None = None
+) -> None:
+    """Write a backbone under torchvision's names, or a ViT under timm's. `stated` holds facts that
+    the file may lack; `arch`, timm:NAME, is of a ViT that its weights do not tell.
 
     Raises UserError, also if the file contradicts `stated`.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: {source} is only a backbone: give a .safetensors file")
     check_writable("--out", out, source)
-    backbone = read_backbone(source, branch=branch)
+    tensors = tensors_in(read_file(source)[0])
+    ends = [name.removesuffix(PATCHES) for name in tensors if name.endswith(PATCHES)]
+    prefix, side = choose(ends, branch) or ("", None)
+    backbone = read_encoder(source, arch or vit_of(tensors, prefix), branch)
     known = backbone.metadata
+    if is_timm(backbone.arch):  # the authors' views, not those of timm's weights
+        known = {"image_stats": json.dumps(IMAGENET)} | ({"branch": side} if side else {}) | known
     for name, value in stated.items():
         if known.get(name, value) != value:
             raise UserError(f"--{name} {value}: {source} says that it is {known[name]}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model import ModelConfig
+from model.architectures import timm_name
 from train.config import RunConfig
 
 NAMES = (
@@ -30,13 +31,65 @@ NAMES = (
     ("seed", "train", "seed"),
 )
 """(the authors' name in args, our section, our name) of each setting that both codes have."""
+SLOTMIM = (
+    *(row for row in NAMES if row[0] not in ("warmup_multiplier", "momentum")),  # no effect there
+    ("drop_path_rate", "model", "drop_path"),
+    ("pred_ratio", "views", "mask_ratio"),
+    ("pred_ratio_var", "views", "mask_ratio_spread"),
+    ("min_lr", "train", "final_lr"),
+    ("weight_decay_end", "train", "final_weight_decay"),
+    ("clip_grad", "train", "clip_grad"),
+    ("freeze_slots", "train", "freeze_prototypes_epochs"),
+    ("warmup_teacher_temp", "train", "warmup_teacher_temp"),
+    ("warmup_teacher_temp_epochs", "train", "warmup_teacher_temp_epochs"),
+)
+"""The same of SlotMIM."""
+RECIPE: dict[str, Any] = {
+    "batch_size": 1024,
+    "optimizer": "adamw",
+    "base_lr": 1.5e-4,
+    "warmup_epochs": 10,
+    "warmup_multiplier": None,
+    "warmup_reaches_peak": True,
+    "final_lr": 2e-6,
+    "weight_decay": 0.04,
+    "final_weight_decay": 0.4,
+    "decay_positions": True,
+    "clip_grad": 0.3,
+    "freeze_prototypes_epochs": 3,
+    "teacher_momentum": 0.996,
+    "warmup_teacher_temp": 0.04,
+    "warmup_teacher_temp_epochs": 50,
+}
+"""How SlotMIM's authors train on COCO+: for a file without settings, and what no setting says."""
+
+
+def recipe(config: RunConfig, model: ModelConfig) -> RunConfig:
+    """`config` with this model and the recipe of its authors. Raises ValueError."""
+    if not model.hides_patches:
+        return replace(config, model=model)
+    patch = model.strides[model.stages]
+    views = replace(config.views, mask_ratio=0.3, mask_ratio_spread=0.2, mask_cell=patch)
+    train = replace(config.train, **RECIPE)
+    return replace(config, model=replace(model, drop_path=0.1), views=views, train=train)
 
 
 def official_settings(config: RunConfig) -> dict[str, Any]:
     """A run's settings by the authors' names. Their batch_size is that of one process."""
-    settings = {theirs: getattr(getattr(config, part), ours) for theirs, part, ours in NAMES}
+    slotmim = config.model.hides_patches
+    names = SLOTMIM if slotmim else NAMES
+    settings = {theirs: getattr(getattr(config, part), ours) for theirs, part, ours in names}
     settings["dataset"] = Path(config.data.path).name
-    return settings | {"batch_size": config.train.batch_size, "world_size": 1}
+    settings |= {"batch_size": config.train.batch_size, "world_size": 1}
+    if not slotmim:
+        return settings
+    settings |= {name: 0 for name in ("clip_grad",) if settings[name] is None}
+    if settings["weight_decay_end"] is None:
+        settings["weight_decay_end"] = settings["weight_decay"]
+    if settings["warmup_teacher_temp"] is None:
+        settings["warmup_teacher_temp"] = settings["teacher_temp"]
+    arch = timm_name(config.model.arch).partition(".")[0].removesuffix("_224")
+    return settings | {"arch": arch, "optimizer": config.train.optimizer}
 
 
 def with_official_settings(
@@ -49,7 +102,9 @@ def with_official_settings(
     """
     stated = {theirs: value for theirs, value in args.items() if value is not None}
     changed: dict[str, dict[str, Any]] = {part: {} for _, part, _ in NAMES}
-    for theirs, part, ours in NAMES:
+    if model.hides_patches:
+        stated = _as_ours(stated)
+    for theirs, part, ours in SLOTMIM if model.hides_patches else NAMES:
         if theirs in stated:
             changed[part][ours] = stated[theirs]
     if "batch_size" in stated:
@@ -57,10 +112,20 @@ def with_official_settings(
         if type(batch) is not int or type(processes) is not int:  # a text times a number is a text
             raise ValueError("train.batch_size must be a whole number")
         changed["train"]["batch_size"] = batch * processes
-    sizes = ("arch", "dim_hidden", "dim_out", "num_prototypes", "objective", "image_stats")
-    for size in sizes:
+    for size in ("arch", "dim_hidden", "dim_out", "num_prototypes"):
         changed["model"][size] = getattr(model, size)
-    if model.hides_patches:  # SlotMIM's code reads these, and leaves others unused
-        changed["train"] |= {"warmup_multiplier": None}
     parts = {part: replace(getattr(config, part), **values) for part, values in changed.items()}
     return replace(config, **parts)
+
+
+def _as_ours(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of SlotMIM's authors, each in the form in which ours has it."""
+    values = dict(stated)
+    for name in ("pred_ratio", "pred_ratio_var"):  # a list of ratios, of which no recipe has two
+        if isinstance(values.get(name), list) and len(values[name]) == 1:
+            values[name] = values[name][0]
+    if values.get("clip_grad") == 0:
+        values["clip_grad"] = None
+    if values.get("warmup_teacher_temp_epochs") == 0:
+        values["warmup_teacher_temp"] = None
+    return values
