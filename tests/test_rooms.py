@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.report": {"train", "train.run", "pipeline"},
     "tools.packing": {"tools.report", "train.run", "pipeline"},
     "tools.benchmark": {"tools.report", "train", "train.run", "model", "pipeline"},
-    "tools.weights": {"train", "train.run", "model", "pipeline"},
+    "tools.weights": {"evaluation.datasets", "train", "train.run", "model", "pipeline"},
     "tools": {
         "tools.packing", "tools.report", "tools.weights", "train", "train.run", "model", "pipeline",
     },
