@@ -35,7 +35,7 @@ LOADED_INDIRECTLY = {
     "turbojpeg",  # its native library
 }
 
-OPTIONAL = {"aiohttp", "fsspec", "nvidia", "pyarrow", "pydensecrf", "pynvml", "timm"}
+OPTIONAL = {"aiohttp", "fsspec", "nvidia", "onnxruntime", "pyarrow", "pydensecrf", "pynvml", "timm"}
 """Of the extras (nvidia: DALI), imported when used."""
 
 # Paths and hosts of one machine or network. The brackets keep this file from matching itself.
