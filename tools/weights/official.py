@@ -21,7 +21,7 @@ from model.official import from_official
 from pipeline.errors import UserError
 from tools.weights.official_settings import recipe, with_official_settings
 from tools.weights.vits import PATCHES, VITS, vit_of
-from train.config import DataConfig, RunConfig, from_dict
+from train.config import RunConfig, from_dict
 from train.encoders import read_encoder
 from train.run.checkpoint import Record, check_weights, write_model
 from train.run.cli import check_writable
@@ -149,7 +149,7 @@ def loaded(official: Official, arch: str | None = None) -> SlotCon:
 def configured(official: Official, model: ModelConfig, name: str) -> RunConfig:
     """The run's configuration: settings from the file, defaults for the rest. Raises UserError."""
     try:
-        config = recipe(RunConfig(name, DataConfig("unknown")), model)
+        config = recipe(name, model)
         # Read back to check the types: a dataclass accepts values of any type.
         return from_dict(to_dict(with_official_settings(config, official.args, model)))
     except (ValueError, TypeError) as error:

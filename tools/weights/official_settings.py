@@ -7,7 +7,7 @@ from typing import Any
 
 from model import ModelConfig
 from model.architectures import timm_name
-from train.config import RunConfig
+from train.config import DataConfig, RunConfig, load_config
 
 NAMES = (
     ("dataset", "data", "path"),
@@ -44,34 +44,20 @@ SLOTMIM = (
     ("warmup_teacher_temp_epochs", "train", "warmup_teacher_temp_epochs"),
 )
 """The same of SlotMIM."""
-RECIPE: dict[str, Any] = {
-    "batch_size": 1024,
-    "optimizer": "adamw",
-    "base_lr": 1.5e-4,
-    "warmup_epochs": 10,
-    "warmup_multiplier": None,
-    "warmup_reaches_peak": True,
-    "final_lr": 2e-6,
-    "weight_decay": 0.04,
-    "final_weight_decay": 0.4,
-    "decay_positions": True,
-    "clip_grad": 0.3,
-    "freeze_prototypes_epochs": 3,
-    "teacher_momentum": 0.996,
-    "warmup_teacher_temp": 0.04,
-    "warmup_teacher_temp_epochs": 50,
-}
-"""How SlotMIM's authors train on COCO+: for a file without settings, and what no setting says."""
+RECIPE = "slotmim/cocoplus_vitb_800ep"
+"""How SlotMIM's authors train: for a file without settings, and for what their code has no setting
+of."""
 
 
-def recipe(config: RunConfig, model: ModelConfig) -> RunConfig:
-    """`config` with this model and the recipe of its authors. Raises ValueError."""
+def recipe(name: str, model: ModelConfig) -> RunConfig:
+    """A run of this model with the recipe of its authors. Raises ValueError."""
     if not model.hides_patches:
-        return replace(config, model=model)
-    patch = model.strides[model.stages]
-    views = replace(config.views, mask_ratio=0.3, mask_ratio_spread=0.2, mask_cell=patch)
-    train = replace(config.train, **RECIPE)
-    return replace(config, model=replace(model, drop_path=0.1), views=views, train=train)
+        return RunConfig(name, DataConfig("unknown"), model=model)
+    told = ["--config", RECIPE, "--name", name, "--data.path", "unknown"]
+    config, _ = load_config(told)
+    model = replace(model, drop_path=config.model.drop_path)
+    views = replace(config.views, mask_cell=model.strides[model.stages])
+    return replace(config, model=model, views=views)
 
 
 def official_settings(config: RunConfig) -> dict[str, Any]:
@@ -112,7 +98,8 @@ def with_official_settings(
         if type(batch) is not int or type(processes) is not int:  # a text times a number is a text
             raise ValueError("train.batch_size must be a whole number")
         changed["train"]["batch_size"] = batch * processes
-    for size in ("arch", "dim_hidden", "dim_out", "num_prototypes"):
+    sizes = ("arch", "dim_hidden", "dim_out", "num_prototypes", "objective", "image_stats")
+    for size in sizes:
         changed["model"][size] = getattr(model, size)
     parts = {part: replace(getattr(config, part), **values) for part, values in changed.items()}
     return replace(config, **parts)
