@@ -92,8 +92,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "student": {"train": {"teacher": "student", "teacher_momentum": 0.0}},
 }
-"""Settings that can be measured besides the configuration's, by section: of speed, and of
-docs/fast.md and docs/slotmim.md (on a ViT). Four cells are all that stage 4 has of the smallest views, of 64 pixels."""
+"""Settings that can be measured besides the configuration's, by section: of speed, of docs/fast.md,
+and of docs/slotmim.md, on a ViT. Four cells are all that stage 4 has of the smallest views, of 64
+pixels."""
 
 
 def parse(argv: Sequence[str], description: str = "") -> argparse.Namespace:
@@ -163,7 +164,8 @@ def _add_subject(parser: CommandParser) -> None:
         nargs="+",
         choices=VARIANTS,
         default=[],
-        help="step: also measure it with each of these settings; stages-2 to student: docs/fast.md",
+        help="step: also measure it with each of these settings; stages-2 to student: docs/fast.md;"
+        " slotmim: on a ViT",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(the GPU, if there is one)")
 
