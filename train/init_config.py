@@ -86,7 +86,7 @@ def check_frozen(config: Any) -> None:
         finest <= factor * own,
         "train.teacher_resolution",
         factor,
-        f"so that the teacher's cells of {finest} pixels are not larger than the student's of {own}",
+        f"so that the teacher's cells of {finest} pixels are not larger than the student's, {own}",
     )
     for side in {size for _, size in train.view_sizes} | {config.views.size}:
         refused = teacher.refused_side(side * factor)

@@ -246,7 +246,7 @@ FROZEN = [
                 "--train.teacher_weights",
                 "w",
             ],
-            r"train\.teacher_resolution must .*cells of 32 pixels are not larger .* of 8, not 1",
+            r"train\.teacher_resolution must .*cells of 32 pixels are not larger .*, 8, not 1",
         ),
         (["--views.size", "16"], r"views\.size must be at least 32, a cell of stage 4, not 16"),
         (["--train.teacher_arch", "resnet50"], r"given with train\.teacher_arch only"),
