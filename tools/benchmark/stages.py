@@ -145,8 +145,18 @@ def _decode_part(beton: "Beton", jpegs: Iterator[tuple[np.ndarray, int, int]]) -
 def params(bench: Bench) -> None:
     """See `options.STAGES`."""
     images = _sizes(bench)
-    call = partial(sample_views, 0, 0, *images, bench.views)
-    bench.measure([Work("params", "numba", call, len(images[0]), bench.batch, 1)])
+    views = bench.views
+    ways: dict[str | None, ViewConfig] = {None: views}
+    if views.mask_ratio:
+        ways["without masks"] = views.unmasked()
+    works = [
+        Work(
+            "params", "numba", partial(sample_views, 0, 0, *images, drawn), len(images[0]),
+            bench.batch, 1, operation=name,
+        )
+        for name, drawn in ways.items()
+    ]  # fmt: skip
+    bench.measure(works, ratio_to="numba")
 
 
 def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
