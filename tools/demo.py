@@ -68,7 +68,9 @@ def main() -> None:
     on_gpu = _import_once()
     for number, (title, command) in enumerate(STEPS.items(), start=1):
         called = command.removeprefix(IN_TWO) if on_gpu else command
-        print(f"\n[{number}/{len(STEPS)}] {title}\n$ {as_called(f'python -m {called}')}", flush=True)
+        print(
+            f"\n[{number}/{len(STEPS)}] {title}\n$ {as_called(f'python -m {called}')}", flush=True
+        )
         if code := call(called):
             sys.exit(code)
     print(f"\nDone in {time.perf_counter() - began:.0f} s. Open {(RUN / 'report.html').resolve()}")

@@ -1,5 +1,4 @@
-"""The commands of the demo fit their parsers and each other, without running them, and a command runs
-as it would alone."""
+"""The commands of the demo fit their parsers and each other, and one runs as it would alone."""
 
 import importlib
 import itertools
