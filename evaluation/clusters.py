@@ -24,9 +24,10 @@ from evaluation.datasets.images import open_images
 from evaluation.datasets.labelled_images import LabelledImages
 from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import labelled_from
+from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features, dilated, dilated_name
 from evaluation.merging import Groups, merge_prototypes
-from evaluation.networks import load_network, untrained_network
+from evaluation.networks import load_network, start_of, untrained_network
 from evaluation.options import AS_CLASSES
 from evaluation.pictures.segmentation import Column
 from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
@@ -107,13 +108,12 @@ def beside_features(predictor: Predictor, count: int) -> Predictor:
 
 
 def kmeans_clusters(
-    features: Features, squares: LabelledSquares, args: argparse.Namespace
+    features: Features, squares: SquareImages, count: int, args: argparse.Namespace
 ) -> Predictor:
-    """Clusters of `features` of the images: k-means for each of args.seeds. All share one sample of
-    cells. Raises UserError.
+    """`count` clusters of `features` of the images: k-means for each of args.seeds. All share one
+    sample of cells. Raises UserError.
     """
     name, seeds = f"{features.name}, k-means", args.seeds
-    count = args.clusters or squares.images.num_classes
     recipe = RECIPES[args.kmeans]
     if args.standardise or args.pca:
         features = reduced(features, squares, standardise=args.standardise, pca=args.pca)
@@ -175,7 +175,9 @@ def of_prototypes(args: argparse.Namespace, squares: LabelledSquares) -> Iterato
     networks = {"trained": lambda: trained}
     if args.baseline == "untrained":
         model, seed = config.model, config.train.seed
-        networks["untrained"] = lambda: untrained_network(model, seed, squares, stride)
+        init = start_of(args.checkpoint)
+        name = "untrained" if init.weights == "random" else "start"
+        networks[name] = lambda: untrained_network(model, seed, squares, stride, init)
     for title, load in networks.items():
         name, network = dilated_name(title, stride), load()
         if unlabelled is None:
@@ -208,17 +210,16 @@ def open_predictors(args: argparse.Namespace, squares: LabelledSquares) -> Itera
     if args.features:
         counting = counting_of(args, data.num_classes)
         counting.require(args.clusters or data.num_classes, data.names, "k-means")
-    opened = open_all(args, squares)
+    opened, count = open_all(args, squares), args.clusters or data.num_classes
     for features in opened:
         first = features(squares.first().normalised(squares.device))
-        count = args.clusters or data.num_classes
         require_cells(
             features.name, first, len(data), whiten=args.whiten, pca=args.pca, clusters=count
         )
     if args.checkpoint is not None and not clusters_itself(args.protocol):
         yield from of_prototypes(args, squares)
     for features in opened:
-        yield kmeans_clusters(whitened(features, squares, args.whiten), squares, args)
+        yield kmeans_clusters(whitened(features, squares, args.whiten), squares, count, args)
 
 
 def result_rows(result: Result, names: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Moves borders of clusters to edges of colour: mean field in a fully connected conditional random
 field (arXiv 1210.5644), computed by pydensecrf with the constants of STEGO and CAUSE.
 
-Letters: B images, K clusters, H W pixels, R the side of an evaluated image, h w cells.
+Letters: B images, K clusters, H W pixels, h w cells.
 """
 
 import numpy as np
@@ -56,13 +56,13 @@ def refine(
 def refine_clusters(
     logits: Tensor, clusters: Tensor, pixels: np.ndarray, features: Tensor | None = None
 ) -> Tensor:
-    """Clusters int64 [B, R, R] refined by the CRF; `logits` [B, K, h, w], `pixels` uint8
-    [B, R, R, 3].
+    """Clusters int64 [B, H, W] refined by the CRF; `logits` [B, K, h, w], `pixels` uint8
+    [B, H, W, 3].
 
     With `features` [B, D, h, w] the logits are products of these. Each pixel's logits are then
     divided by the length of its upsampled features, as if those had been normalised.
     """
-    size = clusters.shape[1]
+    size = (clusters.shape[1], clusters.shape[2])
     result = []
     for i in range(len(clusters)):
         taking = clusters[i].unique() if logits.shape[1] > ALL else slice(None)
@@ -80,6 +80,6 @@ def refine_clusters(
     return torch.stack(result)
 
 
-def upsample(maps: Tensor, size: int) -> Tensor:
-    """[K, h, w] → [K, R, R], bilinearly."""
-    return F.interpolate(maps[None], (size, size), mode="bilinear")[0]
+def upsample(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """[K, h, w] → [K, H, W], bilinearly; one side stands for both."""
+    return F.interpolate(maps[None], size, mode="bilinear")[0]

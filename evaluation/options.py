@@ -8,10 +8,10 @@ from evaluation.datasets.images import FIT_HELP, FITS
 from evaluation.datasets.open import add_dataset_options
 from evaluation.pictures.drawing import check_picture
 from evaluation.protocols import ABSENT, MATCHES, Table
+from pipeline.choices import WHITEN
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, check_writable
 
-WHITEN = 0.25
 AS_CLASSES = "classes"
 """`--merge` without a number"""
 SHOWN = 5
@@ -37,11 +37,15 @@ def stage(text: str) -> str:
     return "+".join(map(str, stages_of(text)))
 
 
-def add_feature_options(parser: CommandParser, features: list[str]) -> None:
-    """The options that `specs.open_all` reads. `features` is the default."""
+def add_feature_options(
+    parser: CommandParser, features: list[str], *, compare: bool = True
+) -> None:
+    """The options that `specs.open_all` reads. `features` is the default. Without `compare` they
+    name one network, read at one place, and none beside it.
+    """
     parser.add_argument(
         "--features",
-        nargs="+",
+        nargs="+" if compare else 1,
         default=features,
         metavar="SPEC",
         help=f"features to take (default: {' '.join(features) or 'none'}). {FEATURES_HELP}",
@@ -50,7 +54,7 @@ def add_feature_options(parser: CommandParser, features: list[str]) -> None:
     parser.add_argument(
         "--stage",
         type=stage,
-        nargs="+",
+        nargs="+" if compare else 1,
         metavar="N[+N…]",
         help="stages of the networks to read, each alone, or joined by +: each is scaled to length "
         "1 by cell and brought to the finest grid. Stages are a ResNet's layers (1 to 4), a ViT's "
@@ -62,6 +66,9 @@ def add_feature_options(parser: CommandParser, features: list[str]) -> None:
         choices=[8, 16],
         help="dilate the networks' last stages, so that cells are so many pixels wide",
     )
+    if not compare:
+        parser.set_defaults(baseline="none")
+        return
     parser.add_argument(
         "--baseline",
         choices=["untrained", "none"],

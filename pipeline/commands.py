@@ -29,6 +29,8 @@ COMMANDS = {
     "probe": Command("evaluation.probe", "score features with labels: k-NN, linear, clusters"),
     "slots": Command("evaluation.slots", "how a run uses its prototypes"),
     "pictures": Command("evaluation.pictures", "draw prototypes, groupings, features, views"),
+    "embed": Command("evaluation.embed", "features of images or slots, to .npy or .parquet"),
+    "segment": Command("evaluation.masks", "a mask of each image, as PNG"),
     "report": Command("tools.report", "one HTML page about a run"),
     "compare": Command("tools.compare", "one HTML page about several runs"),
     "export": Command("tools.export", "weights for torchvision, timm, detectron2 and others"),

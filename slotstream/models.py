@@ -14,11 +14,11 @@ from evaluation.features import of_encoder
 from evaluation.networks import default_device
 from evaluation.segment import assign
 from model import SlotCon
-from model.encoder import AnyEncoder, Encoder
+from model.encoder import AnyEncoder
 from pipeline.errors import UserError
 from train.config import RunConfig
+from train.encoders import encoder_of, read_encoder
 from train.pretrained import load_model
-from train.weights import read_backbone
 
 Images = np.ndarray | Tensor | Sequence[Any]
 """uint8 [B, H, W, 3] RGB, in an array, a tensor, or a list of arrays or PIL images of one size; or
@@ -111,7 +111,5 @@ def load(path: Path | str, device: torch.device | str | None = None) -> Model:
         slotcon, config = load_model(path)
         slotcon = slotcon.to(on).eval()
         return Model(slotcon.teacher.encoder, slotcon, config, on)
-    backbone = read_backbone(path, partial=True)
-    encoder = Encoder(backbone.arch, backbone.stages)
-    encoder.load_state_dict(backbone.weights)
+    encoder = encoder_of(read_encoder(path, partial=True))
     return Model(encoder.to(on).eval(), None, None, on)

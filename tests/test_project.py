@@ -35,7 +35,7 @@ LOADED_INDIRECTLY = {
     "turbojpeg",  # its native library
 }
 
-OPTIONAL = {"aiohttp", "fsspec", "nvidia", "pyarrow", "pydensecrf", "pynvml", "timm"}
+OPTIONAL = {"aiohttp", "fsspec", "nvidia", "onnxruntime", "pyarrow", "pydensecrf", "pynvml", "timm"}
 """Of the extras (nvidia: DALI), imported when used."""
 
 # Paths and hosts of one machine or network. The brackets keep this file from matching itself.
@@ -246,7 +246,7 @@ def test_setup_without_root_goes_on_without_ffcv(tmp_path: Path) -> None:
     assert setup.returncode == 0, setup.stderr
     assert "without ffcv" in setup.stdout and "libopencv-dev" in setup.stdout
     calls = (tmp_path / "calls").read_text()
-    assert re.search(r"--editable \.\[dali,dev,parquet,power,remote,timm\]", calls)
+    assert re.search(r"--editable \.\[dali,dev,onnx,parquet,power,remote,timm\]", calls)
     assert "import cv2" not in calls and "tools.warm_up" in calls
 
 

@@ -8,7 +8,7 @@ set -euo pipefail
 venv=${1:?usage: tools/setup.sh VENV}
 constraints=${CONSTRAINTS-constraints.txt}
 pythons=(python3 python3.11 python3.12 python3.13 python3.14)
-extras=dali,dev,ffcv,parquet,power,remote,timm
+extras=dali,dev,ffcv,onnx,parquet,power,remote,timm
 
 die() { echo "error: $*" >&2; exit 2; }
 say() { echo "setup: $*"; }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.architectures import Statistics, is_timm, timm_name
+from model.encoder import AnyEncoder, Encoder
 from model.names import Branch, with_counts
 from model.timm_encoder import TimmEncoder, create, facts, first_line
 from pipeline.errors import UserError, printable
@@ -64,6 +65,18 @@ def read_encoder(
         for name, value in net.state_dict().items()
     }
     return Backbone(found, weights, metadata, int(stages))
+
+
+def encoder_of(backbone: Backbone) -> AnyEncoder:
+    """The encoder of these weights, as `read_encoder` returns them. Raises UserError."""
+    if not is_timm(backbone.arch):
+        resnet = Encoder(backbone.arch, backbone.stages)
+        resnet.load_state_dict(backbone.weights)
+        return resnet
+    statistics = image_stats(backbone)
+    encoder = TimmEncoder(backbone.arch, backbone.stages, image_stats=statistics)
+    encoder.net.load_state_dict(backbone.weights)
+    return encoder
 
 
 def published_encoder(arch: str) -> dict[str, Any]:

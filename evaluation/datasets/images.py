@@ -4,6 +4,7 @@ Letters: N images, H W a stored image's height and width, R the side of an evalu
 pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,10 +13,12 @@ import numpy as np
 from PIL import Image
 
 from pipeline.beton import Beton
-from pipeline.errors import UserError
-from pipeline.folders import as_url, aside, find_images, is_folder, say_found
+from pipeline.errors import UserError, printable
+from pipeline.folders import as_url, aside, find_images, is_file, is_folder, say_found
 from pipeline.formats import IMAGE_SUFFIXES
 from pipeline.images import load_rgb
+from pipeline.lines import text_lines
+from pipeline.manifest import Manifest, manifest_path
 
 TRAINING_SIDE, EVALUATION_SIDE, STRIDE = 224, 320, 32
 DECODE_THREADS = 4
@@ -41,6 +44,13 @@ class ImageSource(Protocol):
         """Image `i` as uint8 [H, W, 3] RGB."""
 
 
+class NamedImages(ImageSource, Protocol):
+    """Images that have names."""
+
+    def names(self) -> list[str]:
+        """The name of each image, as its source has it."""
+
+
 class BetonImages:
     """The images of a beton. Raises UserError where `Beton` does."""
 
@@ -53,19 +63,23 @@ class BetonImages:
     def load(self, i: int) -> np.ndarray:
         return self.beton.decode(i)
 
+    def names(self) -> list[str]:
+        """By the manifest beside the beton; without one, their numbers. Raises UserError if the
+        manifest is damaged.
+        """
+        if not manifest_path(self.beton.path).exists():
+            return [f"record {i}" for i in range(len(self))]
+        names = [record.name for record in Manifest.beside(self.beton.path).records()]
+        if len(names) != len(self):
+            raise UserError(f"{manifest_path(self.beton.path)}: belongs to another beton")
+        return names
 
-class FolderImages:
-    """The images under a folder, sorted by path. Raises UserError if there are none."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.paths, self.left = find_images(folder)
-        """`left`: how many files and folders were left aside, by reason."""
-        if not self.paths:
-            raise UserError(
-                f"{folder}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})"
-                f"{aside(self.left)}"
-            )
+class FileImages:
+    """The images in these files, which have `shown` names."""
+
+    def __init__(self, paths: Sequence[Path], shown: Sequence[str]) -> None:
+        self.paths, self._shown = paths, shown
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -73,11 +87,44 @@ class FolderImages:
     def load(self, i: int) -> np.ndarray:
         return load_rgb(self.paths[i])
 
+    def names(self) -> list[str]:
+        return list(self._shown)
 
-def open_images(path: Path) -> ImageSource:
-    """The images of a .beton file, or of a folder, whose number is printed. Raises UserError."""
+
+class FolderImages(FileImages):
+    """The images under a folder, sorted by path. Raises UserError if there are none."""
+
+    def __init__(self, folder: Path) -> None:
+        paths, self.left = find_images(folder)
+        """`left`: how many files and folders were left aside, by reason."""
+        if not paths:
+            raise UserError(
+                f"{folder}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})"
+                f"{aside(self.left)}"
+            )
+        super().__init__(paths, [path.relative_to(folder).as_posix() for path in paths])
+
+
+def listed_images(path: Path) -> FileImages:
+    """The images in a text file with a path on each line, relative to its folder. Raises UserError
+    if it names none, or one that is no file.
+    """
+    lines = [line.rstrip("\r\n") for line in text_lines(path, "expected a path on each line")]
+    names = [name for name in lines if name.strip()]
+    if not names:
+        raise UserError(f"{path}: names no files")
+    for number, name in enumerate(lines, 1):
+        if name.strip() and not is_file(path.parent / name):
+            raise UserError(f"{path}: line {number}: there is no file {printable(name[:200])}")
+    return FileImages([path.parent / name for name in names], names)
+
+
+def open_images(path: Path) -> NamedImages:
+    """The images of a .beton file, of a list (.txt), or of a folder, whose number is printed.
+    Raises UserError.
+    """
     if not is_folder(path) and not as_url(str(path)):
-        return BetonImages(path)
+        return listed_images(path) if path.suffix.lower() == ".txt" else BetonImages(path)
     images = FolderImages(path)
     say_found(len(images), path, images.left)
     return images

@@ -12,6 +12,8 @@ SUFFIXES = {
     "mmseg": (".pth",),
     "huggingface": (),
     "official": (".pth",),
+    "onnx": (".onnx",),
+    "onnx-segmenter": (".onnx",),
 }
 """Allowed suffixes of each format; empty: the format is a folder."""
 
