@@ -216,7 +216,7 @@ def test_damaged_pages_are_bad_rows(tmp_path: Path) -> None:
         ({"image": "string"}, {}, "no column of images; .* its columns are image: string"),
         ({"a": "struct", "b": "struct"}, {}, "several columns of images: choose one .*, a or b"),
         ({"image": "struct"}, {"image": "img"}, "no column img of images"),
-        ({"image": "struct", "label": "float"}, {"label": "label"}, "no column label of whole"),
+        ({"image": "struct", "label": "float64"}, {"label": "label"}, "no column label of whole"),
     ],
 )
 def test_tables_of_other_columns(
