@@ -27,7 +27,7 @@ from evaluation.datasets.open import labelled_from
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features, dilated, dilated_name
 from evaluation.merging import Groups, merge_prototypes
-from evaluation.networks import load_network, untrained_network
+from evaluation.networks import load_network, start_of, untrained_network
 from evaluation.options import AS_CLASSES
 from evaluation.pictures.segmentation import Column
 from evaluation.protocols import BY_COUNT, UPSAMPLE, Match, clusters_itself
@@ -175,7 +175,9 @@ def of_prototypes(args: argparse.Namespace, squares: LabelledSquares) -> Iterato
     networks = {"trained": lambda: trained}
     if args.baseline == "untrained":
         model, seed = config.model, config.train.seed
-        networks["untrained"] = lambda: untrained_network(model, seed, squares, stride)
+        init = start_of(args.checkpoint)
+        name = "untrained" if init.weights == "random" else "start"
+        networks[name] = lambda: untrained_network(model, seed, squares, stride, init)
     for title, load in networks.items():
         name, network = dilated_name(title, stride), load()
         if unlabelled is None:

@@ -1,5 +1,6 @@
 """The networks of a run: as trained, and before training."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,17 @@ from evaluation.datasets.images import spread
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import dilated
 from model import ModelConfig, SlotCon
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from train.config import RunConfig, from_dict
+from train.init_config import LIBRARIES, InitConfig
 from train.pretrained import load_model, read_record
 from train.run.checkpoint import find
+from train.start import digest, start_from
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 256, 8
 SEED = 0
 """Of the weights of an untrained network that is no run's."""
+_NEW = InitConfig()
 
 
 def default_device() -> torch.device:
@@ -37,30 +41,69 @@ def run_config(checkpoint: Path) -> RunConfig:
     return from_dict(read_record(find(checkpoint)).config)
 
 
+def start_of(checkpoint: Path) -> InitConfig:
+    """The weights that a run started from: new ones too if theirs are no longer there, which is
+    said. Raises UserError.
+    """
+    record = read_record(find(checkpoint))
+    init, about = from_dict(record.config).init, record.provenance.get("init", {})
+    if init.weights == "random":
+        return init
+    if init.weights in LIBRARIES:
+        return init
+    path = Path(about.get("weights", init.weights))
+    try:
+        there = digest(path) == about.get("sha256")
+    except UserError:
+        there = False
+    if there:
+        return replace(init, weights=str(path))
+    print(
+        f"note: {checkpoint} started from {printable(str(path))}, which is not there as it was: "
+        "the row untrained has new weights",
+        file=sys.stderr,
+    )
+    return InitConfig()
+
+
 def untrained_network(
-    config: ModelConfig, seed: int, squares: SquareImages, output_stride: int | None = None
+    config: ModelConfig,
+    seed: int,
+    squares: SquareImages,
+    output_stride: int | None = None,
+    init: InitConfig = _NEW,
 ) -> SlotCon:
-    """The network that a run with this `seed` and new weights starts from, calibrated, and dilated
-    if `output_stride` is given. Raises UserError.
+    """The network that a run with this `seed` and `init` starts from, what is new in it calibrated,
+    and dilated if `output_stride` is given. Raises UserError.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = SlotCon(config).to(squares.device)
+        model = SlotCon(config)
+    start_from(init, model)
+    model = model.to(squares.device)
     model.teacher.encoder = dilated(model.teacher.encoder, output_stride)
     calibrate(model.teacher, model.teacher.stages, squares)
     return model.eval()
 
 
+def new_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    """The BatchNorms that have seen no image. Their counts do not say it, since many files of
+    weights have statistics without counts.
+    """
+    norms = (each for each in network.modules() if isinstance(each, nn.BatchNorm2d))
+    return [norm for norm in norms if not bool(norm.get_buffer("running_mean").any())]
+
+
 def calibrate(network: nn.Module, run: Callable[[Tensor], object], squares: SquareImages) -> None:
-    """Give an untrained network the BatchNorm statistics of up to 256 of the images, and leave it
-    in eval mode. `run` sends normalised images [B, 3, R, R] through it.
+    """Give the BatchNorms of a network that have seen no image the statistics of up to 256 of the
+    images, and leave it in eval mode. `run` sends normalised images [B, 3, R, R] through it.
 
     Initial running statistics are 0 and 1, whatever the input. With measured statistics the
     baseline has normalised activations as a trained network has, and only the weights differ.
-    Raises UserError for a single image of a single cell.
+    Those that came with weights stay. Raises UserError for a single image of a single cell.
     """
     network.eval()
-    norms = [norm for norm in network.modules() if isinstance(norm, nn.BatchNorm2d)]
+    norms = new_norms(network)
     if not norms:
         return
     for norm in norms:

@@ -30,7 +30,7 @@ from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import CURATED, open_labelled
 from evaluation.datasets.squares import Squares
 from evaluation.features import in_one_line
-from evaluation.networks import calibrate
+from evaluation.networks import calibrate, new_norms
 from evaluation.probes.memory import LabelledFeatures, gather_memory
 from evaluation.probes.retrieval import Retrieval
 from evaluation.probes.scores import scores_of_cells
@@ -91,7 +91,7 @@ class OnlineEvaluation:
 
     def _scores(self, teacher: nn.Module, pulse: Pulse) -> dict[str, float]:
         branch = copy_of(teacher, self._config.model, self._accelerator)
-        if not seen_a_batch(branch):
+        if new_norms(branch):
             with main_prints(self._accelerator):
                 part = self._train if "knn" in self._protocols else self._val
                 calibrate(branch, branch.stages, part)
@@ -238,14 +238,6 @@ def copy_of(teacher: nn.Module, config: ModelConfig, accelerator: Accelerator) -
         branch = SlotCon(config).teacher
     branch.load_state_dict(broadcast(state), assign=True)
     return branch.requires_grad_(False).eval().to(accelerator.device)
-
-
-def seen_a_batch(branch: nn.Module) -> bool:
-    """Whether BatchNorms have statistics of images: an untrained network has none. Their counts do
-    not say it, since many files of weights have statistics without counts.
-    """
-    buffers = branch.named_buffers()
-    return any(bool(value.any()) for name, value in buffers if name.endswith("running_mean"))
 
 
 def open_part(config: RunConfig, part: str, device: torch.device) -> LabelledSquares:

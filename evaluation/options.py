@@ -8,10 +8,10 @@ from evaluation.datasets.images import FIT_HELP, FITS
 from evaluation.datasets.open import add_dataset_options
 from evaluation.pictures.drawing import check_picture
 from evaluation.protocols import ABSENT, MATCHES, Table
+from pipeline.choices import WHITEN
 from pipeline.errors import UserError
 from train.run.cli import CommandParser, check_writable
 
-WHITEN = 0.25
 AS_CLASSES = "classes"
 """`--merge` without a number"""
 SHOWN = 5

@@ -4,7 +4,7 @@ Letters: B images, D features, P features kept, h w cells.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,59 +12,8 @@ from torch import Tensor
 
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features
-from model.precision import full_precision
+from model.reduction import Reduction, fit_whitening, moments, require_whitening
 from pipeline.errors import about
-
-RIDGE = 1e-3
-"""Share of the largest variance that whitening adds to all: directions of noise stay small."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean and covariance of cells, in float64."""
-
-    count: int
-    mean: Tensor
-    """[D]"""
-    covariance: Tensor
-    """[D, D], of the population"""
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """x → (x - mean) · matrix."""
-
-    mean: Tensor
-    """float32 [D]"""
-    matrix: Tensor
-    """float32 [D, P]"""
-
-    @full_precision
-    def __call__(self, features: Tensor) -> Tensor:
-        """[B, D, h, w] → [B, P, h, w]."""
-        centred = features - self.mean[:, None, None]
-        return torch.einsum("bdhw,dp->bphw", centred, self.matrix)
-
-    def of(self, features: Features) -> Features:
-        """`features` reduced; they are compared by distance: their lengths mean something."""
-        return replace(features, function=lambda images: self(features(images)), cosine=False)
-
-
-def moments(batches: Iterable[Tensor]) -> Moments:
-    """Of features [B, D, h, w], batch by batch. Raises ValueError if there are no cells."""
-    count, total, products = 0, torch.zeros(()), torch.zeros(())
-    for features in batches:
-        cells = features.permute(0, 2, 3, 1).flatten(0, 2).double()
-        if not count:  # near the mean, so that subtracting it later loses nothing
-            origin = cells.mean(dim=0)
-        cells = cells - origin
-        count += len(cells)
-        total = total.to(cells) + cells.sum(dim=0)
-        products = products.to(cells) + cells.T @ cells
-    if not count:
-        raise ValueError("no cells to learn from")
-    covariance = products / count - torch.outer(total, total) / count**2
-    return Moments(count, origin + total / count, covariance)
 
 
 def fit_reduction(batches: Iterable[Tensor], *, standardise: bool, pca: int | None) -> Reduction:
@@ -86,26 +35,9 @@ def fit_reduction(batches: Iterable[Tensor], *, standardise: bool, pca: int | No
     return Reduction(of_cells.mean.float(), matrix.float())
 
 
-def fit_whitening(batches: Iterable[Tensor], power: float) -> Reduction:
-    """x → (x - mean) · (covariance + `RIDGE` · its largest eigenvalue)^-`power`, fitted to features
-    [B, D, h, w], batch by batch, in float64. The directions stay those of the features (ZCA).
-
-    With a power of 1/2 the features are uncorrelated and of variance 1, ridge aside; with less,
-    directions of large variance still count more. Raises ValueError for fewer cells than features.
-    """
-    of_cells = moments(batches)
-    dim = len(of_cells.mean)
-    _require_whitening(of_cells.count, dim)
-    values, directions = torch.linalg.eigh(of_cells.covariance)
-    if not values[-1] > 0:
-        raise ValueError("--whiten: all cells have the same features")
-    scale = (values.clamp_min(0) + RIDGE * values[-1]) ** -power
-    return Reduction(of_cells.mean.float(), (directions * scale @ directions.T).float())
-
-
-def _require_whitening(cells: int, dim: int) -> None:
-    if cells < dim:
-        raise ValueError(f"--whiten: {cells} cells are fewer than {dim} features")
+def by_distance(reduction: Reduction, features: Features) -> Features:
+    """`features` reduced; they are compared by distance: their lengths mean something."""
+    return replace(features, function=lambda images: reduction(features(images)), cosine=False)
 
 
 def _require_components(pca: int | None, dim: int) -> None:
@@ -129,7 +61,7 @@ def require_cells(
     cells = num_images * height * width
     with about(name):
         if whiten is not None:
-            _require_whitening(cells, dim)
+            require_whitening(cells, dim)
         _require_components(pca, dim)
         if clusters is not None and cells < clusters:
             raise ValueError(f"{cells} cells are fewer than {clusters} clusters")
@@ -163,4 +95,5 @@ def reduced(
     batches = squares.batches(f"{features.name}: mean and variance", indices)
     maps = (features(batch.normalised(squares.device)) for batch in batches)
     with about(features.name):
-        return fit_reduction(maps, standardise=standardise, pca=pca).of(features)
+        fitted = fit_reduction(maps, standardise=standardise, pca=pca)
+    return by_distance(fitted, features)

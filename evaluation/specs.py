@@ -19,15 +19,25 @@ from evaluation.features import (
     dilated_name,
     of_encoder,
 )
-from evaluation.networks import SEED, calibrate, load_network, run_config, untrained_network
+from evaluation.networks import (
+    SEED,
+    calibrate,
+    load_network,
+    run_config,
+    start_of,
+    untrained_network,
+)
 from evaluation.timm_networks import create_timm, timm_network
 from model import SlotCon
 from model.encoder import Encoder
 from pipeline.errors import UserError
+from train.init_config import InitConfig
 from train.weights import published_weights, read_backbone
 
 SPECS = ("teacher", "student", "projector", "untrained", "supervised", "timm:NAME", "pixels")
 TAKE_WEIGHTS = ("supervised", "timm:")
+OF_RUNS = {"teacher", "student", "projector", "untrained"}
+_NEW = InitConfig()
 
 Opened = Network | Features
 """A network, or features that have no stages to choose from."""
@@ -41,7 +51,9 @@ def open_all(args: argparse.Namespace, images: SquareImages) -> list[Features]:
     takes = [spec.startswith(TAKE_WEIGHTS) for spec in args.features]
     if args.weights and sum(takes) != 1:
         raise UserError("--weights needs exactly one of supervised and timm:NAME in --features")
-    stride = args.output_stride
+    stride, init = args.output_stride, InitConfig()
+    if args.checkpoint is not None and {*args.features} & OF_RUNS:
+        init = start_of(args.checkpoint)
     trained = {
         spec: open_trained(
             spec,
@@ -60,12 +72,14 @@ def open_all(args: argparse.Namespace, images: SquareImages) -> list[Features]:
     for spec, network in trained.items():
         if network is not None:
             opened[spec] = network
-        before = untrained_name(spec)
+        before = untrained_name(spec, init)
         wanted = args.baseline == "untrained" or network is None
         if before is not None and wanted and before not in opened:
-            opened[before] = open_untrained(spec, args.checkpoint, images, stride)
+            opened[before] = open_untrained(spec, args.checkpoint, images, stride, init)
+            from_weights = "" if init.weights == "random" else f", from {init.weights}"
             print(
-                f"{before}: the same network before training (--baseline none leaves it out)",
+                f"{before}: the same network before training{from_weights} (--baseline none "
+                "leaves it out)",
                 file=sys.stderr,
             )
     found = [read(each, stage) for stage in args.stage or [None] for each in opened.values()]
@@ -116,7 +130,7 @@ def open_trained(
         arch = argument or architecture(checkpoint)
         encoder = dilated(supervised_encoder(arch, weights), output_stride)
         return of_encoder(spec, encoder.to(device))
-    if spec not in ("teacher", "student", "projector", "untrained"):
+    if spec not in OF_RUNS:
         raise UserError(f"--features {spec}: must be one of {', '.join(SPECS)}")
     if checkpoint is None:
         raise UserError(f"--features {spec} needs --checkpoint")
@@ -125,26 +139,33 @@ def open_trained(
     return network_of_run(spec, spec, load_network(checkpoint, device)[0], output_stride)
 
 
-def untrained_name(spec: str) -> str | None:
-    """The name of the network that `spec` is before training; None if it is no network."""
+def untrained_name(spec: str, init: InitConfig = _NEW) -> str | None:
+    """The name of the network that `spec` is before training; None if it is no network. One of a
+    run that began from weights is not untrained: it is the run's start.
+    """
     if spec == "pixels":
         return None
-    return "untrained" if spec in ("teacher", "student", "untrained") else f"{spec}, untrained"
+    name = "start" if spec in OF_RUNS and init.weights != "random" else "untrained"
+    return name if spec in ("teacher", "student", "untrained") else f"{spec}, {name}"
 
 
 def open_untrained(
-    spec: str, checkpoint: Path | None, images: SquareImages, output_stride: int | None = None
+    spec: str,
+    checkpoint: Path | None,
+    images: SquareImages,
+    output_stride: int | None = None,
+    init: InitConfig = _NEW,
 ) -> Opened:
-    """The network that `spec` names, with new weights: drawn with the seed of its run, or with
-    `SEED`. BatchNorm's statistics are those of `images`.
-    Raises UserError.
+    """The network that `spec` names before training: with the weights `init` that its run started
+    from, and new ones drawn with the seed of the run, or with `SEED`. BatchNorms that have seen no
+    image get the statistics of `images`. Raises UserError.
     """
     kind, _, argument = spec.partition(":")
-    name = str(untrained_name(spec))
+    name = str(untrained_name(spec, init))
     if kind not in ("timm", "supervised"):
         assert checkpoint is not None, "open_trained refuses it"
         config = run_config(checkpoint)
-        network = untrained_network(config.model, config.train.seed, images, output_stride)
+        network = untrained_network(config.model, config.train.seed, images, output_stride, init)
         part = "projector" if spec == "projector" else "teacher"  # what is calibrated
         return network_of_run(name, part, network, output_stride)
     with torch.random.fork_rng():

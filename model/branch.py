@@ -39,13 +39,17 @@ class Head(nn.Module):
         super().__init__()
         self.projector: nn.Module
         if config.projector == "mlp":
-            self.projector = build_projector(dim, config.dim_hidden, config.dim_out)
+            self.projector = build_projector(
+                dim, config.dim_hidden, config.dim_out, norms=not config.hides_patches
+            )
         elif dim == config.dim_out:
             self.projector = build_norm(dim)
         else:
             raise ValueError(f"dim_out must be {dim}, the encoder's width, with projector norm")
         # Both branches assign cells to slots with the teacher's temperature.
-        self.grouping = SemanticGrouping(config.num_prototypes, config.dim_out, config.teacher_temp)
+        self.grouping = SemanticGrouping(
+            config.num_prototypes, config.dim_out, config.teacher_temp, config.assignment_floor
+        )
 
     def forward(self, maps: Tensor) -> Grouped:
         """Group the map [B, dim, H, W] of a stage."""
@@ -68,14 +72,23 @@ class Branch(nn.Module):
         self._keeps_statistics = config.norm == "eval"
         self.train()
 
+    @property
+    def prototypes(self) -> list[nn.Parameter]:
+        """Those of each supervised stage, the last stage first."""
+        heads = (self, *self.heads.values())
+        return [head.grouping.prototypes for head in heads]  # type: ignore[union-attr,misc]
+
     def forward(self, images: Tensor) -> Grouped:
         """Group one view [B, 3, S, S]; BatchNorm normalises the B images together."""
         return grouped(self, self.encoder(images))
 
-    def stages(self, images: Tensor) -> list[Grouped]:
-        """As `forward`, at each supervised stage; the last stage comes last."""
+    def stages(self, images: Tensor, masks: Tensor | None = None) -> list[Grouped]:
+        """As `forward`, at each supervised stage; the last stage comes last. A ViT of SlotMIM does
+        not see the patches in `masks`, bool [B, H, W].
+        """
         numbers = [*map(int, self.heads), self.encoder.stages]
-        maps = self.encoder.maps(images, numbers)
+        hidden = () if masks is None else (masks,)
+        maps = self.encoder.maps(images, numbers, *hidden)
         earlier = [head(each) for head, each in zip(self.heads.values(), maps, strict=False)]
         return [*earlier, grouped(self, maps[-1])]
 

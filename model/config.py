@@ -1,4 +1,4 @@
-"""The settings that define a SlotCon model; defaults are the authors' for COCO."""
+"""The settings that define a model; defaults are those of SlotCon's authors for COCO."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from model.architectures import ARCH, STRIDES, Statistics, is_timm
 
+Objective = Literal["slotcon", "slotmim"]
 SlotLoss = Literal["contrastive", "regression"]
 Align = Literal["assignments", "projections"]
 Targets = Literal["centred", "balanced"]
@@ -65,9 +66,14 @@ class ModelConfig:
     """D, the size of a projected feature, a prototype and a slot."""
     num_prototypes: int = field(default=256, metadata=_COUNT)
     """K, the number of prototypes and so of slots in an image."""
+    objective: Objective = field(default="slotcon", metadata=_one_of(get_args(Objective)))
+    """What is learnt. "slotcon": the groups and slots of whole views (arXiv 2205.15288). "slotmim":
+    its successor for ViTs (arXiv 2503.06960). The student sees views with hidden patches
+    (views.mask_ratio) and also learns the groups of these, and heads have no BatchNorm
+    (docs/slotmim.md)."""
     teacher_temp: float = field(default=0.07, metadata=_POSITIVE)
     """Temperature of the teacher's distribution in the grouping loss, and of the assignment of
-    cells to slots in both student and teacher."""
+    cells to slots in both student and teacher. train.warmup_teacher_temp changes it at first."""
     student_temp: float = field(default=0.1, metadata=_POSITIVE)
     """Temperature of the student's distribution in the grouping loss."""
     center_momentum: float = field(default=0.9, metadata=_SHARE)
@@ -75,7 +81,8 @@ class ModelConfig:
     contrast_temp: float = field(default=0.2, metadata=_POSITIVE)
     """Temperature τ of the contrast between slots; its term is multiplied by 2τ."""
     group_loss_weight: float = field(default=0.5, metadata=_SHARE)
-    """λ of λ·grouping + (1 − λ)·slots."""
+    """λ of λ·grouping + (1 − λ)·slots; with slotmim that of half of
+    λ·(grouping + masked) + (1 − λ)·slots."""
     slot_loss: SlotLoss = field(default="contrastive", metadata=_one_of(get_args(SlotLoss)))
     """Loss between the slots of two views: "contrastive", InfoNCE against all active slots of the
     batch; "regression", 2 − 2·cosine with only the positive, as in BYOL (paper, table 8b)."""
@@ -147,6 +154,17 @@ class ModelConfig:
         among = f"of stages among {sorted(others)}, those in model.supervise without the last"
         _require(sized, "stage_sizes", self.stage_sizes, among)
         self._check_timm()
+        if self.hides_patches:
+            self._check_slotmim()
+
+    def _check_slotmim(self) -> None:
+        mlp = self.projector == "mlp"
+        _require(mlp, "projector", self.projector, "mlp with model.objective slotmim")
+        vit = "a ViT of timm, as timm:vit_small_patch16_224, with model.objective slotmim"
+        _require(is_timm(self.arch), "arch", self.arch, vit)
+        from model.timm_encoder import patch_size
+
+        _require(patch_size(self.arch) is not None, "arch", self.arch, vit)
 
     def _check_timm(self) -> None:
         """Check what depends on the network, and record how its images are normalised."""
@@ -194,6 +212,16 @@ class ModelConfig:
         from model.timm_encoder import refused_side
 
         return refused_side(self.arch, self.stages, side)
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether the student sees views with hidden patches."""
+        return self.objective == "slotmim"
+
+    @property
+    def assignment_floor(self) -> float:
+        """Added to every assignment of a cell to a slot, by the objective's authors."""
+        return 1e-12 if self.objective == "slotmim" else 1e-6
 
     @property
     def supervised(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from model.timm_encoder import TimmEncoder
 
 AnyEncoder: TypeAlias = "Encoder | TimmEncoder"
+"""Also `model.masked_vit.MaskedVit`, which is a TimmEncoder."""
 
 
 class Encoder(nn.Sequential):
@@ -86,9 +87,11 @@ def build_encoder(config: ModelConfig) -> AnyEncoder:
     """A new encoder with weights from torch's generator. Raises ValueError."""
     if not is_timm(config.arch):
         return Encoder(config.arch, config.stages)
+    from model.masked_vit import MaskedVit
     from model.timm_encoder import TimmEncoder
 
-    return TimmEncoder(
+    kind = MaskedVit if config.hides_patches else TimmEncoder
+    return kind(
         config.arch, config.stages, drop_path=config.drop_path, image_stats=config.image_stats
     )
 

@@ -9,22 +9,22 @@ from torch.nn import functional as F
 
 from model.precision import full_precision
 
-ASSIGNMENT_FLOOR = 1e-6
-"""Added to every assignment. So a slot is a mean of cells even if no cell prefers it."""
-
 
 class SemanticGrouping(nn.Module):
-    """K learned prototypes, shared by all images and initialised from N(0, 1)."""
+    """K learned prototypes, shared by all images and initialised from N(0, 1). `temperature` and
+    `floor` are those of `pool_slots`."""
 
-    def __init__(self, num_prototypes: int, dim: int, temperature: float) -> None:
+    def __init__(
+        self, num_prototypes: int, dim: int, temperature: float, floor: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.floor = temperature, floor
         self.prototypes = nn.Parameter(torch.randn(num_prototypes, dim))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Group `features` [B, D, H, W] into (slots [B, K, D], scores [B, K, H, W])."""
         scores = cosine_scores(features, self.prototypes)
-        return pool_slots(features, scores, self.temperature), scores
+        return pool_slots(features, scores, self.temperature, self.floor), scores
 
 
 @full_precision
@@ -36,13 +36,15 @@ def cosine_scores(features: Tensor, prototypes: Tensor) -> Tensor:
 
 
 @full_precision
-def pool_slots(features: Tensor, scores: Tensor, temperature: float) -> Tensor:
+def pool_slots(features: Tensor, scores: Tensor, temperature: float, floor: float = 1e-6) -> Tensor:
     """Mean of the (un-normalised) features [B, D, H, W] under each slot's assignment: [B, K, D].
 
-    a[b, k, i] = softmax over k of scores[b, k, i] / temperature, + 1e-6
+    a[b, k, i] = softmax over k of scores[b, k, i] / temperature, + floor
     slot[b, k] = Σ_i a[b, k, i]·features[b, :, i] / Σ_i a[b, k, i]        i: the H·W cells
+
+    With the floor a slot is a mean of cells even if no cell prefers it.
     """
-    assignment = (scores / temperature).softmax(dim=1) + ASSIGNMENT_FLOOR
+    assignment = (scores / temperature).softmax(dim=1) + floor
     share = assignment / assignment.sum(dim=(2, 3), keepdim=True)
     return torch.einsum("bdhw,bkhw->bkd", features, share)
 

@@ -1,4 +1,4 @@
-"""The losses of SlotCon, each a function of tensors alone (paper, sections 3.2 and 3.3).
+"""The losses, each a function of tensors alone (SlotCon's paper, sections 3.2 and 3.3).
 
 B images, K prototypes, D features, H W cells, N query slots, M key slots.
 """
@@ -31,11 +31,38 @@ def grouping_loss(
 
     The sum is divided by the number of these cells.
     """
+    per_cell = _cross_entropy(student, teacher, center, student_temp, teacher_temp)
+    kept = torch.where(overlapping, per_cell.mean(dim=(1, 2)), 0.0)
+    return kept.sum() / overlapping.sum().clamp(min=1)
+
+
+@full_precision
+def masked_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    masks: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """The same cross-entropy within one view, at the cells that the student did not see: a scalar
+    (SlotMIM, arXiv 2503.06960).
+
+    student, teacher [B, K, H, W] scores of the same view; masks bool [B, H, W]: what was hidden
+    from the student. It is the mean over all hidden cells of the batch, whichever images they are
+    of. Without one it is a zero through which gradients (all zero) still flow.
+    """
+    per_cell = _cross_entropy(student, teacher, center, student_temp, teacher_temp)
+    return torch.where(masks, per_cell, 0.0).sum() / masks.sum().clamp(min=1)
+
+
+def _cross_entropy(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
+) -> Tensor:
+    """Of each cell, from the teacher's grouping to the student's: [B, H, W]."""
     target = ((teacher - center[:, :, None, None]) / teacher_temp).softmax(dim=1)
     log_prediction = (student / student_temp).log_softmax(dim=1)
-    per_image = -(target * log_prediction).sum(dim=1).mean(dim=(1, 2))
-    kept = torch.where(overlapping, per_image, 0.0)
-    return kept.sum() / overlapping.sum().clamp(min=1)
+    return -(target * log_prediction).sum(dim=1)
 
 
 @full_precision

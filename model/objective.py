@@ -19,7 +19,7 @@ from model.distributed import all_reduce_mean
 from model.grouping import cosine_scores, winning_slots, won_cells
 from model.heads import build_predictor
 from model.image_level import image_loss
-from model.losses import grouping_loss, slot_loss, slot_regression
+from model.losses import grouping_loss, masked_loss, slot_loss, slot_regression
 from model.slots import Contrast, SlotCapacity, contrast, largest_counts, read_capacities
 from model.targets import balancing_offset
 
@@ -35,9 +35,9 @@ class ModelOutput:
     """Weighted sum of the terms, a scalar to call `backward` on."""
     terms: dict[str, Tensor]
     """Detached scalars before weighting, named as in `SlotCon.term_names`: grouping_12,
-    grouping_21, slot_12, slot_21 (12: student view 1 against teacher view 2) and, if their weights
-    are not 0, image and cells (both directions). Those of stages before the last one begin with
-    stageN_."""
+    grouping_21, slot_12, slot_21 (12: student view 1 against teacher view 2), with slotmim masked_1
+    and masked_2 (by view) and, if their weights are not 0, image and cells (both directions). Those
+    of stages before the last one begin with stageN_."""
     stats: dict[str, Tensor]
     """Detached scalars, means per image and view: active_slots (teacher slots that win a cell),
     active_pairs (slots that win in the student's view and in the teacher's other view),
@@ -60,6 +60,8 @@ class Geometry:
     """This batch is one of so many of a step."""
     draw: tuple[int, int]
     """(seed, number of the batch in the run): what the sample of cells follows from."""
+    masks: Tensor | None = None
+    """bool [2, B, H, W]: the cells that the student did not see; None without slotmim."""
 
 
 class Objective(nn.Module):
@@ -78,6 +80,7 @@ class Objective(nn.Module):
     def add_parts(self, config: ModelConfig) -> None:
         """Build everything for a stage with these settings, in an order that never changes."""
         self.config = config
+        self.teacher_temp = config.teacher_temp
         self.predictor = _predictor(config)
         self.register_buffer("center", torch.zeros(1, config.num_prototypes))
         self.register_buffer("largest_counts", torch.zeros(2, dtype=torch.long), persistent=False)
@@ -90,7 +93,9 @@ class Objective(nn.Module):
     @property
     def own_term_names(self) -> tuple[str, ...]:
         """The keys of the terms that `measure` returns, in order."""
-        names = [f"{kind}_{name}" for kind in ("grouping", "slot") for name, *_ in DIRECTIONS]
+        names = [f"grouping_{name}" for name, *_ in DIRECTIONS]
+        names += ["masked_1", "masked_2"] * self.config.hides_patches
+        names += [f"slot_{name}" for name, *_ in DIRECTIONS]
         names += ["image"] * bool(self.config.image_loss_weight)
         return (*names, *["cells"] * bool(self.config.cell_loss_weight))
 
@@ -121,6 +126,8 @@ class Objective(nn.Module):
         loss = weight * (terms["grouping_12"] + terms["grouping_21"]) + (1 - weight) * (
             terms["slot_12"] + terms["slot_21"]
         )
+        if batch.masks is not None:
+            loss = (loss + weight * (terms["masked_1"] + terms["masked_2"])) / 2
         if self.image_predictor is not None:
             with record_function("slotcon.image level"):
                 terms["image"] = self._image_term(student, teacher, self.image_predictor)
@@ -155,22 +162,25 @@ class Objective(nn.Module):
                 ]
                 for views in (student, teacher)
             )
-        offset, temperature = self.center, config.teacher_temp
+        offset, temperature = self.center, self.teacher_temp
         if config.targets == "balanced":
             temperature = config.balance_temp
             scores = torch.stack([view.scores for view in teacher])
             offset = balancing_offset(scores, config.balance, temperature)
-        return {
+        temperatures = (config.student_temp, temperature)
+        terms = {
             f"grouping_{name}": grouping_loss(
-                student_aligned[own],
-                teacher_aligned[other],
-                offset,
-                overlapping,
-                config.student_temp,
-                temperature,
+                student_aligned[own], teacher_aligned[other], offset, overlapping, *temperatures
             )
             for name, own, other in DIRECTIONS
         }
+        if batch.masks is not None:
+            for number, pair in enumerate(zip(student, teacher, batch.masks, strict=True), start=1):
+                own_view, whole, masks = pair
+                terms[f"masked_{number}"] = masked_loss(
+                    own_view.scores, whole.scores, offset, masks, *temperatures
+                )
+        return terms
 
     def _aligned(self, view: Grouped, overlap: Tensor, flipped: Tensor) -> Tensor:
         """Scores [B, K, H, W] of the pixels that the views share, see `ModelConfig.align`.
@@ -294,4 +304,5 @@ def _no_slot_terms(
 
 
 def _predictor(config: ModelConfig) -> nn.Sequential:
-    return build_predictor(config.dim_out, config.dim_hidden, config.dim_out)
+    norms = not config.hides_patches
+    return build_predictor(config.dim_out, config.dim_hidden, config.dim_out, norms)

@@ -1,6 +1,8 @@
-"""Translate between our parameter names and those of the authors' code (CVMI-Lab/SlotCon).
+"""Translate between our parameter names and those of the authors' code: CVMI-Lab/SlotCon and, for
+models with a mask token, CVMI-Lab/SlotMIM.
 
-Only names differ: layouts and shapes are the same.
+Names differ, layouts don't. Shapes differ in the projector of SlotMIM alone: there a matrix is what
+is a convolution of one pixel here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 PREFIXES = (
+    ("student.encoder.net.", "encoder_q."),
+    ("teacher.encoder.net.", "encoder_k."),
     ("student.encoder.", "encoder_q."),
     ("teacher.encoder.", "encoder_k."),
     ("student.projector.", "projector_q.mlp."),
@@ -17,29 +21,42 @@ PREFIXES = (
     ("predictor.", "predictor_slot.mlp."),
     ("center", "center"),
 )
-"""(our prefix, the authors' prefix) of the same weights."""
+"""(our prefix, the authors' prefix) of the same weights; the first one that fits."""
+SLOTMIM_PROTOTYPES = "prototypes_patch"
+"""What SlotMIM calls slot_embed."""
+MASK_TOKEN = "student.encoder.mask_token"
 OURS_ALONE = (
     "image_predictor.", "cell_predictor.", "further.", "student.heads.", "teacher.heads.", "guide.",
+    "student.encoder.scale", "student.encoder.shift", "teacher.encoder.scale",
+    "teacher.encoder.shift",
 )  # fmt: skip
-"""Prefixes of names that the authors' code lacks: of variants that they did not publish."""
-
-
-def official_name(name: str) -> str:
-    """The authors' name of one of our state-dict entries."""
-    for ours, theirs in PREFIXES:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise KeyError(name)
+"""Prefixes of names that the authors' code lacks: of variants that they did not publish, and of how
+an encoder gets its images."""
 
 
 def official_names(names: Iterable[str]) -> dict[str, str]:
-    """The authors' names by ours, of those of our state-dict entries that they have."""
-    return {name: official_name(name) for name in names if _shared(name)}
+    """The authors' names by ours, of those of our state-dict entries that they have. Raises
+    KeyError for a name that is not ours.
+    """
+    names = list(names)
+    translated = {name: _official_name(name) for name in names if _shared(name)}
+    if MASK_TOKEN not in names:
+        return translated
+    return {
+        ours: theirs.replace("slot_embed", SLOTMIM_PROTOTYPES)
+        for ours, theirs in translated.items()
+    }
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict under the authors' names (without `module.`), without `OURS_ALONE`."""
-    return {theirs: state[name] for name, theirs in official_names(state).items()}
+    slotmim = MASK_TOKEN in state
+    return {
+        theirs: state[name].flatten(1)
+        if slotmim and _is_matrix(theirs, state[name])
+        else state[name]
+        for name, theirs in official_names(state).items()
+    }
 
 
 def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -51,6 +68,7 @@ def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
     """
     given = {name.removeprefix("module."): value for name, value in official.items()}
     wanted = {theirs: name for name, theirs in official_names(ours).items()}
+    expected = {theirs: _shape(value) for theirs, value in to_official(ours).items()}
     kept = {name: value for name, value in ours.items() if not _shared(name)}
     problems = [
         _listing("missing", wanted.keys() - given.keys()),
@@ -58,9 +76,9 @@ def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
         _listing(
             "of another shape",
             (
-                f"{theirs} {_shape(given[theirs])} instead of {_shape(ours[name])}"
-                for theirs, name in wanted.items()
-                if theirs in given and _shape(given[theirs]) != _shape(ours[name])
+                f"{theirs} {_shape(given[theirs])} instead of {shape}"
+                for theirs, shape in expected.items()
+                if theirs in given and _shape(given[theirs]) != shape
             ),
         ),
     ]
@@ -69,7 +87,19 @@ def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
             "not a SlotCon state dict for this configuration; entries "
             + "; ".join(problem for problem in problems if problem)
         )
-    return kept | {name: given[theirs] for theirs, name in wanted.items()}
+    return kept | {name: given[theirs].reshape(ours[name].shape) for theirs, name in wanted.items()}
+
+
+def _official_name(name: str) -> str:
+    for ours, theirs in PREFIXES:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise KeyError(name)
+
+
+def _is_matrix(official_name: str, value: Tensor) -> bool:
+    """Whether it is a layer of a projector, which SlotMIM's authors apply to rows, not to maps."""
+    return official_name.startswith("projector_") and value.ndim == 4
 
 
 def _shared(name: str) -> bool:

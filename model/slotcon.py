@@ -1,6 +1,7 @@
 """SlotCon: self-supervised learning by joint semantic grouping and contrast of slots.
 
-Wen et al., NeurIPS 2022, arXiv 2205.15288.
+Wen et al., NeurIPS 2022, arXiv 2205.15288. Its successor SlotMIM (CVPR 2025, arXiv 2503.06960) is
+the same model with a ViT that is kept from seeing some patches.
 B images, K prototypes, D features, H W cells, S side of a view, two views each.
 """
 
@@ -18,6 +19,7 @@ from model.branch import Branch
 from model.config import ModelConfig
 from model.distributed import rank
 from model.encoder import Encoder
+from model.grouping import SemanticGrouping
 from model.guide import Guide
 from model.objective import Geometry, ModelOutput, Objective
 from model.official import from_official, to_official
@@ -72,6 +74,7 @@ class SlotCon(Objective):
         micro_batches: int = 1,
         draw: tuple[int, int] = (0, 0),
         own_teacher: bool = False,
+        masks: Tensor | None = None,
     ) -> ModelOutput:
         """Loss of a batch of pairs.
 
@@ -82,13 +85,16 @@ class SlotCon(Objective):
         With `own_teacher` the student's outputs, without gradients, are the teacher's too. The
         teacher's network is not used, and does not change until `copy_to_teacher`. With a guide it
         is never used, and the views are the guide's, [2, B, 3, f·S, f·S] with its factor f.
+        masks bool [2, B, H, W], with slotmim only: the cells that the student does not see.
         In training (train mode, gradients on) the centre is used first and updated afterwards.
         """
         _check_batch(views, overlap, flipped, micro_batches)
+        self._check_masks(views, masks)
+        hidden = (None, None) if masks is None else masks
         paths = drawn_from(draw, views.device) if self.config.drop_path else nullcontext()
         with record_function("slotcon.student"), paths:
             seen = views if self.guide is None else map(self.guide.shrunk, views)
-            student = [self.student.stages(view) for view in seen]
+            student = [self.student.stages(*view) for view in zip(seen, hidden, strict=True)]
         if self.guide is not None:
             with record_function("slotcon.teacher"):
                 grids = [maps[-1].scores.shape[-2:] for maps in student]
@@ -101,7 +107,7 @@ class SlotCon(Objective):
             with record_function("slotcon.teacher"), torch.no_grad():
                 teacher = [self.teacher.stages(view) for view in views]
 
-        batch = Geometry(overlap, flipped, micro_batches, draw)
+        batch = Geometry(overlap, flipped, micro_batches, draw, masks)
         pairs = zip(zip(*student, strict=True), zip(*teacher, strict=True), strict=True)
         outputs = {
             name: objective.measure(*pair, batch, has_slots=self.guide is None)
@@ -140,6 +146,28 @@ class SlotCon(Objective):
         """
         self.student.train_stages(count, learns=True)
         self.teacher.train_stages(count, learns=False)
+
+    def set_teacher_temp(self, temperature: float) -> None:
+        """The temperature of the teacher's targets, and of the slots of both networks, from now on;
+        at first it is `ModelConfig.teacher_temp`."""
+        for module in self.modules():
+            if isinstance(module, Objective):
+                module.teacher_temp = temperature
+            elif isinstance(module, SemanticGrouping):
+                module.temperature = temperature
+
+    def _check_masks(self, views: Tensor, masks: Tensor | None) -> None:
+        """Raises ValueError. Wrong grids would be spread over the batch without an error."""
+        if (masks is not None) != self.config.hides_patches:
+            raise ValueError("masks must be given with slotmim, and only with it")
+        if masks is None:
+            return
+        side = views.shape[-1] // self.config.strides[self.config.stages]
+        side //= 1 if self.guide is None else self.guide.factor
+        shape = (2, views.shape[1], side, side)
+        if masks.shape != shape or masks.dtype != torch.bool:
+            given = f"{masks.dtype} {list(masks.shape)}"
+            raise ValueError(f"masks must be bool {list(shape)}, not {given}")
 
     @record_function("slotcon.teacher update")
     @torch.no_grad()

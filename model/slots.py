@@ -64,8 +64,8 @@ class Contrast(NamedTuple):
     valid_keys: Tensor
     """bool [M]: whether the position holds a key."""
     enough: Tensor
-    """bool scalar: whether the predictor normalised at least two queries together. Otherwise its
-    output means nothing."""
+    """bool scalar: whether there is a query; with BatchNorms, whether the predictor normalised at
+    least two together. Otherwise its output means nothing."""
 
 
 def largest_counts(pairs: Tensor, keys: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def contrast(
         positive=torch.where(queries.valid, positive, 0),
         valid_queries=queries.valid,
         valid_keys=all_gather(keys.valid),
-        enough=count > 1,
+        enough=count > (1 if any(isinstance(part, _BatchNorm) for part in predictor) else 0),
     )
 
 

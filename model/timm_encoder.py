@@ -193,6 +193,22 @@ def idle_parts(arch: str) -> list[str]:
 
 
 @lru_cache(maxsize=64)
+def patch_size(arch: str) -> int | None:
+    """Pixels along one side of the patches of a ViT; None for a network that does not begin with
+    one embedding for each patch of images of any size.
+    """
+    strides, net = set(facts(arch).strides.values()), outline(arch)
+    if len(strides) > 1 or not hasattr(net, "patch_embed") or not hasattr(net, "blocks"):
+        return None
+    (side,) = strides
+    try:
+        patches = net.patch_embed(torch.empty(2, 3, 2 * side, 3 * side, device="meta"))
+    except Exception:  # networks assert and raise as they like
+        return None
+    return side if tuple(patches.shape) == (2, 2, 3, net.embed_dim) else None
+
+
+@lru_cache(maxsize=64)
 def refused_side(arch: str, stages: int, side: int) -> str | None:
     """Why views of `side` pixels do not fit; None if they do."""
     known = facts(arch)

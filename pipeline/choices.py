@@ -19,5 +19,8 @@ AnyCrops = Literal["auto", Crops]
 OnCorrupt = Literal["stop", "replace"]
 """What happens at a record that cannot be decoded: an error, or another image replaces it."""
 
+WHITEN = 0.25
+"""Whitening multiplies features by covariance^-this, unless another power is given."""
+
 BACKENDS = ("reference", "compiled", "kornia", "triton")
 """The modules of `pipeline.augment` that make the views' pixels."""

@@ -29,7 +29,14 @@ from pipeline.beton import Beton, CorruptRecord
 from pipeline.errors import UserError
 from pipeline.ffcv_format import JPEG, RAW
 from pipeline.jpeg_parts import missing_parts
-from pipeline.source import EPOCH_HAS_ENDED, Batch, BatchSource, Replacements, draw
+from pipeline.source import (
+    EPOCH_HAS_ENDED,
+    Batch,
+    BatchSource,
+    Replacements,
+    beside_views,
+    draw,
+)
 from pipeline.turbojpeg import REASONS, SHORT_READ, Decoder
 from pipeline.views import ViewConfig, ViewParams
 
@@ -142,8 +149,8 @@ class DaliLoader(BatchSource):
                 job = self._feed.pending.popleft()
                 self._call("schedule_run")
                 views = self._colour(pixels, job.params, self.device, self.dtype)
-                geometry = (job.params.overlap, job.params.flipped, self.beton.index[job.which])
-                yield Batch(views, *map(self._to_device, geometry))
+                beside = beside_views(self.beton, job.which, job.params)
+                yield Batch(views, *map(self._to_device, beside))
                 if self._feed.jobs is not jobs:
                     raise RuntimeError(EPOCH_HAS_ENDED)
             if self._feed.error is not None:

@@ -273,7 +273,7 @@ class CropLoader(RecordLoader):
     def _write(
         self, epoch: int, which: np.ndarray, pixels: np.ndarray, begin: int
     ) -> tuple[int, str]:
-        params = draw(self.beton, self.seed, epoch, which, self.views_of(epoch))
+        params = draw(self.beton, self.seed, epoch, which, self.views_of(epoch).unmasked())
         plan = Plan(params, self.colours) if self.colours else None
         for b, i in enumerate(which):
             boxes = params.crops[:, b]

@@ -16,7 +16,7 @@ from pipeline.dali import DaliLoader
 from pipeline.decode import CanvasLoader, CropLoader, RecordLoader
 from pipeline.errors import UserError
 from pipeline.image_folder import ImageFolder
-from pipeline.source import Batch, BatchSource, draw
+from pipeline.source import Batch, BatchSource, beside_views, draw
 from pipeline.views import ViewConfig
 
 
@@ -109,9 +109,8 @@ class ViewLoader(BatchSource):
         """The batch of decoded records, and the event after which their pixels may change."""
         drawn = self.views_of(epoch)
         params = draw(self.beton, self.seed, epoch, which, drawn)
-        index = self.beton.index[which]
-        host = (pixels, *map(torch.from_numpy, (params.overlap, params.flipped, index)))
-        (on_device, *geometry), copied = self._copy(host)
+        host = (pixels, *map(torch.from_numpy, beside_views(self.beton, which, params)))
+        (on_device, *beside), copied = self._copy(host)
         if self._finished:
             views = on_device.permute(0, 1, 4, 2, 3)
         elif isinstance(self._records, CropLoader):
@@ -121,7 +120,7 @@ class ViewLoader(BatchSource):
             views = self._backend.apply(
                 on_device, sizes, params, drawn.size, self.device, self.dtype
             )
-        return Batch(views, *geometry), copied
+        return Batch(views, *beside), copied
 
     def _copy(self, host: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
         """Copy to the device on a separate stream, so that the copy does not wait for the running
@@ -131,7 +130,8 @@ class ViewLoader(BatchSource):
             return [tensor.to(self.device) for tensor in host], None
         compute = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
-            copies = [tensor.to(self.device, non_blocking=True) for tensor in host]
+            # From other memory than pinned one the host would wait for the pixels before it.
+            copies = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in host]
             copied = self._stream.record_event()
         compute.wait_event(copied)
         for tensor in copies:

@@ -36,13 +36,15 @@ class Batch:
     views [2, B, 3, S, S] normalised, channels_last; overlap float32 [2, B, 4], the intersection of
     both crops as x1 y1 x2 y2 in the (0..1) frame of each view after its flip, not clipped (x2 <= x1
     or y2 <= y1 if the crops share no pixel); flipped bool [2, B]; index int64 [B], the images'
-    numbers.
+    numbers; masks bool [2, B, S / cell, S / cell], the cells of each view, after its flip, that are
+    hidden from a student, or None if views.mask_ratio is 0. The views themselves are whole.
     """
 
     views: Tensor
     overlap: Tensor
     flipped: Tensor
     index: Tensor
+    masks: Tensor | None = None
 
 
 class BatchSource(ABC):
@@ -140,6 +142,12 @@ def draw(beton: Beton, seed: int, epoch: int, which: np.ndarray, views: ViewConf
     """The view parameters of records `which` int64 [B]."""
     size = (beton.height[which], beton.width[which])
     return sample_views(seed, epoch, beton.index[which], *size, views)
+
+
+def beside_views(beton: Beton, which: np.ndarray, params: ViewParams) -> list[np.ndarray]:
+    """What a batch of these records holds beside its views, in the order of `Batch`'s fields."""
+    arrays = (params.overlap, params.flipped, beton.index[which], params.masks)
+    return [array for array in arrays if array is not None]
 
 
 class ReadAhead:

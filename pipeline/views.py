@@ -15,32 +15,42 @@ block is four 32-bit words w; u = w / 2^32 is in [0, 1), and floor(w·n / 2^32) 
     64 + 8v   view v = 0, 1: u < p for flip, jitter, grey, blur
     65 + 8v   brightness, contrast, saturation, hue
     66 + 8v   order (which of the 24 permutations), blur sigma, u < p for solarize, unused
+    128 + v   with masks: ratio of view v; its other words are unused
+    128 + v + 2t   with masks: try t = 1, 2, … at a rectangle of view v: area, aspect, top, left
 
-So no value depends on another draw: each can be computed alone, on any device, in any order.
+So no value depends on another draw: each can be computed alone, on any device, in any order. Only
+the tries at a mask follow one another, as many as it takes (`pipeline.masks`).
 Without `geometry`, view 2 uses crop 1 and view 1's flip; its draws for crop and flip are unused.
-
-Philox4x32-10 is a counter-based random generator: 128 bits of counter and 64 bits of key give 128
-random bits (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
 """
 
 import itertools
 import math
 from collections import namedtuple
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.bounds import POSITIVE, RANGE, UP_TO_1, Bound, Bounded, at_least, at_most, within
-from pipeline.compiling import njit
+from pipeline.bounds import (
+    BELOW_1,
+    POSITIVE,
+    RANGE,
+    UP_TO_1,
+    Bound,
+    Bounded,
+    at_least,
+    at_most,
+    within,
+)
+from pipeline.draws import Stream, below, compiled, draw_block, stream_of, uniform, unit
 from pipeline.errors import require
+from pipeline.masks import sample_masks
 
 _TRIES = 10  # as in torchvision's RandomResizedCrop and in the authors' sampler
 _CROP_1, _CROP_2, _CROP_2_FREE, _PHOTOMETRIC = 0, 16, 32, 64  # first blocks, see the layout above
 
-_compiled = njit(nogil=True, cache=True)
-
+_PIXELS: Bound = {"a whole number >= 1": lambda size: size >= 1 and size % 1 == 0} | at_most(4096)
 _TWO_SHARES: Bound = {
     "two numbers in 0..1": lambda pair: len(pair) == 2 and all(0 <= p <= 1 for p in pair)
 }
@@ -50,10 +60,7 @@ _TWO_SHARES: Bound = {
 class ViewConfig(Bounded):
     """How a pair of views is drawn; the defaults are SlotCon's."""
 
-    size: int = field(
-        default=224,
-        metadata={"a whole number >= 1": lambda size: size >= 1 and size % 1 == 0} | at_most(4096),
-    )
+    size: int = field(default=224, metadata=_PIXELS)
     """Side of a view in pixels."""
     min_scale: float = field(default=0.08, metadata=UP_TO_1)
     """Smallest crop, as a share of the image's area."""
@@ -89,6 +96,13 @@ class ViewConfig(Bounded):
     """Whether the views differ in crop and flip. If not, view 2 has view 1's crop and flip, and
     min_overlap has no effect. No other draw changes. SlotCon's table 8e says only that geometric
     augmentation is off; here each epoch still draws a new common crop and flip."""
+    mask_ratio: float = field(default=0.0, metadata=BELOW_1)
+    """Share of a view's cells that its mask hides, about: blocks are drawn until the next one does
+    not fit (SlotMIM, arXiv 2503.06960, as BEiT). 0 = no masks."""
+    mask_ratio_spread: float = field(default=0.0, metadata=within(0, 0.5))
+    """The share is uniform in mask_ratio ± this, drawn for each view of each image."""
+    mask_cell: int = field(default=16, metadata=_PIXELS)
+    """Side of a masked cell in pixels: the patch of the network that sees the masks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,6 +116,27 @@ class ViewConfig(Bounded):
             self.max_aspect,
             "at least min_aspect and at most 1,000",
         )
+        self._check_masks()
+
+    def _check_masks(self) -> None:
+        ratio, spread, cell = self.mask_ratio, self.mask_ratio_spread, self.mask_cell
+        if not ratio:
+            require(spread == 0, "mask_ratio_spread", spread, "0 without mask_ratio")
+            return
+        require(self.size % cell == 0, "size", self.size, f"a multiple of mask_cell ({cell})")
+        cells = self.mask_side**2
+        some = f"such that mask_ratio - mask_ratio_spread hides 1 of a view's {cells} cells or more"
+        require((ratio - spread) * cells >= 1, "mask_ratio", ratio, some)
+        require(ratio + spread < 1, "mask_ratio", ratio, "below 1 with mask_ratio_spread added")
+
+    @property
+    def mask_side(self) -> int:
+        """Cells along each side of a view's mask; 0 if there are no masks."""
+        return self.size // self.mask_cell if self.mask_ratio else 0
+
+    def unmasked(self) -> "ViewConfig":
+        """The same views, without masks."""
+        return replace(self, mask_ratio=0.0, mask_ratio_spread=0.0) if self.mask_ratio else self
 
 
 @dataclass(frozen=True)
@@ -129,6 +164,9 @@ class ViewParams:
     """[2, B] standard deviation of the blur in pixels of the view, 0 = no blur."""
     solarized: NDArray[np.bool_]
     """[2, B]"""
+    masks: NDArray[np.bool_] | None = None
+    """[2, B, rows, columns] which cells of each view, after its flip, are hidden; None without
+    masks."""
 
 
 def sample_views(
@@ -143,10 +181,15 @@ def sample_views(
     index, height, width = _checked(seed, epoch, index, height, width)
     params = _empty(len(index))
     numbers = _Numbers(*(_as_float(getattr(config, f.name)) for f in fields(config)))
-    arrays = _Arrays(*(getattr(params, f.name) for f in fields(params)))
-    key, images = np.uint64(seed), index.view(np.uint64)
-    _sample_batch(key, np.uint32(epoch), images, height, width, numbers, arrays)
-    return params
+    arrays = _Arrays(*(getattr(params, f.name) for f in _DRAWN))
+    images = (np.uint64(seed), np.uint32(epoch), index.view(np.uint64))
+    _sample_batch(*images, height, width, numbers, arrays)
+    if not config.mask_ratio:
+        return params
+    masks = np.zeros((2, len(index), config.mask_side, config.mask_side), np.bool_)
+    low, high = (config.mask_ratio + sign * config.mask_ratio_spread for sign in (-1.0, 1.0))
+    sample_masks(*images, low, high, masks)
+    return replace(params, masks=masks)
 
 
 def _checked(
@@ -186,21 +229,12 @@ def _as_float(value: Any) -> Any:
 
 # ---- The compiled part; functions below `_sample_batch` work on one image ----
 
-# ViewConfig and ViewParams as named tuples, the only kind of record that numba reads.
+# ViewConfig and ViewParams, masks excepted, as named tuples: the only records that numba reads.
 _Numbers = namedtuple("_Numbers", [f.name for f in fields(ViewConfig)])  # type: ignore[misc]
-_Arrays = namedtuple("_Arrays", [f.name for f in fields(ViewParams)])  # type: ignore[misc]
+_DRAWN = fields(ViewParams)[:-1]
+_Arrays = namedtuple("_Arrays", [f.name for f in _DRAWN])  # type: ignore[misc]
 
 _PERMUTATIONS = np.array(list(itertools.permutations(range(4))), np.uint8)
-
-
-class _Stream(NamedTuple):
-    """Philox's input without the block number, five uint32: an image in an epoch of a run."""
-
-    epoch: np.uint32
-    index_low: np.uint32
-    index_high: np.uint32
-    seed_low: np.uint32
-    seed_high: np.uint32
 
 
 class _Box(NamedTuple):
@@ -213,7 +247,7 @@ class _Box(NamedTuple):
     area: float
 
 
-@_compiled
+@compiled
 def _sample_batch(
     seed: np.uint64,
     epoch: np.uint32,
@@ -223,10 +257,8 @@ def _sample_batch(
     config: Any,
     out: Any,
 ) -> None:
-    seed_low, seed_high = np.uint32(seed), np.uint32(seed >> _HIGH)
     for b in range(len(index)):
-        index_low, index_high = np.uint32(index[b]), np.uint32(index[b] >> _HIGH)
-        stream = _Stream(epoch, index_low, index_high, seed_low, seed_high)
+        stream = stream_of(seed, epoch, index[b])
         first = second = _free_crop(stream, _CROP_1, height[b], width[b], config)
         for view in range(2):
             _write_photometric(stream, view, b, config, out)
@@ -238,75 +270,22 @@ def _sample_batch(
         _write_geometry(second, first, 1, b, out)
 
 
-@_compiled
-def _draw(stream: _Stream, block: int) -> Any:
-    """The four uint32 words of one block."""
-    return philox4x32(
-        np.uint32(block),
-        stream.epoch,
-        stream.index_low,
-        stream.index_high,
-        stream.seed_low,
-        stream.seed_high,
-    )
-
-
-_MULTIPLIER_0 = np.uint64(0xD2511F53)
-_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
-_WEYL_0 = np.uint32(0x9E3779B9)
-_WEYL_1 = np.uint32(0xBB67AE85)
-_HIGH = np.uint64(32)
-
-
-@_compiled
-def philox4x32(
-    c0: np.uint32, c1: np.uint32, c2: np.uint32, c3: np.uint32, k0: np.uint32, k1: np.uint32
-) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
-    """Four random words from counter (c0, c1, c2, c3) and key (k0, k1); all of them uint32."""
-    for _ in range(10):
-        product_0 = np.uint64(c0) * _MULTIPLIER_0
-        product_1 = np.uint64(c2) * _MULTIPLIER_1
-        c0 = np.uint32(product_1 >> _HIGH) ^ c1 ^ k0
-        c1 = np.uint32(product_1)
-        c2 = np.uint32(product_0 >> _HIGH) ^ c3 ^ k1
-        c3 = np.uint32(product_0)
-        k0 = np.uint32(k0 + _WEYL_0)
-        k1 = np.uint32(k1 + _WEYL_1)
-    return np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3)
-
-
-@_compiled
-def _unit(word: np.uint32) -> Any:
-    return np.float64(word) * 2.0**-32
-
-
-@_compiled
-def _uniform(word: np.uint32, low: float, high: float) -> Any:
-    return low + (high - low) * _unit(word)
-
-
-@_compiled
-def _below(word: np.uint32, count: int) -> Any:
-    """An integer in 0..count-1."""
-    return np.int64((np.uint64(word) * np.uint64(count)) >> np.uint64(32))
-
-
-@_compiled
-def _try_crop(stream: _Stream, block: int, height: int, width: int, config: Any) -> _Box:
+@compiled
+def _try_crop(stream: Stream, block: int, height: int, width: int, config: Any) -> _Box:
     """One try at a crop of random area and aspect; width 0 if it does not fit into the image."""
-    words = _draw(stream, block)
-    area = _uniform(words[0], config.min_scale, config.max_scale) * height * width
-    log_aspect = _uniform(words[1], math.log(config.min_aspect), math.log(config.max_aspect))
+    words = draw_block(stream, block)
+    area = uniform(words[0], config.min_scale, config.max_scale) * height * width
+    log_aspect = uniform(words[1], math.log(config.min_aspect), math.log(config.max_aspect))
     aspect = math.exp(log_aspect)
     w = int(np.rint(math.sqrt(area * aspect)))
     h = int(np.rint(math.sqrt(area / aspect)))
     if not (0 < w <= width and 0 < h <= height):
         return _Box(0, 0, 0, 0, area)
-    return _Box(_below(words[2], width - w + 1), _below(words[3], height - h + 1), w, h, area)
+    return _Box(below(words[2], width - w + 1), below(words[3], height - h + 1), w, h, area)
 
 
-@_compiled
-def _free_crop(stream: _Stream, first_block: int, height: int, width: int, config: Any) -> _Box:
+@compiled
+def _free_crop(stream: Stream, first_block: int, height: int, width: int, config: Any) -> _Box:
     """Ten tries, then the largest centred crop of an allowed aspect."""
     for block in range(first_block, first_block + _TRIES):
         box = _try_crop(stream, block, height, width, config)
@@ -320,8 +299,8 @@ def _free_crop(stream: _Stream, first_block: int, height: int, width: int, confi
     return _Box((width - w) // 2, (height - h) // 2, w, h, float(w * h))
 
 
-@_compiled
-def _conditioned_crop(stream: _Stream, first: _Box, height: int, width: int, config: Any) -> _Box:
+@compiled
+def _conditioned_crop(stream: Stream, first: _Box, height: int, width: int, config: Any) -> _Box:
     """Ten tries at a crop that `first` covers to min_overlap of its drawn area, then a free one."""
     for block in range(_CROP_2, _CROP_2 + _TRIES):
         box = _try_crop(stream, block, height, width, config)
@@ -330,14 +309,14 @@ def _conditioned_crop(stream: _Stream, first: _Box, height: int, width: int, con
     return _free_crop(stream, _CROP_2_FREE, height, width, config)
 
 
-@_compiled
+@compiled
 def _common_area(a: _Box, b: _Box) -> int:
     w = min(a.x + a.width, b.x + b.width) - max(a.x, b.x)
     h = min(a.y + a.height, b.y + b.height) - max(a.y, b.y)
     return max(w, 0) * max(h, 0)
 
 
-@_compiled
+@compiled
 def _write_geometry(box: _Box, other: _Box, view: int, b: int, out: Any) -> None:
     """Crop and overlap box of one view, whose flip is already written; `other`: the other crop."""
     crop, overlap = out.crops[view, b], out.overlap[view, b]
@@ -349,25 +328,29 @@ def _write_geometry(box: _Box, other: _Box, view: int, b: int, out: Any) -> None
     overlap[3] = (min(box.y + box.height, other.y + other.height) - box.y) / box.height
 
 
-@_compiled
-def _write_photometric(stream: _Stream, view: int, b: int, config: Any, out: Any) -> None:
+@compiled
+def _write_photometric(stream: Stream, view: int, b: int, config: Any, out: Any) -> None:
     """Flip and colours of one view."""
     block = _PHOTOMETRIC + 8 * view
-    chance, factor, rest = _draw(stream, block), _draw(stream, block + 1), _draw(stream, block + 2)
-    out.flipped[view, b] = _unit(chance[0]) < config.flip
-    out.jittered[view, b] = _unit(chance[1]) < config.jitter
-    out.grey[view, b] = _unit(chance[2]) < config.grey
-    blurred = _unit(chance[3]) < config.blur[view]
+    chance, factor, rest = (
+        draw_block(stream, block),
+        draw_block(stream, block + 1),
+        draw_block(stream, block + 2),
+    )
+    out.flipped[view, b] = unit(chance[0]) < config.flip
+    out.jittered[view, b] = unit(chance[1]) < config.jitter
+    out.grey[view, b] = unit(chance[2]) < config.grey
+    blurred = unit(chance[3]) < config.blur[view]
     low, high = config.blur_sigma
-    out.sigma[view, b] = _uniform(rest[1], low, high) if blurred else 0.0
-    out.solarized[view, b] = _unit(rest[2]) < config.solarize[view]
-    permutation = _PERMUTATIONS[_below(rest[0], 24)]
+    out.sigma[view, b] = uniform(rest[1], low, high) if blurred else 0.0
+    out.solarized[view, b] = unit(rest[2]) < config.solarize[view]
+    permutation = _PERMUTATIONS[below(rest[0], 24)]
     for i in range(4):
         out.order[view, b, i] = permutation[i]
     jitter = out.jitter[view, b]
     jitter[0], jitter[1], jitter[2], jitter[3] = 1.0, 1.0, 1.0, 0.0
     if out.jittered[view, b]:
-        jitter[0] = _uniform(factor[0], 1 - config.brightness, 1 + config.brightness)
-        jitter[1] = _uniform(factor[1], 1 - config.contrast, 1 + config.contrast)
-        jitter[2] = _uniform(factor[2], 1 - config.saturation, 1 + config.saturation)
-        jitter[3] = _uniform(factor[3], -config.hue, config.hue)
+        jitter[0] = uniform(factor[0], 1 - config.brightness, 1 + config.brightness)
+        jitter[1] = uniform(factor[1], 1 - config.contrast, 1 + config.contrast)
+        jitter[2] = uniform(factor[2], 1 - config.saturation, 1 + config.saturation)
+        jitter[3] = uniform(factor[3], -config.hue, config.hue)

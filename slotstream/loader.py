@@ -23,9 +23,11 @@ class Loader:
     """The batches of a beton, epoch after epoch; one `for` loop reads the present epoch to its end.
 
     Each `Batch` has two views of B images and the geometry between them: views [2, B, 3, S, S],
-    normalised; overlap [2, B, 4], flipped [2, B], index [B]. Every image, and everything random
-    about its views, follows from (seed, epoch, index). So the batches are the same with any number
-    of threads, and a loader that continues from a `state_dict` gives exactly those that are left.
+    normalised; overlap [2, B, 4], flipped [2, B], index [B]. With views={"mask_ratio": 0.3} it also
+    has block masks for masked image modelling: masks bool [2, B, S / 16, S / 16], True where a cell
+    of 16 pixels (views.mask_cell) is to be hidden; the views are whole. Every image, and everything
+    random about its views, follows from (seed, epoch, index). So the batches are the same with any
+    number of threads, and a loader that continues from a `state_dict` gives exactly those left.
 
     Args:
         path: the beton; or a folder of images, which takes longer.
@@ -121,9 +123,10 @@ class Loader:
         """Continue where `state` was taken, with any number of ranks. Raises UserError if that was
         a loader of other batches.
         """
+        older = {"views": {**_plain(ViewConfig()), **state.get("views", {})}}  # than a setting
         for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise UserError(f"state: {name} was {state.get(name)!r}, is {value!r}")
+            if (was := older.get(name, state.get(name))) != value:
+                raise UserError(f"state: {name} was {was!r}, is {value!r}")
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
     def _identity(self) -> dict[str, Any]:
@@ -134,5 +137,11 @@ class Loader:
             "batch_size": source.batch_size,
             "seed": source.seed,
             "order": source.order,
-            "views": json.loads(json.dumps(asdict(self._views))),  # tuples as lists, as in a file
+            "views": _plain(self._views),
         }
+
+
+def _plain(views: ViewConfig) -> dict[str, Any]:
+    """Tuples as lists, as in a file."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(views)))
+    return values

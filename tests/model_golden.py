@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from model import ModelConfig, ModelOutput, SlotCon, objective, prepare
 from model.grouping import winning_slots
 from model.losses import slot_loss
-from model.official import official_name
+from model.official import official_names
 from model.slots import SlotCapacity
 from tests import GOLDEN
 from tests.helpers.processes import run_workers
@@ -43,13 +43,13 @@ ROUNDING_FLOOR = 1e-6
 FLOAT64_TOLERANCE = 1e-11
 
 
-def load(name: str) -> Arrays:
-    with np.load(GOLDEN / name) as file:
+def load(name: str, folder: Path = GOLDEN) -> Arrays:
+    with np.load(folder / name) as file:
         return {key: file[key] for key in file.files}
 
 
-def settings() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((GOLDEN / "config.json").read_text())
+def settings(folder: Path = GOLDEN) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return loaded
 
 
@@ -120,46 +120,51 @@ def build_model(dtype: torch.dtype = torch.float32) -> SlotCon:
     return model.to(dtype)
 
 
-def rebuild_state(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rebuild_state(like: Mapping[str, Tensor], folder: Path = GOLDEN) -> dict[str, Tensor]:
     """The recorded initial weights. They are not stored: each follows from its name."""
     state: dict[str, Tensor] = {}
+    config = settings(folder)
     # A teacher's entry is the student's plus noise, so q comes before k.
     for name in sorted(like, key=lambda name: ("_k." in name, name)):
         if like[name].is_floating_point():
-            state[name] = torch.from_numpy(_initial_value(name, tuple(like[name].shape), state))
+            shape = tuple(like[name].shape)
+            state[name] = torch.from_numpy(_initial_value(name, shape, state, config))
         else:
             state[name] = torch.zeros_like(like[name])
     return state
 
 
 def _initial_value(
-    name: str, shape: tuple[int, ...], state: Mapping[str, Tensor]
+    name: str, shape: tuple[int, ...], state: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> NDArray[np.float32]:
     last = name.rpartition(".")[2]
     if last in ("center", "running_mean"):
         return np.zeros(shape, np.float32)
     if last == "running_var":
         return np.ones(shape, np.float32)
-    noise = _generator(name).standard_normal(shape)
+    noise = _generator(name, config["seed"]).standard_normal(shape)
     if "_k." in name:
         twin: NDArray[np.float32] = state[name.replace("_k.", "_q.", 1)].numpy()
         return twin + (0.01 * noise).astype(np.float32)
-    if "slot_embed" in name:
+    if "slot_embed" in name or "prototypes_patch" in name:
         value = noise
+    elif last in ("cls_token", "mask_token", "pos_embed"):
+        value = 0.5 * noise
     elif len(shape) >= 2:
         value = noise * np.sqrt(2 / np.prod(shape[1:]))
     elif last == "weight":
         ends_block = name.startswith("encoder_") and name.endswith("bn2.weight")
-        value = (1 + 0.1 * noise) * (settings()["block_end_bn_factor"] if ends_block else 1.0)
+        value = (1 + 0.1 * noise) * (config["block_end_bn_factor"] if ends_block else 1.0)
     else:
         value = 0.1 * noise
     return value.astype(np.float32)
 
 
-def rebuild_images(name: str) -> NDArray[np.float32]:
+def rebuild_images(name: str, folder: Path = GOLDEN) -> NDArray[np.float32]:
     """One recorded batch of one view [B, 3, S, S]: two octaves of interpolated noise."""
-    count, size = settings()["batch_size"], settings()["image_size"]
-    rng = _generator(name)
+    config = settings(folder)
+    count, size = config["batch_size"], config["image_size"]
+    rng = _generator(name, config["seed"])
     out = np.zeros((count, 3, size, size))
     for cells, amplitude in ((size // 16, 1.0), (size // 4, 0.5)):
         grid = rng.standard_normal((count, 3, cells, cells))
@@ -172,8 +177,8 @@ def rebuild_images(name: str) -> NDArray[np.float32]:
     return out.astype(np.float32)
 
 
-def _generator(name: str) -> np.random.Generator:
-    return np.random.default_rng([settings()["seed"], zlib.crc32(name.encode())])
+def _generator(name: str, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 def image_names(world: int, rank: int, step: int) -> list[str]:
@@ -181,11 +186,16 @@ def image_names(world: int, rank: int, step: int) -> list[str]:
 
 
 def batch(
-    record: Arrays, world: int, rank: int, step: int, dtype: torch.dtype = torch.float32
+    record: Arrays,
+    world: int,
+    rank: int,
+    step: int,
+    dtype: torch.dtype = torch.float32,
+    folder: Path = GOLDEN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(views, overlap, flipped) of one recorded step."""
     at = step if world == 1 else (step, rank)
-    views = np.stack([rebuild_images(name) for name in image_names(world, rank, step)])
+    views = np.stack([rebuild_images(name, folder) for name in image_names(world, rank, step)])
     return (
         torch.from_numpy(views).to(dtype),
         torch.from_numpy(record["coords"][at]).to(dtype),
@@ -205,7 +215,8 @@ class Recorder:
             momentum=config["momentum"],
             weight_decay=config["weight_decay"],
         )
-        self.parameters = {official_name(name): p for name, p in model.named_parameters()}
+        weights = dict(model.named_parameters())
+        self.parameters = {theirs: weights[n] for n, theirs in official_names(weights).items()}
         self.scores: dict[str, list[Tensor]] = defaultdict(list)
         for branch in ("student", "teacher"):
             self._note_scores(branch)

@@ -180,6 +180,31 @@ def test_the_loader_gives_the_batches_of_a_run(beton: Path) -> None:
                 assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
+def test_a_loop_resumes_with_the_same_masks(beton: Path) -> None:
+    """Without it a masked model that continues sees other cells, or none are given to it at all; or
+    a state that was saved before there were masks is refused.
+    """
+    options: dict[str, Any] = {"size": 32, "device": "cpu"}
+    masked = options | {"views": {"mask_ratio": 0.5, "mask_cell": 8}}
+    loader = Loader(beton, 4, **masked)
+    next(iter(loader))
+    state = loader.state_dict()
+    again = Loader(beton, 4, **masked, threads=1)
+    again.load_state_dict(state)
+    (expected,), (found,) = list(loader), list(again)
+    assert found.masks is not None and expected.masks is not None
+    assert found.masks.shape == (2, 4, 4, 4) and torch.equal(found.masks, expected.masks)
+    with pytest.raises(UserError, match="state: views was"):
+        Loader(beton, 4, **options).load_state_dict(state)
+    with pytest.raises(UserError, match="views: size must be a multiple of mask_cell"):
+        Loader(beton, 4, **options, views={"mask_ratio": 0.5, "mask_cell": 20})
+    plain = Loader(beton, 4, **options)
+    before = plain.state_dict()
+    before["views"] = {k: v for k, v in before["views"].items() if not k.startswith("mask")}
+    plain.load_state_dict(before)
+    assert next(iter(plain)).masks is None
+
+
 def test_ranks_share_a_batch(beton: Path) -> None:
     """Without it the processes of a distributed run train on the same images."""
     whole = next(iter(Loader(beton, 4, size=32, device="cpu"))).index

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.report": {"train", "train.run", "pipeline"},
     "tools.packing": {"tools.report", "train.run", "pipeline"},
     "tools.benchmark": {"tools.report", "train", "train.run", "model", "pipeline"},
-    "tools.weights": {"train", "train.run", "model", "pipeline"},
+    "tools.weights": {"evaluation.datasets", "train", "train.run", "model", "pipeline"},
     "tools": {
         "tools.packing", "tools.report", "tools.weights", "train", "train.run", "model", "pipeline",
     },
@@ -58,7 +58,7 @@ def room_of(module: str) -> str:
 def syntax_of(module: str) -> ast.Module:
     """The module's syntax tree, tried twice.
 
-    In Python 3.11 before .8 a tree fails when a finaliser or a thread parses meanwhile, as a printed
+    Python 3.11 before .8 fails when a finaliser or a thread parses meanwhile, as a printed
     traceback does (python/cpython#106905); that is no fault of the module's.
     """
     text = modules()[module].read_text()

@@ -2,7 +2,8 @@
 
 Writes the teacher's encoder, or the student's with --student. If the format has room for metadata,
 the file also says how the weights were made. ONNX files also hold the network, the encoder or the
-whole segmenter.
+whole segmenter. With --whiten the last map is a whitened one: features of directions that vary
+little count more, and no reader needs to know of it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   python -m tools.export runs/coco --to detectron2 --out slotcon_r50.pkl
   python -m tools.export runs/coco --to mmseg --out slotcon_r50_mmseg.pth
   python -m tools.export runs/coco --to huggingface --out slotcon_r50 --license "CC BY 4.0"
+  python -m tools.export runs/post --to timm --out post.safetensors --whiten photos.beton
   python -m tools.export runs/coco/checkpoints/step_1000 --to official --out slotcon_full.pth
   python -m tools.export runs/coco --to onnx-segmenter --out segmenter.onnx
 
@@ -51,6 +53,8 @@ def main() -> None:
     from tools.weights.onnx_file import encoder_file, segmenter_file
 
     licence = {"data_license": args.license} if args.license else {}
+    if args.whiten and args.to in ("official", "onnx-segmenter"):
+        raise UserError(f"--whiten: --to {args.to} writes the model as it was trained")
     if args.to == "official":
         if args.student:
             raise UserError("--student: --to official writes teacher and student")
@@ -95,7 +99,12 @@ def read(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
     if "prefix" in known and "arch" not in known:  # else the prefix is that of an earlier reading
         side = f", the {known['branch']}" if "branch" in known else ""
         print(f"{args.checkpoint}: took the weights below '{printable(known['prefix'])}'{side}")
-    return replace(backbone, metadata={"arch": backbone.arch, **known, **licence})
+    backbone = replace(backbone, metadata={"arch": backbone.arch, **known, **licence})
+    if args.whiten is None:
+        return backbone
+    from tools.weights.whitening import whitened
+
+    return whitened(backbone, args.whiten)
 
 
 def branch_of(args: argparse.Namespace) -> Branch:
@@ -109,6 +118,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--to", required=True, choices=tuple(SUFFIXES), help="format, see below")
     parser.add_argument("--out", required=True, type=Path, help="file or new folder to write")
     parser.add_argument("--student", action="store_true", help="write the student's encoder")
+    parser.add_argument(
+        "--whiten",
+        type=Path,
+        metavar="IMAGES",
+        help="centre the last map and multiply it by covariance^-1/4 of the cells of these images "
+        "(a beton or a folder, no labels), within its last convolution; EfficientNets can hold it",
+    )
     parser.add_argument("--license", metavar="TEXT", help="licence of the training images")
     return parser.parse_args()
 

@@ -38,7 +38,7 @@ def first_batches(path: Path) -> None:
     ways: tuple[Crops, ...] = ("device", "host")
     for crops in ways:
         loader = make_loader(
-            Beton(path), ViewConfig(size=32), 2,
+            Beton(path), ViewConfig(size=32, mask_ratio=0.3), 2,
             crops=crops, backend="compiled", device=torch.device("cpu"), seed=0,
         )  # fmt: skip
         for _ in loader.epoch(0):

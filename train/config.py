@@ -27,6 +27,7 @@ from pipeline.errors import require
 from pipeline.views import ViewConfig
 from train.eval_config import EvalConfig
 from train.init_config import InitConfig, check_frozen, check_start
+from train.mask_config import check_masks
 from train.run.command import EXIT_CODES
 from train.run.settings import RESUME, RUN_NAME, SEED, Settings
 
@@ -122,8 +123,12 @@ class TrainConfig(Bounded):
     """Peak learning rate for 256 images a step; it scales with the batch size."""
     warmup_epochs: float = 5
     """Epochs of linear warm-up before the cosine."""
-    warmup_multiplier: float = field(default=100, metadata=at_least(1))
-    """The warm-up starts at the peak learning rate divided by this."""
+    warmup_multiplier: float | None = field(default=100, metadata=optional(at_least(1)))
+    """The warm-up starts at the peak learning rate divided by this; null: at 0."""
+    warmup_reaches_peak: bool = False
+    """Whether the last step of the warm-up has the peak learning rate, as the next one has."""
+    final_lr: float = field(default=1e-6, metadata=at_least(0))
+    """Learning rate at the end of the cosine, whatever the batch size."""
     optimizer: Literal["lars", "adamw"] = "lars"
     """"lars": the authors', for training from scratch. "adamw" (arXiv 1711.05101), with base_lr
     below 0.1: for weights that are good already."""
@@ -138,10 +143,23 @@ class TrainConfig(Bounded):
     """Share of the last step's direction that a step keeps; AdamW: beta 1 (beta 2 is 0.999)."""
     weight_decay: float = field(default=1e-5, metadata=at_least(0))
     """Decay of all weights except 1-D ones (biases, norms) and, with AdamW, positions."""
+    final_weight_decay: float | None = field(default=None, metadata=optional(POSITIVE))
+    """The decay at the end of the run, to which a cosine leads. null = weight_decay throughout."""
+    decay_positions: bool = False
+    """AdamW: the embeddings of positions and tokens decay too."""
+    clip_grad: float | None = field(default=None, metadata=optional(POSITIVE))
+    """The largest norm of a tensor's gradient; a larger one is scaled down, each tensor by itself.
+    null = any."""
+    freeze_prototypes_epochs: int = field(default=0, metadata=at_least(0))
+    """Epochs at first in which the prototypes rest: no step, no decay, no moments."""
     eta: float = field(default=0.001, metadata=POSITIVE)
     """LARS: trust coefficient, the size of a layer's step relative to its weights."""
     teacher_momentum: float = field(default=0.99, metadata=within(0, 1))
     """Share of the teacher that one step keeps at first; a cosine raises it to 1 at the end."""
+    warmup_teacher_temp: float | None = field(default=None, metadata=optional(POSITIVE))
+    """model.teacher_temp in the first epoch. null = as later."""
+    warmup_teacher_temp_epochs: int = field(default=0, metadata=at_least(0))
+    """Epochs in which it goes from there to model.teacher_temp, linearly, both ends included."""
     teacher: Literal["ema", "student", "switch", "frozen"] = "ema"
     """Whose output teaches. "ema": that of an average of the student, as in the paper. "student":
     the student's own, without gradient, as in SwAV (arXiv 2006.09882), which saves a quarter of the
@@ -186,7 +204,17 @@ class TrainConfig(Bounded):
         )
         rest = self.freeze_encoder_epochs
         require(rest < self.epochs, "freeze_encoder_epochs", rest, f"below epochs ({self.epochs})")
+        frozen = self.freeze_prototypes_epochs
+        fits = frozen < self.epochs
+        require(fits, "freeze_prototypes_epochs", frozen, f"below epochs ({self.epochs})")
+        given = (self.warmup_teacher_temp is None) == (self.warmup_teacher_temp_epochs == 0)
+        with_epochs = "given with train.warmup_teacher_temp_epochs, or both not"
+        require(given, "warmup_teacher_temp", self.warmup_teacher_temp, with_epochs)
+        decays = self.final_weight_decay is None or self.weight_decay > 0
+        above = "above 0 with train.final_weight_decay"
+        require(decays, "weight_decay", self.weight_decay, above)
         adam = self.optimizer == "adamw"
+        require(adam or not self.decay_positions, "decay_positions", True, "false with lars")
         fits = not adam or self.base_lr <= 0.1
         require(fits, "base_lr", self.base_lr, "at most 0.1 with train.optimizer adamw")
         bound = {
@@ -311,6 +339,7 @@ class RunConfig(Bounded):
         )
         check_start(self)
         check_frozen(self)
+        check_masks(self)
         patience = self.train.stop_on_plateau
         scored = patience is None or self.eval.every is not None
         require(scored, "train.stop_on_plateau", patience, "null without eval.every")
@@ -330,7 +359,8 @@ class RunConfig(Bounded):
             return views
         low, high = views.blur_sigma
         sigma = (min(100.0, factor * low), min(100.0, factor * high))
-        return replace(views, size=factor * views.size, blur_sigma=sigma)
+        cell = factor * views.mask_cell
+        return replace(views, size=factor * views.size, mask_cell=cell, blur_sigma=sigma)
 
     def _check_stages(self, side: int) -> None:
         """Whether the smallest views, of this side, have enough cells at each supervised stage."""
@@ -370,7 +400,7 @@ class RunConfig(Bounded):
 SETTINGS = Settings(
     RunConfig,
     prog="python -m train.pretrain",
-    description="Pre-train SlotCon on the images of a beton.",
+    description="Pre-train SlotCon, or SlotMIM, on the images of a beton.",
     epilog=_EXAMPLES + EXIT_CODES,
     options={"resume": RESUME},
     fixed=("data.order", "data.window_gb", "views.", "model.", "train.", "init."),

@@ -79,7 +79,7 @@ def check_frozen(config: Any) -> None:
     try:
         teacher = ModelConfig(train.teacher_arch or model.arch, stages=max(stages or (last_stage,)))
     except ValueError as error:
-        raise ValueError(f"train.teacher_arch must be of a network with maps ({error})") from None
+        raise ValueError(f"train.teacher_{error}") from None  # it begins with arch or stages
     for side in {size for _, size in train.view_sizes} | {config.views.size}:
         refused = teacher.refused_side(side * factor)
         require(

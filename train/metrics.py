@@ -124,11 +124,14 @@ class Meter:
 
 def progress_line(values: Mapping[str, Any], epochs: int, last_step: int, batch_size: int) -> str:
     """The log line on the terminal."""
-    grouping, slots = (
-        f"{values[f'{term}_12']:.3f} {values[f'{term}_21']:.3f}" for term in ("grouping", "slot")
-    )
+    pairs = {"grouping": ("12", "21"), "masked": ("1", "2"), "slot": ("12", "21")}
+    terms = [
+        f"{kind} {values[f'{kind}_{one}']:.3f} {values[f'{kind}_{other}']:.3f}"
+        for kind, (one, other) in pairs.items()
+        if f"{kind}_{one}" in values
+    ]
     text = (
-        f"loss {values['loss']:.4f} (grouping {grouping}, slots {slots})  "
+        f"loss {values['loss']:.4f} ({', '.join(terms)})  "
         f"{values['active_slots']:.1f} slots/image  dead prototypes {values['dead_prototypes']}"
     )
     epoch = math.ceil(values["epoch"])

@@ -58,7 +58,7 @@ class AdamW(torch.optim.AdamW):
 def build_optimizer(slotcon: SlotCon, train: TrainConfig) -> LARS | AdamW:
     """The optimiser of all weights that need gradients. Its rate is 0 until `set_rate`."""
     if train.optimizer == "adamw":
-        return AdamW(_groups(slotcon, train, _decays), train.momentum)
+        return AdamW(_groups(slotcon, train, _decay_rule(train.decay_positions)), train.momentum)
     groups = _groups(slotcon, train, lambda name, weight: True)  # LARS itself spares 1-D tensors
     return LARS(
         groups,
@@ -69,15 +69,32 @@ def build_optimizer(slotcon: SlotCon, train: TrainConfig) -> LARS | AdamW:
     )
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step; the encoder's groups have a share of it."""
+def set_rate(
+    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None
+) -> None:
+    """The learning rate of the next step, of which the encoder's groups have a share. Unless it is
+    None, also the decay of those weights that decay.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+        if weight_decay is not None and group["weight_decay"]:
+            group["weight_decay"] = weight_decay
 
 
-def _decays(name: str, weight: Tensor) -> bool:
-    """Not norms, biases and scales, which have one dimension, nor positions."""
-    return weight.ndim > 1 and not _POSITIONS.search(name)
+@torch.no_grad()
+def clip_each(weights: Iterable[Tensor], limit: float) -> None:
+    """Scale each tensor's gradient by itself to a norm of at most `limit`, without waiting for the
+    device. As SlotMIM and DINO do; one norm of all gradients would let the largest shrink the rest.
+    """
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1).unbind())
+
+
+def _decay_rule(positions: bool) -> Callable[[str, Tensor], bool]:
+    """Which weights decay: not norms, biases and scales, which have one dimension, and positions
+    and tokens only if told so."""
+    return lambda name, weight: weight.ndim > 1 and (positions or _POSITIONS.search(name) is None)
 
 
 def _groups(

@@ -98,7 +98,7 @@ def _encoder(source: str, arch: str) -> tuple[dict[str, Tensor], list[str], dict
         path = Path(source)
         backbone = read_encoder(path, arch, partial=True)
         weights, unused = backbone.weights, list(backbone.unused)
-        about = {"weights": str(path.resolve()), "kind": "file", "sha256": _sha256(path)}
+        about = {"weights": str(path.resolve()), "kind": "file", "sha256": digest(path)}
         about["metadata"] = dict(backbone.metadata)
     if is_timm(arch):
         weights = {f"net.{name}": value for name, value in weights.items()}
@@ -172,7 +172,8 @@ def _whole(path: Path, expected: Iterable[str]) -> dict[str, Tensor]:
     raise UserError(f"{path}: no whole SlotCon in it, an encoder alone (init.part encoder)")
 
 
-def _sha256(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of the file of weights that a path stands for. Raises UserError."""
     with weights_file(path).open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -1,5 +1,5 @@
-"""A pre-training run of SlotCon, to be read from top to bottom: construction, training, an epoch, a
-step, a log line, a checkpoint.
+"""A pre-training run of SlotCon or SlotMIM, to be read from top to bottom: construction, training,
+an epoch, a step, a log line, a checkpoint.
 
 `train.run.run.Run` holds the parts that any training run needs.
 """
@@ -24,7 +24,7 @@ from train.config import SETTINGS, RunConfig
 from train.evaluations import Evaluations, OpenEvaluation
 from train.health import CollapseAlarm, near_duplicates, usage_entropy
 from train.metrics import Meter, progress_line
-from train.optimizer import build_optimizer, set_rate
+from train.optimizer import build_optimizer, clip_each, set_rate
 from train.pretrained import build_model
 from train.prototypes import place_prototypes
 from train.run import checkpoint
@@ -32,7 +32,7 @@ from train.run.ends import Collapsed, Diverged, Reason
 from train.run.launch import share_of_cores, to_device
 from train.run.run import Run
 from train.run.signals import StopSignals
-from train.schedule import learning_rate, teacher_momentum
+from train.schedule import learning_rate, teacher_momentum, teacher_temp, weight_decay
 from train.start import in_words, start_from
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -135,6 +135,8 @@ class Trainer:
         """BatchNorm needs at least two cells among the images that it normalises together; the
         BatchNorm of the image-level predictor needs two images. Raises UserError.
         """
+        if self.config.model.hides_patches:
+            return  # no BatchNorm anywhere
         size = self.config.view_size(0)
         image_loss = bool(self.config.model.image_loss_weight)
         cells = self.config.model.cells_of(size)
@@ -232,7 +234,10 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         lr, momentum = self._schedule(self.run.step)
-        set_rate(self.optimizer, lr)
+        scheduled = self._scheduled(self.run.step)
+        set_rate(self.optimizer, lr, scheduled.get("weight_decay"))
+        if (temperature := scheduled.get("teacher_temp")) is not None:
+            self.slotcon.set_teacher_temp(temperature)
         own_teacher = self.run.step < self.average_from
         if not own_teacher:
             if self.run.step == self.average_from:
@@ -254,11 +259,23 @@ class Trainer:
                     micro_batches=count,
                     draw=(self.config.train.seed, self.run.step * count + micro),
                     own_teacher=own_teacher,
+                    masks=batch.masks,
                 )
                 self.accelerator.backward(output.loss / count)
             self.meter.add(output)
+        self._limit_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _limit_gradients(self) -> None:
+        """Clip the gradients, and drop those of prototypes that rest: a step passes over these."""
+        train = self.config.train
+        if train.clip_grad is not None:
+            self.accelerator.unscale_gradients(self.optimizer)  # of fp16
+            clip_each(self.slotcon.parameters(), train.clip_grad)
+        if self.run.step < train.freeze_prototypes_epochs * self.loader.steps_per_epoch:
+            for prototypes in self.slotcon.student.prototypes:
+                prototypes.grad = None
 
     def _schedule(self, step: int) -> tuple[float, float]:
         """Learning rate and teacher momentum of `step`; 0 for a teacher that is the student."""
@@ -269,12 +286,29 @@ class Trainer:
             warmup_steps=self.warmup_steps,
             warmup_multiplier=train.warmup_multiplier,
             total_steps=self.total_steps,
+            reaches_peak=train.warmup_reaches_peak,
+            final=train.final_lr,
         )
         begin = self.average_from
         if step < begin:
             return lr, 0.0
         base, total = train.teacher_momentum, self.total_steps
         return lr, teacher_momentum(step, base=base, total_steps=total, begin=begin)
+
+    def _scheduled(self, step: int) -> dict[str, float]:
+        """Those of weight decay and teacher temperature that change in the run, at `step`."""
+        train, rates = self.config.train, dict[str, float]()
+        if (last := train.final_weight_decay) is not None:
+            first, total = train.weight_decay, self.total_steps
+            rates["weight_decay"] = weight_decay(step, first=first, last=last, total_steps=total)
+        if (warm := train.warmup_teacher_temp) is not None:
+            rates["teacher_temp"] = teacher_temp(
+                step // self.loader.steps_per_epoch,
+                first=warm,
+                last=self.config.model.teacher_temp,
+                warmup_epochs=train.warmup_teacher_temp_epochs,
+            )
+        return rates
 
     def _store_teacher(self) -> None:
         """Make the teacher what it is for whoever reads its weights now, if so far it has been the
@@ -306,6 +340,7 @@ class Trainer:
             "near_duplicates": reading.duplicates,
             "lr": lr,
             "teacher_momentum": momentum,
+            **self._scheduled(run.step - 1),
             **speed,
         }
         if self.config.data.on_corrupt == "replace":

@@ -36,7 +36,7 @@ FOLDER_WEIGHTS, FOLDER_CONFIG = "model.safetensors", "config.json"
 FACTS = {
     "method", "arch", "stages", "branch", "run", "imported", "start", "prefix", "step", "optimizer",
     "epochs", "batch_size", "prototypes", "view_size", "config", "data", "data_images",
-    "data_fingerprint", "data_license", "slotstream", "format", "image_stats",
+    "data_fingerprint", "data_license", "slotstream", "format", "image_stats", "whitened",
 }  # fmt: skip
 """The names in the metadata of files that slotstream writes, see `describe` and tools."""
 

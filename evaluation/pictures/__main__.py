@@ -28,7 +28,7 @@ PICTURES = {
     "prototypes": "The nearest segments of each prototype in a row, the most frequent first.",
     "grouping": "Images beside themselves under the colours of their pixels' prototypes.",
     "features": "Images beside the first three principal components of features, as colours.",
-    "views": "Both views of images as in training: crops, flips, overlap.",
+    "views": "Both views of images as in training: crops, flips, overlap, masks.",
     "attention": "The grouping of the same images at several checkpoints.",
 }
 _IMAGES = {"grouping": 12, "features": 6, "views": 6, "attention": 4}

@@ -88,7 +88,7 @@ def draw_features(args: argparse.Namespace) -> Image.Image:
 
 
 def draw_views(args: argparse.Namespace) -> Image.Image:
-    """Both views of images as in training: crops, flips, overlap."""
+    """Both views of images as in training: crops, flips, overlap, masks."""
     images = open_images(args.data)
     config = run_config(args.checkpoint)
     if not 0 <= args.epoch < config.train.epochs:

@@ -22,6 +22,8 @@ THICK, THIN = 6, 2
 """Line widths in pixels: of a crop, and of the overlap, which may lie on top of it."""
 CROPS = ("#2f6fed", "#12a150")
 """Colours of the first and of the second view."""
+HIDDEN = 230
+"""How much grey covers a masked cell, of 255."""
 
 Box = tuple[float, ...]
 
@@ -39,6 +41,8 @@ class DrawnPair:
     overlaps: list[Box]
     """The overlap in the 0..1 frame of each view, after its flip; x1 <= x0 or y1 <= y0 if empty."""
     flipped: list[bool]
+    masks: list[np.ndarray] | None = None
+    """Two arrays bool [rows, columns], the hidden cells of each view; None in a run without."""
 
 
 def draw_pairs(
@@ -56,6 +60,7 @@ def draw_pairs(
             [tuple(crop) for crop in params.crops[:, b].tolist()],
             [tuple(overlap) for overlap in params.overlap[:, b].tolist()],
             params.flipped[:, b].tolist(),
+            None if params.masks is None else list(params.masks[:, b]),
         )
         for b, picture in enumerate(pictures)
     ]
@@ -69,7 +74,9 @@ def shared(one: Box, other: Box) -> Box:
 
 
 def picture_of_views(pairs: list[DrawnPair], title: str) -> Image.Image:
-    """One row a pair: the image with both crops, then the views, all with the overlap outlined."""
+    """One row a pair: the image with both crops, then the views, all with the overlap outlined.
+    Cells that a mask hides are grey, their pixels faint.
+    """
     rows = []
     for pair in pairs:
         whole = _panel(pair.image)
@@ -81,10 +88,14 @@ def picture_of_views(pairs: list[DrawnPair], title: str) -> Image.Image:
         text = f"{width} x {height} pixels" + ("" if _is_area(common) else ", nothing shared")
         row = [(whole, text)]
         for number in (0, 1):
+            text = f"view {number + 1}" + (", flipped" if pair.flipped[number] else "")
             view = _panel(pair.views[number])
+            if pair.masks:
+                mask = pair.masks[number]
+                view = _hidden(view, mask)
+                text += f", {mask.mean():.0%} hidden"
             _outline(view, (0, 0, 1, 1), (1, 1), CROPS[number], THICK)
             _outline(view, pair.overlaps[number], (1, 1), OUTLINE, THIN)
-            text = f"view {number + 1}" + (", flipped" if pair.flipped[number] else "")
             row.append((view, text))
         rows.append(row)
     return sheet(title, rows, ("image: crops and what they share", "view 1", "view 2"))
@@ -96,6 +107,13 @@ def _panel(pixels: np.ndarray) -> Image.Image:
     scale = min(HEIGHT / height, WIDEST / width)
     side = (max(1, round(width * scale)), max(1, round(height * scale)))
     return Image.fromarray(pixels).resize(side, Image.Resampling.LANCZOS)
+
+
+def _hidden(panel: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The panel with the cells of `mask` bool [rows, columns] greyed out."""
+    cells = Image.fromarray(np.where(mask, HIDDEN, 0).astype(np.uint8))
+    grey = Image.new("RGB", panel.size, "grey")
+    return Image.composite(grey, panel, cells.resize(panel.size, Image.Resampling.NEAREST))
 
 
 def _outline(panel: Image.Image, box: Box, frame: tuple[int, int], colour: str, line: int) -> None:

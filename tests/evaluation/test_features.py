@@ -1,6 +1,7 @@
 """Feature maps: the right part of the right network, and bad input."""
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from evaluation.options import stage
 from evaluation.specs import open_all, open_trained, open_untrained, read
 from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
-from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.checkpoints import rewrite_record, write_checkpoint
 from tests.helpers.coloured import write_scenes
 from train.encoders import load
+from train.start import digest
 from train.weights import read_weights
 
 CPU = torch.device("cpu")
+Capture = pytest.CaptureFixture[str]
 TINY = ModelConfig(arch="resnet18", dim_hidden=8, dim_out=6, num_prototypes=4)
 MAPS = [np.array([[0, 0], [1, 1]])]
 
@@ -53,6 +56,35 @@ def open_features(
         assert images is not None, "BatchNorm's statistics need images"
         network = open_untrained(spec, checkpoint, images)
     return read(network)
+
+
+def test_the_start_of_a_run_is_its_baseline(tmp_path: Path, capsys: Capture) -> None:
+    """A run that began from weights is compared with these, their statistics kept, and with new
+    ones only if the file is gone, which is said. Without it each such run seems to gain what others
+    have trained."""
+    torch.manual_seed(1)
+    start = SlotCon(TINY)
+    with torch.no_grad():
+        start.teacher.encoder(images())  # statistics
+    weights = tmp_path / "w.pth"
+    torch.save(start.teacher.encoder.state_dict(), weights)
+    checkpoint = write_checkpoint(tmp_path / "run", SlotCon(TINY), TINY)
+    record = json.loads((checkpoint / "run.json").read_text())
+    config = record["config"] | {"init": {"weights": "w.pth", "part": "encoder"}}
+    about = {"weights": str(weights), "kind": "file", "sha256": digest(weights)}
+    rewrite_record(checkpoint, config=config, provenance={"init": about})
+    squares = SquareImages(FolderImages(write_scenes(tmp_path, 3 * MAPS)[0]), 64, CPU)
+
+    before = open_all(options("teacher", "projector", checkpoint=checkpoint), squares)
+    assert [each.name for each in before] == ["teacher", "start", "projector", "projector, start"]
+    with torch.inference_mode():
+        expected = start.teacher.encoder.eval()(images())
+    torch.testing.assert_close(before[1](images()), expected)
+    assert f"from {weights}" in capsys.readouterr().err
+    weights.write_bytes(b"another")
+    found = open_all(options("teacher", checkpoint=checkpoint), squares)
+    assert [each.name for each in found] == ["teacher", "untrained"]
+    assert "which is not there as it was" in capsys.readouterr().err
 
 
 def images() -> torch.Tensor:

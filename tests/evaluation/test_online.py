@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from evaluation import probe, slots, unsupervised_segmentation
-from evaluation.online import seen_a_batch
+from evaluation.networks import new_norms
 from tests.helpers.exported import call
 from tests.helpers.labelled_sets import write_folder_set
 from tests.helpers.tiny_slotcon import tiny_model
@@ -101,14 +101,16 @@ def test_untrained_network(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_statistics_without_counts_are_kept() -> None:
-    """Many files of weights have them, torchvision's first ones too. Without it the start of such a
-    run is scored with statistics measured again, which may cost it many points."""
+    """Many files of weights have them, torchvision's first ones too; a projector beside them has
+    none. Without it the start of such a run is scored with statistics measured again, which may
+    cost it many points, or its prototypes with a projector that divides by 1."""
     model = tiny_model()
-    assert not seen_a_batch(model.teacher)
-    for norm in model.teacher.encoder.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.get_buffer("running_mean"))
-    assert seen_a_batch(model.teacher)
+    all_norms = new_norms(model.teacher)
+    of_encoder = [each for each in model.teacher.encoder.modules() if each in all_norms]
+    assert len(of_encoder) == 20 < len(all_norms)
+    for norm in of_encoder:
+        nn.init.normal_(norm.get_buffer("running_mean"))
+    assert new_norms(model.teacher) == all_norms[20:]
 
 
 def test_slots(config: RunConfig, tmp_path: Path) -> None:

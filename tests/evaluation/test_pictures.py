@@ -1,6 +1,7 @@
 """Pictures of groupings and views, and the statistics of slots."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,7 +180,8 @@ def test_confusion_and_attention(
 def test_views_are_those_of_the_training(tmp_path: Path) -> None:
     """For the same image and epoch: equal pixels, geometry and flips."""
     beton = write_beton(tmp_path / "small.beton", varied(6))
-    config, which = ViewConfig(size=32), np.array([4, 1])
+    config = ViewConfig(size=32, mask_ratio=0.5, mask_cell=8)
+    which = np.array([4, 1])
     pairs = draw_pairs(BetonImages(beton), which, seed=5, epoch=2, config=config)
     loader = make_loader(
         Beton(beton),
@@ -201,6 +203,8 @@ def test_views_are_those_of_the_training(tmp_path: Path) -> None:
         torch.testing.assert_close(views.float(), expected, atol=0.51, rtol=0)
         assert pair.flipped == batch.flipped[:, position].tolist()
         torch.testing.assert_close(torch.tensor(pair.overlaps), batch.overlap[:, position])
+        assert pair.masks is not None and batch.masks is not None
+        assert np.array_equal(np.stack(pair.masks), batch.masks[:, position])
 
 
 def test_boxes_are_drawn_where_they_are() -> None:
@@ -226,6 +230,30 @@ def test_boxes_are_drawn_where_they_are() -> None:
     apart = DrawnPair(grey, [grey, grey], [crops[0], (130.0, 130.0, 150.0, 150.0)],
                       [(2.0, 2.0, 1.0, 1.0)] * 2, [False, True])  # fmt: skip
     assert boxes(apart, colours[2]) == []
+
+
+def test_hidden_cells_are_grey() -> None:
+    """Without it a picture of a masked run shows what its student never saw, or hides other cells:
+    the lower left quarter of the first view, and the upper right cell of 4 x 4 in the second.
+    """
+    white = np.full((HEIGHT, HEIGHT, 3), 255, np.uint8)
+    masks = [np.array([[0, 0], [1, 0]], bool), np.zeros((4, 4), bool)]
+    masks[1][0, 3] = True
+    whole = [(0.0, 0.0, 1.0, 1.0)] * 2
+    pair = DrawnPair(white, [white, white], whole, whole, [False, False])
+    plain, masked = (
+        np.asarray(picture_of_views([drawn], "title")).astype(int)
+        for drawn in (pair, replace(pair, masks=masks))
+    )
+    grey = (np.abs(masked - 141).max(axis=2) < 4) & (plain.min(axis=2) == 255)
+    rows, columns = np.nonzero(grey)
+    middle = columns[columns < columns.mean()].max() + 1
+    for left, right, height, width in ((0, middle, 2, 2), (middle, None, 4, 4)):
+        part = grey[:, left:right]
+        rows, columns = np.nonzero(part)
+        assert part.sum() == pytest.approx(HEIGHT**2 / height / width, rel=0.2)  # less the outline
+        assert np.ptp(rows) + 1 == pytest.approx(HEIGHT / height, abs=7)
+        assert np.ptp(columns) + 1 == pytest.approx(HEIGHT / width, abs=7)
 
 
 def test_views_command(

@@ -9,7 +9,8 @@ import torch
 from evaluation.datasets.images import FolderImages
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features, block_means
-from evaluation.reduction import fit_reduction, fit_whitening, reduced, whitened
+from evaluation.reduction import by_distance, fit_reduction, reduced, whitened
+from model.reduction import fit_whitening
 from pipeline.errors import UserError
 from tests.helpers.coloured import write_scenes
 
@@ -51,7 +52,7 @@ def test_reduction_is_that_of_all_cells_at_once(
 def test_reduced_features_are_compared_by_distance() -> None:
     """Their directions are those from the mean, which say little about a cell."""
     reduction = fit_reduction([skewed(2)], standardise=True, pca=3)
-    reduced = reduction.of(Features("x", lambda images: images))
+    reduced = by_distance(reduction, Features("x", lambda images: images))
     assert reduced(skewed(2)).shape == (2, 3, 3, 4)
     assert not reduced.cosine
     with pytest.raises(ValueError, match="--pca 9: there are only 6 features"):

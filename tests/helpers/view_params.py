@@ -11,7 +11,8 @@ from pipeline.views import ViewParams
 
 def take(params: ViewParams, rows: Sequence[int] | slice | NDArray[np.int64]) -> ViewParams:
     """The parameters of some of the images."""
-    return ViewParams(*(getattr(params, f.name)[:, rows] for f in fields(params)))
+    arrays = (getattr(params, f.name) for f in fields(params))
+    return ViewParams(*(array if array is None else array[:, rows] for array in arrays))
 
 
 def assert_same(a: ViewParams, b: ViewParams) -> None:

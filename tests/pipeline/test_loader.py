@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.decode
+import pipeline.views
 from pipeline.beton import Beton, CorruptRecord
 from pipeline.decode import CanvasLoader, CropLoader
 from pipeline.errors import UserError
 from pipeline.loader import ViewLoader
-from pipeline.source import Replacements
+from pipeline.source import Replacements, draw
 from pipeline.views import ViewConfig
 from tests.helpers.betons import photograph, varied, write_beton
 from tests.helpers.manifests import damage, write_manifest
@@ -96,6 +97,57 @@ def test_views_do_not_depend_on_threads_world_or_accumulation(beton: Beton, way:
         assert_same({i: found[i] for i in expected}, expected)
     halves = [views_by_image(view_loader(beton, **way, rank=rank, world=2)) for rank in range(2)]
     assert_same(halves[0] | halves[1], expected)
+
+
+def masks_by_image(loader: ViewLoader, start: int = 0) -> dict[int, torch.Tensor]:
+    found = {}
+    for batch in loader.epoch(5, start):
+        assert batch.masks is not None and batch.masks.dtype == torch.bool
+        found |= dict(zip(batch.index.tolist(), batch.masks.unbind(1), strict=True))
+    return found
+
+
+@ways
+def test_masks_come_with_their_images(beton: Beton, way: dict) -> None:
+    """Without it an image's masks would depend on the backend, the place of the crops, threads,
+    batch size, processes or the point of a resume, or belong to another image.
+    """
+    views = ViewConfig(size=64, mask_ratio=0.4, mask_ratio_spread=0.1)
+    options = {**way, "views": views}
+    whole = view_loader(beton, **options)
+    params = draw(beton, 3, 5, np.arange(IMAGES), views)
+    assert params.masks is not None
+    expected = dict(
+        zip(beton.index.tolist(), torch.from_numpy(params.masks).unbind(1), strict=True)
+    )
+    found = masks_by_image(whole)
+    assert_same(found, {i: expected[i] for i in found})
+    for changed in ({"threads": 1}, {"threads": 5, "batch_size": 4}, {"accumulation": 4}):
+        others = masks_by_image(view_loader(beton, **options, **changed))
+        assert_same(others, {i: expected[i] for i in others})
+    halves = [masks_by_image(view_loader(beton, **options, rank=rank, world=2)) for rank in (0, 1)]
+    assert_same(halves[0] | halves[1], found)
+    tail = masks_by_image(whole, start=2)
+    assert len(tail) == 8 and tail.keys() <= found.keys()
+    assert_same(tail, {i: expected[i] for i in tail})
+    plain = next(view_loader(beton, **way, size=64).epoch(5))
+    masked = next(whole.epoch(5))
+    assert plain.masks is None and torch.equal(plain.views, masked.views)
+
+
+def test_masks_are_drawn_once_a_batch(beton: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the decoding threads, which draw the crops too, would draw masks for nothing."""
+    calls: list[int] = []
+    sample = pipeline.views.sample_masks
+
+    def counting(*arguments) -> None:
+        calls.append(len(arguments[2]))
+        sample(*arguments)
+
+    monkeypatch.setattr(pipeline.views, "sample_masks", counting)
+    views = ViewConfig(size=64, mask_ratio=0.4)
+    list(view_loader(beton, crops="host", backend="compiled", views=views).epoch(0))
+    assert calls == [8] * 3
 
 
 @ways

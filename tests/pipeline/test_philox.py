@@ -5,7 +5,7 @@ GPU, needs the same numbers.
 import numpy as np
 import pytest
 
-from pipeline.views import philox4x32
+from pipeline.draws import philox4x32
 
 # Random123's published known-answer vectors for philox4x32-10: counter, key, output.
 VECTORS = {

@@ -20,7 +20,7 @@ from pipeline.views import ViewConfig
 
 path, crops = sys.argv[1:]
 options = dict(crops=crops, backend="compiled", device=torch.device("cpu"), seed=0)
-loader = make_loader(Beton(path), ViewConfig(), 4, **options)
+loader = make_loader(Beton(path), ViewConfig(mask_ratio=0.3), 4, **options)
 next(iter(loader.epoch(0)))
 functions = {
     f"{name}.{key}": value

@@ -241,6 +241,22 @@ def test_wrong_files_are_refused(tmp_path: Path, content: object, says: str) -> 
     assert says in message and "\n" not in message
 
 
+def test_masks_that_cannot_be_are_refused() -> None:
+    """Without it a run would end with a traceback, at its first batch or at the first one of a
+    later size of its views.
+    """
+    masked = [*BASE, "--views.mask_ratio", "0.3"]
+    nothing = refusal([*masked, "--views.mask_ratio_spread", "0.3"])
+    assert nothing.startswith("views.mask_ratio must be such that") and "\n" not in nothing
+    size = refusal([*masked, "--views.mask_cell", "20"])
+    assert size == "views.size must be a multiple of mask_cell (20), not 224"
+    grown = ["--train.view_sizes", "[[0, 160], [0.5, 224]]", "--views.mask_cell", "56"]
+    assert refusal([*masked, *grown]) == (
+        "train.view_sizes has views of 160 pixels: size must be a multiple of mask_cell (56),"
+        " not 160"
+    )
+
+
 def test_compiled_blocks_are_not_recomputed() -> None:
     """The compiler chooses the activations to keep, so checkpointing would save no memory."""
     both = ["--efficiency.compile", "true", "--efficiency.checkpointing", "true"]

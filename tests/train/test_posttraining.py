@@ -217,7 +217,7 @@ FROZEN = [
         ),
         (
             ["--train.teacher_arch", "timm:mixr_s16_224", "--train.teacher_weights", "w"],
-            r"^train\.teacher_arch must .*no such network; near it: mixer_s16_224",
+            r"^train\.teacher_arch timm:mixr_s16_224: .*no such network; near it: mixer_s16_224",
         ),
     ],
 )

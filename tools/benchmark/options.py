@@ -51,7 +51,8 @@ STAGES = {
         "pixels are from libjpeg-turbo's. Bytes: the images' pixels."
     ),
     "params": (
-        "All random numbers of a batch's pairs of views, on one core by Numba, as in training."
+        "All random numbers of a batch's pairs of views, on one core by Numba, as in training; "
+        "if the views have masks, also without these."
     ),
     "transfer": (
         "Canvases from pinned host memory to the device; a plain copy in the memory where "

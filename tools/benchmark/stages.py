@@ -91,7 +91,7 @@ def decode(bench: Bench) -> None:
     batches = np.array_split(images, max(1, len(images) // bench.batch))
     jpegs = _jpegs(beton, images)
     pixels = int((beton.height[images] * beton.width[images]).sum()) * 3
-    pin, views = bench.device.type == "cuda", bench.config.views
+    pin, views = bench.device.type == "cuda", bench.views
     for threads in bench.threads:
         made = partial(Work, "decode", images=len(images), batch=bench.batch, threads=threads)
         whole = CanvasLoader(beton, threads, pin)
@@ -145,8 +145,18 @@ def _decode_part(beton: "Beton", jpegs: Iterator[tuple[np.ndarray, int, int]]) -
 def params(bench: Bench) -> None:
     """See `options.STAGES`."""
     images = _sizes(bench)
-    call = partial(sample_views, 0, 0, *images, bench.config.views)
-    bench.measure([Work("params", "numba", call, len(images[0]), bench.batch, 1)])
+    views = bench.views
+    ways: dict[str | None, ViewConfig] = {None: views}
+    if views.mask_ratio:
+        ways["without masks"] = views.unmasked()
+    works = [
+        Work(
+            "params", "numba", partial(sample_views, 0, 0, *images, drawn), len(images[0]),
+            bench.batch, 1, operation=name,
+        )
+        for name, drawn in ways.items()
+    ]  # fmt: skip
+    bench.measure(works, ratio_to="numba")
 
 
 def _sizes(bench: Bench) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -174,12 +184,12 @@ def transfer(bench: Bench) -> None:
 def _copy(bench: Bench) -> None:
     """A plain copy; its images/s are the upper bound that memory bandwidth sets for views."""
     which, height, width = _sizes(bench)
-    drawn = sample_views(0, 0, which, height, width, bench.config.views)
+    drawn = sample_views(0, 0, which, height, width, bench.views)
     kind = bench.device.type
     source = torch.randint(0, 256, (COPY[kind] // 8,), device=bench.device)
     call = partial(torch.empty_like(source).copy_, source)
     moved = 2 * COPY[kind]
-    images = moved / (least_bytes(drawn, bench.config.views.size, bench.dtype) / bench.batch)
+    images = moved / (least_bytes(drawn, bench.views.size, bench.dtype) / bench.batch)
     name = "device copy" if kind == "cuda" else "memory copy"
     bench.measure([Work("transfer", name, call, images, bench.batch, 1, moved)])
 
@@ -210,7 +220,7 @@ def augment(bench: Bench) -> None:
     which, host, height, width = bench.sample()
     canvas = host.to(bench.device)
     sizes = torch.from_numpy(np.stack([height, width], axis=1))
-    side, device, dtype = bench.config.views.size, bench.device, bench.dtype
+    side, device, dtype = bench.views.size, bench.device, bench.dtype
     shape = (2, len(which), side, side, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
@@ -228,8 +238,8 @@ def augment(bench: Bench) -> None:
             moved = least_bytes(drawn, side, dtype)
         return Work("augment", name, call, count, count, _threads(bench, name), moved, operation)
 
-    alone = operations(bench.config.views)
-    recipes: list[tuple[str | None, ViewConfig]] = [(None, bench.config.views), *alone.items()]
+    alone = operations(bench.views)
+    recipes: list[tuple[str | None, ViewConfig]] = [(None, bench.views), *alone.items()]
     for operation, views in (*recipes, ("normalise", alone["crop + resize"])):
         bench.measure([work(name, operation, views) for name in backends], ratio_to="kornia")
 
@@ -264,7 +274,7 @@ def batches(bench: Bench, backend: str, crops: Crops, batch: int) -> Generator["
     beton = _beton(bench)
     data = bench.config.data
     loader = make_loader(
-        beton, bench.config.views, batch, seed=0, backend=backend, crops=crops, order=data.order,
+        beton, bench.views, batch, seed=0, backend=backend, crops=crops, order=data.order,
         window_bytes=int(data.window_gb * 1e9), device=bench.device, dtype=bench.dtype,
         threads=bench.cores,
     )  # fmt: skip

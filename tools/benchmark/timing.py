@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.views import ViewConfig
 from train.config import RunConfig
 
 if TYPE_CHECKING:
@@ -133,6 +134,11 @@ class Bench:
         if self.device.type == "cuda":
             types["fp16"] = torch.float16
         return types.get(self.config.efficiency.precision, torch.float32)
+
+    @property
+    def views(self) -> ViewConfig:
+        """How views are made: a frozen teacher may see them in another resolution."""
+        return self.config.loaded(self.config.views)
 
     @property
     def dtype_name(self) -> str:

@@ -31,8 +31,9 @@ SHOWN_SCORES = {
     "linear": "linear probe mIoU",
 }
 """Evaluations whose mIoU is among the most important figures."""
-UNTRAINED = "untrained"
-"""So begin the names of networks before training."""
+BEFORE = ("untrained", "start")
+"""So begin the names of networks before training: of new weights, of those that a run began from.
+"""
 
 ONLINE = {
     f"eval_{protocol}_{metric}": f"{title}: {METRICS[metric]}"
@@ -108,10 +109,10 @@ def score(run: Run, part: Part) -> tuple[str, str, str] | None:
     """
     values = network_values(run.scores(part))
     miou = {name: statistics.mean(each) for (name, m), each in values.items() if m == "miou"}
-    networks = [name for name in miou if not name.startswith(UNTRAINED)]
+    networks = [name for name in miou if not name.startswith(BEFORE)]
     if not networks:
         return None
-    before = [f"{name}: {miou[name]:.1%}" for name in miou if name.startswith(UNTRAINED)]
+    before = [f"{name}: {miou[name]:.1%}" for name in miou if name.startswith(BEFORE)]
     note = before[0] if before else "no baseline"
     return f"{miou[networks[0]]:.1%}", SHOWN_SCORES[part.name], note
 

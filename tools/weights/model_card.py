@@ -62,6 +62,7 @@ TITLES = {
     "imported": "Imported from",
     "start": "Started from",
     "prefix": "Prefix of the weights there",
+    "whitened": "Last map whitened by",
     "step": "Optimiser steps",
     "optimizer": "Optimiser",
     "epochs": "Epochs of the schedule",

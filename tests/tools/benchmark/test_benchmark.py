@@ -59,6 +59,20 @@ def result(stage: str, backend: str, rate: float, **more: Any) -> Result:
 # ---- Measuring ----
 
 
+def test_what_masks_cost_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it nobody knows what masks add to the draws of a batch."""
+    words = ("params", "--synthetic", "--repeats", 1, "--seconds", 0.001, "--device", "cpu")
+    config = ("--config", folder / "masked.yaml", "--json", tmp_path / "masked.json")
+    (folder / "masked.yaml").write_text(CONFIG.replace("size: 32", "size: 32, mask_ratio: 0.5"))
+    run(monkeypatch, *words, *config)
+    rows = json.loads((tmp_path / "masked.json").read_text())["results"]
+    assert [(row["operation"], row["ratio_to"]) for row in rows] == [
+        (None, None), ("without masks", "numba"),
+    ]  # fmt: skip
+
+
 def test_every_stage_is_measured_and_written_down(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,3 +88,20 @@ def test_other_decoders_decode_the_same_images(beton: Beton, name: str, device: 
     assert mean < 1 and (device == "cuda" or largest == 0), (largest, mean)
     wrong = (pixels ^ 16 for pixels in map(beton.decode, range(IMAGES)))
     assert decoders.difference(decode, wrong)[1] > 14
+
+
+def test_batches_are_those_of_training(beton: Beton) -> None:
+    """A frozen teacher sees views at twice the side. Without it the benchmark times smaller views
+    than the trainer makes, and the step gets half of what it needs."""
+    frozen = [
+        "--train.teacher", "frozen", "--train.teacher_momentum", "0", "--init.weights", "w",
+        "--model.prototype_init", "kmeans", "--model.group_loss_weight", "1",
+        "--train.teacher_resolution", "2", "--views.size", "32",
+    ]  # fmt: skip
+    config, _ = load_config(["--name", "x", "--data.path", str(beton.path), *frozen])
+    bench = Bench(
+        config=config, beton=beton, batch=2, threads=(1,), repeats=1, seconds=1e-6,
+        images=IMAGES, device=torch.device("cpu"), backends=("reference",),
+    )  # fmt: skip
+    batch = next(benchmark_stages.batches(bench, "reference", "host", 2))
+    assert batch.views.shape == (2, 2, 3, 64, 64)

@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from evaluation.datasets.images import open_images
+from evaluation.datasets.squares import SquareImages
 from evaluation.features import Network, of_encoder
+from evaluation.reduction import whitened
 from evaluation.specs import open_trained
 from model import ModelConfig, SlotCon
 from model.timm_encoder import TimmEncoder
@@ -175,3 +180,45 @@ def test_weights_that_do_not_fit(
     with pytest.raises(UserError, match="ends at stage 2; all four are needed"):
         read_encoder(tmp_path / "short.safetensors")
     assert read_encoder(tmp_path / "short.safetensors", partial=True).stages == 2
+
+
+def noise(folder: Path, count: int) -> Path:
+    """A folder of images."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(256, size=(200, 240, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_whitening_within_the_weights(
+    checkpoints: dict[str, tuple[SlotCon, Path]], tmp_path: Path
+) -> None:
+    """timm's features of the exported file are those of evaluation's `--whiten` on the same images,
+    to rounding. Without it a file could hold another whitening, or one of other pixels.
+    """
+    model, checkpoint = checkpoints["test_efficientnet"]
+    out, photos = tmp_path / "w.safetensors", noise(tmp_path / "photos", 8)
+    call(main, checkpoint, "--to", "timm", "--out", out, "--whiten", photos)
+    squares = SquareImages(open_images(photos), 320, torch.device("cpu"))
+    expected = whitened(of_encoder("x", model.teacher.encoder).read(), squares, 0.25)
+    network = timm.create_model("test_efficientnet", num_classes=0, checkpoint_path=str(out))
+    pixels = torch.rand(2, 3, 320, 320)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    found, true = features(network, pixels), expected((pixels - mean) / std)
+    assert true.std() > 0.1 and not torch.allclose(true, model.teacher.encoder(pixels), atol=0.1)
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4 * float(true.abs().max()))
+    told = read_encoder(out).metadata["whitened"]
+    assert told == "covariance^-0.25 of 8 images of photos, 320 pixels"
+
+
+@pytest.mark.parametrize(("name", "message"), [("test_vit", "not the output of a convolution")])
+def test_what_cannot_hold_a_whitening(
+    name: str, message: str, checkpoints: dict[str, tuple[SlotCon, Path]], tmp_path: Path
+) -> None:
+    """Without it the weights of another layer are changed, and the features are not those asked."""
+    out, photos = tmp_path / "w.safetensors", noise(tmp_path / "photos", 2)
+    with pytest.raises(UserError, match=message):
+        call(main, checkpoints[name][1], "--to", "timm", "--out", out, "--whiten", photos)
+    assert not out.exists()
