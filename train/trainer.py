@@ -256,10 +256,10 @@ class Trainer:
                     batch.views,
                     batch.overlap,
                     batch.flipped,
+                    batch.masks,
                     micro_batches=count,
                     draw=(self.config.train.seed, self.run.step * count + micro),
                     own_teacher=own_teacher,
-                    masks=batch.masks,
                 )
                 self.accelerator.backward(output.loss / count)
             self.meter.add(output)

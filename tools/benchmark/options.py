@@ -94,10 +94,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "supervise-2-3-4": {"model": {"supervise": (2, 3, 4)}},
     "balanced": {"model": {"targets": "balanced"}},
     "cells": {"model": {"cell_loss_weight": 1.0, "cells": 4}},
+    "slotmim": {
+        "model": {"objective": "slotmim"},
+        "views": {"mask_ratio": 0.3, "mask_ratio_spread": 0.2},
+    },
     "student": {"train": {"teacher": "student", "teacher_momentum": 0.0}},
 }
-"""Settings that can be measured besides the configuration's, by section: of speed, and of
-docs/fast.md. Four cells are all that stage 4 has of the smallest views, of 64 pixels."""
+"""Settings that can be measured besides the configuration's, by section: of speed, of docs/fast.md,
+and of docs/slotmim.md, on a ViT. Four cells are all that stage 4 has of the smallest views, of 64
+pixels."""
 
 
 def parse(argv: Sequence[str], description: str = "") -> argparse.Namespace:
@@ -171,7 +176,8 @@ def _add_subject(parser: CommandParser) -> None:
         nargs="+",
         choices=VARIANTS,
         default=[],
-        help="step: also measure it with each of these settings; stages-2 to student: docs/fast.md",
+        help="step: also measure it with each of these settings; stages-2 to student: docs/fast.md;"
+        " slotmim: on a ViT",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(the GPU, if there is one)")
 
