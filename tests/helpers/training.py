@@ -43,7 +43,7 @@ def small_run(beton: Path, folder: Path, name: str = "run", **train: Any) -> Run
         name=name,
         data=DataConfig(str(beton), threads=1),
         views=ViewConfig(size=64),
-        model=ModelConfig("resnet18", dim_hidden=16, dim_out=8, num_prototypes=8),
+        model=ModelConfig("resnet18", stages=2, dim_hidden=16, dim_out=8, num_prototypes=8),
         train=TrainConfig(**{"epochs": 2, "batch_size": BATCH, "warmup_epochs": 1, **train}),
         efficiency=EfficiencyConfig(),
         log=LogConfig(every=3, trackers=(), checkpoint_every=4, keep=2, history=0, dir=str(folder)),
