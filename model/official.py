@@ -87,7 +87,12 @@ def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
             "not a SlotCon state dict for this configuration; entries "
             + "; ".join(problem for problem in problems if problem)
         )
-    return kept | {name: given[theirs].reshape(ours[name].shape) for theirs, name in wanted.items()}
+    return kept | {name: shaped(given[theirs], ours[name]) for theirs, name in wanted.items()}
+
+
+def shaped(value: Tensor, ours: Tensor) -> Tensor:
+    """A matrix of the authors as the convolution of one pixel that `ours` is; all else as it is."""
+    return value[:, :, None, None] if ours.shape == (*value.shape, 1, 1) else value
 
 
 def _official_name(name: str) -> str:

@@ -71,21 +71,21 @@ class SlotCon(Objective):
         views: Tensor,
         overlap: Tensor,
         flipped: Tensor,
+        masks: Tensor | None = None,
         micro_batches: int = 1,
         draw: tuple[int, int] = (0, 0),
         own_teacher: bool = False,
-        masks: Tensor | None = None,
     ) -> ModelOutput:
         """Loss of a batch of pairs.
 
         views [2, B, 3, S, S]; overlap [2, B, 4], x1 y1 x2 y2 of the shared pixels in (0..1) of each
-        view after its flip; flipped bool [2, B]. B is equal on all ranks. With `micro_batches` n,
+        view after its flip; flipped bool [2, B]; masks bool [2, B, H, W], with slotmim alone: the
+        cells that the student does not see. B is equal on all ranks. With `micro_batches` n,
         this batch is one of the n of a step: the centre moves by 1/n of a step. `draw` is (seed,
         number of the batch in the run): the sample of cells and the drop paths follow from it.
         With `own_teacher` the student's outputs, without gradients, are the teacher's too. The
         teacher's network is not used, and does not change until `copy_to_teacher`. With a guide it
         is never used, and the views are the guide's, [2, B, 3, f·S, f·S] with its factor f.
-        masks bool [2, B, H, W], with slotmim only: the cells that the student does not see.
         In training (train mode, gradients on) the centre is used first and updated afterwards.
         """
         _check_batch(views, overlap, flipped, micro_batches)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.beton import Beton
 from pipeline.choices import AnyCrops, OnCorrupt, Order
 from pipeline.errors import UserError
+from pipeline.image_folder import open_beton
 from pipeline.loader import make_loader
 from pipeline.source import Batch
 from pipeline.views import ViewConfig
@@ -29,7 +29,7 @@ class Loader:
     number of threads, and a loader that continues from a `state_dict` gives exactly those left.
 
     Args:
-        path: the beton.
+        path: the beton; or a folder of images, which takes longer.
         batch_size: images of a step, over all ranks; B is this divided by their number.
         size: side S of a view in pixels.
         views: further settings of the views, by their names in `slotstream train --help`
@@ -84,7 +84,7 @@ class Loader:
         except (TypeError, ValueError) as error:
             raise UserError(f"views: {error}") from None
         self._source = make_loader(
-            Beton(path),
+            open_beton(path),
             drawn,
             batch_size,
             seed=seed,

@@ -37,7 +37,7 @@ formats:
   detectron2   .pkl for MODEL.WEIGHTS (INPUT.FORMAT "RGB", RESNETS.STRIDE_IN_1X1 False)
   mmseg        .pth for init_cfg=dict(type='Pretrained', checkpoint=...) of type='ResNet'
   huggingface  a new folder: weights, timm's configuration, a model card
-  official     .pth with the whole of SlotCon under the names of the authors' code
+  official     .pth with the whole of SlotCon or SlotMIM under the names of the authors' code
   onnx         .onnx: images float32 [B, 3, H, W], normalised with ImageNet's mean and deviation →
                features [B, D, h, w] of the last stage; any B, H and W (timm: whole cells)
   onnx-segmenter  .onnx: the same images → scores [B, K, h, w] of the prototypes, and ids int64

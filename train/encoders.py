@@ -59,7 +59,7 @@ def read_encoder(
         raise UserError(f"{source}: weights of the teacher, not of the student")
     else:
         net = _new(found, int(stages), source)
-        load_weights(net, source)
+        load_weights(net, source, branch)
     weights = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in net.state_dict().items()
@@ -122,12 +122,12 @@ def _new(arch: str, stages: int, source: Path) -> Any:
         raise UserError(f"{source}: {error}") from None
 
 
-def load_weights(model: Any, path: Path) -> None:
+def load_weights(model: Any, path: Path, branch: Branch = "teacher") -> None:
     """Load a file of the model's weights: under timm's names, or under those of a release that
     timm's own model converts, such as DINOv2's. Its classifier is left out, its positions are
-    interpolated. Raises UserError.
+    interpolated; of two networks it is that of `branch`. Raises UserError.
     """
-    state = stored = read_weights(path, model.state_dict())
+    state = stored = read_weights(path, model.state_dict(), branch)
     module = sys.modules[type(model).__module__]
     if convert := getattr(module, "checkpoint_filter_fn", None):
         try:

@@ -124,11 +124,15 @@ class Meter:
 
 def progress_line(values: Mapping[str, Any], epochs: int, last_step: int, batch_size: int) -> str:
     """The log line on the terminal."""
-    pairs = {"grouping": ("12", "21"), "masked": ("1", "2"), "slot": ("12", "21")}
+    pairs = {
+        "grouping": ("grouping_12", "grouping_21"),
+        "masked": ("masked_1", "masked_2"),
+        "slots": ("slot_12", "slot_21"),
+    }
     terms = [
-        f"{kind} {values[f'{kind}_{one}']:.3f} {values[f'{kind}_{other}']:.3f}"
-        for kind, (one, other) in pairs.items()
-        if f"{kind}_{one}" in values
+        f"{title} {values[one]:.3f} {values[other]:.3f}"
+        for title, (one, other) in pairs.items()
+        if one in values
     ]
     text = (
         f"loss {values['loss']:.4f} ({', '.join(terms)})  "

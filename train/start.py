@@ -11,7 +11,7 @@ from torch import Tensor
 from model import SlotCon
 from model.architectures import is_timm
 from model.encoder import AnyEncoder
-from model.official import official_names
+from model.official import official_names, shaped
 from pipeline.errors import UserError, printable
 from train.config import TrainConfig
 from train.encoders import published_encoder, read_encoder
@@ -29,8 +29,8 @@ from train.weights import (
 
 _TRAIN = TrainConfig()
 _PARTS = 8  # of a network, in the line that names them
-_ANCHORS = ("student.grouping.prototypes", "grouping_q.slot_embed.weight")
-"""A name that each whole SlotCon has: ours, the authors'."""
+_ANCHOR = "student.grouping.prototypes"
+"""A name that each whole SlotCon has."""
 
 
 def start_from(init: InitConfig, model: SlotCon, train: TrainConfig = _TRAIN) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def in_words(about: Mapping[str, Any]) -> str:
     return f"starts from {about['weights']}{digest}: {about['fitted']} tensors fit{others}"
 
 
-def _whole(path: Path, expected: Iterable[str]) -> dict[str, Tensor]:
+def _whole(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights of a SlotCon, by our names: of a run, of its files, or of the authors' code.
 
     Raises UserError.
@@ -164,11 +164,12 @@ def _whole(path: Path, expected: Iterable[str]) -> dict[str, Tensor]:
     if path.is_dir():
         return dict(load_model(path)[0].state_dict())
     state = tensors_in(read_file(path)[0])
-    known = ({name: name for name in expected}, official_names(expected))
-    for anchor, names in zip(_ANCHORS, known, strict=True):
+    for names in ({name: name for name in expected}, official_names(expected)):
+        anchor = names[_ANCHOR]
         if any(f".{name}".endswith(f".{anchor}") for name in state):
             given = state_below(state, anchor, path, "weights of a SlotCon")
-            return {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
+            found = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
+            return {name: shaped(value, expected[name]) for name, value in found.items()}
     raise UserError(f"{path}: no whole SlotCon in it, an encoder alone (init.part encoder)")
 
 

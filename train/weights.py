@@ -41,6 +41,8 @@ FACTS = {
 """The names in the metadata of files that slotstream writes, see `describe` and tools."""
 
 
+METHODS = {"slotcon": "SlotCon (arXiv 2205.15288)", "slotmim": "SlotMIM (arXiv 2503.06960)"}
+"""What metadata call the method of each objective."""
 HEADER_BYTES = 16 << 20
 """Most bytes of the header of a .safetensors file: names, shapes and metadata, 800 a tensor."""
 _REAL = {
@@ -236,7 +238,7 @@ def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
     """
     config = from_dict(record.config)
     facts: dict[str, Any] = {
-        "method": "SlotCon (arXiv 2205.15288)",
+        "method": METHODS[config.model.objective],
         "arch": config.model.arch,
         "stages": config.model.stages if config.model.stages < 4 else None,
         "image_stats": json.dumps(config.model.image_stats) if config.model.image_stats else None,
@@ -290,23 +292,28 @@ def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def state_below(
-    state: Mapping[str, Any], anchor: str, source: Path, what: str
+    state: Mapping[str, Any], anchor: str, source: Path, what: str, branch: Branch = "teacher"
 ) -> dict[str, Tensor]:
     """The part of `state` that holds a tensor named `anchor`, without the prefix before it: of
-    several, the teacher's. Raises UserError.
+    several, that of `branch`. Raises UserError.
     """
     ends = [name for name in state if name == anchor or name.endswith(f".{anchor}")]
     networks: dict[str, Any] = {end.removesuffix(anchor): {} for end in ends[: NETWORKS + 1]}
     for prefix, inner in networks.items():
         below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         inner.update(_dense(below, source))
-    return networks[_chosen(networks, "teacher", source, what, state)[0]]
+    return networks[_chosen(networks, branch, source, what, state)[0]]
 
 
-def read_weights(path: Path, expected: Iterable[str]) -> dict[str, Tensor]:
-    """The state dict, below any prefix, of a model whose names are `expected`. Raises UserError."""
+def read_weights(
+    path: Path, expected: Iterable[str], branch: Branch = "teacher"
+) -> dict[str, Tensor]:
+    """The state dict, below any prefix, of a model whose names are `expected`; of two, that of
+    `branch`. Raises UserError.
+    """
     anchor = max(expected, key=len)  # the least likely to be another model's
-    return state_below(tensors_in(read_file(path)[0]), anchor, path, "weights of this model")
+    tensors = tensors_in(read_file(path)[0])
+    return state_below(tensors, anchor, path, "weights of this model", branch)
 
 
 def _chosen(

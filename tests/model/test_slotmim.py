@@ -16,6 +16,8 @@ from tests.helpers.host_sync import host_syncs
 from tests.helpers.processes import run_workers
 from tests.helpers.tiny_slotcon import gradients, tiny_batch, tiny_model
 from tests.helpers.tiny_slotmim import CELLS, masked_batch, tiny_slotmim
+from train.config import TrainConfig
+from train.optimizer import build_optimizer, clip_each, set_rate
 
 
 def test_a_hidden_patch_is_not_seen() -> None:
@@ -152,15 +154,37 @@ def test_networks_that_cannot_hide_patches_are_refused() -> None:
 
 
 def test_no_host_synchronisation() -> None:
-    """Once the slots' buffers have a size. Without it a GPU would wait in each step."""
+    """In a whole step, once the slots' buffers have a size and the optimiser its state. Without it
+    a GPU would wait in each step."""
     model = tiny_slotmim(drop_path=0.1)
-    model(**masked_batch())
+    train = TrainConfig(optimizer="adamw", base_lr=0.01, weight_decay=0.04, decay_positions=True)
+    optimizer = build_optimizer(model, train)
+    model(**masked_batch()).loss.backward()
+    optimizer.step()
     model.adapt_capacity()
     with host_syncs() as found:
-        model.update_teacher(0.9)
+        set_rate(optimizer, 0.01, 0.2)
         model.set_teacher_temp(0.05)
+        model.update_teacher(0.9)
         model(**masked_batch()).loss.backward()
+        clip_each(model.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
     assert not found
+    decays = {group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {0.0, 0.2}
+
+
+def test_each_gradient_is_clipped_by_itself() -> None:
+    """A small one stays. Without it one large gradient would shrink all the others."""
+    weights = [torch.zeros(shape, requires_grad=True) for shape in ((2, 2), (3,), (1,))]
+    values = (torch.tensor([[3.0, 0], [0, 4]]), torch.tensor([0.1, 0.2, 0.2]), torch.zeros(1))
+    for weight, value in zip(weights[:2], values, strict=False):
+        weight.grad = value.clone()
+    clip_each(weights, 0.6)
+    torch.testing.assert_close(weights[0].grad, values[0] * 0.6 / 5)
+    torch.testing.assert_close(weights[1].grad, values[1])
+    assert weights[2].grad is None
 
 
 @pytest.mark.parametrize("side", [64, 96])

@@ -1,4 +1,4 @@
-"""Runs of SlotMIM: what the trainer adds to a step, resumed bit for bit, refused where it cannot work."""
+"""Runs of SlotMIM: what the trainer adds to a step, resumed bit for bit, refused if impossible."""
 
 import json
 from dataclasses import replace
@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("timm")
 
 from model import ModelConfig
+from model.architectures import IMAGENET
 from pipeline.errors import UserError
 from pipeline.views import ViewConfig
 from tests.helpers.training import (
@@ -146,7 +147,7 @@ def test_a_collapse_is_told(beton: Path, tmp_path: Path) -> None:
             branch.grouping.prototypes[1:] = -branch.grouping.prototypes[0]
             last: Any = branch.projector[-1]  # type: ignore[index]
             last.bias.copy_(branch.grouping.prototypes[0])
-    with pytest.raises(Collapsed, match="1.0 active slots an image"):
+    with pytest.raises(Collapsed, match=r"1\.0 active slots an image"):
         run.train()
 
 
@@ -187,3 +188,29 @@ def test_the_configuration_survives_its_file(beton: Path, tmp_path: Path) -> Non
     """Without it a resume would be refused."""
     config = slotmim_run(beton, tmp_path)
     assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "prototypes"),
+    [("cocoplus_vitb_800ep", 800, 512), ("imagenet_vitb_400ep", 400, 1024)],
+)
+def test_recipes_are_the_authors(name: str, epochs: int, prototypes: int) -> None:
+    """One wrong value here would waste hundreds of epochs."""
+    config, _ = load_config(["--config", f"slotmim/{name}"])
+    train, model, views = config.train, config.model, config.views
+    assert (train.epochs, model.num_prototypes) == (epochs, prototypes)
+    assert (model.arch, model.dim_hidden, model.dim_out) == ("timm:vit_base_patch16_224", 2048, 256)
+    assert (model.teacher_temp, model.student_temp, model.contrast_temp) == (0.07, 0.1, 0.2)
+    assert (model.center_momentum, model.group_loss_weight, model.drop_path) == (0.9, 0.5, 0.1)
+    assert model.image_stats == IMAGENET
+    assert (train.batch_size, train.base_lr, train.warmup_epochs) == (1024, 1.5e-4, 10)
+    own = {**RECIPE, "base_lr": 1.5e-4, "freeze_prototypes_epochs": 3}
+    own |= {"warmup_teacher_temp_epochs": 50, "teacher_momentum": 0.996, "momentum": 0.9}
+    assert {key: getattr(train, key) for key in own} == own
+    assert (views.size, views.mask_ratio, views.mask_ratio_spread) == (224, 0.3, 0.2)
+
+
+def test_the_other_recipes_load() -> None:
+    """Without it a setting that no longer exists would stop whoever uses them."""
+    for name in ("cocoplus_vits_1gpu", "camvid_cpu", "scenes_cpu"):
+        assert load_config(["--config", f"slotmim/{name}"])[0].model.hides_patches

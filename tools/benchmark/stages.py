@@ -309,7 +309,7 @@ def _overlap(bench: Bench, train: Step, name: str, crops: Crops) -> None:
             while stopwatch.steps < 2 or time.perf_counter() - began < bench.seconds:
                 with stopwatch.waiting():
                     views = next(stream)
-                train(views.views, views.overlap, views.flipped)
+                train(views.views, views.overlap, views.flipped, views.masks)
                 stopwatch.steps += 1
             if bench.device.type == "cuda":
                 torch.cuda.synchronize(bench.device)

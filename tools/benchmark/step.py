@@ -26,7 +26,7 @@ from tools.benchmark.profile import beside_networks, profile_step
 from tools.benchmark.timing import Bench, Result, StepDetail, Work
 from train.config import EfficiencyConfig, RunConfig, TrainConfig
 from train.metrics import Meter
-from train.optimizer import build_optimizer, set_rate
+from train.optimizer import build_optimizer, clip_each, set_rate
 from train.pretrained import build_model
 
 LOG_EVERY = 10
@@ -36,13 +36,13 @@ SMALL = 1e-6
 the last step as in the first."""
 MOST_OVERFLOWS = 40
 """The loss scale begins at 2^16 and is halved at each: far below 1 it cannot be the cause."""
-_TRAIN = TrainConfig()
+_TRAIN, _VIEWS = TrainConfig(), ViewConfig()
 Way = tuple[str, str | None]
 """A backend, "plain" or "fast", and one of `VARIANTS` or None."""
 
 
-Step = Callable[[Tensor, Tensor, Tensor], object]
-"""One training step on views, overlap and flipped."""
+Step = Callable[..., object]
+"""One training step on views, overlap, flipped and, with hidden patches, masks."""
 
 
 class FastStep:
@@ -70,7 +70,7 @@ class FastStep:
         )
         self.model, self.device, self.dtype = model, device, dtype
         model.train_stages(train.trainable_stages)
-        self.optimizer = build_optimizer(model, train)
+        self.optimizer, self.clip_grad = build_optimizer(model, train), train.clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         accelerator = cast(Accelerator, SimpleNamespace(device=device))  # all that `add` needs
         self.meter = Meter(accelerator, model.term_names, sum(model.prototype_counts.values()))
@@ -82,6 +82,7 @@ class FastStep:
         views: Tensor,
         overlap: Tensor,
         flipped: Tensor,
+        masks: Tensor | None = None,
         *,
         lr: float = SMALL,
         teacher_momentum: float = 0.99,
@@ -92,10 +93,13 @@ class FastStep:
         mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if mixed else None, enabled=mixed):
             output: ModelOutput = self.model(
-                views, overlap, flipped, draw=(0, self.steps), own_teacher=self.own_teacher
+                views, overlap, flipped, masks, draw=(0, self.steps), own_teacher=self.own_teacher
             )
         self.scaler.scale(output.loss).backward()
         self.meter.add(output)
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            clip_each(self.model.parameters(), self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -142,21 +146,29 @@ def step_views(
     images: int,
     side: int,
     *,
+    like: ViewConfig = _VIEWS,
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of noise, similar within a pair, with overlaps and flips as training draws them.
+) -> tuple[Tensor, ...]:
+    """Views of noise, similar within a pair, with overlaps and flips as training draws them, and
+    masks as those of `like`.
 
-    Returns views [2, B, 3, S, S], overlap [2, B, 4], flipped bool [2, B].
+    Returns views [2, B, 3, S, S], overlap [2, B, 4], flipped bool [2, B], and masks bool
+    [2, B, H, W] if `like` has any.
     """
     sides = np.full(images, 480)
-    drawn = sample_views(seed, 0, np.arange(images), sides, sides, ViewConfig(size=side))
+    config = replace(_VIEWS, size=side)
+    if like.mask_ratio:
+        names = ("mask_ratio", "mask_ratio_spread", "mask_cell")
+        config = replace(config, **{name: getattr(like, name) for name in names})
+    drawn = sample_views(seed, 0, np.arange(images), sides, sides, config)
     generator = torch.Generator(device).manual_seed(seed)
     noise = torch.randn(3, images, 3, side, side, generator=generator, device=device, dtype=dtype)
     views = 0.95 * noise[2] + 0.3 * noise[:2]
     overlap = torch.from_numpy(drawn.overlap).to(device)
-    return views, overlap, torch.from_numpy(drawn.flipped).to(device)
+    others = [drawn.flipped] + ([] if drawn.masks is None else [drawn.masks])
+    return views, overlap, *(torch.from_numpy(each).to(device) for each in others)
 
 
 @torch.no_grad()
@@ -196,7 +208,8 @@ def gflop_of(config: RunConfig, side: int) -> float:
     for own, part in ((False, 1 - shares), (True, shares)):
         if part:
             with FlopCounterMode(display=False) as counter:
-                model(*step_views(2, side), own_teacher=own).loss.backward()
+                views = step_views(2, side, like=config.loaded(config.views))
+                model(*views, own_teacher=own).loss.backward()
             total += part * counter.get_total_flops() / 2 / 1e9
     return total
 
@@ -208,7 +221,7 @@ def start_of(bench: Bench, variant: str | None = None) -> SlotCon:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_model(varied(bench.config, variant))
-        spread_prototypes(model, _few_views(bench)[0])
+        spread_prototypes(model, _few_views(bench, variant)[0])
     return model
 
 
@@ -217,7 +230,7 @@ def step_works(bench: Bench, ways: Sequence[Way]) -> Iterator[Work]:
     for backend, variant in ways:
         config = varied(bench.config, variant)
         model = start_of(bench, variant).to(bench.device)
-        data = step_data(bench, config.views.size, bench.batch, backend)
+        data = step_data(bench, config, bench.batch, backend)
         train = make_step(model, config, backend, bench.dtype)
         yield _work(bench, backend, variant, partial(train, *data))
 
@@ -250,14 +263,16 @@ def _counted(bench: Bench, variant: str | None, detail: StepDetail) -> StepDetai
     """With what a step of one image takes, whatever the machine."""
     config = varied(bench.config, variant)
     with torch.no_grad():
-        pairs = float(start_of(bench, variant)(*_few_views(bench)).stats["active_pairs"])
+        views = _few_views(bench, variant)
+        pairs = float(start_of(bench, variant)(*views).stats["active_pairs"])
     gflop = gflop_of(config, config.views.size)
     return replace(detail, gflop=gflop, active_pairs=pairs)
 
 
-def _few_views(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
-    side = bench.config.views.size * bench.config.train.teacher_resolution
-    return step_views(min(bench.batch, 8), side)
+def _few_views(bench: Bench, variant: str | None) -> tuple[Tensor, ...]:
+    config = varied(bench.config, variant)
+    views = config.loaded(config.views)
+    return step_views(min(bench.batch, 8), views.size, like=views)
 
 
 def _profiled(bench: Bench, work: Work, result: Result, detail: StepDetail) -> StepDetail:
@@ -271,16 +286,17 @@ def _work(bench: Bench, backend: str, variant: str | None, call: Callable[[], ob
     return Work("step", backend, call, bench.batch, bench.batch, threads, operation=variant)
 
 
-def step_data(bench: Bench, side: int, batch: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def step_data(bench: Bench, config: RunConfig, batch: int, backend: str) -> tuple[Tensor, ...]:
     """A batch in the layout that a backend gets in training. Raises UserError."""
-    if batch * bench.config.model.cells_of(side) < 2:
+    side = config.views.size
+    if batch * config.model.cells_of(side) < 2:
         raise UserError(f"--batch {batch}: one cell of {side} pixels has no variance")
-    side *= bench.config.train.teacher_resolution
-    views, overlap, flipped = step_views(batch, side, device=bench.device, dtype=bench.dtype)
+    like = config.loaded(config.views)
+    views, *others = step_views(batch, like.size, like=like, device=bench.device, dtype=bench.dtype)
     if backend == "fast":
         views = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         views = views.unflatten(0, (2, batch))
-    return views, overlap, flipped
+    return views, *others
 
 
 def _warm_up(bench: Bench, call: Callable[[], object], before: int) -> StepDetail:
@@ -350,8 +366,8 @@ def _fits(bench: Bench, backend: str, variant: str | None, batch: int) -> bool:
     gc.collect()
     torch.cuda.empty_cache()
     try:
-        data = step_data(bench, bench.config.views.size, batch, backend)
         config = varied(bench.config, variant)
+        data = step_data(bench, config, batch, backend)
         model = build_model(config).to(bench.device)
         train = make_step(model, config, backend, bench.dtype)
         for _ in range(2):

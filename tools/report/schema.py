@@ -31,6 +31,8 @@ class Line(TypedDict, total=False):
     loss: float
     grouping_12: float
     grouping_21: float
+    masked_1: float
+    masked_2: float
     slot_12: float
     slot_21: float
     image: float

@@ -12,7 +12,7 @@ from model.names import to_detectron2
 from model.timm_encoder import outline
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
-from tools.weights.model_card import model_card, of_slotcon
+from tools.weights.model_card import method_of, model_card
 from tools.weights.official_settings import official_settings
 from train.encoders import image_stats
 from train.pickles import pickle_arrays, torch_bytes
@@ -79,7 +79,7 @@ def huggingface(backbone: Backbone) -> dict[str, bytes]:
             "first_conv": "conv1",
             "classifier": "fc",
         }
-    tag = "slotcon" if of_slotcon(backbone) else ""
+    tag = method_of(backbone).lower()
     config = {
         "architecture": architecture,
         "num_classes": 0,
@@ -120,19 +120,20 @@ def official(checkpoint: Path, metadata: dict[str, str]) -> bytes:
         raise UserError(f"{checkpoint}: a file: --to official needs a run or a checkpoint")
     record = read_record(find(checkpoint))
     model, config = load_model(checkpoint)
-    if is_timm(config.model.arch):
+    if is_timm(config.model.arch) and not config.model.hides_patches:
         raise UserError(
-            f"--to official: for the ResNets of torchvision alone, and {checkpoint} has a "
-            f"{config.model.arch}"
+            f"--to official: for the ResNets of torchvision and for SlotMIM, and {checkpoint} is a "
+            f"SlotCon of {config.model.arch}"
         )
     if config.model.stages < 4:
         raise UserError(
             f"--to official: needs four stages, and {checkpoint} ends at stage "
             f"{config.model.stages}"
         )
+    prefix = "" if config.model.hides_patches else "module."  # as their files have it
     return torch_bytes(
         {
-            "model": {f"module.{k}": v for k, v in model.official_state_dict().items()},
+            "model": {f"{prefix}{k}": v for k, v in model.official_state_dict().items()},
             "args": official_settings(config),
             META: describe(record) | metadata,
         }

@@ -38,12 +38,21 @@ TIMM_USE = """\
 maps = model.forward_intermediates(images, norm={norm}, intermediates_only=True)
 features = maps[-1]  # [B, {dim}, H/{stride}, W/{stride}]"""
 IDLE = "\n\nThese parts follow the last map, and were not trained with it: {parts}."
-SLOTCON_TAGS = "- self-supervised\n- slotcon\n"
-SLOTCON = """\
-The {encoder} of a SlotCon model: a {arch} without classifier, pre-trained on images without
-labels{by}{start}. SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
+TAGS = "- self-supervised\n- {method}\n"
+OURS = """\
+The {encoder} of a {method} model: a {arch} without classifier, pre-trained on images without
+labels{by}{start}. """
+ABOUT = {
+    "SlotCon": """\
+SlotCon groups the pixels of scenes under learnt prototypes and contrasts the
 groups (Wen et al., *Self-Supervised Visual Representation Learning with Semantic Grouping*, NeurIPS
-2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288))."""
+2022, [arXiv 2205.15288](https://arxiv.org/abs/2205.15288)).""",
+    "SlotMIM": """\
+SlotMIM groups the patches of scenes under learnt prototypes, also those that its
+student does not see, and contrasts the groups (CVPR 2025,
+[arXiv 2503.06960](https://arxiv.org/abs/2503.06960)).""",
+}
+"""What each method does."""
 STARTED = ", starting from weights whose own training may have used labels (see the table)"
 OTHER = "A {arch} without classifier. The table below holds all that is known of its training."
 HUB_LICENCES = {
@@ -84,14 +93,15 @@ def model_card(backbone: Backbone) -> str:
         for name, title in TITLES.items()
         if name in known
     )
-    ours = of_slotcon(backbone)
+    method = method_of(backbone)
     arch = timm_name(backbone.arch)
     title = f"{arch}, {in_markdown(known.get('run', 'weights'))}"
     return CARD.format(
         head=_yaml_licence(known.get("data_license", "")),
-        tags=SLOTCON_TAGS if ours else "",
-        title=f"SlotCon {title}" if ours else title,
-        about=(SLOTCON if ours else OTHER).format(
+        tags=TAGS.format(method=method.lower()) if method else "",
+        title=f"{method} {title}".lstrip(),
+        about=(OURS + ABOUT[method] if method else OTHER).format(
+            method=method,
             encoder=in_markdown(f"{known.get('branch', '')} encoder".strip()),
             arch=arch,
             by="" if "imported" in known else " by slotstream",
@@ -125,6 +135,7 @@ def _yaml_licence(text: str) -> str:
     return "license: other\n" * bool(text) + f'license_name: "{name}"\n' * bool(name)
 
 
-def of_slotcon(backbone: Backbone) -> bool:
-    """Whether the metadata name SlotCon: weights of other methods can be exported too."""
-    return backbone.metadata.get("method", "").startswith("SlotCon")
+def method_of(backbone: Backbone) -> str:
+    """Which of our methods the metadata name; empty for others, which can be exported too."""
+    stated = backbone.metadata.get("method", "")
+    return next((method for method in ABOUT if stated.startswith(method)), "")

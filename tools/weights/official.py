@@ -1,9 +1,11 @@
-"""Checkpoints of the authors' code (github.com/CVMI-Lab/SlotCon) as runs and as backbones."""
+"""Checkpoints of the authors' code (CVMI-Lab/SlotCon and SlotMIM on GitHub) as runs and as
+backbones.
+"""
 
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,28 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, SlotCon
-from model.architectures import ARCHITECTURES
-from model.names import Branch, arch_of, resnets_in
+from model.architectures import ARCHITECTURES, IMAGENET, is_timm
+from model.config import Objective
+from model.names import Branch, arch_of, choose, resnets_in
 from model.official import from_official
 from pipeline.errors import UserError
-from tools.weights.official_settings import with_official_settings
-from train.config import DataConfig, RunConfig, from_dict
+from tools.weights.official_settings import recipe, with_official_settings
+from tools.weights.vits import PATCHES, VITS, vit_of
+from train.config import RunConfig, from_dict
+from train.encoders import read_encoder
 from train.run.checkpoint import Record, check_weights, write_model
 from train.run.cli import check_writable
 from train.run.provenance import new_folder, provenance, write_bytes
 from train.run.settings import to_dict, to_yaml
-from train.weights import read_backbone, safetensors_bytes
+from train.weights import read_file, safetensors_bytes, tensors_in
 
 _DIGITS = 15  # of a count: no run has more steps
-PROTOTYPES, HIDDEN = "grouping_k.slot_embed.weight", "projector_k.mlp.0.weight"
+PROTOTYPES: dict[Objective, str] = {
+    "slotcon": "grouping_k.slot_embed.weight",
+    "slotmim": "grouping_k.prototypes_patch.weight",
+}
+"""The entry that a full checkpoint of each objective has."""
+HIDDEN, ENCODER = "projector_k.mlp.0.weight", "encoder_k."
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Official:
     """A full checkpoint of the authors' code."""
 
     source: Path
+    objective: Objective
     state: dict[str, Tensor]
     """Weights by the authors' names, without `module.`."""
     args: dict[str, Any]
@@ -45,8 +56,18 @@ class Official:
     """Identity of the training data, as far as known: see Record.data."""
 
 
+def objective_of(names: Iterable[str]) -> Objective | None:
+    """What the full checkpoint with these entries was trained for; None if it is none."""
+    ends = {".".join(name.split(".")[-3:]) for name in names}
+    return next((objective for objective, entry in PROTOTYPES.items() if entry in ends), None)
+
+
 def read_official(
-    source: Path, state: dict[str, Tensor], content: Mapping[str, Any], metadata: Mapping[str, str]
+    source: Path,
+    objective: Objective,
+    state: dict[str, Tensor],
+    content: Mapping[str, Any],
+    metadata: Mapping[str, str],
 ) -> Official:
     """All that is known about a full checkpoint. `metadata`: the facts that tools.export wrote."""
     args, scheduler = content.get("args"), content.get("scheduler")
@@ -60,8 +81,17 @@ def read_official(
     }
     if licence := metadata.get("data_license"):
         identity["license"] = licence
-    step = count(steps or metadata.get("step"))
-    return Official(source, state, settings, step, count(content.get("epoch")), identity)
+    epoch = count(content.get("epoch"))
+    step = count(steps or metadata.get("step")) or epoch * _steps_per_epoch(settings)
+    return Official(source, objective, state, settings, step, epoch, identity)
+
+
+def _steps_per_epoch(settings: Mapping[str, Any]) -> int:
+    """As the authors' sampler and loader make them; 0 if the settings do not say it."""
+    images, batch, processes = (
+        count(settings.get(name)) for name in ("num_instances", "batch_size", "world_size")
+    )
+    return -(-images // processes) // batch if images and batch and processes else 0
 
 
 def count(value: object) -> int:
@@ -70,11 +100,12 @@ def count(value: object) -> int:
     return int(digits) if digits.isdecimal() and len(digits) <= _DIGITS else 0
 
 
-def import_run(official: Official, out: Path) -> None:
+def import_run(official: Official, out: Path, arch: str | None = None) -> None:
     """Write the folder of a run: one checkpoint, its configuration, and a line of metrics with the
-    steps and epochs done. Raises UserError.
+    steps and epochs done. `arch`: timm:NAME of a ViT that its weights do not tell. Raises
+    UserError.
     """
-    model = loaded(official)
+    model = loaded(official, arch)
     config = configured(official, model.config, run_name(out))
     settings = to_dict(config)
     record = Record(official.step, settings, official.data, 0.0, [], origin(official))
@@ -85,19 +116,25 @@ def import_run(official: Official, out: Path) -> None:
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
-def loaded(official: Official) -> SlotCon:
-    """SlotCon with these weights; its sizes follow from their shapes. Raises UserError."""
+def loaded(official: Official, arch: str | None = None) -> SlotCon:
+    """The model with these weights; its sizes follow from their shapes. Raises UserError."""
     state, source = official.state, official.source
-    arch = arch_of(resnets_in(state).get("encoder_k.", ()))
-    if arch not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{source}: damaged, or its encoder is none of {known}")
-    if HIDDEN not in state or state[PROTOTYPES].ndim != 2:
+    slotmim = official.objective == "slotmim"
+    if slotmim:
+        arch, known = arch or vit_of(state, ENCODER), [*VITS.values(), "those of --arch"]
+    else:
+        arch, known = arch_of(resnets_in(state).get(ENCODER, ())), list(ARCHITECTURES)
+    if arch is None or not (slotmim or arch in ARCHITECTURES):
+        raise UserError(f"{source}: damaged, or its encoder is none of {', '.join(known)}")
+    centres = state[PROTOTYPES[official.objective]]
+    if HIDDEN not in state or centres.ndim != 2:
         raise UserError(f"{source}: damaged: no {HIDDEN}, or prototypes of a wrong shape")
-    prototypes, dim = state[PROTOTYPES].shape
+    prototypes, dim = centres.shape
     hidden = state[HIDDEN].shape[0] if state[HIDDEN].ndim else 0
     try:
-        config = ModelConfig(arch, hidden, dim, prototypes)
+        config = ModelConfig(arch, hidden, dim, prototypes, objective=official.objective)
+        if slotmim:
+            config = replace(config, image_stats=IMAGENET)  # of its views, not of timm's weights
         with torch.device("meta"):  # takes no memory: the sizes are those that the file claims
             from_official(state, SlotCon(config).state_dict())
         model = SlotCon(config)
@@ -112,7 +149,7 @@ def loaded(official: Official) -> SlotCon:
 def configured(official: Official, model: ModelConfig, name: str) -> RunConfig:
     """The run's configuration: settings from the file, defaults for the rest. Raises UserError."""
     try:
-        config = RunConfig(name, DataConfig("unknown"), model=model)
+        config = recipe(name, model)
         # Read back to check the types: a dataclass accepts values of any type.
         return from_dict(to_dict(with_official_settings(config, official.args, model)))
     except (ValueError, TypeError) as error:
@@ -137,16 +174,24 @@ def origin(official: Official) -> dict[str, Any]:
     return provenance() | facts
 
 
-def import_backbone(source: Path, out: Path, branch: Branch, stated: Mapping[str, str]) -> None:
-    """Write a backbone under torchvision's names. `stated` holds facts that the file may lack.
+def import_backbone(
+    source: Path, out: Path, branch: Branch, stated: Mapping[str, str], arch: str | None = None
+) -> None:
+    """Write a backbone under torchvision's names, or a ViT under timm's. `stated` holds facts that
+    the file may lack; `arch`, timm:NAME, is of a ViT that its weights do not tell.
 
     Raises UserError, also if the file contradicts `stated`.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: {source} is only a backbone: give a .safetensors file")
     check_writable("--out", out, source)
-    backbone = read_backbone(source, branch=branch)
+    tensors = tensors_in(read_file(source)[0])
+    ends = [name.removesuffix(PATCHES) for name in tensors if name.endswith(PATCHES)]
+    prefix, side = choose(ends, branch) or ("", None)
+    backbone = read_encoder(source, arch or vit_of(tensors, prefix), branch)
     known = backbone.metadata
+    if is_timm(backbone.arch):  # the authors' views, not those of timm's weights
+        known = {"image_stats": json.dumps(IMAGENET)} | ({"branch": side} if side else {}) | known
     for name, value in stated.items():
         if known.get(name, value) != value:
             raise UserError(f"--{name} {value}: {source} says that it is {known[name]}")

@@ -337,7 +337,7 @@ def test_bad_weights(changes: dict[str, Any], message: str, model: SlotCon) -> N
     state = {**model.official_state_dict(), **changes}
     state = {name: value for name, value in state.items() if value is not None}
     with pytest.raises(UserError, match=message) as caught:
-        loaded(Official(Path("w.pth"), state, {}, 0, 0, {}))
+        loaded(Official(Path("w.pth"), "slotcon", state, {}, 0, 0, {}))
     assert "\n" not in str(caught.value)
 
 
@@ -355,4 +355,4 @@ def test_bad_weights(changes: dict[str, Any], message: str, model: SlotCon) -> N
 def test_bad_settings(args: dict[str, Any], key: str) -> None:
     """A configuration is never written if it could not be read again."""
     with pytest.raises(UserError, match=f"w.pth: impossible settings: .*{key}"):
-        configured(Official(Path("w.pth"), {}, args, 0, 0, {}), ModelConfig(), "run")
+        configured(Official(Path("w.pth"), "slotcon", {}, args, 0, 0, {}), ModelConfig(), "run")
