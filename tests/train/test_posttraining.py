@@ -137,6 +137,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     plain = small_run(small_beton(folder), folder, epochs=1, warmup_epochs=0)
     model = replace(
         plain.model,
+        stages=4,
         dim_out=512,
         projector="norm",
         norm="eval",
