@@ -8,6 +8,7 @@ views and order from either, and may go on with the other.
 
 import hashlib
 import os
+import shlex
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ from zlib_ng.zlib_ng import crc32
 
 from pipeline.beton import Beton, read_records
 from pipeline.beton_writer import BetonWriter, Sample
+from pipeline.commands import as_called
 from pipeline.errors import BadImage, UserError, printable
 from pipeline.ffcv_format import JPEG, MAX_SIDE, RAW
 from pipeline.files import open_file
@@ -151,8 +153,7 @@ class ImageFolder(Beton):
             more = [f"and {len(bad) - NAMED:,} more"] * (len(bad) > NAMED)
             raise UserError(
                 f"{self.path}: {len(bad):,} of {len(found):,} files cannot be used; remove them, or"
-                f" pack the others (python -m tools.build_dataset folder --root {self.path}"
-                " --out FILE.beton --on-error skip):",
+                f" pack the others ({_packing(self.path)} --on-error skip):",
                 [*bad[:NAMED], *more],
             )
         return [entry for entry in found if not isinstance(entry, str)]
@@ -179,11 +180,10 @@ class ImageFolder(Beton):
             ]
         files, beton = (statistics.median(turn) for turn in zip(*turns[1:], strict=True))
         each, other = (1e3 * seconds / len(which) for seconds in (files, beton))
-        return (
+        return as_called(
             f"a folder: its index took {self.seconds:.1f} s, at each start; reading and decoding"
             f" {len(which)} of the images took {each:.2f} ms each, from a beton {other:.2f} ms (in"
-            " memory, one thread); to pack: python -m tools.build_dataset folder --root"
-            f" {self.path} --out FILE.beton"
+            f" memory, one thread); to pack: {_packing(self.path)}"
         )
 
     def _pack(self, which: np.ndarray, path: Path) -> Path:
@@ -209,7 +209,7 @@ def _names(folder: Path) -> list[str]:
         if name.lower().endswith(ARCHIVE_SUFFIXES):
             raise UserError(
                 f"{printable(str(folder / name))}: an archive, which is read when it is packed:"
-                f" python -m tools.build_dataset folder --root {folder} --out FILE.beton"
+                f" {_packing(folder)}"
             )
         if is_image(name, left):
             names.append(name)
@@ -231,6 +231,12 @@ def _stored(data: bytes) -> tuple[bytes | Pixels, int, int]:
     if max(height, width) > MAX_SIDE:
         raise BadImage(f"a side of {max(height, width)} pixels; {MAX_SIDE} can be stored")
     return pixels, height, width
+
+
+def _packing(folder: Path) -> str:
+    """The command that packs a folder."""
+    root = shlex.quote(str(folder))
+    return f"python -m tools.build_dataset folder --root {root} --out FILE.beton"
 
 
 def _crc(file: int) -> int:

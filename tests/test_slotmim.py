@@ -138,8 +138,10 @@ def test_its_features_are_scored(run: Path, folder: Path, tmp_path: Path) -> Non
     rows = json.loads((tmp_path / "rows.json").read_text())["results"]
     networks = {row["network"] for row in rows if row["metric"] == "miou"}
     assert {"trained", "teacher, stage 2, whitened, k-means"} <= networks and len(networks) == 5
-    call(unsupervised_segmentation.main, *common, "--protocol", "picie", "--baseline", "none")
-    assert {row["protocol"] for row in json.loads((tmp_path / "rows.json").read_text())["results"]}
+    merged = ["--merge", "--unlabelled", folder / "images.beton", "--baseline", "none"]
+    call(unsupervised_segmentation.main, *common, "--protocol", "picie", *merged)
+    rows = json.loads((tmp_path / "rows.json").read_text())["results"]
+    assert {row["protocol"] for row in rows} == {"picie"}
     probes = ["--size", SIDE, "--stage", "3+4", "--whiten", "--baseline", "none"]
     call(probe.main, "knn", *common, *train, *probes, "--memory", 100)
     call(probe.main, "linear", *common, *train, *probes, "--steps", 5)

@@ -56,6 +56,8 @@ def main() -> None:
             raise UserError(
                 f"--student, --data, --epochs: only for a backbone, and {args.file} holds more"
             )
+        if args.arch and objective == "slotcon":
+            raise UserError(f"--arch: only for a ViT, and {args.file} holds a SlotCon")
         state = state_below(tensors, PROTOTYPES[objective], args.file, "a whole SlotCon")
         official = read_official(args.file, objective, state, content, metadata)
         import_run(official, args.out, args.arch)

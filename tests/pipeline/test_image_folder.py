@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +185,22 @@ def test_a_loader_goes_on_with_the_beton(odd: Path, packed: Path) -> None:
     second = slotstream.Loader(packed, 2, size=32, device="cpu", threads=1)
     second.load_state_dict(state)
     assert all(map(torch.equal, left, (batch.views for batch in second))) and len(left) == 3
+
+
+def test_photographs_of_phones_are_pointed_at(
+    odd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it the photographs of a phone are missing, and nobody says what to do."""
+    ImageFolder(odd)
+    said = capsys.readouterr().err
+    assert "1 .heic" in said
+    assert "note: 1 photographs of phones (.heic) cannot be read: convert them to JPEG" in said
+
+
+def test_the_command_that_packs_can_be_copied(tmp_path: Path) -> None:
+    """Without it a folder with a blank in its name gives a command that fails."""
+    (tmp_path / "my photos").mkdir()
+    (tmp_path / "my photos/a.jpg").write_bytes(jpeg(varied(1)[0]))
+    said = ImageFolder(tmp_path / "my photos").saving()
+    words = shlex.split(said.partition("to pack: ")[2])
+    assert words[-3:] == [str(tmp_path / "my photos"), "--out", "FILE.beton"]

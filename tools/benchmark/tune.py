@@ -38,7 +38,8 @@ from train.pretrained import build_model
 from train.run.launch import share_of_cores
 
 GAIN = 1.03
-"""A setting replaces the one before only if it is faster by this factor: less is noise."""
+"""A setting replaces the one before only if it is faster by this factor, and faster in each of
+several turns: less is noise."""
 ROUNDS = 3
 DRAINED = 2
 """Batches that a loader has decoded while it waited for its turn, which are not measured."""
@@ -80,6 +81,8 @@ class Trial:
     failure: str = ""
     ratio: float = 0.0
     """To the configuration's own settings, by turns; 0 without a rate."""
+    better: bool = False
+    """Whether it was faster in each of several turns."""
 
 
 def tune(bench: Bench, args: Namespace) -> dict[str, Any]:
@@ -106,6 +109,8 @@ def tune(bench: Bench, args: Namespace) -> dict[str, Any]:
     chosen = best.options()
     chosen["efficiency"]["compile"] = compiled
     verdict = in_words(chosen, gain, same, compiled)
+    if any(len(trial.rates) < 2 for trial in tries if not trial.failure):
+        verdict = f"Tries of a single turn decide nothing: give more --minutes. {verdict}"
     print(f"{table(bench.results)}\n\n{verdict}")
     return {"settings": {}, "verdict": verdict, "best": chosen}
 
@@ -155,16 +160,17 @@ def faster(
         raise UserError(f"tune: the configuration cannot be measured: {base.failure}")
     for trial in trials:
         if trial.rates and not trial.failure:
-            turns = zip(trial.rates, base.rates, strict=False)
-            trial.ratio = before.ratio * statistics.median(own / of for own, of in turns)
+            turns = [own / of for own, of in zip(trial.rates, base.rates, strict=False)]
+            trial.ratio = before.ratio * statistics.median(turns)
+            trial.better = len(turns) > 1 and min(turns) > 1
     fresh = trials[bool(before.rates) :]  # what was measured before keeps that row
     for trial in fresh:
         _note(bench, trial, "configured" if trial is base else trial.setting.name)
     before.rates = before.rates or base.rates
     tries += trials[1:]
     bench.keep()
-    fastest = max(trials, key=lambda trial: trial.ratio)
-    return fastest.setting if fastest.ratio > GAIN * before.ratio else best
+    better = [trial for trial in trials if trial.better and trial.ratio > GAIN * before.ratio]
+    return max(better, key=lambda trial: trial.ratio).setting if better else best
 
 
 def _take_turns(bench: Bench, train: Step, trials: Sequence[Trial], seconds: float) -> None:

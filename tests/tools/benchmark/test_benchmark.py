@@ -63,9 +63,12 @@ def test_what_masks_cost_is_measured(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without it nobody knows what masks add to the draws of a batch."""
+    pytest.importorskip("timm")
     words = ("params", "--synthetic", "--repeats", 1, "--seconds", 0.001, "--device", "cpu")
     config = ("--config", folder / "masked.yaml", "--json", tmp_path / "masked.json")
-    (folder / "masked.yaml").write_text(CONFIG.replace("size: 32", "size: 32, mask_ratio: 0.5"))
+    masked = CONFIG.replace("size: 32", "size: 32, mask_ratio: 0.5")
+    masked = masked.replace("arch: resnet18", "objective: slotmim, arch: 'timm:test_vit'")
+    (folder / "masked.yaml").write_text(masked)
     run(monkeypatch, *words, *config)
     rows = json.loads((tmp_path / "masked.json").read_text())["results"]
     assert [(row["operation"], row["ratio_to"]) for row in rows] == [

@@ -260,6 +260,8 @@ def test_facts_that_the_file_of_a_backbone_lacks(
         call(main, "full.pth", "--out", tmp_path / "run", *stated)
     with pytest.raises(UserError, match="only for a backbone"):
         call(main, "full.pth", "--out", tmp_path / "run", "--student")
+    with pytest.raises(UserError, match="--arch: only for a ViT"):
+        call(main, "full.pth", "--out", tmp_path / "run", "--arch", "timm:test_vit")
 
 
 def test_either_of_two_backbones(model: SlotCon, tmp_path: Path) -> None:
