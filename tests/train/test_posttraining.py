@@ -20,10 +20,10 @@ from tests import ROOT
 from tests.helpers.tiny_slotcon import tiny_batch, tiny_model
 from tests.helpers.training import (
     assert_same_tensors,
-    launch,
     run_dir,
     small_beton,
     small_run,
+    train_in_two,
     trainer,
 )
 from train.config import RunConfig, load_config
@@ -210,8 +210,7 @@ def test_the_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
 def test_two_processes_share_their_prototypes(run: RunConfig, tmp_path: Path) -> None:
     """Without it each process clusters its own cells, and their losses have nothing in common."""
     config = replace(run, log=replace(run.log, dir=str(tmp_path)))
-    ended = launch(replace(config, train=replace(config.train, max_steps=1)), processes=2)
-    assert ended.returncode == 0, ended.stderr
+    train_in_two(replace(config, train=replace(config.train, max_steps=1)))
     ranks = [torch.load(tmp_path / f"run.rank{rank}", weights_only=True) for rank in (0, 1)]
     for name in ("guide.prototypes", "guide.mean", "student.grouping.prototypes"):
         assert torch.equal(ranks[0][name], ranks[1][name]), name
