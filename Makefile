@@ -23,13 +23,13 @@ browser: ## install Debian's chromium, with which the tests look at the report
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
 
 test: setup ## set up and run the tests (PYTEST_ARGS="-k name" chooses); with a GPU, also its tests
-	@$(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	@if nvidia-smi -L >/dev/null 2>&1; then $(PYTHON) -m pytest -m cuda $(PYTEST_ARGS); fi
 
 test-lowest: ## run the tests with the lowest versions that pyproject.toml allows (PYTHON3=python3.12)
 	@$(or $(PYTHON3),python3) tests/lowest.py > .venv-lowest.txt
 	@CONSTRAINTS=.venv-lowest.txt tools/setup.sh .venv-lowest
-	@.venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	@.venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup ## check style, format and types
 	@$(PYTHON) -m ruff check .

@@ -2,7 +2,8 @@
 
 A point of an image that both of its views show has a prototype in each. Where these differ, the
 network takes the one for the other: they are parts of one thing, as the bricks and the mortar of a
-wall are. Pairs of groups are joined, the most confused first.
+wall are. So are two that are confused with the same others. Pairs of groups are joined, the most
+confused first.
 
 Letters: B images of a batch, K prototypes, G groups, H W cells of a view, h w of an image.
 """
@@ -107,16 +108,23 @@ def merge(confusions: np.ndarray, count: int) -> np.ndarray:
     """int64 [K]: the group of each prototype, given `confusions` [K, K]; -1 for a prototype without
     points. Groups are numbered in the order of their first prototypes.
 
-    Groups are joined until `count` are left: each time the two with the highest lift, which is the
-    number of points that have one group in one view and the other in the other view, divided by the
-    number that chance would give. It is the mean of the lifts of their prototypes, weighted by the
-    points that these expect (average linkage). Raises ValueError if fewer prototypes have points.
+    Prototypes i and j are confused as often as a point goes from i to any prototype, and from there
+    to j, where n[i, k] points have i in one view and k in the other, and n[k] have k:
+
+        twice[i, j] = Σ_k n[i, k]·n[k, j] / n[k]
+
+    Counted once, a background that differs from image to image is left in pieces: those of its
+    prototypes that are far apart are never confused. Groups are joined until `count` are left: each
+    time the two with the highest lift, their share of `twice` divided by what chance would give. It
+    is the mean of the lifts of their prototypes, weighted by the points that these expect (average
+    linkage). Raises ValueError if fewer prototypes have points.
     """
     joint = (confusions + confusions.T).astype(np.float64)
     used = np.flatnonzero(joint.sum(axis=1))
     if len(used) < count:
         raise ValueError(f"{len(used)} of {len(joint)} prototypes are in use")
-    joint = joint[np.ix_(used, used)] + UNSEEN
+    once = joint[np.ix_(used, used)]
+    joint = once @ (once / once.sum(axis=1, keepdims=True)) + UNSEEN
     groups = [[k] for k in used.tolist()]
     while len(groups) > count:
         mass = joint.sum(axis=1)

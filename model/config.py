@@ -208,7 +208,8 @@ class ModelConfig:
     def refused_side(self, side: int) -> str | None:
         """What the side of a view must be instead; None if the encoder takes `side` pixels."""
         if not is_timm(self.arch):
-            return None
+            cell = STRIDES[self.stages]
+            return f"at least {cell}, a cell of stage {self.stages}" if side < cell else None
         from model.timm_encoder import refused_side
 
         return refused_side(self.arch, self.stages, side)

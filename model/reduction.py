@@ -60,13 +60,17 @@ def moments(batches: Iterable[Tensor]) -> Moments:
 
 
 def fit_whitening(batches: Iterable[Tensor], power: float) -> Reduction:
-    """x → (x - mean) · (covariance + `RIDGE` · its largest eigenvalue)^-`power`, fitted to features
-    [B, D, h, w], batch by batch, in float64. The directions stay those of the features (ZCA).
+    """`whitening` of features [B, D, h, w], batch by batch. Raises ValueError."""
+    return whitening(moments(batches), power)
+
+
+def whitening(of_cells: Moments, power: float) -> Reduction:
+    """x → (x - mean) · (covariance + `RIDGE` · its largest eigenvalue)^-`power`, in float64. The
+    directions stay those of the features (ZCA).
 
     With a power of 1/2 the features are uncorrelated and of variance 1, ridge aside; with less,
     directions of large variance still count more. Raises ValueError for fewer cells than features.
     """
-    of_cells = moments(batches)
     dim = len(of_cells.mean)
     require_whitening(of_cells.count, dim)
     values, directions = torch.linalg.eigh(of_cells.covariance)

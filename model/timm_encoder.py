@@ -181,8 +181,10 @@ def weights_of(arch: str, stage: int, *, norm: bool = True) -> frozenset[str]:
     """The names of the weights that the map of a stage depends on; `norm`: after the last
     normalisation.
     """
-    net, levels = outline(arch), {stage: facts(arch).levels[stage]}
-    _own_maps(net, arch, levels, (norm and facts(arch).norm,))[0][0].sum().backward()
+    levels = {stage: facts(arch).levels[stage]}
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller does
+        net = outline(arch)
+        _own_maps(net, arch, levels, (norm and facts(arch).norm,))[0][0].sum().backward()
     return frozenset(name for name, weight in net.named_parameters() if weight.grad is not None)
 
 

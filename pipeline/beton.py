@@ -197,26 +197,8 @@ class Beton:
         Returns the failed record's position in `which` and the reason, or (-1, ""). With `scale` 2,
         4 or 8, JPEGs are decoded at 1/`scale` of their sides, rounded up.
         """
-        begin = 0
-        while begin < len(which):
-            rows, rest = which[begin:], canvas[begin:]
-            bad, code = decode_records(
-                self.file,
-                self.records[rows],
-                self.checksums[rows],
-                decoder.handle,
-                decoder.scratch,
-                rest,
-                scale,
-            )
-            if code == OK:
-                break
-            begin += bad
-            complaint = decoder.error() if code in (BAD_HEADER, BAD_PIXELS) else ""
-            if code != BAD_PIXELS or not is_harmless(complaint):
-                return begin, REASONS[code] + (f" ({complaint})" if complaint else "")
-            begin += 1  # only a warning: the pixels are complete
-        return -1, ""
+        records, checksums = self.records[which], self.checksums[which]
+        return read_records(self.file, records, checksums, decoder, canvas, scale)
 
     def try_crops(
         self, i: int, canvas: np.ndarray, boxes: np.ndarray, decoder: Decoder, scale: int = 1
@@ -317,6 +299,31 @@ class Beton:
             first = printable(self.name(int(np.flatnonzero(wrong)[0])))
             raise UserError(f"{self.path}: {first}: its entry in the table is damaged")
         return records
+
+
+def read_records(
+    file: int,
+    records: np.ndarray,
+    checksums: np.ndarray,
+    decoder: Decoder,
+    canvas: np.ndarray,
+    scale: int,
+) -> tuple[int, str]:
+    """`decode_records` until one fails: its position and the reason, or (-1, "")."""
+    begin = 0
+    while begin < len(records):
+        bad, code = decode_records(
+            file, records[begin:], checksums[begin:], decoder.handle, decoder.scratch,
+            canvas[begin:], scale,
+        )  # fmt: skip
+        if code == OK:
+            break
+        begin += bad
+        complaint = decoder.error() if code in (BAD_HEADER, BAD_PIXELS) else ""
+        if code != BAD_PIXELS or not is_harmless(complaint):
+            return begin, REASONS[code] + (f" ({complaint})" if complaint else "")
+        begin += 1  # only a warning: the pixels are complete
+    return -1, ""
 
 
 def _repeats(numbers: np.ndarray) -> bool:

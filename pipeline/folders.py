@@ -169,6 +169,11 @@ def say_found(count: int, place: object, left: Left) -> None:
     """Print on stderr how many images were found, and what was left aside, on one line."""
     plural = "" if count == 1 else "s"
     _say(f"found {count:,} image{plural} in {printable(str(place))}{aside(left)}")
+    if phones := sum(left[suffix] for suffix in (".heic", ".heif")):
+        _say(
+            f"note: {phones:,} photographs of phones (.heic) cannot be read: convert them to JPEG"
+            " (magick mogrify -format jpg *.heic)"
+        )
 
 
 def say_taken(count: int, lists: Sequence[Path]) -> None:

@@ -15,6 +15,7 @@ from pipeline.choices import AnyCrops, Crops
 from pipeline.dali import DaliLoader
 from pipeline.decode import CanvasLoader, CropLoader, RecordLoader
 from pipeline.errors import UserError
+from pipeline.image_folder import ImageFolder
 from pipeline.source import Batch, BatchSource, beside_views, draw
 from pipeline.views import ViewConfig
 
@@ -48,6 +49,8 @@ def make_loader(
     if backend == "triton" and device.type != "cuda" and not interpreting:
         raise UserError(f"data.backend: triton needs a GPU, and this run is on the {device.type}")
     if crops == "dali":
+        if isinstance(beton, ImageFolder):
+            raise UserError(f"data.crops: dali reads betons, and {beton.path} is a folder: pack it")
         return DaliLoader(beton, views, batch_size, backend=backend, device=device, **options)
     return ViewLoader(
         beton, views, batch_size, crops=crops, backend=backend, device=device, **options

@@ -48,7 +48,7 @@ def pretrain(
     """Pre-train SlotCon in this process. Returns `out`, which `load` and `evaluate` take.
 
     Args:
-        data: a beton.
+        data: a beton, or a folder of images.
         out: the run's folder, runs/NAME.
         config: a YAML file, or the name of one that comes with slotstream.
         resume: "auto" continues the run in `out` if there is one; or a checkpoint.

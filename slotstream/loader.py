@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.beton import Beton
 from pipeline.choices import AnyCrops, OnCorrupt, Order
 from pipeline.errors import UserError
+from pipeline.image_folder import open_beton
 from pipeline.loader import make_loader
 from pipeline.source import Batch
 from pipeline.views import ViewConfig
+from slotstream.arguments import device_of, dtype_of, path_of
 
 
 class Loader:
@@ -29,7 +30,7 @@ class Loader:
     number of threads, and a loader that continues from a `state_dict` gives exactly those left.
 
     Args:
-        path: the beton.
+        path: the beton; or a folder of images, which takes longer.
         batch_size: images of a step, over all ranks; B is this divided by their number.
         size: side S of a view in pixels.
         views: further settings of the views, by their names in `slotstream train --help`
@@ -76,20 +77,19 @@ class Loader:
         crops: AnyCrops = "auto",
         on_corrupt: OnCorrupt = "stop",
     ) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device_of(device)
         together = dist.is_available() and dist.is_initialized()
         try:
             drawn = ViewConfig(**{"size": size, **(views or {})})
         except (TypeError, ValueError) as error:
             raise UserError(f"views: {error}") from None
         self._source = make_loader(
-            Beton(path),
+            open_beton(path_of(path)),
             drawn,
             batch_size,
             seed=seed,
-            device=torch.device(device),
-            dtype=dtype,
+            device=self.device,
+            dtype=dtype_of(dtype),
             order=order,
             rank=rank if rank is not None else dist.get_rank() if together else 0,
             world=world if world is not None else dist.get_world_size() if together else 1,
@@ -99,7 +99,6 @@ class Loader:
             on_corrupt=on_corrupt,
         )
         self._views = drawn
-        self.device = torch.device(device)
         self.epoch, self.step = 0, 0
         """Where the next batch lies."""
 

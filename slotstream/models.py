@@ -11,11 +11,11 @@ from torch import Tensor
 
 from evaluation.datasets.squares import normalise
 from evaluation.features import of_encoder
-from evaluation.networks import default_device
 from evaluation.segment import assign
 from model import SlotCon
 from model.encoder import AnyEncoder
 from pipeline.errors import UserError
+from slotstream.arguments import device_of, path_of
 from train.config import RunConfig
 from train.encoders import encoder_of, read_encoder
 from train.pretrained import load_model
@@ -105,8 +105,7 @@ def load(path: Path | str, device: torch.device | str | None = None) -> Model:
     >>> slotstream.load("runs/one").config.model.arch
     'resnet18'
     """
-    path = Path(path)
-    on = torch.device(device) if device is not None else default_device()
+    path, on = path_of(path), device_of(device)
     if path.is_dir() and not (path / "config.json").is_file():
         slotcon, config = load_model(path)
         slotcon = slotcon.to(on).eval()

@@ -85,25 +85,35 @@ def test_the_package_has_every_module_and_configuration(wheel: Path) -> None:
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
+COMMANDS = f"""
+import importlib.util
+import sys
+from slotstream import load
+from slotstream.__main__ import main
+
+assert not any(map(importlib.util.find_spec, {ROOMS!r}))
+beton = ["--data.path", "s.beton", "--data.backend", "reference", "--data.crops", "device"]
+size = ["--train.batch_size", "4", "--train.max_steps", "2", "--name", "two"]
+for command in (
+    ["pack", "sample", "--out", "s.beton", "--count", "4", "--val-count", "1"],
+    ["train", "--config", "scenes_cpu", *beton, *size],
+    ["report", "runs/two"],
+):
+    sys.argv = ["slotstream", *command]
+    main()
+print(load("runs/two").config.name)
+"""
+"""One after the other in one process, which imports and compiles once."""
+
+
 @pytest.mark.timeout(900)
 def test_the_package_works_without_the_source_tree(installed: Path, tmp_path: Path) -> None:
     """Without it an import that was missed ends the first command of a user.
 
-    It takes long, 40 CPU seconds, since most of the data path is compiled for the new place.
+    It takes long, since most of the data path is compiled for the new place.
     """
-    absent = f"import importlib.util as u; assert not any(map(u.find_spec, {ROOMS!r}))"
-    python(installed, tmp_path, ["-c", absent])
-    beton = ["--data.path", "s.beton", "--data.backend", "reference", "--data.crops", "device"]
-    size = ["--train.batch_size", "4", "--train.max_steps", "2", "--name", "two"]
-    for command in (
-        ["pack", "sample", "--out", "s.beton", "--count", "4", "--val-count", "1"],
-        ["train", "--config", "scenes_cpu", *beton, *size],
-        ["report", "runs/two"],
-    ):
-        python(installed, tmp_path, ["-m", "slotstream", *command])
+    assert python(installed, tmp_path, ["-c", COMMANDS]).endswith("\ntwo\n")
     assert "JPEG" in python(installed, tmp_path, ["-m", "slotstream", "inspect", "s.beton"])
-    code = "import slotstream; print(slotstream.load('runs/two').config.name)"
-    assert python(installed, tmp_path, ["-c", code]) == "two\n"
     page = (tmp_path / "runs/two/report.html").read_text()
     assert "slotstream probe knn --checkpoint" in page and "python -m" not in page
 

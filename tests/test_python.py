@@ -243,6 +243,19 @@ def test_bad_input_raises(tmp_path: Path, beton: Path) -> None:
         Loader(tmp_path / "nothing.beton", 4)
     with pytest.raises(UserError):
         slotstream.load(tmp_path / "nothing")
+    for arguments, message in [
+        ({"device": "gpu"}, "device must be 'cpu', 'cuda' or 'cuda:N', not 'gpu'"),
+        ({"device": "cuda"}, "device cuda: PyTorch finds 0 CUDA GPUs here"),
+        ({"dtype": "float16"}, "dtype must be one of torch.float32"),
+        ({"dtype": torch.float64}, "dtype must be one of torch.float32"),
+        ({"path": None}, "a path is needed, not None"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            Loader(**{"path": beton, "batch_size": 4, **arguments})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a path is needed, not None"):
+        slotstream.load(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="device must be"):
+        slotstream.load(beton, device="gpu")
 
 
 def test_images_in_each_form_give_the_same(example_folder: Path) -> None:

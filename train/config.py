@@ -83,7 +83,8 @@ class DataConfig(Bounded):
     """Which images a run uses, and how they reach the device."""
 
     path: str = field(metadata={"the name of a beton": bool})
-    """The beton, written by tools.build_dataset."""
+    """The beton, written by tools.build_dataset; or a folder of images, for a first hour: it is
+    indexed at each start, and gives the same images and views as the beton of it."""
     backend: str = field(default="auto", metadata=one_of(("auto", *BACKENDS)))
     """Code that colours the views, and crops them if `crops` is "device": "reference", "compiled",
     "kornia" or "triton", which differ by rounding. "compiled" works on the CPU, with the bits of

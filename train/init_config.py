@@ -80,6 +80,14 @@ def check_frozen(config: Any) -> None:
         teacher = ModelConfig(train.teacher_arch or model.arch, stages=max(stages or (last_stage,)))
     except ValueError as error:
         raise ValueError(f"train.teacher_{error}") from None  # it begins with arch or stages
+    own = model.strides[last_stage]
+    finest = min(teacher.strides[stage] for stage in stages or (teacher.stages,))
+    require(
+        finest <= factor * own,
+        "train.teacher_resolution",
+        factor,
+        f"so that the teacher's cells of {finest} pixels are not larger than the student's, {own}",
+    )
     for side in {size for _, size in train.view_sizes} | {config.views.size}:
         refused = teacher.refused_side(side * factor)
         require(

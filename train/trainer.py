@@ -16,8 +16,8 @@ from torch import Tensor
 
 from model import SlotCon, prepare
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.beton import Beton
 from pipeline.errors import UserError
+from pipeline.image_folder import ImageFolder, open_beton
 from pipeline.loader import make_loader
 from pipeline.source import Batch, BatchSource
 from train.config import SETTINGS, RunConfig
@@ -69,8 +69,10 @@ class Trainer:
         self.accelerator = self.run.accelerator
 
         self.evaluations = Evaluations(config, self.run, open_evaluation)
-        self.beton = Beton(config.data.path)
+        self.beton = open_beton(config.data.path)
         self.loader = self._load_data()
+        if isinstance(self.beton, ImageFolder) and self.run.is_main:
+            self.run.say(f"{self.run.folder}: data.path is {self.beton.saving()}")
         self._check_batch_statistics()
         steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * steps_per_epoch

@@ -99,6 +99,7 @@ def score(
     config = RunConfig(name="x", data=DataConfig("x"), model=TINY)
     network = ColourNetwork(order)
     monkeypatch.setattr(clusters, "load_network", lambda *_: (network, config))
+    monkeypatch.setattr(clusters, "start_of", lambda _: config.init)
     out = root / "eval.json"
     folders = ["--images", str(root / "images"), "--labels", str(root / "labels")]
     command = ["x", "--checkpoint", "run", *folders, "--size", "64", "--json", str(out), *more]

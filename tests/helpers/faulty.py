@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.source import Batch
-from tests.helpers.forked import forkserver
+from tests.helpers.forked import become_rank, forkserver, free_port
 from tests.helpers.training import run_dir, small_run, trainer
 from train import metrics, pretrain
 from train.config import RunConfig
@@ -87,10 +86,7 @@ class Pair:
     def __init__(self, config: RunConfig, fault: str, *options: str) -> None:
         file = Path(config.log.dir) / f"{config.name}.yaml"
         file.write_text(to_yaml(config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = forkserver()
+        context, port = forkserver(), free_port()
         self.errors = [Path(f"{run_dir(config)}.stderr{rank}") for rank in (0, 1)]
         command = ["train.pretrain", "--config", str(file), *options]
         self.processes = [
@@ -114,8 +110,7 @@ class Pair:
 def _run(rank: int, port: int, fault: str, command: list[str], errors: Path) -> None:
     with errors.open("w") as file:
         os.dup2(file.fileno(), 2)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    become_rank(rank, port)
     sys.argv = command
     if rank == 1:
         name, _, count = fault.partition(":")

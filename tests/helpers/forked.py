@@ -5,6 +5,8 @@ that it began with.
 """
 
 import multiprocessing
+import os
+import socket
 from multiprocessing.context import ForkServerContext
 
 PRELOADED = ["tests.helpers.faulty", "tests.helpers.killed", "torch._dynamo"]
@@ -16,3 +18,17 @@ def forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def become_rank(rank: int, port: int) -> None:
+    """Let this process find another one, as torchrun would: the first or second of two."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}

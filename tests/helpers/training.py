@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from model import ModelConfig, ModelOutput
 from pipeline.views import ViewConfig
 from tests.helpers.betons import varied, write_beton
+from tests.helpers.forked import become_rank, forkserver, free_port
 from tests.helpers.runs import in_this_process, launch_module
 from train import metrics
 from train.config import (
@@ -43,7 +45,7 @@ def small_run(beton: Path, folder: Path, name: str = "run", **train: Any) -> Run
         name=name,
         data=DataConfig(str(beton), threads=1),
         views=ViewConfig(size=64),
-        model=ModelConfig("resnet18", dim_hidden=16, dim_out=8, num_prototypes=8),
+        model=ModelConfig("resnet18", stages=2, dim_hidden=16, dim_out=8, num_prototypes=8),
         train=TrainConfig(**{"epochs": 2, "batch_size": BATCH, "warmup_epochs": 1, **train}),
         efficiency=EfficiencyConfig(),
         log=LogConfig(every=3, trackers=(), checkpoint_every=4, keep=2, history=0, dir=str(folder)),
@@ -89,6 +91,35 @@ def launch(config: RunConfig, *options: str, processes: int = 1) -> subprocess.C
     return launch_module(
         "tests.helpers.training", "--config", str(file), *options, processes=processes, timeout=280
     )
+
+
+def train_in_two(config: RunConfig) -> None:
+    """Train `config` in two processes with `main` below, without torchrun, which would import
+    everything anew three times. Both must end well.
+    """
+    folder = Path(config.log.dir)
+    file, said = folder / f"{config.name}.yaml", folder / f"{config.name}.stderr"
+    file.write_text(to_yaml(config))
+    context, port = forkserver(), free_port()
+    processes = [
+        context.Process(target=_train_as, args=(rank, port, file, Path(f"{said}{rank}")))
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(280)
+        process.kill()
+    errors = [Path(f"{said}{rank}").read_text() for rank in (0, 1)]
+    assert [process.exitcode for process in processes] == [0, 0], errors
+
+
+def _train_as(rank: int, port: int, file: Path, errors: Path) -> None:
+    with errors.open("w") as opened:
+        os.dup2(opened.fileno(), 2)
+    become_rank(rank, port)
+    sys.argv = ["train", "--config", str(file)]
+    main()
 
 
 def _kill_at(count: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from model import ModelConfig, SlotCon, prepare
 from model.architectures import IMAGENET
 from model.encoder import build_encoder
-from model.timm_encoder import TimmEncoder, facts, has_drop_path, stage_levels
+from model.timm_encoder import TimmEncoder, facts, has_drop_path, stage_levels, weights_of
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers.tiny_slotcon import gradients, tiny_batch
 
@@ -256,3 +256,10 @@ def test_facts_are_measured() -> None:
         for stage, found in zip(known.strides, maps, strict=True):
             side = 64 // known.strides[stage]
             assert found.shape == (2, known.dims[stage], side, side), (name, stage)
+
+
+def test_an_encoder_is_built_where_no_gradients_are() -> None:
+    """Without it a network cannot be opened inside of an evaluation, unless one was before."""
+    names = weights_of.__wrapped__("timm:test_efficientnet", 4)
+    with torch.inference_mode():
+        assert weights_of.__wrapped__("timm:test_efficientnet", 4) == names

@@ -1,17 +1,20 @@
-"""The commands of the demo fit their parsers and each other, without running them."""
+"""The commands of the demo fit their parsers and each other, and one runs as it would alone."""
 
 import importlib
 import itertools
+import json
 import shlex
+from pathlib import Path
 
 import pytest
 
 from tests import ROOT
-from tools.demo import BETON, CONFIG, LEARNT, RUN, STEPS
+from tests.helpers.betons import varied, write_beton
+from tools.demo import BETON, CONFIG, IN_TWO, LEARNT, RUN, STEPS, call
 from tools.report.parts import PICTURES, RESULTS
 from train.config import SETTINGS
 
-COMMANDS = [shlex.split(command) for command in STEPS.values()]
+COMMANDS = [shlex.split(command.removeprefix(IN_TWO)) for command in STEPS.values()]
 PARSERS = {
     "evaluation.pictures": "evaluation.pictures.__main__",
     "tools.benchmark": "tools.benchmark.options",
@@ -52,3 +55,20 @@ def test_the_run_is_the_one_that_is_scored() -> None:
         ["--config", str(ROOT / CONFIG), *words[words.index("--data.path") :]]
     )
     assert f"{config.log.dir}/{config.name}" == str(RUN)
+
+
+def test_a_command_runs_as_it_would_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without it a step that fails does not stop the demo, or the results name the demo as the
+    command that made them, which nobody can run for one of them.
+    """
+    beton, out = write_beton(tmp_path / "few.beton", varied(2)), tmp_path / "rates.json"
+    words = f"--data {beton} --batch 2 --repeats 1 --seconds 0.01"
+    assert call(f"tools.benchmark params {words} --json {out}") == 0
+    command = json.loads(out.read_text())["command"]
+    assert command.endswith(f"python -m tools.benchmark params {words} --json {out}"), command
+    capfd.readouterr()
+    assert call("tools.benchmark params --data nowhere.beton") == 2
+    assert capfd.readouterr().err.count("error: nowhere.beton") == 1
+    assert call("no_such_module") == 1

@@ -212,16 +212,16 @@ def test_a_stage_before_the_last_collapses(
 ) -> None:
     """Without it a head that has died trains on unseen: the last stage is healthy."""
     config = roomy_run(beton, tmp_path)
-    model = replace(config.model, supervise=(3, 4), stage_sizes=((3, 16, 6, 4),))
+    model = replace(config.model, stages=3, supervise=(2, 3), stage_sizes=((2, 16, 6, 4),))
     run = trainer(replace(config, model=model))
     with torch.no_grad():
         for branch in (run.slotcon.student, run.slotcon.teacher):
-            collapse_head(branch.heads["3"])
+            collapse_head(branch.heads["2"])
     run.train()
     said = [line for line in capsys.readouterr().err.splitlines() if "collapsed" in line]
-    assert len(said) == 1 and "at step 2: stage3: usage entropy 0.00" in said[0]
+    assert len(said) == 1 and "at step 2: stage2: usage entropy 0.00" in said[0]
     last = lines(config)[-1]
-    assert last["stage3_usage_entropy"] == 0 and last["stage3_dead_prototypes"] == 5
+    assert last["stage2_usage_entropy"] == 0 and last["stage2_dead_prototypes"] == 5
     assert last["usage_entropy"] > 0.25 and last["dead_prototypes"] < 8
 
 

@@ -13,15 +13,17 @@ from model import SlotCon
 from model.encoder import Encoder
 from model.guide import Guide
 from model.kmeans import kmeans
+from model.timm_encoder import TimmEncoder
 from pipeline.errors import UserError
 from pipeline.views import ViewConfig
+from tests import ROOT
 from tests.helpers.tiny_slotcon import tiny_batch, tiny_model
 from tests.helpers.training import (
     assert_same_tensors,
-    launch,
     run_dir,
     small_beton,
     small_run,
+    train_in_two,
     trainer,
 )
 from train.config import RunConfig, load_config
@@ -135,6 +137,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     plain = small_run(small_beton(folder), folder, epochs=1, warmup_epochs=0)
     model = replace(
         plain.model,
+        stages=4,
         dim_out=512,
         projector="norm",
         norm="eval",
@@ -173,11 +176,41 @@ def test_a_run_keeps_its_teacher_and_resumes_bit_for_bit(run: RunConfig, tmp_pat
     assert record.provenance["init"]["fitted"] == 3 * len(start)
 
 
+def test_the_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """configs/posttrain_cpu.yaml on a small network, stopped while only the prototypes learn.
+    Without it a run that goes on is another run: its prototypes are placed again, or its encoder
+    wakes too late."""
+    net = TimmEncoder("timm:test_efficientnet").net
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    small = {
+        "data.path": small_beton(tmp_path), "init.weights": tmp_path / "w.pth",
+        "model.arch": "timm:test_efficientnet", "model.dim_out": 64, "model.num_prototypes": 8,
+        "views.size": 64, "data.threads": 1, "train.epochs": 2, "train.max_steps": 7,
+        "log.trackers": "[]", "log.checkpoint_every": 3, "log.history": 0,
+    }  # fmt: skip
+    options = [f"--{name}={value}" for name, value in small.items()]
+    file = ROOT / "configs" / "posttrain_cpu.yaml"
+    configs = [
+        load_config(["--config", str(file), *options, f"--log.dir={tmp_path / name}"])[0]
+        for name in ("whole", "parts")
+    ]
+    trainer(configs[0]).train()
+    trainer(replace(configs[1], train=replace(configs[1].train, max_steps=3))).train()
+    trainer(configs[1], "auto").train()
+    assert_same_tensors(*(checkpoint.find(run_dir(each)) for each in configs))
+    model, _ = load_model(run_dir(configs[0]))
+    after, names = model.teacher.encoder.net.state_dict(), model.teacher.encoder.names_up_to(3)
+    for name, value in net.state_dict().items():
+        rests = name in names or "running_" in name
+        assert torch.equal(after[name], value) or not rests, name
+    last = net.blocks[-1][0].conv_pwl.weight
+    assert not torch.equal(after["blocks.4.0.conv_pwl.weight"], last)
+
+
 def test_two_processes_share_their_prototypes(run: RunConfig, tmp_path: Path) -> None:
     """Without it each process clusters its own cells, and their losses have nothing in common."""
     config = replace(run, log=replace(run.log, dir=str(tmp_path)))
-    ended = launch(replace(config, train=replace(config.train, max_steps=1)), processes=2)
-    assert ended.returncode == 0, ended.stderr
+    train_in_two(replace(config, train=replace(config.train, max_steps=1)))
     ranks = [torch.load(tmp_path / f"run.rank{rank}", weights_only=True) for rank in (0, 1)]
     for name in ("guide.prototypes", "guide.mean", "student.grouping.prototypes"):
         assert torch.equal(ranks[0][name], ranks[1][name]), name
@@ -202,6 +235,20 @@ FROZEN = [
         (["--train.teacher_stages", "[4, 3]"], r"a growing list of whole numbers"),
         (["--train.teacher_resolution", "5"], r"in 1\.\.4"),
         (["--views.size", "2048", "--train.teacher_resolution", "4"], "teacher_resolution"),
+        (
+            [
+                "--model.stages",
+                "2",
+                "--train.teacher_stages",
+                "[4]",
+                "--train.teacher_arch",
+                "resnet50",
+                "--train.teacher_weights",
+                "w",
+            ],
+            r"train\.teacher_resolution must .*cells of 32 pixels are not larger .*, 8, not 1",
+        ),
+        (["--views.size", "16"], r"views\.size must be at least 32, a cell of stage 4, not 16"),
         (["--train.teacher_arch", "resnet50"], r"given with train\.teacher_arch only"),
         (["--train.teacher", "student", "--train.teacher_stages", "[4]"], "unless train.teacher"),
         (

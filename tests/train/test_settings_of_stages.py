@@ -14,10 +14,10 @@ from pipeline.errors import UserError
 from tests import ROOT
 from tests.helpers.training import (
     assert_same_tensors,
-    launch,
     run_dir,
     small_beton,
     small_run,
+    train_in_two,
     trainer,
     with_accumulation,
 )
@@ -113,8 +113,7 @@ def test_all_settings_train(accumulation: int, tmp_path: Path) -> None:
 def test_two_processes_agree(tmp_path: Path) -> None:
     """Without it their weights drift apart: other shares, other samples, another teacher."""
     config = deep_run(small_beton(tmp_path), tmp_path, "two", **TEACHERS["switch"])
-    result = launch(config, processes=2)
-    assert result.returncode == 0, result.stderr
+    train_in_two(config)
     first, second = (torch.load(tmp_path / f"two.rank{rank}") for rank in (0, 1))
     statistics = ("running_mean", "running_var")
     for name, value in first.items():

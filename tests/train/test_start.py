@@ -18,10 +18,10 @@ from model.guide import Guide
 from pipeline.errors import UserError
 from tests.helpers.training import (
     assert_same_tensors,
-    launch,
     run_dir,
     small_beton,
     small_run,
+    train_in_two,
     trainer,
 )
 from train.config import DataConfig, RunConfig, TrainConfig, load_config
@@ -133,7 +133,7 @@ def test_stages_that_do_not_fit_are_named(encoder: dict[str, Tensor], tmp_path: 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("run")
-    config = small_run(small_beton(folder), folder, max_steps=1)
+    config = replace(small_run(small_beton(folder), folder, max_steps=1), model=SMALL)
     trainer(config).train()
     return config
 
@@ -241,7 +241,8 @@ def test_a_run_records_its_start_and_resumes_without_it(
     torch.save({"state_dict": gentle}, file)
     digest = sha256(file.read_bytes()).hexdigest()
     beton = small_beton(tmp_path)
-    whole = replace(small_run(beton, tmp_path / "whole"), init=InitConfig(str(file)))
+    whole = small_run(beton, tmp_path / "whole")
+    whole = replace(whole, model=SMALL, init=InitConfig(str(file)))
     cut = replace(whole, log=replace(whole.log, dir=str(tmp_path / "cut")))
     trainer(whole).train()
     trainer(replace(cut, train=replace(cut.train, max_steps=6))).train()
@@ -276,7 +277,7 @@ def gentle(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     plain = small_run(small_beton(folder), folder)
     config = replace(
         plain,
-        model=replace(plain.model, norm="eval"),
+        model=replace(SMALL, norm="eval"),
         train=replace(plain.train, **GENTLE),
         init=InitConfig(str(folder / "w.pth")),
     )
@@ -304,8 +305,7 @@ def test_two_processes_rest_and_wake_together(gentle: RunConfig, tmp_path: Path)
     """Gradients are averaged over processes whether the encoder rests or not. Without it the first
     step of the second epoch hangs or fails, or the processes train different models."""
     config = replace(gentle, log=replace(gentle.log, dir=str(tmp_path)))
-    ended = launch(config, processes=2)
-    assert ended.returncode == 0, ended.stderr
+    train_in_two(config)
     ranks = [torch.load(tmp_path / f"run.rank{rank}", weights_only=True) for rank in (0, 1)]
     learnt = [name for name in ranks[0] if "running" not in name and "batches" not in name]
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in learnt)

@@ -14,6 +14,7 @@ from tools.benchmark.options import FROM_A_FILE
 from tools.benchmark.picture import draw
 from tools.benchmark.stages import EPOCH, STAGES, repeated
 from tools.benchmark.timing import Bench
+from tools.benchmark.tune import tune
 from tools.benchmark.verdict import compare, step_table, table, verdict
 from tools.report.schema import Rates
 from train.config import load_config
@@ -42,24 +43,28 @@ def measure(args: argparse.Namespace) -> None:
     bench.keep = lambda: write({"settings": {}, "verdict": "unfinished: the command has not ended"})
     if args.stages == ["cost"]:
         write(cost.measure(bench, args))
+    elif args.stages == ["tune"]:
+        write(tune(bench, args))
     else:
         write(run_stages(args, bench, machine))
 
 
 def prepare(args: argparse.Namespace) -> Bench:
     """Open the configuration and the beton, which `cost` does not need."""
-    for_cost, device = args.stages == ["cost"], torch.device(args.device)
+    device, for_cost = torch.device(args.device), args.stages == ["cost"]
+    of_recipe = for_cost or args.stages == ["tune"]
     path = args.data or (None if for_cost else "none")
     config, _ = load_config([*args.config, *(["--data.path", path] if path else [])])
     batch = 4 if device.type == "cpu" else config.train.batch_size
-    batch = args.batch or (batch if for_cost else 64)
+    batch = args.batch or (batch if of_recipe else 64)
     beton = None
     if args.data or (for_cost and Path(config.data.path).is_file()):
         from pipeline.beton import Beton
+        from pipeline.image_folder import open_beton
 
-        beton = Beton(config.data.path)
+        beton = open_beton(config.data.path) if of_recipe else Beton(config.data.path)
         beton.require_checksums()  # as training does, which decodes only the tiles that it needs
-        beton = beton if for_cost else repeated(beton, EPOCH * batch)
+        beton = beton if of_recipe else repeated(beton, EPOCH * batch)
     return Bench(
         config=config,
         beton=beton,

@@ -22,11 +22,14 @@ EXAMPLES = """examples:
       --also compile checkpointing --largest-batch --plot step.png
   python -m tools.benchmark cost --config coco_r50_800ep --minutes 1 --json cost.json
   python -m tools.benchmark cost --config coco_r50_800ep --config ablations/progressive_160_224
+  python -m tools.benchmark tune --config coco_r50_800ep --data coco.beton --minutes 2
   python -m tools.benchmark --compare before.json after.json
 
 Stages
 {stages}
   cost      alone: step and loader for a minute, then hours, energy and CO2e of the whole recipe
+  tune      alone: training for a minute or two with other threads, crops, backends and compile;
+            the best as options and as YAML. What the model sees stays
 
 images/s are medians; lowest and highest are those of the repeats. GB/s count the bytes that must
 move at least.
@@ -76,6 +79,11 @@ STAGES = {
 """What each stage of `tools.benchmark.stages` measures."""
 FROM_A_FILE = ("read", "decode", "pipeline")
 """Stages that need a beton."""
+ALONE = {
+    "cost": ("also", "backends", "images", "micro_batches", "repeats", "seconds"),
+    "tune": ("also", "images", "largest_batch", "repeats", "seconds", "watts"),
+}
+"""Stages that run alone, and the options that have no effect on them."""
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "compile": {"efficiency": {"compile": True, "checkpointing": False}},
     "checkpointing": {"efficiency": {"checkpointing": True, "compile": False}},
@@ -113,7 +121,9 @@ def parse(argv: Sequence[str], description: str = "") -> argparse.Namespace:
         description=description,
         epilog=EXAMPLES.format(stages=stages),
     )
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}, or all")
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}, all; cost, tune"
+    )
     _add_subject(parser)
     _add_extent(parser)
     _add_cost(parser)
@@ -134,7 +144,7 @@ def parse(argv: Sequence[str], description: str = "") -> argparse.Namespace:
 
 def _add_subject(parser: CommandParser) -> None:
     """Options that choose the data, the model and the machine."""
-    parser.add_argument("--data", help="the beton to measure on")
+    parser.add_argument("--data", help="the beton to measure on (tune: or a folder of images)")
     parser.add_argument(
         "--synthetic",
         action="store_true",
@@ -148,7 +158,9 @@ def _add_subject(parser: CommandParser) -> None:
         " a later file overrides an earlier one",
     )
     parser.add_argument(
-        "--batch", type=int, help="images in a batch (64; cost: the recipe's on a GPU, 4 on a CPU)"
+        "--batch",
+        type=int,
+        help="images in a batch (64; cost, tune: the recipe's on a GPU, 4 on a CPU)",
     )
     parser.add_argument(
         "--threads",
@@ -190,7 +202,18 @@ def _add_extent(parser: CommandParser) -> None:
 
 def _add_cost(parser: CommandParser) -> None:
     parser.add_argument(
-        "--minutes", type=float, default=1.0, help="cost: length of the measurement, about (1)"
+        "--minutes",
+        type=float,
+        default=1.0,
+        help="cost, tune: length of the measurement, about (1)",
+    )
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="tune: also try efficiency.accumulation with these numbers, which change the batch "
+        "statistics",
     )
     parser.add_argument(
         "--watts", type=float, help="cost: power of a GPU, if nvidia-ml-py is missing"
@@ -208,10 +231,12 @@ def _add_cost(parser: CommandParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot be measured, before the first measurement. Raises UserError."""
     for stage in args.stages:
-        if stage not in (*STAGES, "all", "cost"):
-            raise UserError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}, all, cost")
-    if "cost" in args.stages:
-        check_cost(args)
+        if stage not in (*STAGES, "all", *ALONE):
+            known = ", ".join(STAGES)
+            raise UserError(f"unknown stage {stage!r}: choose from {known}, all, cost, tune")
+    alone = next((stage for stage in ALONE if stage in args.stages), None)
+    if alone:
+        check_alone(args, alone)
     elif not args.stages:
         raise UserError(f"name a stage: {', '.join(STAGES)}, or all")
     elif bool(args.data) == args.synthetic:
@@ -231,6 +256,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Refuse impossible amounts, and work that needs a GPU; choose the device if none is given.
     Raises UserError.
     """
+    if args.micro_batches and (args.stages != ["tune"] or min(args.micro_batches) < 1):
+        raise UserError("--micro-batches is for tune, and must be at least 1")
     import torch  # a second, which --help does not wait for
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -249,16 +276,19 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError("--backends triton: needs a GPU; the interpreter is for tests only")
 
 
-def check_cost(args: argparse.Namespace) -> None:
-    """Refuse options that do not apply to `cost`. Raises UserError."""
-    if args.stages != ["cost"] or args.synthetic or args.plot:
-        raise UserError("cost cannot be combined with other stages, --synthetic or --plot")
-    usual = parse(["cost"])
-    for name in ("also", "backends", "images", "repeats", "seconds"):
+def check_alone(args: argparse.Namespace, stage: str) -> None:
+    """Refuse options that do not apply to cost or tune. Raises UserError."""
+    if args.stages != [stage] or args.synthetic or args.plot:
+        raise UserError(f"{stage} cannot be combined with other stages, --synthetic or --plot")
+    usual = parse([stage])
+    for name in ALONE[stage]:
         if getattr(args, name) != getattr(usual, name):
             raise UserError(
-                f"cost: --{name} has no effect here; --minutes sets the length of the measurement"
+                f"{stage}: --{name.replace('_', '-')} has no effect here; --minutes sets the length"
+                " of the measurement"
             )
+    if stage == "tune" and not args.data:
+        raise UserError("tune needs --data, a beton or a folder of images")
     positive = (args.minutes, args.co2_per_kwh, 1 if args.watts is None else args.watts)
     if not all(0 < value < math.inf for value in positive):
         raise UserError("--minutes, --watts and --co2-per-kwh must be above 0")

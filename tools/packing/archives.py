@@ -13,11 +13,12 @@ from typing import NamedTuple
 from zlib_ng.zlib_ng import crc32
 
 from pipeline.errors import BadImage
+from pipeline.formats import ARCHIVE_SUFFIXES
 from pipeline.images import Limits
 from tools.packing.containers import Blob
 from tools.packing.places import Place, open_blob
 
-SUFFIXES = (".tar", ".zip")
+SUFFIXES = ARCHIVE_SUFFIXES
 UNREAD = (
     *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
     *(".tar.lz4", ".7z", ".rar"),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import BadImage, UserError, one_line
 from pipeline.images import Limits
 from tools.packing import archives
+from tools.packing.lists import ranked
 from tools.packing.places import Place, open_blob
 from tools.packing.shards import add_shards, find_shards
 from tools.packing.sources import Source
@@ -53,6 +54,7 @@ def parquet(root: Place, image: str | None = None, label: str | None = None) -> 
     base, pattern = find_shards(root, SUFFIX)
     source = Source(base)
     first: _Columns | None = None
+    texts: list[str] = []
 
     def add(path: Place, name: str) -> None:
         nonlocal first
@@ -65,13 +67,17 @@ def parquet(root: Place, image: str | None = None, label: str | None = None) -> 
                 source.left.update(first.unread)
                 if source.labels is not None:  # of shards that could not be read
                     source.labels.extend([-1] * len(source))
-            _add_table(source, table, name)
+            _add_table(source, table, name, texts)
         except BadImage as error:
             source.add_fault(name, str(error))
             if source.labels is not None:
                 source.labels.append(-1)
+        texts.extend([""] * (len(source) - len(texts)))  # of what has no name
 
-    return add_shards(source, pattern, SUFFIX, add)
+    add_shards(source, pattern, SUFFIX, add)
+    if any(texts):
+        source.labels, source.classes = ranked(str(root), texts)
+    return source
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class _Columns:
     path: str | None
     """Of the name that the image's file had."""
     label: str | None
+    as_text: bool
+    """Whether labels are the names of classes."""
     classes: list[str] | None
     unread: tuple[str, ...]
     """Those that look like labels, if none is read: what they are."""
@@ -141,7 +149,7 @@ class Table:
         """Other rows are not kept for later, and those after the last are not read."""
         self._expected = sorted(offsets)
 
-    def facts(self) -> Iterator[tuple[str | None, int | None]]:
+    def facts(self) -> Iterator[tuple[str | None, Any]]:
         """Of each row: the path, and the label; None where it has none. Raises BadImage."""
         columns = [self.columns.path, self.columns.label]
         wanted = [column for column in columns if column]
@@ -269,15 +277,23 @@ def _readable() -> Iterator[None]:
         raise BadImage(f"cannot be read as Parquet: {reason}") from error
 
 
-def _add_table(source: Source, table: Table, name: str) -> None:
-    """Add the rows of a table. Raises BadImage, and adds none, if one cannot be read."""
-    names, labels = [], []
+def _add_table(source: Source, table: Table, name: str, texts: list[str]) -> None:
+    """Add the rows of a table, and to `texts` the labels that are names. Raises BadImage, and adds
+    none, if one cannot be read.
+    """
+    names: list[str] = []
+    labels: list[Any] = []
     for row, (path, label) in enumerate(table.facts()):
         last = (path or "").replace("\\", "/").rsplit("/", 1)[-1][-150:]
         names.append(f"{name}/{row}-{last}" if last else f"{name}/{row}.jpg")
         labels.append(label)
     if len(names) != len(table):
         raise BadImage("the file holds fewer rows than it says")
+    if table.columns.as_text:
+        if "" in (missing := [label or "" for label in labels]):
+            raise BadImage(f"row {missing.index('')}: no label")
+        texts.extend(map(str, labels))
+        labels = [-1] * len(labels)  # until all names are known
     if source.labels is not None:
         source.labels.extend(list(_checked(labels, table.columns.classes)))
     source.add_rows(table, names)
@@ -329,15 +345,20 @@ def _columns(path: str, schema: "Schema", image: str | None, label: str | None) 
             what = f"several columns of images: choose one with --image, {' or '.join(found)}"
         raise UserError(f"{path}: {what}; expected image: {{bytes, path}}; its columns are {shown}")
     numbers = [field.name for field in schema if kinds.is_integer(field.type)]
-    if label and label not in numbers:
-        raise UserError(f"{path}: no column {label} of whole numbers; its columns are {shown}")
+    named = [field.name for field in schema if is_text(field.type)]
+    if label and label not in (*numbers, *named):
+        raise UserError(
+            f"{path}: no column {label} of whole numbers or names; its columns are {shown}"
+        )
     classes = [name for name in numbers if features.get(name, {}).get("_type") == "ClassLabel"]
     usual = [name for name in _LABELS if name in numbers]
+    usual = usual or [name for name in _LABELS if name in named]
     chosen = label or next(iter(classes if len(classes) == 1 else usual), None)
     names = features.get(chosen or "", {}).get("names")
     known = isinstance(names, list) and all(isinstance(one, str) for one in names)
     unread = () if chosen else _unread(schema, classes)
-    return _Columns(*leaves[found[0]], chosen, names if known else None, unread)
+    as_text = chosen in named
+    return _Columns(*leaves[found[0]], chosen, as_text, names if known else None, unread)
 
 
 def _unread(schema: "Schema", classes: list[str]) -> tuple[str, ...]:
@@ -346,7 +367,7 @@ def _unread(schema: "Schema", classes: list[str]) -> tuple[str, ...]:
         return (f"choice of labels ({' or '.join(classes)}: see --label)",)
     others = [field for field in schema if field.name in _LABELS]
     return tuple(
-        f"column {one.name} ({one_line(str(one.type))[:60]}: labels are whole numbers)"
+        f"column {one.name} ({one_line(str(one.type))[:60]}: labels are whole numbers or names)"
         for one in others
     )
 

@@ -9,10 +9,10 @@ import asyncio
 import errno
 import os
 import re
+import threading
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -32,6 +32,8 @@ _CHAIN = re.compile(r"::[a-z][a-z0-9+.-]*:/", re.IGNORECASE)  # of fsspec: zip:/
 
 WAITS = (0.5, 1, 2, 4, 8, 16)
 """Seconds before a request is tried again; after the last of these it fails."""
+MOST_FAILURES = 4
+"""Requests in a row that fail in spite of these, of any file; then the command ends."""
 BLOCK = 2 << 20
 """Bytes of an archive or table that are read at once."""
 _SILENCE = 60  # seconds without a byte, after which a connection counts as lost
@@ -74,7 +76,7 @@ class Remote:
     credentials.
     """
 
-    def __init__(self, url: str, query: str, connect: Callable[[], "AbstractFileSystem"]) -> None:
+    def __init__(self, url: str, query: str, connect: "Server") -> None:
         self._url, self._query, self._connect = url, query, connect
 
     @classmethod
@@ -83,7 +85,7 @@ class Remote:
         kind, mark, rest = url.partition(":")
         url = kind.lower() + mark + rest
         head, mark, query = url.rstrip("/").partition("?")
-        return cls(head, mark + query, partial(_file_system, url))
+        return cls(head, mark + query, Server(url))
 
     def __str__(self) -> str:
         parts = urlsplit(self._url)
@@ -192,7 +194,7 @@ class RemoteBlob(Blob):
     def __init__(
         self,
         path: Callable[["AbstractFileSystem"], str],
-        connect: Callable[[], "AbstractFileSystem"],
+        connect: "Server",
     ) -> None:
         super().__init__()
         self._path, self._connect = path, connect
@@ -249,24 +251,54 @@ def _file_system(url: str) -> "AbstractFileSystem":
         raise UserError(f"{name}://: {reason} (pip install slotstream[remote])") from None
 
 
-def again(action: Callable[["AbstractFileSystem"], T], connect: Callable[..., Any]) -> T:
+class Server:
+    """Gives the file system of a URL, and counts the requests in a row that failed for good."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._lock = url, threading.Lock()
+        self._failures = 0
+        self._last = ""
+
+    def __call__(self) -> "AbstractFileSystem":
+        """Raises UserError if there is no such file system, or if the server does not answer."""
+        if self._failures >= MOST_FAILURES:
+            name = as_url(self._url).partition("://")[2].partition("/")[0]
+            raise UserError(
+                f"{name}: {self._failures} requests in a row failed ({self._last}): the server does"
+                " not answer; the same command resumes"
+            )
+        return _file_system(self._url)
+
+    def note(self, failure: str = "") -> None:
+        """The last request succeeded, or failed for good."""
+        with self._lock:
+            self._failures = self._failures + 1 if failure else 0
+            self._last = failure
+
+
+def again(action: Callable[["AbstractFileSystem"], T], connect: Server) -> T:
     """The result of `action`, which is repeated after `WAITS` if the connection fails.
 
     Raises:
         OSError: with a `strerror` that repeats nothing of a URL.
-        UserError: if there is no such file system.
+        UserError: if there is no such file system, or if its server does not answer: then no other
+            file waits for it.
     """
     for wait in (*WAITS, None):
         try:
-            return action(connect())
+            result = action(connect())
         except (UserError, BadImage, MemoryError):
             raise
         except Exception as error:  # libraries of all kinds
             reason, permanent = _reason(error)
             if permanent or wait is None:
                 tries = "" if permanent else f", {len(WAITS) + 1} times"
+                connect.note("" if permanent else reason + tries)
                 raise OSError(errno.EIO, reason + tries) from None
             time.sleep(wait)
+        else:
+            connect.note()
+            return result
     raise AssertionError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import folders
 from pipeline.errors import UserError, printable
-from tools.packing import files
+from tools.packing import archives, files
 from tools.packing.places import Place, is_file, walk
 from tools.packing.remote import Remote
 from tools.packing.sources import Source, require_any
@@ -42,6 +42,8 @@ def find_shards(root: Place, suffix: str) -> tuple[Place, str]:
     `root` is a file, a folder, a folder of Hugging Face's cache, or a path with {000..123}, {a,b},
     * or ?. Of a URL, only the last part can be a pattern.
     """
+    if suffix == ".tar" and root.name.lower().endswith(archives.UNREAD):
+        raise UserError(f"{root}: {archives.COMPRESSED}")
     if (re.search(r"[*?{]", root.name) and isinstance(root, Remote)) or is_file(root, (suffix,)):
         return root.parent, root.name
     if isinstance(root, Remote):
@@ -93,6 +95,8 @@ def _walked(root: Place, suffix: str, left: folders.Left) -> Iterator[str]:
     for name, fault in files.bounded(walk(root, left), root):
         if fault:
             raise UserError(f"{printable(str(root / name))}: {fault}")
+        if suffix == ".tar" and name.lower().endswith(archives.UNREAD):
+            raise UserError(f"{printable(str(root / name))}: {archives.COMPRESSED}")
         if name.lower().endswith(suffix):
             yield name
         else:

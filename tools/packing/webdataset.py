@@ -1,7 +1,8 @@
 """WebDataset: tar files in which the files of a sample follow each other, `17.jpg` and `17.cls`."""
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 from pipeline import folders
@@ -22,6 +23,7 @@ _FAULT = "/"
 _KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)
 """Of a file's path: the key of its sample, up to the first dot of its name, and its ending."""
 _LABEL_LIMITS = Limits(max_bytes=1 << 10)
+_JSON_LIMITS = Limits(max_bytes=1 << 20)
 
 
 def webdataset(root: Place, image: str | None = None, label: str | None = None) -> Source:
@@ -29,9 +31,12 @@ def webdataset(root: Place, image: str | None = None, label: str | None = None) 
 
     ROOT is a file, a folder of shards, or a pattern such as 'DIR/shard-{000000..000099}.tar'. The
     images have the order of the shards' names and of the samples in them. `image` names the ending
-    of the images, where a sample has several; `label` that of the labels, by default cls. If all
-    labels are whole numbers, they are kept; else the label is the rank of the name.
+    of the images, where a sample has several; `label` that of the labels, by default cls; json:a.b
+    is the value of b in a of KEY.json. If all labels are whole numbers, they are kept; else the
+    label is the rank of the name.
     """
+    label, _, inner = (label or "").partition(":")
+    keys = inner.split(".") if inner else []
     image, label = (name and name.lower().removeprefix(".") for name in (image, label))
     base, pattern = find_shards(root, SUFFIX)
     source = Source(base)
@@ -40,7 +45,9 @@ def webdataset(root: Place, image: str | None = None, label: str | None = None) 
     def add(path: Place, name: str) -> None:
         shard = Archive(path)
         chosen = []
-        for member, text in files.bounded(_samples(source, shard, image, label or LABEL), path):
+        for member, text in files.bounded(
+            _samples(source, shard, image, label or LABEL, keys), path
+        ):
             chosen.append(member._replace(name=f"{name}/{member.name}".rstrip("/")))
             labels.append(text)
         source.add_archive(shard, chosen)
@@ -54,7 +61,7 @@ def webdataset(root: Place, image: str | None = None, label: str | None = None) 
 
 
 def _samples(
-    source: Source, shard: Archive, image: str | None, label: str
+    source: Source, shard: Archive, image: str | None, label: str, keys: Sequence[str]
 ) -> Iterator[tuple[Member, str]]:
     """The image and the label of each sample, and the faults of the shard and of archives in it.
     Raises UserError if a sample has several images.
@@ -83,7 +90,7 @@ def _samples(
                 continue
             member, text = sample[images[0]], ""
             if label in sample and not member.fault:
-                text, fault = _text(archive, sample[label])
+                text, fault = _text(archive, sample[label], keys)
                 member = member._replace(fault=fault)
             yield member, text
 
@@ -120,19 +127,37 @@ def _grouped(archive: OpenArchive, left: folders.Left) -> Iterator[dict[str, Mem
         yield sample
 
 
-def _text(archive: OpenArchive, member: Member) -> tuple[str, str]:
-    """The content of a label's file, and why it cannot be used, or ""."""
+def _text(archive: OpenArchive, member: Member, keys: Sequence[str]) -> tuple[str, str]:
+    """The content of a label's file, or the value below `keys` of its JSON, and why it cannot be
+    used, or "".
+    """
     fault, text = member.fault, ""
     try:
         if not fault:
-            data = archive.read(member.offset, member.size, member.crc, _LABEL_LIMITS)
-            text = data.decode().strip()
+            limits = _JSON_LIMITS if keys else _LABEL_LIMITS
+            data = archive.read(member.offset, member.size, member.crc, limits)
+            text = _value(data, keys) if keys else data.decode().strip()
             fault = "" if text else "empty"
     except BadImage as error:
         fault = str(error)
     except UnicodeDecodeError:
         fault = "no text"
     return text, fault and f"its label in {printable(member.name)}: {fault}"
+
+
+def _value(data: bytes, keys: Sequence[str]) -> str:
+    """The name or whole number below `keys` in a JSON document. Raises BadImage."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise BadImage("no JSON") from None
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise BadImage(f"no {printable('.'.join(keys))}")
+        value = value[key]
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise BadImage(f"{printable('.'.join(keys))} is no name and no whole number")
+    return str(value).strip()
 
 
 def _add_labels(source: Source, labels: list[str], ending: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from evaluation.datasets.images import EVALUATION_SIDE, evaluation_size, open_images, spread
 from evaluation.datasets.squares import SquareImages
-from model.architectures import is_timm
 from model.encoder import AnyEncoder, Encoder
-from model.reduction import Reduction, fit_whitening
-from model.timm_encoder import TimmEncoder
+from model.reduction import Moments, moments, whitening
 from pipeline.choices import WHITEN
 from pipeline.errors import about
-from train.encoders import image_stats, load
+from train.encoders import encoder_of
 from train.weights import Backbone
 
 IMAGES = 1000
@@ -36,7 +33,7 @@ def whitened(backbone: Backbone, source: Path) -> Backbone:
     """`backbone` with a whitened last map: centred and multiplied by covariance^-`WHITEN` of the
     images in `source`, a beton or a folder, as `evaluation` does. Raises UserError.
     """
-    encoder = build(backbone)
+    encoder = encoder_of(backbone).eval()
     images = open_images(source)
     which = spread(len(images), IMAGES)
     size = backbone.metadata.get("view_size", "")
@@ -49,23 +46,11 @@ def whitened(backbone: Backbone, source: Path) -> Backbone:
 
     with about(f"--whiten {source}"), torch.inference_mode():
         layers = last_layers(encoder, squares.first().normalised(squares.device))
-        fitted = fit_whitening(maps(), WHITEN)
-    fold(fitted, *layers)
+        fold(moments(maps()), *layers)
     net: nn.Module = encoder if isinstance(encoder, Encoder) else encoder.net
     weights = {name: value.detach().clone() for name, value in net.state_dict().items()}
     told = f"covariance^-{WHITEN} of {len(which)} images of {source.name}, {side} pixels"
     return replace(backbone, weights=weights, metadata={**backbone.metadata, "whitened": told})
-
-
-def build(backbone: Backbone) -> AnyEncoder:
-    """The encoder of these weights, in eval mode. Raises UserError."""
-    arch, stages = backbone.arch, backbone.stages
-    encoder: Any = Encoder(arch, stages) if not is_timm(arch) else None
-    if encoder is None:
-        encoder = TimmEncoder(arch, stages, image_stats=image_stats(backbone))
-    load(getattr(encoder, "net", encoder), backbone.weights, Path(arch))
-    built: AnyEncoder = encoder.eval()
-    return built
 
 
 def last_layers(encoder: AnyEncoder, images: Tensor) -> tuple[nn.Conv2d, _BatchNorm]:
@@ -100,21 +85,23 @@ def _is_linear(norm: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def fold(whitening: Reduction, conv: nn.Conv2d, norm: _BatchNorm) -> None:
-    """Change both so that they compute the whitened map. With y = s ⊙ (W x) + t before,
-    Wᵢ = Mᵀ (s ⊙ W), and the norm adds Mᵀ (t − mean): its statistics are 0 and 1 afterwards.
+def fold(cells: Moments, conv: nn.Conv2d, norm: _BatchNorm) -> None:
+    """Change both so that they compute the map whitened by its `cells`.
+
+    The map was y = s ⊙ (W x) + t. With the whitening's matrix M the convolution is M (s ⊙ W) now.
+    The norm takes M (mean - t) off, the mean of what it gets, and divides by nothing: its
+    statistics are those of these cells, for whoever trains on.
     """
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None and variance is not None
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     scale = norm.weight.double() / (variance.double() + norm.eps).sqrt()
     shift = norm.bias.double() - scale * mean.double()
     if conv.bias is not None:
         shift = shift + scale * conv.bias.double()
         conv.bias.zero_()
-    matrix = whitening.matrix.double().T
-    rows = (scale[:, None] * conv.weight.double().flatten(1)).to(matrix)
+    matrix = whitening(cells, WHITEN).matrix.double()  # symmetric
+    rows = scale[:, None] * conv.weight.double().flatten(1)
     conv.weight.copy_((matrix @ rows).view_as(conv.weight))
-    norm.bias.copy_(matrix @ (shift - whitening.mean.double()))
-    norm.weight.fill_((1 + norm.eps) ** 0.5)
-    mean.zero_()
-    variance.fill_(1)
+    mean.copy_(matrix @ (cells.mean - shift))
+    variance.copy_((matrix @ cells.covariance @ matrix).diagonal())
+    norm.weight.copy_((variance.double() + norm.eps).sqrt())
+    norm.bias.zero_()

@@ -216,7 +216,7 @@ def test_damaged_pages_are_bad_rows(tmp_path: Path) -> None:
         ({"image": "string"}, {}, "no column of images; .* its columns are image: string"),
         ({"a": "struct", "b": "struct"}, {}, "several columns of images: choose one .*, a or b"),
         ({"image": "struct"}, {"image": "img"}, "no column img of images"),
-        ({"image": "struct", "label": "string"}, {"label": "label"}, "no column label of whole"),
+        ({"image": "struct", "label": "float64"}, {"label": "label"}, "no column label of whole"),
     ],
 )
 def test_tables_of_other_columns(
@@ -317,16 +317,41 @@ def test_labels_beyond_64_bits(tmp_path: Path) -> None:
     assert "row 1: label 18446744073709551615" in parquet(tmp_path).faults[0]
 
 
-def test_columns_of_labels_that_are_not_read_are_named(tmp_path: Path) -> None:
-    """Without it a beton has no labels, and nobody is told why. The names are of Polars' text."""
-    kind = pa.schema([
+def of_text(kind: Any, name: str = "label") -> Any:
+    """As Polars writes text."""
+    return pa.schema([
         ("image", pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])),
-        ("label", pa.large_string()),
+        (name, kind),
     ])  # fmt: skip
-    write(tmp_path / "a.parquet", [ROW | {"label": "cat"}], kind)
+
+
+def test_labels_that_are_names(tmp_path: Path) -> None:
+    """Without it sets whose labels are text lose them. As in a list: the rank of the name."""
+    for shard, names in enumerate([["dog", "cat"], ["ant", "dog"]]):
+        rows = [ROW | {"label": name} for name in names]
+        write(tmp_path / f"in/a-{shard}.parquet", rows, of_text(pa.large_string()))
+    source = parquet(tmp_path / "in")
+    assert source.classes == ["ant", "cat", "dog"]
+    assert source.labels is not None and source.labels.tolist() == [2, 1, 0, 2]
+    write(tmp_path / "b/a-0.parquet", [ROW | {"kind": "x"}], of_text(pa.string(), "kind"))
+    assert parquet(tmp_path / "b").labels is None
+    chosen = parquet(tmp_path / "b", label="kind")
+    assert chosen.classes == ["x"] and chosen.labels is not None
+    bad = [ROW | {"label": "cat"}, ROW | {"label": None}]
+    write(tmp_path / "in/a-2.parquet", bad, of_text(pa.large_string()))
+    source = parquet(tmp_path / "in")
+    assert source.faults == {4: "row 1: no label"}
+    assert source.labels is not None and source.labels.tolist() == [2, 1, 0, 2, -1]
+
+
+def test_columns_of_labels_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """Without it a beton has no labels, and nobody is told why."""
+    kind = of_text(pa.list_(pa.string()))
+    write(tmp_path / "a.parquet", [ROW | {"label": ["cat"]}], kind)
     source = parquet(tmp_path)
     assert source.names == ["a.parquet/0-a.jpg"]
-    assert [*source.left] == ["column label (large_string: labels are whole numbers)"]
+    (unread,) = source.left
+    assert unread.endswith(": labels are whole numbers or names)")
     features = {name: {"_type": "ClassLabel", "names": ["x"]} for name in ("coarse", "fine")}
     described = {"huggingface": json.dumps({"info": {"features": features}})}
     kind = pa.schema([kind.field("image"), ("coarse", pa.int64()), ("fine", pa.int64())], described)

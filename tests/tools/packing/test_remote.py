@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -312,15 +313,42 @@ def test_a_library_that_connects_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     """Without it a server of ftp:// that is lost has the message "None", and is not tried again."""
     tries = []
 
-    def connect() -> None:
-        tries.append(1)
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "no")
+    class Lost(remote.Server):
+        def __call__(self) -> NoReturn:
+            tries.append(1)
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "no")
 
     monkeypatch.setattr(remote, "WAITS", (0,))
     with pytest.raises(OSError, match="Connection refused") as error:
-        remote.again(lambda fs: None, connect)
+        remote.again(lambda fs: None, Lost("ftp://host/a"))
     assert len(tries) == 2
     assert SECRET not in str(error.value)
+
+
+def test_a_server_that_is_gone_ends_the_command(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it each image of a server that has gone is waited for, half a minute and more: days
+    for a large set.
+    """
+    monkeypatch.setattr(remote, "WAITS", (0,))
+    out = tmp_path / "o.beton"
+    (tmp_path / "many.txt").write_text("".join(f"x/{i}.jpg\n" for i in range(40)))
+    with served(local / "set") as (url, handler):
+        handler.failures = Counter({f"status /list/x/{i}.jpg": 9 for i in range(40)})
+        with pytest.raises(UserError) as error:
+            pack("list", f"{url}/list", out, "--list", str(tmp_path / "many.txt"))
+        host = url.removeprefix("http://")
+        expected = f"{host}: 4 requests in a row failed (HTTP status 503, 2 times): the server does"
+        assert str(error.value) == f"{expected} not answer; the same command resumes"
+        assert len(handler.requests) <= 2 * (4 + 8)
+        server = remote.Server(url)
+        for _ in range(3):
+            server.note("lost")
+        server.note()  # one that answers begins the count anew
+        server.note("lost")
+        assert server()
+    assert not out.exists()
 
 
 def test_urls_where_no_source_is_meant(tmp_path: Path) -> None:

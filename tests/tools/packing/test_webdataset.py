@@ -63,6 +63,30 @@ def test_the_output_of_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture
         assert reason in said
 
 
+def test_labels_in_json(tmp_path: Path) -> None:
+    """Without it the labels of sets that keep them in KEY.json cannot be had."""
+    files = {"a.jpg": b"", "a.json": b'{"y": {"class": 7}}', "b.jpg": b"", "b.json": b'{"y": 1}'}
+    tar(tmp_path / "0.tar", files | {"c.jpg": b"", "c.json": b'{"y": {"class": [1]}}'})
+    source = webdataset(tmp_path, label="json:y.class")
+    assert source.labels is not None and source.labels.tolist() == [7, -1, -1]
+    assert source.faults == {
+        1: "its label in b.json: no y.class",
+        2: "its label in c.json: y.class is no name and no whole number",
+    }
+    tar(tmp_path / "1.tar", {"d.jpg": b"", "d.json": b"{", "e.jpg": b"", "e.json": b'{"y": "Q"}'})
+    named = webdataset(tmp_path / "1.tar", label="json:y")
+    assert named.faults == {0: "its label in d.json: no JSON"} and named.classes == ["Q"]
+
+
+@pytest.mark.parametrize("root", ["", "s.tar.gz", "s.{tar,x}.tgz"])
+def test_compressed_shards_are_told_apart(root: str, tmp_path: Path) -> None:
+    """Without it .tar.gz shards are left aside, or called damaged, and nobody says what to do."""
+    (tmp_path / "s.tar.gz").write_bytes(b"")
+    tar(tmp_path / "s.tar", {"a.jpg": b""})
+    with pytest.raises(UserError, match="compressed: gunzip or unpack it"):
+        webdataset(tmp_path / root)
+
+
 def test_labels_that_are_names(tmp_path: Path) -> None:
     """As in a list: the rank of the name. An ending of another name is chosen."""
     tar(tmp_path / "0.tar", {"a.jpg": b"", "a.kind": b"dog", "b.jpg": b"", "b.kind": b"cat"})

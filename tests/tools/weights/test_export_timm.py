@@ -148,7 +148,9 @@ def test_formats_of_resnets_are_refused(
     """In one line that names a format that works. Without it their readers would meet names that
     they do not know, and mmengine would leave everything random."""
     suffix = {"torchvision": ".safetensors", "detectron2": ".pkl"}.get(to, ".pth")
-    with pytest.raises(UserError, match=r"ResNets of torchvision alone, and .*timm:test_vit") as no:
+    with pytest.raises(
+        UserError, match=r"ResNets of torchvision (alone|and for SlotMIM), and .*timm:test_vit"
+    ) as no:
         call(main, checkpoints["test_vit"][1], "--to", to, "--out", tmp_path / f"w{suffix}")
     assert "\n" not in str(no.value) and not any(tmp_path.iterdir())
 

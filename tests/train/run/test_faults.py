@@ -370,7 +370,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     limited size."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
     if (
         os.geteuid() == 0
         and subprocess.run(mount, check=False, capture_output=True).returncode == 0
@@ -379,7 +379,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
         return
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))
     yield folder
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
