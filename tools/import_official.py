@@ -58,7 +58,7 @@ def main() -> None:
             )
         if args.arch and objective == "slotcon":
             raise UserError(f"--arch: only for a ViT, and {args.file} holds a SlotCon")
-        state = state_below(tensors, PROTOTYPES[objective], args.file, "a whole SlotCon")
+        state, _ = state_below(tensors, PROTOTYPES[objective], args.file, "a whole SlotCon")
         official = read_official(args.file, objective, state, content, metadata)
         import_run(official, args.out, args.arch)
         ours = {"slotcon": "LARS", "slotmim": "AdamW"}[objective]

@@ -25,6 +25,7 @@ from train.weights import (
     read_backbone,
     read_file,
     read_weights,
+    stem,
 )
 
 
@@ -47,7 +48,7 @@ def read_encoder(
     stated = source.is_dir() or is_timm(found)  # else the names of the weights decide
     if arch is not None and stated and _untagged(found) != _untagged(arch):
         raise UserError(f"{source}: weights of a {found}, not of the {arch} that is needed")
-    found = arch or found
+    found, unused = arch or found, list[str]()
     stages = metadata.get("stages", "4")
     if stages not in ("1", "2", "3", "4"):
         raise UserError(f"{source}: damaged: it says that it ends at stage {stages}")
@@ -59,12 +60,13 @@ def read_encoder(
         raise UserError(f"{source}: weights of the teacher, not of the student")
     else:
         net = _new(found, int(stages), source)
-        load_weights(net, source, branch)
+        unused = load_weights(net, source, branch)
     weights = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in net.state_dict().items()
     }
-    return Backbone(found, weights, metadata, int(stages))
+    parts = dict.fromkeys(stem(name) or name for name in unused)
+    return Backbone(found, weights, metadata, int(stages), tuple(parts))
 
 
 def encoder_of(backbone: Backbone) -> AnyEncoder:
@@ -122,12 +124,14 @@ def _new(arch: str, stages: int, source: Path) -> Any:
         raise UserError(f"{source}: {error}") from None
 
 
-def load_weights(model: Any, path: Path, branch: Branch = "teacher") -> None:
+def load_weights(model: Any, path: Path, branch: Branch = "teacher") -> list[str]:
     """Load a file of the model's weights: under timm's names, or under those of a release that
     timm's own model converts, such as DINOv2's. Its classifier is left out, its positions are
-    interpolated; of two networks it is that of `branch`. Raises UserError.
+    interpolated; of two networks it is that of `branch`. Returns the names of the tensors that are
+    left out: of the classifier and of other networks. Raises UserError.
     """
-    state = stored = read_weights(path, model.state_dict(), branch)
+    state, others = read_weights(path, model.state_dict(), branch)
+    stored = state
     module = sys.modules[type(model).__module__]
     if convert := getattr(module, "checkpoint_filter_fn", None):
         try:
@@ -141,8 +145,9 @@ def load_weights(model: Any, path: Path, branch: Branch = "teacher") -> None:
     heads = model.pretrained_cfg.get("classifier") or "head"
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     drop = tuple(f"{head}." for head in heads)
-    state = {name: value for name, value in state.items() if not name.startswith(drop)}
-    load(model, with_counts(state, model.state_dict()), path)
+    kept = {name: value for name, value in state.items() if not name.startswith(drop)}
+    load(model, with_counts(kept, model.state_dict()), path)
+    return [*others, *(name for name in state if name not in kept)]
 
 
 def load(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:

@@ -167,7 +167,7 @@ def _whole(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for names in ({name: name for name in expected}, official_names(expected)):
         anchor = names[_ANCHOR]
         if any(f".{name}".endswith(f".{anchor}") for name in state):
-            given = state_below(state, anchor, path, "weights of a SlotCon")
+            given, _ = state_below(state, anchor, path, "weights of a SlotCon")
             found = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
             return {name: shaped(value, expected[name]) for name, value in found.items()}
     raise UserError(f"{path}: no whole SlotCon in it, an encoder alone (init.part encoder)")

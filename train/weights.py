@@ -293,27 +293,29 @@ def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def state_below(
     state: Mapping[str, Any], anchor: str, source: Path, what: str, branch: Branch = "teacher"
-) -> dict[str, Tensor]:
-    """The part of `state` that holds a tensor named `anchor`, without the prefix before it: of
-    several, that of `branch`. Raises UserError.
+) -> tuple[dict[str, Tensor], str]:
+    """The part of `state` that holds a tensor named `anchor`, without the prefix before it, and
+    that prefix: of several, that of `branch`. Raises UserError.
     """
     ends = [name for name in state if name == anchor or name.endswith(f".{anchor}")]
     networks: dict[str, Any] = {end.removesuffix(anchor): {} for end in ends[: NETWORKS + 1]}
     for prefix, inner in networks.items():
         below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         inner.update(_dense(below, source))
-    return networks[_chosen(networks, branch, source, what, state)[0]]
+    prefix = _chosen(networks, branch, source, what, state)[0]
+    return networks[prefix], prefix
 
 
 def read_weights(
     path: Path, expected: Iterable[str], branch: Branch = "teacher"
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict, below any prefix, of a model whose names are `expected`; of two, that of
-    `branch`. Raises UserError.
+    `branch`. And the names of the tensors that are not below this prefix. Raises UserError.
     """
     anchor = max(expected, key=len)  # the least likely to be another model's
     tensors = tensors_in(read_file(path)[0])
-    return state_below(tensors, anchor, path, "weights of this model", branch)
+    state, prefix = state_below(tensors, anchor, path, "weights of this model", branch)
+    return state, [name for name in tensors if not name.startswith(prefix)]
 
 
 def _chosen(

@@ -185,18 +185,18 @@ def test_bad_weights(tmp_path: Path) -> None:
         read_weights(tmp_path / "list.pth", ["weight"])
     save_file({"weight": torch.ones(3, 2)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="bias is missing or unknown"):
-        load(nn.Linear(3, 3), read_weights(tmp_path / "w.safetensors", ["weight"]), tmp_path)
+        load(nn.Linear(3, 3), read_weights(tmp_path / "w.safetensors", ["weight"])[0], tmp_path)
     with pytest.raises(UserError, match=r"weight has shape \[3, 2\], not \[3, 3\]"):
         load(
             nn.Linear(3, 3, bias=False),
-            read_weights(tmp_path / "w.safetensors", ["weight"]),
+            read_weights(tmp_path / "w.safetensors", ["weight"])[0],
             tmp_path,
         )
     save_file({"weight": torch.full((3, 2), torch.nan)}, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match="weight is not finite"):  # every arg-max of NaN is 0
         load(
             nn.Linear(2, 3, bias=False),
-            read_weights(tmp_path / "nan.safetensors", ["weight"]),
+            read_weights(tmp_path / "nan.safetensors", ["weight"])[0],
             tmp_path,
         )
 

@@ -346,6 +346,7 @@ def test_a_network_of_timm(tmp_path: Path) -> None:
     )
     about = start_from(InitConfig(str(tmp_path / "test_efficientnet.pth")), model, train)
     assert about["teacher"]["sha256"] != about["sha256"]
+    assert about["unused"] == ["classifier"]
     assert about["new"] == [
         "center",
         "student.projector",
@@ -369,6 +370,18 @@ def test_a_network_of_timm(tmp_path: Path) -> None:
         start_from(InitConfig("torchvision"), model)
     with pytest.raises(UserError, match=r"of another model|no weights of this model"):
         start_from(InitConfig(str(tmp_path / "test_resnet.pth")), model)
+
+
+def test_what_else_a_file_of_timm_holds_is_named(tmp_path: Path) -> None:
+    """Without it the line of a run's start says that all of the file was taken."""
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_efficientnet").state_dict()
+    file = tmp_path / "w.ckpt"
+    networks = {"teacher": net, "student": {n: v + 1 for n, v in net.items()}}
+    torch.save(networks | {"head": {"last.weight": torch.ones(2)}}, file)
+    config = ModelConfig("timm:test_efficientnet", dim_hidden=16, dim_out=8, num_prototypes=5)
+    _, about = start(file, config=config)
+    assert about["unused"] == ["student", "head", "classifier"]
 
 
 def test_a_whole_vit_can_rest() -> None:

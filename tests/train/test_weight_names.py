@@ -167,7 +167,7 @@ def test_weights_of_any_model_below_any_prefix(tmp_path: Path) -> None:
     file = tmp_path / "w.pth"
     for content in (mine, {"net": under("_orig_mod.", mine)}, {"teacher": mine, "student": other}):
         torch.save(content, file)
-        assert read_weights(file, ["b", "a.weight"]).keys() == mine.keys()
+        assert read_weights(file, ["b", "a.weight"])[0].keys() == mine.keys()
     torch.save({"one": mine, "two": other}, file)
     with pytest.raises(
         UserError, match=r"weights of this model below 'one\.', 'two\.', and no rule"

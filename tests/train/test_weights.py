@@ -285,7 +285,7 @@ def test_numpy_values_are_plain_values(encoder: dict[str, Tensor], tmp_path: Pat
     assert same(read_backbone(tmp_path / "w.pth").weights, encoder)
     array = np.arange(3, dtype=">f4")[::-1]
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": {"a": array}} | extras))
-    assert read_weights(tmp_path / "w.pkl", ["a"])["a"].tolist() == [2, 1, 0]
+    assert read_weights(tmp_path / "w.pkl", ["a"])[0]["a"].tolist() == [2, 1, 0]
     assert read_pickle(tmp_path / "w.pkl")["best"] == 0.7
 
 
