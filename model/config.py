@@ -153,9 +153,9 @@ class ModelConfig:
         sized = {stage for stage, *_ in self.stage_sizes} <= others
         among = f"of stages among {sorted(others)}, those in model.supervise without the last"
         _require(sized, "stage_sizes", self.stage_sizes, among)
-        self._check_timm()
-        if self.hides_patches:
+        if self.hides_patches:  # first: a recipe has settings that no ResNet takes
             self._check_slotmim()
+        self._check_timm()
 
     def _check_slotmim(self) -> None:
         mlp = self.projector == "mlp"
@@ -169,8 +169,9 @@ class ModelConfig:
     def _check_timm(self) -> None:
         """Check what depends on the network, and record how its images are normalised."""
         if not is_timm(self.arch):
-            _require(self.drop_path == 0, "drop_path", self.drop_path, "0 with this arch")
-            _require(self.image_stats is None, "image_stats", self.image_stats, "null with it")
+            other = "unless arch is a network of timm"
+            _require(self.drop_path == 0, "drop_path", self.drop_path, f"0 {other}")
+            _require(self.image_stats is None, "image_stats", self.image_stats, f"null {other}")
             return
         from model.timm_encoder import facts, has_drop_path
 

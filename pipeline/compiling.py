@@ -22,8 +22,8 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataC
 
 from pipeline.commands import as_called
 
-_PLAIN = (bool, int, float, str, bytes, tuple, np.generic)
-"""Types of the constants that compiled code may have from another file."""
+_PLAIN = (bool, int, float, str, bytes, np.generic)
+"""Types of the constants that compiled code may have from another file, alone or in tuples."""
 _DIGEST = hashlib.sha256().digest_size
 _SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_VECTORIZE")
 """Of Numba, by which the same functions become other code."""
@@ -140,9 +140,17 @@ def _stamp(function: Any) -> str:
         kept = getattr(value, "_cache", None)
         if isinstance(kept, _Kept):
             digest.update(f"{name} {kept.stamp};".encode())
-        elif isinstance(value, _PLAIN) and not name.startswith("__"):
+        elif _is_constant(value) and not name.startswith("__"):
             digest.update(f"{name} {value!r};".encode())
     return digest.hexdigest()
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether compiled code may have it as a constant. Then its text is the same in each process,
+    unlike that of a tuple of objects, which holds their addresses."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return isinstance(value, _PLAIN)
 
 
 @cache

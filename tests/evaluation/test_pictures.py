@@ -122,7 +122,7 @@ def test_slots_command(
 ) -> None:  # fmt: skip
     """Text, JSON and picture from one call."""
     out, picture = tmp_path / "slots.json", tmp_path / "slots.png"
-    command = f"x --checkpoint {run} --data {scenes.folder} --size 64 --json {out}"
+    command = f"x --checkpoint {run} --data {scenes.paths[0].parent} --size 64 --json {out}"
     monkeypatch.setattr("sys.argv", [*command.split(), "--picture", str(picture)])
     slots.main()
     said = capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_confusion_and_attention(
     run: Path, scenes: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The commands draw a row for each image and a column for each checkpoint."""
-    data = f"--data {scenes.folder} --size 64"
+    data = f"--data {scenes.paths[0].parent} --size 64"
     grouping = draw(monkeypatch, f"grouping --checkpoint {run} {data}", tmp_path / "g.png")
     assert grouping.width > 6 * PANEL and grouping.height > 2 * PANEL
     strip = draw(
@@ -260,7 +260,7 @@ def test_views_command(
     run: Path, tmp_path: Path, scenes: FolderImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder works like a beton."""
-    command = f"views --checkpoint {run} --data {scenes.folder} --images 2 --epoch 3"
+    command = f"views --checkpoint {run} --data {scenes.paths[0].parent} --images 2 --epoch 3"
     assert draw(monkeypatch, command, tmp_path / "v.webp").height > 2 * HEIGHT
 
 
@@ -279,7 +279,7 @@ def test_wrong_options_are_one_line(
     command: str, says: str, run: Path, scenes: FolderImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each message names the error."""
-    arguments = command.format(run=run, data=scenes.folder).split()
+    arguments = command.format(run=run, data=scenes.paths[0].parent).split()
     monkeypatch.setattr("sys.argv", ["x", *arguments])
     with pytest.raises(UserError, match=says):
         pictures.main()
@@ -319,14 +319,15 @@ def test_features_command(
     torch.manual_seed(0)
     tiny = ModelConfig(arch="resnet18", dim_hidden=8, dim_out=6, num_prototypes=4)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SlotCon(tiny), tiny)
-    words = f"features --data {scenes.folder} --checkpoint {checkpoint} --size 64 --only 3 1"
+    data = f"features --data {scenes.paths[0].parent}"
+    words = f"{data} --checkpoint {checkpoint} --size 64 --only 3 1"
     one = draw(monkeypatch, f"{words} --baseline none", tmp_path / "one.png")
     four = draw(monkeypatch, f"{words} --stage 1 3+4", tmp_path / "four.png")
     assert four.width == one.width + 3 * (PANEL + GAP) and four.height == one.height
     with pytest.raises(UserError, match="--stage 5: teacher has the stages 1 to 4"):
         draw(monkeypatch, f"{words} --stage 5", tmp_path / "none.png")
     with pytest.raises(UserError, match="--features teacher needs --checkpoint"):
-        draw(monkeypatch, f"features --data {scenes.folder}", tmp_path / "none.png")
+        draw(monkeypatch, data, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 

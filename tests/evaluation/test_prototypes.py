@@ -112,9 +112,8 @@ def test_command_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     network = ColourNetwork([0, 1, 2])
     monkeypatch.setattr(commands, "load_network", lambda *_: (network, None))
     out = tmp_path / "new" / "prototypes.png"
-    command = (
-        f"x prototypes --checkpoint run --data {images.folder} --out {out} --size 64 --max-images 3"
-    )
+    data = images.paths[0].parent
+    command = f"x prototypes --checkpoint run --data {data} --out {out} --size 64 --max-images 3"
     monkeypatch.setattr("sys.argv", command.split())
     pictures.main()
     with Image.open(out) as picture:

@@ -13,8 +13,8 @@ from train.pretrain import main
 
 def train_on_repeated_images() -> None:
     """Open every beton as one of at least COUNT images, and train."""
-    count, open_beton = int(sys.argv.pop(1)), trainer.Beton
-    trainer.Beton = lambda path: repeated(open_beton(path), count)  # type: ignore[misc,assignment]
+    count, open_beton = int(sys.argv.pop(1)), trainer.open_beton
+    trainer.open_beton = lambda path: repeated(open_beton(path), count)
     main()
 
 

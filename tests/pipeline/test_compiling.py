@@ -75,6 +75,14 @@ def test_the_second_process_compiles_nothing(folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_objects_in_a_tuple_are_no_constants(folder: Path) -> None:
+    """The text of such a tuple has addresses. Without it every process compiles the file again."""
+    (folder / "outer.py").write_text(f"{OUTER}\nFIELDS = (object(),)\nSIZES = (3, (4,))\n")
+    assert [call(folder, 2), call(folder, 2)] == [(31, False), (31, True)]
+    (folder / "outer.py").write_text(f"{OUTER}\nFIELDS = (object(),)\nSIZES = (3, (5,))\n")
+    assert call(folder, 2) == (31, False)
+
+
 def test_compiling_is_announced_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without it the first run on a machine is silent for half a minute, as if it hung."""
     for printed in (1, 0):

@@ -157,8 +157,13 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path) -> None:
     vit = ["--model.objective", "slotmim", "--model.arch", "timm:test_vit"]
     masked = [*vit, "--views.size", "64", "--views.mask_ratio"]
     adam = ["--train.optimizer", "adamw", "--train.base_lr", "0.01"]
+    recipes = ("camvid_cpu", "cocoplus_vitb_800ep")  # the latter has drop paths
     refused = {
         ("--model.objective", "slotmim"): "model.arch must be a ViT of timm",
+        **{
+            ("--config", f"slotmim/{name}", "--model.arch", "resnet18"): "model.arch must be a ViT"
+            for name in recipes
+        },
         (*vit, "--views.size", "64"): "views.mask_ratio must be above 0 with model.objective slotm",
         ("--views.mask_ratio", "0.3"): "views.mask_ratio must be 0 without model.objective slotmim",
         (*masked, "0.01"): "views.mask_ratio must be such that",

@@ -14,7 +14,6 @@ from tools.benchmark.options import FROM_A_FILE
 from tools.benchmark.picture import draw
 from tools.benchmark.stages import EPOCH, STAGES, repeated
 from tools.benchmark.timing import Bench
-from tools.benchmark.tune import tune
 from tools.benchmark.verdict import compare, step_table, table, verdict
 from tools.report.schema import Rates
 from train.config import load_config
@@ -44,6 +43,8 @@ def measure(args: argparse.Namespace) -> None:
     if args.stages == ["cost"]:
         write(cost.measure(bench, args))
     elif args.stages == ["tune"]:
+        from tools.benchmark.tune import tune  # its loader needs libturbojpeg
+
         write(tune(bench, args))
     else:
         write(run_stages(args, bench, machine))

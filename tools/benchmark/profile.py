@@ -18,12 +18,12 @@ NETWORKS = ("student forward", "student backward", "teacher forward")
 """Encoder and projector."""
 PARTS = (
     *NETWORKS, "geometry", "grouping", "losses", "slots", "image level", "cells",
-    "teacher update", "LARS", "other",
+    "teacher update", "optimiser", "other",
 )  # fmt: skip
 """In the order of the picture. Each includes its backward pass; only the student's is separate.
 geometry: RoIAlign and un-flip; grouping: scores and slots; losses: grouping loss and centre; slots:
-selection, predictor, contrast; cells: contrast of single cells; other: loss scale, metrics, Python
-between operators."""
+selection, predictor, contrast; cells: contrast of single cells; optimiser: LARS or AdamW; other:
+loss scale, clipping, metrics, Python between operators."""
 
 _MARK, _BACKWARD, _OPTIMIZER = "slotcon.", "autograd::engine::evaluate_function", "Optimizer.step#"
 _WAITS = {
@@ -60,7 +60,7 @@ def profile_step(call: Callable[[], object], device: torch.device) -> Profile:
     return Profile(
         parts=by_part(events, on_gpu),
         operators=sum(_is_operator(e) and not _is_operator(e.cpu_parent) for e in events),
-        host_waits=sum(event.name in _WAITS[device.type] for event in events),
+        host_waits=sum(e.name in _WAITS[device.type] and not _reads_counts(e) for e in events),
         launches=sum(len(_kernels(event)) for event in events) if on_gpu else None,
     )
 
@@ -96,11 +96,18 @@ def _part(event: Any, forward: dict[int, str]) -> tuple[str, bool]:
         if event.name.startswith(_MARK):
             return event.name.removeprefix(_MARK), False
         if event.name.startswith(_OPTIMIZER):
-            return "LARS", False
+            return "optimiser", False
         if event.name.startswith(_BACKWARD):
             return forward.get(event.sequence_nr, "other"), True
         event = event.cpu_parent
     return "other", False
+
+
+def _reads_counts(event: Any) -> bool:
+    """Whether AdamW reads its counts of steps, one for each weight. On a GPU the kernel does it."""
+    while event is not None and event.name != "aten::_fused_adamw_":
+        event = event.cpu_parent
+    return event is not None
 
 
 def _is_operator(event: Any) -> bool:

@@ -215,14 +215,14 @@ def _images(bench: Bench, setting: Setting) -> int:
 
 
 def batches_of(bench: Bench, setting: Setting) -> Iterator[tuple[Any, ...]]:
-    """Endless views, overlap and flipped by the loader of a setting, which has started."""
+    """Endless arguments of a step by the loader of a setting, which has started."""
     own = replace(bench, threads=(setting.threads,))
     stream = batches(own, setting.backend, setting.crops, _images(bench, setting))
 
     def endless() -> Iterator[tuple[Any, ...]]:
         with closing(stream):
             for batch in stream:
-                yield batch.views, batch.overlap, batch.flipped
+                yield batch.views, batch.overlap, batch.flipped, batch.masks
 
     return endless()
 

@@ -122,8 +122,8 @@ def official(checkpoint: Path, metadata: dict[str, str]) -> bytes:
     model, config = load_model(checkpoint)
     if is_timm(config.model.arch) and not config.model.hides_patches:
         raise UserError(
-            f"--to official: for the ResNets of torchvision and for SlotMIM, and {checkpoint} is a "
-            f"SlotCon of {config.model.arch}"
+            "--to official: for SlotMIM and the ResNets of torchvision alone, and "
+            f"{checkpoint} has a {config.model.arch}"
         )
     if config.model.stages < 4:
         raise UserError(

@@ -82,14 +82,25 @@ def test_the_fastest_setting_is_found_and_failures_are_told(
     assert again["best"]["efficiency"]["accumulation"] in asked
 
 
+MASKED = """
+views: {size: 32, mask_ratio: 0.5}
+model: {objective: slotmim, arch: 'timm:test_vit', dim_hidden: 8, dim_out: 8}
+"""
+
+
+@pytest.mark.parametrize(
+    "config", ["views: {size: 32}\nmodel: {dim_hidden: 8, dim_out: 8}\n", MASKED]
+)
 def test_real_tries_on_a_beton(
-    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it the command may never have trained a step."""
+    """Without it the command may never have trained a step, or not one with hidden patches."""
+    if config is MASKED:
+        pytest.importorskip("timm")
     monkeypatch.setattr(tune, "has_dali", lambda *_: False)
     monkeypatch.setattr(tune, "try_compile", lambda *_: False)
     small = tmp_path / "small.yaml"
-    small.write_text("views: {size: 32}\nmodel: {dim_hidden: 8, dim_out: 8}\n")
+    small.write_text(config)
     more = ("--backends", "compiled", "--threads", "1", "--minutes", "0.001", "--batch", "2")
     content = run_tune(beton, tmp_path / "a.json", "--config", str(small), *more)
     kinds = {(row["crops"], row["threads"]) for row in content["results"]}
