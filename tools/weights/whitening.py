@@ -60,7 +60,7 @@ def last_layers(encoder: AnyEncoder, images: Tensor) -> tuple[nn.Conv2d, _BatchN
     made: list[tuple[nn.Module, Tensor, Tensor]] = []
 
     def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        made.append((module, given[0], output))
+        made.append((module, given[0].clone(), output.clone()))  # others write into theirs
 
     layers = [each for each in encoder.modules() if isinstance(each, nn.Conv2d | _BatchNorm)]
     hooks = [each.register_forward_hook(note) for each in layers]
@@ -68,9 +68,13 @@ def last_layers(encoder: AnyEncoder, images: Tensor) -> tuple[nn.Conv2d, _BatchN
     for hook in hooks:
         hook.remove()
     for norm, between, output in made:
-        if output is last and isinstance(norm, _BatchNorm) and _is_linear(norm):
+        if torch.equal(output, last) and isinstance(norm, _BatchNorm) and _is_linear(norm):
             for conv, _, result in made:
-                if result is between and isinstance(conv, nn.Conv2d) and conv.groups == 1:
+                if (
+                    isinstance(conv, nn.Conv2d)
+                    and conv.groups == 1
+                    and torch.equal(result, between)
+                ):
                     return conv, norm
     raise ValueError(
         "its last map is not the output of a convolution and a BatchNorm alone, so its weights "

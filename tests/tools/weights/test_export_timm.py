@@ -16,12 +16,14 @@ from evaluation.features import Network, of_encoder
 from evaluation.reduction import whitened
 from evaluation.specs import open_trained
 from model import ModelConfig, SlotCon
+from model.encoder import build_encoder
 from model.timm_encoder import TimmEncoder
 from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported import call, images
 from tools.export import main
+from tools.weights.whitening import last_layers
 from train.encoders import image_stats, read_encoder
 from transfer.backbone import build_backbone
 from transfer.config import InitConfig
@@ -213,6 +215,15 @@ def test_whitening_within_the_weights(
     torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4 * float(true.abs().max()))
     told = read_encoder(out).metadata["whitened"]
     assert told == "covariance^-0.25 of 8 images of photos, 320 pixels"
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "timm:test_resnet"])
+def test_a_sum_written_into_the_norms_output(arch: str) -> None:
+    """Without it a file holds a whitening before the sum, and says that its map is whitened: a
+    ResNet adds and rectifies in place, so its last map is the tensor that the norm gave."""
+    encoder = build_encoder(ModelConfig(arch)).eval()
+    with torch.inference_mode(), pytest.raises(ValueError, match="cannot hold a whitening"):
+        last_layers(encoder, torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize(("name", "message"), [("test_vit", "not the output of a convolution")])
