@@ -69,8 +69,8 @@ def write_masks(args: argparse.Namespace) -> None:
         ]
         content = {"kind": predictor.kind, "made": predictor.made, "size": size, "crf": args.crf}
         write_json(folder / "segments.json", provenance() | content | {"segments": segments})
-    used = int((pixels > 0).sum())
-    print(f"wrote {args.out}: {len(files):,} masks, {used} of {count} {predictor.kind} in use")
+    used = f"{int((pixels > 0).sum())} of {count} segments in use"
+    print(f"wrote {args.out}: {len(files):,} masks, {used} ({predictor.kind})")
 
 
 def open_predictor(
@@ -141,7 +141,7 @@ def scaled_side(side: float, size: int) -> int:
 def mask_names(names: Sequence[str]) -> list[Path]:
     """The file of each image's mask: its name with .png in place of the suffix, or after it where
     two images differ by the suffix alone. No name leads out of a folder. Raises UserError if an
-    image is named twice.
+    image is named twice, or a mask has the name of a folder.
     """
     inside = [
         PurePosixPath(
@@ -157,6 +157,9 @@ def mask_names(names: Sequence[str]) -> list[Path]:
     twice = next((file for file, count in Counter(found).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{printable(str(twice))}: two images would have this mask")
+    folders = {folder for file in found for folder in file.parents}
+    if both := next((file for file in found if file in folders), None):
+        raise UserError(f"{printable(str(both))}: an image's mask, and a folder of other masks")
     return found
 
 

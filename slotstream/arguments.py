@@ -1,6 +1,8 @@
 """Arguments from Python: what is wrong is said in one line, before a library stumbles over it."""
 
+import operator
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,4 +41,24 @@ def dtype_of(dtype: Any) -> torch.dtype:
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype!r}")
     found: torch.dtype = dtype
+    return found
+
+
+def one_of(name: str, word: Any, words: Sequence[str]) -> Any:
+    """Raises UserError for a word that is none of these."""
+    if word not in words:
+        raise UserError(f"{name} must be one of {', '.join(words)}, not {word!r}")
+    return word
+
+
+def whole(name: str, number: Any, least: int, below: int) -> int:
+    """Raises UserError for what is no whole number from `least` on, below `below`."""
+    try:
+        found = operator.index(number)
+    except TypeError:
+        found = least - 1
+    if not least <= found < below:
+        raise UserError(
+            f"{name} must be a whole number from {least} to {below - 1}, not {number!r}"
+        )
     return found

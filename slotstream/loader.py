@@ -5,18 +5,21 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
-from pipeline.choices import AnyCrops, OnCorrupt, Order
+from pipeline.choices import BACKENDS, CROPS, ORDERS, AnyCrops, OnCorrupt, Order
 from pipeline.errors import UserError
 from pipeline.image_folder import open_beton
 from pipeline.loader import make_loader
 from pipeline.source import Batch
 from pipeline.views import ViewConfig
-from slotstream.arguments import device_of, dtype_of, path_of
+from slotstream.arguments import device_of, dtype_of, one_of, path_of, whole
+
+MANY = 2**63
+"""Whole numbers are below this one."""
 
 
 class Loader:
@@ -45,7 +48,8 @@ class Loader:
         backend, crops, on_corrupt: as data.backend, data.crops and data.on_corrupt there.
 
     Raises:
-        UserError: for a file that is no beton, a damaged one, a batch larger than the data set.
+        UserError: for a file that is no beton, a damaged one, a batch larger than the data set, an
+            argument that cannot be.
 
     >>> import slotstream
     >>> loader = slotstream.Loader("sample.beton", batch_size=4, size=96, device="cpu")
@@ -83,20 +87,25 @@ class Loader:
             drawn = ViewConfig(**{"size": size, **(views or {})})
         except (TypeError, ValueError) as error:
             raise UserError(f"views: {error}") from None
+        if world is None:
+            world = dist.get_world_size() if together else 1
+        if rank is None:
+            rank = dist.get_rank() if together else 0
+        world = whole("world", world, 1, MANY)
         self._source = make_loader(
             open_beton(path_of(path)),
             drawn,
-            batch_size,
-            seed=seed,
+            whole("batch_size", batch_size, 1, MANY),
+            seed=whole("seed", seed, 0, MANY),
             device=self.device,
             dtype=dtype_of(dtype),
-            order=order,
-            rank=rank if rank is not None else dist.get_rank() if together else 0,
-            world=world if world is not None else dist.get_world_size() if together else 1,
-            threads=threads or len(os.sched_getaffinity(0)),
-            backend=backend,
-            crops=crops,
-            on_corrupt=on_corrupt,
+            order=one_of("order", order, ORDERS),
+            rank=whole("rank", rank, 0, world),
+            world=world,
+            threads=whole("threads", threads or len(os.sched_getaffinity(0)), 1, MANY),
+            backend=one_of("backend", backend, ("auto", *BACKENDS)),
+            crops=one_of("crops", crops, ("auto", *CROPS)),
+            on_corrupt=one_of("on_corrupt", on_corrupt, get_args(OnCorrupt)),
         )
         self._views = drawn
         self.epoch, self.step = 0, 0

@@ -249,6 +249,15 @@ def test_bad_input_raises(tmp_path: Path, beton: Path) -> None:
         ({"dtype": "float16"}, "dtype must be one of torch.float32"),
         ({"dtype": torch.float64}, "dtype must be one of torch.float32"),
         ({"path": None}, "a path is needed, not None"),
+        ({"order": "quasi_random"}, "order must be one of random, quasi-random, sequential, not"),
+        ({"on_corrupt": "Replace"}, "on_corrupt must be one of stop, replace, not 'Replace'"),
+        ({"crops": "gpu"}, "crops must be one of auto, device, host, dali, not 'gpu'"),
+        ({"rank": -1, "world": 2}, "rank must be a whole number from 0 to 1, not -1"),
+        ({"rank": 2, "world": 2}, "rank must be a whole number from 0 to 1, not 2"),
+        ({"world": 0}, "world must be a whole number from 1 to "),
+        ({"seed": 1.5}, "seed must be a whole number from 0 to "),
+        ({"threads": -1}, "threads must be a whole number from 1 to "),
+        ({"batch_size": "4"}, "batch_size must be a whole number from 1 to "),
     ]:
         with pytest.raises(UserError, match=message):
             Loader(**{"path": beton, "batch_size": 4, **arguments})  # type: ignore[arg-type]

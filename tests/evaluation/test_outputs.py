@@ -246,6 +246,8 @@ def test_masks_stay_in_their_folder() -> None:
     assert [str(path) for path in found] == ["__/__/x.png", "etc/passwd.png", "a/b.c.png"]
     with pytest.raises(UserError, match=r"a\.jpg\.png: two images"):
         mask_names(["a.jpg", "a.jpg"])
+    with pytest.raises(UserError, match=r"a\.png: an image's mask, and a folder"):
+        mask_names(["a.jpg", "a.png/b.jpg"])
 
 
 def test_a_panorama_is_bounded() -> None:
