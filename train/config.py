@@ -229,7 +229,8 @@ class TrainConfig(Bounded):
             plain = self.teacher == "frozen" or value == default
             require(plain, name, value, f"{default!r} unless train.teacher is frozen")
         both = bool(self.teacher_arch) == bool(self.teacher_weights)
-        require(both, "teacher_weights", self.teacher_weights, "given with train.teacher_arch only")
+        given_both = "given with train.teacher_arch, or both not"
+        require(both, "teacher_weights", self.teacher_weights, given_both)
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ class Trainer:
     def _place_prototypes(self) -> None:
         """Cluster the cells of the first epoch's first batches, before the first step."""
         self.run.say(f"{self.run.folder}: placing prototypes by k-means")
+        self._let_stages_learn(0)  # the statistics of an encoder that rests stay here too
         with self.run.stopwatch.paused():
             seed, batches = self.config.train.seed, self._beating(self.loader.epoch(0))
             place_prototypes(self.slotcon, batches, self.accelerator, seed)
@@ -208,8 +209,7 @@ class Trainer:
         if size != self.view_size:
             self.view_size = size
             self.slotcon.forget_capacity()  # the first step with this size counts the slots
-        rests = epoch < self.config.train.freeze_encoder_epochs
-        self.slotcon.train_stages(0 if rests else self.config.train.trainable_stages)
+        self._let_stages_learn(epoch)
         while run.step < end:
             self._train_step(batches)
             run.advance()
@@ -218,6 +218,10 @@ class Trainer:
             if self.static_slots and (log_is_due or self.slotcon.capacity is None):
                 self.slotcon.adapt_capacity()
             self._end_step(reason)
+
+    def _let_stages_learn(self, epoch: int) -> None:
+        rests = epoch < self.config.train.freeze_encoder_epochs
+        self.slotcon.train_stages(0 if rests else self.config.train.trainable_stages)
 
     def _end_step(self, reason: Reason) -> None:
         """Evaluation and checkpoint, where they are due, and the end of the run for a `reason`."""

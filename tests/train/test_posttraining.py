@@ -249,7 +249,7 @@ FROZEN = [
             r"train\.teacher_resolution must .*cells of 32 pixels are not larger .*, 8, not 1",
         ),
         (["--views.size", "16"], r"views\.size must be at least 32, a cell of stage 4, not 16"),
-        (["--train.teacher_arch", "resnet50"], r"given with train\.teacher_arch only"),
+        (["--train.teacher_arch", "resnet50"], r"given with train\.teacher_arch, or both not"),
         (["--train.teacher", "student", "--train.teacher_stages", "[4]"], "unless train.teacher"),
         (
             [

@@ -301,6 +301,24 @@ def test_a_gentle_run_resumes_bit_for_bit(gentle: RunConfig, tmp_path: Path, at:
     assert moved == {"layer3", "layer4"}
 
 
+def test_clusters_do_not_move_the_statistics_of_what_rests(
+    gentle: RunConfig, tmp_path: Path
+) -> None:
+    """Prototypes are placed before the first step. Without it this measures the statistics of an
+    encoder that rests anew, where its norms do not keep them in any case."""
+    config = replace(
+        gentle,
+        model=replace(gentle.model, norm="train", prototype_init="kmeans"),
+        train=replace(gentle.train, trainable_stages=None, max_steps=1),
+        log=replace(gentle.log, dir=str(tmp_path)),
+    )
+    trainer(config).train()
+    before = torch.load(config.init.weights, weights_only=True)
+    model = load_model(run_dir(config))[0]
+    assert is_in(model, before)
+    assert model.student.projector[1].num_batches_tracked > 1  # the clusters' own pass
+
+
 def test_two_processes_rest_and_wake_together(gentle: RunConfig, tmp_path: Path) -> None:
     """Gradients are averaged over processes whether the encoder rests or not. Without it the first
     step of the second epoch hangs or fails, or the processes train different models."""
