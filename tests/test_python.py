@@ -81,8 +81,12 @@ def test_the_import_is_light() -> None:
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
 
 
-def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it what a user copies from docs/python.md fails. Lightning is a stand-in here."""
+def test_the_page_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it what a user copies from docs/python.md fails, or shows the untrained network's
+    score as the run's. Lightning is a stand-in here.
+    """
     monkeypatch.chdir(tmp_path)
     lightning = ModuleType("lightning")
     lightning.LightningDataModule = object  # type: ignore[attr-defined]
@@ -90,6 +94,9 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     names: dict[str, Any] = {}
     for block in BLOCKS:
         exec(compile(block, "docs/python.md", "exec"), names)
+    scores = {row["network"]: row["value"] for row in names["rows"] if row["metric"] == "miou"}
+    assert set(scores) == {"trained", "untrained"}
+    assert str(scores) in capsys.readouterr().out
     module = names["Views"]("sample.beton", 4, 32)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     module.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1)
