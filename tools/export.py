@@ -99,12 +99,26 @@ def read(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
     if "prefix" in known and "arch" not in known:  # else the prefix is that of an earlier reading
         side = f", the {known['branch']}" if "branch" in known else ""
         print(f"{args.checkpoint}: took the weights below '{printable(known['prefix'])}'{side}")
+    if timm and args.to == "timm":
+        tell_statistics(backbone)
     backbone = replace(backbone, metadata={"arch": backbone.arch, **known, **licence})
     if args.whiten is None:
         return backbone
     from tools.weights.whitening import whitened
 
     return whitened(backbone, args.whiten)
+
+
+def tell_statistics(backbone: Backbone) -> None:
+    """Say how images are normalised, where timm's settings for the name would be wrong."""
+    from model.timm_encoder import facts
+    from train.encoders import image_stats
+
+    own = image_stats(backbone)
+    if own != facts(backbone.arch).image_stats:
+        mean, deviation = map(list, own)
+        print(f"normalise images with mean {mean} and std {deviation}: timm has others for")
+        print(f"  {backbone.arch}. A file cannot tell timm, a folder of --to huggingface does")
 
 
 def branch_of(args: argparse.Namespace) -> Branch:

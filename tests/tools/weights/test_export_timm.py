@@ -235,3 +235,16 @@ def test_what_cannot_hold_a_whitening(
     with pytest.raises(UserError, match=message):
         call(main, checkpoints[name][1], "--to", "timm", "--out", out, "--whiten", photos)
     assert not out.exists()
+
+
+def test_statistics_that_timm_does_not_expect_are_told(
+    checkpoints: dict[str, tuple[SlotCon, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Those of SlotMIM's recipes. Without it timm's settings of the name give other features."""
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    other = write_checkpoint(tmp_path / "other", *trained("test_vit", image_stats=imagenet))
+    for run, told in ((checkpoints["test_vit"][1], False), (other, True)):
+        call(main, run, "--to", "timm", "--out", tmp_path / f"{told}.safetensors")
+        assert ("normalise images with mean [0.485" in capsys.readouterr().out) == told
