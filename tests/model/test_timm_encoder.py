@@ -223,7 +223,7 @@ def test_what_is_not_an_encoder_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="arch must be one of"):
         ModelConfig("timm:hf-hub:someone/something")
-    with pytest.raises(ValueError, match="drop_path must be 0 with"):
+    with pytest.raises(ValueError, match="drop_path must be 0 unless"):
         ModelConfig(drop_path=0.1)
     monkeypatch.setattr("model.timm_encoder.outline", lambda arch, _=None: torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="timm gives no maps"):

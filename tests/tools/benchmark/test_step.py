@@ -240,9 +240,9 @@ def test_depthwise_convolutions_are_counted_by_their_groups() -> None:
     """Without it networks of depthwise convolutions seem to take several times their operations."""
     model = ["--model.arch", "timm:tf_efficientnet_lite0", "--model.dim_hidden", "8"]
     model += ["--model.dim_out", "8", "--model.num_prototypes", "4"]
-    lite0 = 0.768  # GFLOP of timm's forward_features at 224 pixels, counted by torch
+    lite0 = 0.768 - 0.040  # GFLOP of timm's forward_features at 224 pixels, without conv_head
     student_and_teacher = (1 + 2 + 1) * 2 * lite0
-    assert gflop_of(configured(*model), 224) == pytest.approx(student_and_teacher, rel=0.05)
+    assert gflop_of(configured(*model), 224) == pytest.approx(student_and_teacher, rel=0.01)
 
 
 def test_operations_are_counted() -> None:
