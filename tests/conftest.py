@@ -3,6 +3,7 @@ files on several processes."""
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch and numpy load, and inherited by every command that a test starts. Parallel
@@ -55,3 +56,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def no_flush() -> Iterator[None]:
+    """Flushing models of 100 MB to the disk is slow; a test's files need not survive a crash."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.run.checkpoint._flush", lambda _: None)
+        yield

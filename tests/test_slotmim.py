@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +48,8 @@ from transfer.segmentation.config import ModelConfig as HeadConfig
 from transfer.segmentation.task import Segmentation
 from transfer.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_flush")
 SIDE = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_flush() -> Iterator[None]:
-    """These files need not survive a crash."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.checkpoint._flush", lambda _: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,8 @@ from train.pretrained import load_model, read_record
 from train.run.checkpoint import find
 from train.weights import describe, read_backbone
 
+pytestmark = pytest.mark.usefixtures("no_flush")
 IMAGES, STEPS, EPOCHS = 118_287, 184_800, 800
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_flush() -> Iterator[None]:
-    """Flushing models of 100 MB to the disk is slow, and these files need not survive a crash."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.checkpoint._flush", lambda _: None)
-        yield
 
 
 @pytest.fixture(scope="module")
