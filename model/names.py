@@ -27,8 +27,6 @@ _NO_MARK = re.compile(
 """Words of a prefix that say nothing about which network it is."""
 COUNT = "num_batches_tracked"
 """BatchNorm's number of batches. Only a norm with momentum None uses it, and many files lack it."""
-STATISTICS = ("running_mean", "running_var")
-"""BatchNorm's other buffers."""
 BLOCKS: dict[tuple[tuple[int, ...], int], str] = {
     ((2, 2, 2, 2), 2): "resnet18",
     ((3, 4, 6, 3), 2): "resnet34",

@@ -20,7 +20,6 @@ from torch import Tensor
 from model.encoder import Encoder
 from model.names import (
     COUNT,
-    STATISTICS,
     Branch,
     archs_of,
     branch_of,
@@ -37,7 +36,7 @@ from train.pickles import read_pickle
 from train.pretrained import load_model, read_record
 from train.run.checkpoint import Record, find, is_checkpoint
 from train.run.settings import to_dict
-from train.run.sound import check_weights
+from train.run.sound import STATISTICS, check_weights
 
 META = "meta"
 """The key of the metadata in the dictionaries that we write, as in mmengine's."""

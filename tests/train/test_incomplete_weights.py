@@ -13,12 +13,12 @@ import train.encoders
 import train.weights
 from model import ModelConfig, SlotCon
 from model.encoder import Encoder
-from model.names import STATISTICS
 from model.timm_encoder import TimmEncoder, create
 from pipeline.errors import UserError
 from train.encoders import read_encoder
 from train.init_config import InitConfig
 from train.published import published
+from train.run.sound import STATISTICS
 from train.start import start_from
 from train.weights import read_file
 

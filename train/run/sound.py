@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from model.names import STATISTICS
+STATISTICS = ("running_mean", "running_var")
+"""BatchNorm's buffers besides its count of batches."""
 
 
 def fault_of(name: str, value: Tensor) -> str | None:
