@@ -36,8 +36,8 @@ LOADED_INDIRECTLY = {
 }
 
 OPTIONAL = {
-    "aiohttp", "fsspec", "huggingface_hub", "nvidia", "onnxruntime", "pyarrow", "pydensecrf", "pynvml",
-    "timm",
+    "aiohttp", "fsspec", "huggingface_hub", "nvidia", "onnxruntime", "pyarrow", "pydensecrf",
+    "pynvml", "timm",
 }  # fmt: skip
 """Of the extras (nvidia: DALI), imported when used."""
 
