@@ -1,5 +1,6 @@
 """Post-training: prototypes that begin as clusters, and a frozen teacher, in a run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.helpers.training import (
 )
 from train.config import RunConfig, load_config
 from train.init_config import InitConfig
+from train.metrics import progress_line
 from train.pretrained import load_model, read_record
 from train.prototypes import place_prototypes
 from train.run import checkpoint
@@ -176,6 +178,14 @@ def test_a_run_keeps_its_teacher_and_resumes_bit_for_bit(run: RunConfig, tmp_pat
     assert moved == {"layer4"}
     record = read_record(checkpoint.find(run_dir(run)))
     assert record.provenance["init"]["fitted"] == 3 * len(start)
+
+
+def test_relations_are_logged(run: RunConfig) -> None:
+    """Without it nobody sees whether the term that teaches alone falls."""
+    lines = (run_dir(run) / "metrics.jsonl").read_text().splitlines()
+    values = json.loads(lines[0])
+    assert 0 < values["relations"] < values["loss"]
+    assert f"relations {values['relations']:.3f})" in progress_line(values, 1, 5, 4)
 
 
 def test_the_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
