@@ -137,3 +137,44 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     assert six.startswith("| fast | 6.1 | 75 | 50 | 2 | 25.0 ± 7.1 |")
     assert twelve.startswith("| fast | 6.1 | 75 | 50 | 1 | 50.0 |")
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_an_exported_dinov2_gets_timms_names() -> None:
+    """Without it a start could have matrices that are not transposed, or query and key swapped."""
+    onnx, timm = pytest.importorskip("onnx"), pytest.importorskip("timm")
+    from tests.evidence.dinov2 import arrays_of, timm_weights
+
+    shape = {"patch_size": 2, "img_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    vit = timm.models.VisionTransformer(**shape, num_classes=0, init_values=0.5)
+    draw, there = np.random.default_rng(0), {}
+    wanted = {name: draw.random(value.shape) for name, value in vit.state_dict().items()}
+    for name, value in wanted.items():
+        key = "layer" * name.startswith("norm.") + name
+        for ours, others in (
+            ("blocks.", "encoder.layer."),
+            ("attn.proj", "attention.output.dense"),
+            ("ls1.gamma", "layer_scale1.lambda1"),
+            ("ls2.gamma", "layer_scale2.lambda1"),
+            ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+            ("cls_token", "embeddings.cls_token"),
+        ):
+            key = key.replace(ours, others)
+        there[key] = value
+    first, patches = np.split(there.pop("pos_embed"), [1], axis=1)
+    there |= {"embeddings.Concat_6": first, "embeddings.Reshape_1": patches}
+    for kind in ("weight", "bias"):
+        rows = np.split(there.pop(f"encoder.layer.0.attn.qkv.{kind}"), 3)
+        for part, value in zip(("query", "key", "value"), rows, strict=True):
+            there[f"encoder.layer.0.attention.attention.{part}.{kind}"] = value
+    found = timm_weights(there, blocks=1)
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+    matrix, graph = draw.random((2, 3)), onnx.GraphProto()
+    graph.initializer.append(onnx.numpy_helper.from_array(matrix, "onnx::1"))
+    for kind, name in (("MatMul", "encoder/layer.0/fc1/MatMul"), ("Concat", "embeddings/Concat_6")):
+        node = onnx.helper.make_node(kind, ["x", "onnx::1"], ["y"], name=f"/backbone/{name}")
+        graph.node.append(node)
+    arrays = arrays_of(graph)
+    assert np.array_equal(arrays["encoder.layer.0.fc1.weight"], matrix.T)
+    assert np.array_equal(arrays["embeddings.Concat_6"], matrix)
