@@ -7,7 +7,6 @@ are scores or, in a variant, features that are scored afterwards (table 8c).
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from model.precision import full_precision
 
@@ -23,16 +22,31 @@ def align_to_overlap(maps: Tensor, overlap: Tensor, flipped: Tensor) -> Tensor:
     """Cut each map's overlap box out, resample it to H×W and undo the view's flip.
 
     maps [B, C, H, W]; overlap [B, 4] as x1, y1, x2, y2 in (0..1) of the flipped view;
-    flipped bool [B]. Returns [B, C, H, W]. A box without area gives zeros on every device. So does
-    the authors' code, except on a CPU, where RoIAlign raises an error for an inverted box.
+    flipped bool [B]. Returns [B, C, H, W] in channels_last. A box without area gives zeros on every
+    device. So does the authors' code, except on a CPU, where RoIAlign raises an error for an
+    inverted box.
+
+    RoIAlign takes one sample for each cell here, and rows and columns are independent, so it is a
+    product with two small matrices. Its gradient is another one: faster than torchvision's, whose
+    sums on a GPU also depend on the order in which threads arrive.
     """
-    index = torch.arange(len(maps), device=maps.device, dtype=maps.dtype)
     height, width = maps.shape[2:]
     usable = has_area(overlap)
-    whole = torch.arange(4, device=overlap.device) >= 2  # 0, 0, 1, 1: built without a host copy
-    x1, y1, x2, y2 = torch.where(usable[:, None], overlap, whole).to(maps.dtype).unbind(dim=1)
-    boxes = torch.stack((index, x1 * width, y1 * height, x2 * width, y2 * height), dim=1)
+    x1, y1, x2, y2 = torch.where(usable[:, None], overlap, 0.0).to(maps.dtype).unbind(dim=1)
+    down = _bilinear(y1, y2, height) * usable[:, None, None]
+    across = _bilinear(x1, x2, width)
+    across = torch.where(flipped[:, None, None], across.flip(1), across)
 
-    aligned = roi_align(maps, boxes, (height, width), aligned=True)
-    aligned = torch.where(flipped[:, None, None, None], aligned.flip(-1), aligned)
-    return torch.where(usable[:, None, None, None], aligned, 0.0)
+    rows = down @ maps.movedim(1, 3).flatten(2)  # [B, H, W·C]
+    aligned = across[:, None] @ rows.unflatten(2, (width, -1))  # [B, H, W, C]
+    return aligned.movedim(3, 1)
+
+
+def _bilinear(start: Tensor, end: Tensor, cells: int) -> Tensor:
+    """How the cells of a line make those of its part from `start` [B] to `end`, in (0..1): weights
+    [B, cells, cells], linear between centres of cells, constant beyond the outermost."""
+    cell = torch.arange(cells, device=start.device, dtype=start.dtype)
+    first, last = start * cells - 0.5, end * cells - 0.5
+    centre = first[:, None] + (cell + 0.5) * ((last - first) / cells)[:, None]
+    distance = centre.clamp(0, cells - 1)[:, :, None] - cell
+    return (1 - distance.abs()).clamp(min=0)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torchvision.ops import roi_align
 
 from model.alignment import align_to_overlap, has_area
 
@@ -74,6 +75,24 @@ def test_one_pair_without_area_leaves_the_others_alone() -> None:
         alone = align_to_overlap(scores[one], overlap[one], flipped[one])
         assert torch.equal(aligned[one], alone)
     assert not aligned[1].any()
+
+
+def test_aligned_maps_and_gradients_are_those_of_roi_align() -> None:
+    """Without it two matrices could be another interpolation than the authors' RoIAlign."""
+    maps = torch.randn(64, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    corners = torch.rand(64, 2, 2).sort(dim=1).values
+    corners[0] = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # the whole view
+    overlap, flipped = corners.flatten(1).double(), torch.arange(64) % 2 == 1
+    aligned = align_to_overlap(maps, overlap, flipped)
+
+    sides = torch.tensor([7, 5, 7, 5])
+    boxes = torch.cat([torch.arange(64)[:, None], overlap * sides], dim=1)
+    expected = roi_align(maps, boxes, (5, 7), aligned=True)
+    expected = torch.where(flipped[:, None, None, None], expected.flip(-1), expected)
+    torch.testing.assert_close(aligned, expected)
+    ways = torch.randn_like(expected)
+    gradients = (torch.autograd.grad((each * ways).sum(), maps)[0] for each in (aligned, expected))
+    torch.testing.assert_close(*gradients)
 
 
 def test_has_area() -> None:

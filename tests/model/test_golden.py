@@ -64,13 +64,14 @@ def test_rebuilt_images_are_the_recorded_ones(world: int) -> None:
 
 @pytest.mark.parametrize("side", [7, 14])
 def test_inverse_augmentation(side: int) -> None:
-    """Half a cell of offset, or a flip undone before the cut, would show here."""
+    """Half a cell of offset, or a flip undone before the cut, would show here. Positions in float32
+    put the record itself up to 9e-7 off its float64 value."""
     record = golden.load("invaug.npz")
     for case in range(8):
         ours = align_to_overlap(
             *(torch.from_numpy(record[f"{name}{side}"][case]) for name in ("x", "coords", "flags"))
         )
-        assert_close(ours, record[f"out{side}"][case], 1e-6)
+        assert_close(ours, record[f"out{side}"][case], 2e-6)
 
 
 def test_inverse_augmentation_of_boxes_without_area() -> None:
