@@ -15,7 +15,7 @@ from tests.evidence import curves
 from tests.evidence.control import put_on
 from tests.evidence.curve_tables import tables
 from tests.evidence.data import setting
-from tests.evidence.scores import READINGS, remember, remembering
+from tests.evidence.scores import FILES, missing, remember, remembering
 from tests.helpers.betons import varied, write_beton
 
 CPU = torch.device("cpu")
@@ -124,17 +124,22 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     ):
         folder = tmp_path / name
         folder.mkdir()
-        for probe, stages in READINGS.items():
+        for file, stages in FILES.items():
             rows = [{"metric": "miou", "stage": stage, "value": value} for stage in stages]
-            (folder / f"{probe}.json").write_text(json.dumps({"results": rows}))
+            (folder / f"{file}.json").write_text(json.dumps({"results": rows}))
         facts = {"tflop": 6.1, "steps": 75, "cpu_seconds": 50.0}
         (folder / "facts.json").write_text(json.dumps(facts))
     (tmp_path / "today_6_0").mkdir()  # not scored yet
-    _, _, untrained, vit, six, slotmim, twelve = tables("camvid", tmp_path).splitlines()
+    (tmp_path / "fast_6_1" / "knn_joined.json").unlink()  # scored in part
+    assert missing(tmp_path / "fast_6_1") == ["knn_joined"]
+    assert not missing(tmp_path / "fast_6_0")
+    head, _, untrained, vit, six, slotmim, twelve = tables("camvid", tmp_path).splitlines()
     assert vit.startswith("| untrained-vit | 0.0 | 0 | 0 | 1 | 5.0 |")
     assert slotmim.startswith("| slotmim | 6.1 | 75 | 50 | 1 | 15.0 |")
     assert untrained.startswith("| untrained | 0.0 | 0 | 0 | 1 | 10.0 |")
     assert six.startswith("| fast | 6.1 | 75 | 50 | 2 | 25.0 ± 7.1 |")
+    joined = head.split(" | ").index("k-NN 2+3+4")
+    assert [row.split(" | ")[joined] for row in (untrained, six)] == ["10.0", "20.0"]
     assert twelve.startswith("| fast | 6.1 | 75 | 50 | 1 | 50.0 |")
     assert (tmp_path / "curves.png").stat().st_size > 0
 

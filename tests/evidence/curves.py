@@ -20,6 +20,7 @@ from pipeline.beton import Beton
 from pipeline.order import steps_per_epoch
 from tests.evidence.curve_tables import tables
 from tests.evidence.data import Setting, call, make_beton, setting
+from tests.evidence.scores import missing
 from tools.benchmark.step import gflop_of
 from train.config import load_config
 from train.run.cli import CommandParser
@@ -120,9 +121,9 @@ def train_run(run: Run, data: Setting, work: Path) -> Path:
 
 
 def score(folder: Path, network: str, data: Setting, log: Path) -> None:
-    """Write FOLDER/knn.json and linear.json, unless they exist; a baseline's network is that of the
-    run beside its folder."""
-    if (folder / "linear.json").is_file():
+    """Write the files of scores that FOLDER lacks; a baseline's network is that of the run beside
+    its folder."""
+    if not missing(folder):
         return
     options = f"--size {data.size} {data.scored} {data.learnt} --memory {MEMORY}"
     options += f" --features {network}"
