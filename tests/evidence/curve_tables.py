@@ -21,7 +21,14 @@ PANELS: tuple[Reading, ...] = (
     (JOINED, "knn"),
     (JOINED, "linear"),
 )
-COLOURS = {"fast": "#c8553d", "today": "#2f6fde", "control": "#1a936f", "untrained": FAINT}
+COLOURS = {
+    "fast": "#c8553d",
+    "today": "#2f6fde",
+    "control": "#1a936f",
+    "slotmim": "#8a4fbf",
+    "untrained": FAINT,
+    "untrained-vit": "#b9a3cf",
+}
 SIDE, GAP = 520, 90
 """Of a panel of the picture, in pixels: its drawn square, and the room around it."""
 
@@ -97,7 +104,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def picture(rows: Sequence[Row], title: str) -> Image.Image:
     """Each of PANELS against TFLOP, above, and against CPU seconds, below. A dot is a seed's run, a
-    line joins means, the grey line is the untrained network.
+    line joins means, a level line is an untrained network.
     """
     step = SIDE + GAP
     whole = Image.new("RGB", (len(PANELS) * step + GAP, 2 * step + GAP), PAPER)
@@ -145,9 +152,9 @@ def draw_panel(
     name = f"{'k-NN' if probe == 'knn' else probe}, stage {stage}: mIoU % against {unit}"
     pen.text((corner[0], corner[1] - 8), name, INK, small, anchor="lb")
     for row in rows:
-        if row.recipe == "untrained" and row.scores(reading):
+        if not row.budget and row.scores(reading):
             y = statistics.mean(row.scores(reading))
-            pen.line((at(math.exp(left), y), at(math.exp(right), y)), COLOURS["untrained"], 3)
+            pen.line((at(math.exp(left), y), at(math.exp(right), y)), COLOURS[row.recipe], 3)
     for recipe, colour in COLOURS.items():
         own = [points[row.recipe, row.budget] for row in rows if row.recipe == recipe]
         means = [tuple(map(statistics.mean, zip(*each, strict=True))) for each in own if each]

@@ -1,5 +1,5 @@
-"""Quality against operations: the recipe that is close to the authors', the fast one, and a control
-at equal budgets of FLOPs, each read at stages 2, 3 and 4 and at all of them joined.
+"""Quality against operations: the recipe that is close to the authors', the fast one, a control,
+and SlotMIM at equal budgets of FLOPs, each read at stages 2, 3 and 4 and at all of them joined.
 
     python -m tests.evidence curves camvid WORK --root CamVid --budgets 6 12 --seeds 0 1 2
 
@@ -31,7 +31,7 @@ PATH = 160
 """Peak learning rate times steps of the fast recipe: docs/fast.md."""
 MEMORY = 16_000
 """Cells that the probes learn from: all that stage 4 has of CamVid."""
-RECIPES = ("fast", "control", "today")
+RECIPES = ("fast", "control", "today", "slotmim")
 LEAST, MOST = 0.75, 1.25
 """A run of whole epochs that is not within these shares of its budget is left out."""
 
@@ -62,13 +62,19 @@ def options_of(recipe: str, data: Setting) -> str:
 
     fast: losses at stages 2, 3 and 4; the rate follows from PATH. control: the stages up to the
     second alone, in the batches and at the rate of configs/fast/scenes_cpu.yaml, which are the best
-    known for them.
+    known for them. slotmim: a ViT by the recipe of the same name in configs/slotmim.
     """
     return {
         "today": data.recipe,
         "fast": FAST,
         "control": f"{FAST} {STAGE_2} --train.batch_size 16 --train.base_lr 32",
+        "slotmim": data.recipe.replace("configs/", "configs/slotmim/"),
     }[recipe]
+
+
+def baseline_of(recipe: str, seed: int) -> str:
+    """The folder of the network that the recipe's runs with this seed start from."""
+    return f"untrained-vit_{seed}" if recipe == "slotmim" else f"untrained_{seed}"
 
 
 @functools.cache
@@ -153,7 +159,7 @@ def main() -> None:
                     continue
                 folder = train_run(run, data, args.work)
                 score(folder, "teacher", data, args.work / f"{run.name}.log")
-                baseline = args.work / f"untrained_{seed}"
+                baseline = args.work / baseline_of(recipe, seed)
                 if not baseline.exists():
                     baseline.mkdir()
                     (baseline / "of").write_text(str(folder))

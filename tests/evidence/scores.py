@@ -13,21 +13,23 @@ from torch import Tensor
 from evaluation import probe
 from evaluation.probes.scores import score_probes
 from model.encoder import Encoder
+from model.timm_encoder import TimmEncoder
 
 STAGES, JOINED = ("2", "3", "4"), "2+3+4"
 FILES = {"knn": STAGES, "linear": (*STAGES, JOINED), "knn_joined": (JOINED,)}
 """The stages in each file of scores, whose name begins with the probe's."""
-Maps = Callable[[Encoder, Tensor, Sequence[int]], list[Tensor]]
+Network = Encoder | TimmEncoder
+Maps = Callable[[Network, Tensor, Sequence[int]], list[Tensor]]
 
 
 def remembering(maps: Maps) -> Maps:
-    """`Encoder.maps` that keeps the maps of all stages that are read, by encoder and images. While
-    BatchNorm is calibrated, nothing is kept.
+    """An encoder's `maps` that keeps the maps of all stages that are read, by encoder and images.
+    While BatchNorm is calibrated, nothing is kept.
     """
     numbers = tuple(map(int, STAGES))
     known: dict[tuple[int, int], dict[int, Tensor]] = {}
 
-    def read(encoder: Encoder, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
+    def read(encoder: Network, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
         if any(part.training for part in encoder.modules()) or not {*stages} <= {*numbers}:
             return maps(encoder, images, stages)
         key = id(encoder), hash(images.numpy().tobytes())
@@ -36,6 +38,12 @@ def remembering(maps: Maps) -> Maps:
         return [known[key][stage] for stage in stages]
 
     return read
+
+
+def remember() -> None:
+    """Let all kinds of encoders remember their maps from now on."""
+    for network in (Encoder, TimmEncoder):
+        network.maps = remembering(network.maps)  # type: ignore
 
 
 def probe_of(name: str) -> str:
@@ -50,7 +58,7 @@ def missing(folder: Path) -> list[str]:
 
 def main() -> None:
     folder, *options = sys.argv[1:]
-    Encoder.maps = remembering(Encoder.maps)  # type: ignore[method-assign]
+    remember()
     for name in missing(Path(folder)):
         argv = [probe_of(name), *options, "--stage", *FILES[name], "--seeds", "0"]
         args = probe.parse([*argv, "--baseline", "none", "--json", f"{folder}/{name}.json"])
