@@ -93,11 +93,10 @@ class Trainer:
         self.view_size = 0  # of the last step
 
         counts, terms = self.slotcon.prototype_counts, self.slotcon.term_names
-        skipped = self.bare_optimizer.skipped
+        skipped, learns = self.bare_optimizer.skipped, config.model.group_loss_weight > 0
         self.meter = Meter(self.accelerator, terms, sum(counts.values()), skipped)
         self.alarms = {
-            name: CollapseAlarm(count, self.warmup_steps, config.model.group_loss_weight > 0)
-            for name, count in counts.items()
+            name: CollapseAlarm(count, self.warmup_steps, learns) for name, count in counts.items()
         }
         self.roll_backs = 0  # since the run has passed `furthest_step`
         self.furthest_step = 0  # the last step at which it has diverged so far
