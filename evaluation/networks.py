@@ -12,6 +12,7 @@ from evaluation.datasets.images import spread
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import dilated
 from model import ModelConfig, SlotCon
+from model.branch import Branch
 from pipeline.errors import UserError, printable
 from train.config import RunConfig, from_dict
 from train.init_config import LIBRARIES, InitConfig
@@ -72,9 +73,11 @@ def untrained_network(
     squares: SquareImages,
     output_stride: int | None = None,
     init: InitConfig = _NEW,
+    heads: bool = True,
 ) -> SlotCon:
     """The network that a run with this `seed` and `init` starts from, what is new in it calibrated,
-    and dilated if `output_stride` is given. Raises UserError.
+    and dilated if `output_stride` is given. Without `heads` the encoder alone is calibrated: if it
+    came with statistics, no image is read. Raises UserError.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -82,8 +85,16 @@ def untrained_network(
     start_from(init, model)
     model = model.to(squares.device)
     model.teacher.encoder = dilated(model.teacher.encoder, output_stride)
-    calibrate(model.teacher, model.teacher.stages, squares)
+    calibrate_branch(model.teacher, squares, heads)
     return model.eval()
+
+
+def calibrate_branch(branch: Branch, squares: SquareImages, heads: bool) -> None:
+    """`calibrate` an encoder with its heads, or alone."""
+    if heads:
+        calibrate(branch, branch.stages, squares)
+    else:
+        calibrate(branch.encoder, branch.encoder, squares)
 
 
 def new_norms(network: nn.Module) -> list[nn.BatchNorm2d]:

@@ -30,7 +30,7 @@ from evaluation.datasets.labelled_squares import LabelledSquares
 from evaluation.datasets.open import CURATED, open_labelled
 from evaluation.datasets.squares import Squares
 from evaluation.features import in_one_line
-from evaluation.networks import calibrate, new_norms
+from evaluation.networks import calibrate_branch
 from evaluation.probes.memory import LabelledFeatures, gather_memory
 from evaluation.probes.retrieval import Retrieval
 from evaluation.probes.scores import scores_of_cells
@@ -91,10 +91,9 @@ class OnlineEvaluation:
 
     def _scores(self, teacher: nn.Module, pulse: Pulse) -> dict[str, float]:
         branch = copy_of(teacher, self._config.model, self._accelerator)
-        if new_norms(branch):
-            with main_prints(self._accelerator):
-                part = self._train if "knn" in self._protocols else self._val
-                calibrate(branch, branch.stages, part)
+        with main_prints(self._accelerator):
+            part = self._train if "knn" in self._protocols else self._val
+            calibrate_branch(branch, part, heads=bool({"prototypes", "slots"} & {*self._protocols}))
         network = _Encoder(branch)
         heads = {name: self._fit(name, network, pulse) for name in self._protocols if name in MATCH}
         data, size = self._val.images, self._val.size

@@ -32,7 +32,8 @@ from model import SlotCon
 from model.encoder import Encoder
 from pipeline.errors import UserError
 from train.init_config import InitConfig
-from train.weights import published_weights, read_backbone
+from train.published import published_weights
+from train.weights import read_backbone
 
 SPECS = ("teacher", "student", "projector", "untrained", "supervised", "timm:NAME", "pixels")
 TAKE_WEIGHTS = ("supervised", "timm:")
@@ -165,8 +166,11 @@ def open_untrained(
     if kind not in ("timm", "supervised"):
         assert checkpoint is not None, "open_trained refuses it"
         config = run_config(checkpoint)
-        network = untrained_network(config.model, config.train.seed, images, output_stride, init)
-        part = "projector" if spec == "projector" else "teacher"  # what is calibrated
+        heads = spec == "projector"
+        network = untrained_network(
+            config.model, config.train.seed, images, output_stride, init, heads
+        )
+        part = "projector" if heads else "teacher"  # what is calibrated
         return network_of_run(name, part, network, output_stride)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)

@@ -57,8 +57,8 @@ def cell_loss(
     count = valid.sum()
     if synchronised(predictor):
         count = all_reduce_sum(count)
-    queries = predict(predictor, _rows(student, chosen), valid, count)
-    keys, valid_keys = all_gather(_rows(teacher, chosen)), all_gather(valid)
+    queries = predict(predictor, chosen_rows(student, chosen), valid, count)
+    keys, valid_keys = all_gather(chosen_rows(teacher, chosen)), all_gather(valid)
     # Without any valid key the loss is dropped below; it must be finite all the same.
     valid_keys = valid_keys | ~valid_keys.any()
     positive = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
@@ -66,7 +66,7 @@ def cell_loss(
     return torch.where(count > 1, loss, 0.0)
 
 
-def _rows(maps: Tensor, chosen: Tensor) -> Tensor:
+def chosen_rows(maps: Tensor, chosen: Tensor) -> Tensor:
     """The chosen cells of [B, D, H, W]: [B·n, D]."""
     index = chosen[:, None].expand(-1, maps.shape[1], -1)
     return maps.flatten(2).gather(2, index).transpose(1, 2).flatten(0, 1)

@@ -107,7 +107,14 @@ class ModelConfig:
     PixContrast (Xie et al., arXiv 2011.10043), with a separate predictor and τ contrast_temp. At
     equal cost, it raised the prototypes' mIoU on sample scenes from 14 to 21 %. 0 = none."""
     cells: int = field(default=16, metadata=_COUNT)
-    """Cells of an image that this contrast samples in each direction, at most those of a view."""
+    """Cells of an image that this contrast, and the relations, sample in each direction, at most
+    those of a view."""
+    relation_loss_weight: float = field(default=0.0, metadata=_WEIGHT)
+    """Weight of an additional term: to which other cells of the batch a cell is near, a softmax of
+    cosines of centred features, is the same in student and teacher (KL; model/relations.py). The
+    two need no common width, so a frozen teacher of any architecture will do. 0 = none."""
+    relation_temp: float = field(default=0.1, metadata=_POSITIVE)
+    """Temperature of this softmax, in both."""
     projector: Projector = field(default="mlp", metadata=_one_of(get_args(Projector)))
     """What is between a cell of the encoder's map and its feature. "mlp": three layers, as in the
     paper. "norm": a BatchNorm without weights, so that the map itself is grouped; dim_out must then
@@ -219,6 +226,11 @@ class ModelConfig:
     def hides_patches(self) -> bool:
         """Whether the student sees views with hidden patches."""
         return self.objective == "slotmim"
+
+    @property
+    def samples_cells(self) -> bool:
+        """Whether a term looks at a sample of the cells."""
+        return bool(self.cell_loss_weight or self.relation_loss_weight)
 
     @property
     def assignment_floor(self) -> float:

@@ -20,6 +20,7 @@ from model.grouping import cosine_scores, winning_slots, won_cells
 from model.heads import build_predictor
 from model.image_level import image_loss
 from model.losses import grouping_loss, masked_loss, slot_loss, slot_regression
+from model.relations import relation_loss
 from model.slots import Contrast, SlotCapacity, contrast, largest_counts, read_capacities
 from model.targets import balancing_offset
 
@@ -36,8 +37,8 @@ class ModelOutput:
     terms: dict[str, Tensor]
     """Detached scalars before weighting, named as in `SlotCon.term_names`: grouping_12,
     grouping_21, slot_12, slot_21 (12: student view 1 against teacher view 2), with slotmim masked_1
-    and masked_2 (by view) and, if their weights are not 0, image and cells (both directions). Those
-    of stages before the last one begin with stageN_."""
+    and masked_2 (by view) and, if their weights are not 0, image, cells and relations (both
+    directions). Those of stages before the last one begin with stageN_."""
     stats: dict[str, Tensor]
     """Detached scalars, means per image and view: active_slots (teacher slots that win a cell),
     active_pairs (slots that win in the student's view and in the teacher's other view),
@@ -97,7 +98,8 @@ class Objective(nn.Module):
         names += ["masked_1", "masked_2"] * self.config.hides_patches
         names += [f"slot_{name}" for name, *_ in DIRECTIONS]
         names += ["image"] * bool(self.config.image_loss_weight)
-        return (*names, *["cells"] * bool(self.config.cell_loss_weight))
+        names += ["cells"] * bool(self.config.cell_loss_weight)
+        return (*names, *["relations"] * bool(self.config.relation_loss_weight))
 
     def measure(
         self,
@@ -132,12 +134,12 @@ class Objective(nn.Module):
             with record_function("slotcon.image level"):
                 terms["image"] = self._image_term(student, teacher, self.image_predictor)
             loss = loss + config.image_loss_weight * terms["image"]
-        if self.cell_predictor is not None:
+        if config.samples_cells:
             with record_function("slotcon.cells"):
-                terms["cells"] = self._cell_term(
-                    student, teacher, batch, overlapping, self.cell_predictor
-                )
-            loss = loss + config.cell_loss_weight * terms["cells"]
+                found = self._cell_terms(student, teacher, batch, overlapping)
+            terms |= found
+            weights = {"cells": config.cell_loss_weight, "relations": config.relation_loss_weight}
+            loss = loss + sum(weights[name] * term for name, term in found.items())
         terms = {name: term.detach() for name, term in terms.items()}
         return ModelOutput(loss, terms, stats, won.sum(dim=(0, 1)))
 
@@ -254,15 +256,15 @@ class Objective(nn.Module):
         ]
         return torch.stack(directions).sum()
 
-    def _cell_term(
+    def _cell_terms(
         self,
         student: Sequence[Grouped],
         teacher: Sequence[Grouped],
         batch: Geometry,
         overlapping: Tensor,
-        predictor: nn.Sequential,
-    ) -> Tensor:
-        """Both directions of the contrast between cells, on the same sample of places."""
+    ) -> dict[str, Tensor]:
+        """Contrast and relations of cells, both directions, on the same sample of places."""
+        config = self.config
         with record_function("slotcon.geometry"):
             student_aligned, teacher_aligned = (
                 [
@@ -273,20 +275,18 @@ class Objective(nn.Module):
             )
         images, _, *sides = student[0].features.shape
         chosen = sample_cells(
-            batch.draw, images, math.prod(sides), self.config.cells, overlapping.device
+            batch.draw, images, math.prod(sides), config.cells, overlapping.device
         )
-        directions = [
-            cell_loss(
-                student_aligned[own],
-                teacher_aligned[other],
-                overlapping,
-                chosen,
-                predictor,
-                self.config.contrast_temp,
-            )
-            for _, own, other in DIRECTIONS
-        ]
-        return torch.stack(directions).sum()
+        terms = dict[str, list[Tensor]]()
+        for _, own, other in DIRECTIONS:
+            cells = (student_aligned[own], teacher_aligned[other], overlapping, chosen)
+            if self.cell_predictor is not None:
+                loss = cell_loss(*cells, self.cell_predictor, config.contrast_temp)
+                terms.setdefault("cells", []).append(loss)
+            if config.relation_loss_weight:
+                loss = relation_loss(*cells, config.relation_temp)
+                terms.setdefault("relations", []).append(loss)
+        return {name: torch.stack(directions).sum() for name, directions in terms.items()}
 
 
 def _no_slot_terms(

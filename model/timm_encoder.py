@@ -4,6 +4,7 @@ B images, D channels, h w cells, S side of a view.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.architectures import IMAGENET, STAGES, Statistics, timm_name
+from model.hub import fails_at_once
 
 SIZES: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 """How a network is told to take images of any size: ViTs (positions are interpolated), Swin,
@@ -288,7 +290,8 @@ def create(
     refusal = ""
     for options in (size | way for way in ways for size in SIZES):
         try:
-            return timm.create_model(name, pretrained, num_classes=0, **options)
+            with fails_at_once() if pretrained else nullcontext():
+                return timm.create_model(name, pretrained, num_classes=0, **options)
         except TypeError as error:  # it has no such option
             refusal = first_line(error)
         except Exception as error:  # timm's hub and networks raise many types

@@ -10,11 +10,12 @@ import torch
 from evaluation.datasets.squares import SquareImages
 from model import ModelConfig, SlotCon
 from model.encoder import Encoder
+from model.timm_encoder import TimmEncoder
 from tests.evidence import curves
 from tests.evidence.control import put_on
 from tests.evidence.curve_tables import tables
 from tests.evidence.data import setting
-from tests.evidence.scores import READINGS, remembering
+from tests.evidence.scores import FILES, missing, remember, remembering
 from tests.helpers.betons import varied, write_beton
 
 CPU = torch.device("cpu")
@@ -70,6 +71,29 @@ def test_maps_are_remembered_for_the_same_images_only() -> None:
     assert not torch.equal(moved[0], read(one, second, (4,))[0])
 
 
+def test_a_vit_is_remembered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it each reading sends all images through the ViT again, which takes longer than its
+    training.
+    """
+    pytest.importorskip("timm")
+    from model.masked_vit import MaskedVit
+
+    for network in (Encoder, TimmEncoder):
+        monkeypatch.setattr(network, "maps", network.maps)  # put back after the test
+    remember()
+    vit, images, passes = MaskedVit("timm:vit_tiny_patch16_224").eval(), torch.rand(1, 3, 32, 32), 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    vit.net.patch_embed.register_forward_hook(count)
+    with torch.inference_mode():
+        first, second = (vit.maps(images, (stage,))[0] for stage in (3, 4))
+    assert passes == 1
+    assert not torch.equal(first, second)
+
+
 def test_epochs_and_rate_follow_from_the_budget(tmp_path: Path) -> None:
     """Without it recipes of unequal cost stand side by side, or a longer run gets a longer path."""
     write_beton(tmp_path / "b.beton", varied(160))
@@ -80,6 +104,12 @@ def test_epochs_and_rate_follow_from_the_budget(tmp_path: Path) -> None:
         assert run.tflop == pytest.approx(budget, rel=0.2)
         assert run.peak * run.steps == pytest.approx(curves.PATH)
     assert curves.planned("today", 0, 0.1, data, tmp_path / "b.beton") is None
+    pytest.importorskip("timm")
+    vit = curves.planned("slotmim", 0, 3.0, data, tmp_path / "b.beton")
+    assert vit is not None
+    assert vit.tflop == pytest.approx(3.0, rel=0.2)
+    assert "configs/slotmim/scenes_cpu.yaml" in vit.options
+    assert curves.baseline_of("slotmim", 0) != curves.baseline_of("today", 0)  # another network
 
 
 def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> None:
@@ -89,17 +119,67 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
         ("fast_6_1", 0.3),
         ("fast_12_0", 0.5),
         ("untrained_0", 0.1),
+        ("untrained-vit_0", 0.05),
+        ("slotmim_6_0", 0.15),
     ):
         folder = tmp_path / name
         folder.mkdir()
-        for probe, stages in READINGS.items():
+        for file, stages in FILES.items():
             rows = [{"metric": "miou", "stage": stage, "value": value} for stage in stages]
-            (folder / f"{probe}.json").write_text(json.dumps({"results": rows}))
+            (folder / f"{file}.json").write_text(json.dumps({"results": rows}))
         facts = {"tflop": 6.1, "steps": 75, "cpu_seconds": 50.0}
         (folder / "facts.json").write_text(json.dumps(facts))
     (tmp_path / "today_6_0").mkdir()  # not scored yet
-    _, _, untrained, six, twelve = tables("camvid", tmp_path).splitlines()
+    (tmp_path / "fast_6_1" / "knn_joined.json").unlink()  # scored in part
+    assert missing(tmp_path / "fast_6_1") == ["knn_joined"]
+    assert not missing(tmp_path / "fast_6_0")
+    head, _, untrained, vit, six, slotmim, twelve = tables("camvid", tmp_path).splitlines()
+    assert vit.startswith("| untrained-vit | 0.0 | 0 | 0 | 1 | 5.0 |")
+    assert slotmim.startswith("| slotmim | 6.1 | 75 | 50 | 1 | 15.0 |")
     assert untrained.startswith("| untrained | 0.0 | 0 | 0 | 1 | 10.0 |")
     assert six.startswith("| fast | 6.1 | 75 | 50 | 2 | 25.0 ± 7.1 |")
+    joined = head.split(" | ").index("k-NN 2+3+4")
+    assert [row.split(" | ")[joined] for row in (untrained, six)] == ["10.0", "20.0"]
     assert twelve.startswith("| fast | 6.1 | 75 | 50 | 1 | 50.0 |")
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_an_exported_dinov2_gets_timms_names() -> None:
+    """Without it a start could have matrices that are not transposed, or query and key swapped."""
+    onnx, timm = pytest.importorskip("onnx"), pytest.importorskip("timm")
+    from tests.evidence.dinov2 import arrays_of, timm_weights
+
+    shape = {"patch_size": 2, "img_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    vit = timm.models.VisionTransformer(**shape, num_classes=0, init_values=0.5)
+    draw, there = np.random.default_rng(0), {}
+    wanted = {name: draw.random(value.shape) for name, value in vit.state_dict().items()}
+    for name, value in wanted.items():
+        key = "layer" * name.startswith("norm.") + name
+        for ours, others in (
+            ("blocks.", "encoder.layer."),
+            ("attn.proj", "attention.output.dense"),
+            ("ls1.gamma", "layer_scale1.lambda1"),
+            ("ls2.gamma", "layer_scale2.lambda1"),
+            ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+            ("cls_token", "embeddings.cls_token"),
+        ):
+            key = key.replace(ours, others)
+        there[key] = value
+    first, patches = np.split(there.pop("pos_embed"), [1], axis=1)
+    there |= {"embeddings.Concat_6": first, "embeddings.Reshape_1": patches}
+    for kind in ("weight", "bias"):
+        rows = np.split(there.pop(f"encoder.layer.0.attn.qkv.{kind}"), 3)
+        for part, value in zip(("query", "key", "value"), rows, strict=True):
+            there[f"encoder.layer.0.attention.attention.{part}.{kind}"] = value
+    found = timm_weights(there, blocks=1)
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+    matrix, graph = draw.random((2, 3)), onnx.GraphProto()
+    graph.initializer.append(onnx.numpy_helper.from_array(matrix, "onnx::1"))
+    for kind, name in (("MatMul", "encoder/layer.0/fc1/MatMul"), ("Concat", "embeddings/Concat_6")):
+        node = onnx.helper.make_node(kind, ["x", "onnx::1"], ["y"], name=f"/backbone/{name}")
+        graph.node.append(node)
+    arrays = arrays_of(graph)
+    assert np.array_equal(arrays["encoder.layer.0.fc1.weight"], matrix.T)
+    assert np.array_equal(arrays["embeddings.Concat_6"], matrix)

@@ -35,7 +35,10 @@ LOADED_INDIRECTLY = {
     "turbojpeg",  # its native library
 }
 
-OPTIONAL = {"aiohttp", "fsspec", "nvidia", "onnxruntime", "pyarrow", "pydensecrf", "pynvml", "timm"}
+OPTIONAL = {
+    "aiohttp", "fsspec", "huggingface_hub", "nvidia", "onnxruntime", "pyarrow", "pydensecrf",
+    "pynvml", "timm",
+}  # fmt: skip
 """Of the extras (nvidia: DALI), imported when used."""
 
 # Paths and hosts of one machine or network. The brackets keep this file from matching itself.

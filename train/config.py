@@ -378,7 +378,7 @@ class RunConfig(Bounded):
         for stage in self.model.supervised:
             cells, sample = self.model.cells_of(side, stage), self.model.at(stage).cells
             require(
-                sample <= cells or not self.model.cell_loss_weight,
+                sample <= cells or not self.model.samples_cells,
                 "model.cells",
                 sample,
                 f"at most the {cells} cells that stage {stage} has of a view of {side} pixels "

@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.architectures import Statistics, is_timm, timm_name
+from model.architectures import Statistics, is_timm
 from model.encoder import AnyEncoder, Encoder
 from model.names import Branch, with_counts
-from model.timm_encoder import TimmEncoder, create, facts, first_line
+from model.timm_encoder import TimmEncoder, facts, first_line
 from pipeline.errors import UserError, printable
 from train.pretrained import load_model, read_record
-from train.run.checkpoint import check_weights, find
+from train.run.checkpoint import find
+from train.run.sound import check_weights
 from train.weights import (
     Backbone,
+    Content,
     describe,
     origin,
+    parts_outside,
     read_backbone,
     read_file,
     read_weights,
-    stem,
 )
 
 
@@ -36,15 +38,16 @@ def read_encoder(
     if `arch` is timm:NAME, of any file with its weights. Names are timm's, without the classifier.
     Raises UserError.
     """
-    source = origin(source)
+    source, content = origin(source), None
     if source.is_dir():
         record = read_record(find(source))
         metadata = describe(record, branch)
     else:
-        metadata = read_file(source)[1] if source.suffix == ".safetensors" else {}
+        content = read_file(source)
+        metadata = content[1]
     found = metadata.get("arch", arch or "")
     if not is_timm(found) and not is_timm(arch or ""):
-        return read_backbone(source, arch, branch, partial)
+        return read_backbone(source, arch, branch, partial, content)
     stated = source.is_dir() or is_timm(found)  # else the names of the weights decide
     if arch is not None and stated and _untagged(found) != _untagged(arch):
         raise UserError(f"{source}: weights of a {found}, not of the {arch} that is needed")
@@ -60,13 +63,12 @@ def read_encoder(
         raise UserError(f"{source}: weights of the teacher, not of the student")
     else:
         net = _new(found, int(stages), source)
-        unused = load_weights(net, source, branch)
+        unused = load_weights(net, source, branch, content)
     weights = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in net.state_dict().items()
     }
-    parts = dict.fromkeys(stem(name) or name for name in unused)
-    return Backbone(found, weights, metadata, int(stages), tuple(parts))
+    return Backbone(found, weights, metadata, int(stages), tuple(unused))
 
 
 def encoder_of(backbone: Backbone) -> AnyEncoder:
@@ -79,20 +81,6 @@ def encoder_of(backbone: Backbone) -> AnyEncoder:
     encoder = TimmEncoder(backbone.arch, backbone.stages, image_stats=statistics)
     encoder.net.load_state_dict(backbone.weights)
     return encoder
-
-
-def published_encoder(arch: str) -> dict[str, Any]:
-    """The weights that timm publishes for timm:NAME, by its names, without the classifier.
-    Downloads them, unless the cache of Hugging Face's hub has them. Raises UserError.
-    """
-    try:
-        net = create(timm_name(arch), pretrained=True)
-    except ValueError as error:
-        raise UserError(
-            f"{arch} cannot be downloaded ({error}): get it elsewhere and give its file"
-        ) from None
-    state: dict[str, Any] = net.state_dict()
-    return state
 
 
 def image_stats(backbone: Backbone) -> Statistics:
@@ -124,13 +112,16 @@ def _new(arch: str, stages: int, source: Path) -> Any:
         raise UserError(f"{source}: {error}") from None
 
 
-def load_weights(model: Any, path: Path, branch: Branch = "teacher") -> list[str]:
+def load_weights(
+    model: Any, path: Path, branch: Branch = "teacher", content: Content | None = None
+) -> list[str]:
     """Load a file of the model's weights: under timm's names, or under those of a release that
     timm's own model converts, such as DINOv2's. Its classifier is left out, its positions are
-    interpolated; of two networks it is that of `branch`. Returns the names of the tensors that are
-    left out: of the classifier and of other networks. Raises UserError.
+    interpolated; of two networks it is that of `branch`. Returns the parts that are left out: the
+    classifier and other networks. `content`: as in `read_backbone`. Raises
+    UserError.
     """
-    state, others = read_weights(path, model.state_dict(), branch)
+    state, others = read_weights(path, model.state_dict(), branch, content)
     stored = state
     module = sys.modules[type(model).__module__]
     if convert := getattr(module, "checkpoint_filter_fn", None):
@@ -147,7 +138,7 @@ def load_weights(model: Any, path: Path, branch: Branch = "teacher") -> list[str
     drop = tuple(f"{head}." for head in heads)
     kept = {name: value for name, value in state.items() if not name.startswith(drop)}
     load(model, with_counts(kept, model.state_dict()), path)
-    return [*others, *(name for name in state if name not in kept)]
+    return [*others, *parts_outside(kept, (name for name in state if name not in kept))]
 
 
 def load(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
@@ -155,5 +146,5 @@ def load(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     try:
         check_weights(state, module.state_dict())
     except ValueError as error:
-        raise UserError(f"{source}: damaged, or of another model ({error})") from None
+        raise UserError(f"{source}: incomplete, damaged, or of another model ({error})") from None
     module.load_state_dict(state)

@@ -53,15 +53,17 @@ class Standing:
     """The highest score of a step with a checkpoint: from step 1 on."""
     best_step: Step | None = None
     stale: Annotated[int, Meta(ge=0)] = 0
-    """Evaluations since then."""
+    """Evaluations since then, without those of an encoder that has rested so far."""
 
-    def after(self, step: int, score: float | None) -> "Standing":
-        """With one more evaluation; `score` is None if the features were not finite."""
+    def after(self, step: int, score: float | None, rested: bool = False) -> "Standing":
+        """With one more evaluation; `score` is None if the features were not finite. Of an encoder
+        that has `rested` so far no better score can be expected.
+        """
         if step == 0:  # the untrained network has no checkpoint
             return replace(self, last=step)
         if score is not None and (self.best is None or score > self.best):
             return replace(self, last=step, best=score, best_step=step, stale=0)
-        return replace(self, last=step, stale=self.stale + 1)
+        return replace(self, last=step, stale=self.stale + (not rested))
 
 
 class _Interrupted(Exception):
@@ -77,6 +79,8 @@ class Evaluations:
     def __init__(self, config: RunConfig, run: Run, open_evaluation: OpenEvaluation | None) -> None:
         """Raises UserError, if the labelled images cannot be used."""
         self._config, self._run = config, run
+        self.rests_until = 0
+        """The first step from which the encoder learns."""
         self._evaluation: Evaluation | None = None
         if config.eval.every is not None:
             if open_evaluation is None:
@@ -171,7 +175,8 @@ class Evaluations:
 
     def _note(self, scores: dict[str, float], seconds: float) -> None:
         run, metric = self._run, self._config.eval.metric
-        self.standing = best = self.standing.after(run.step, scores.get(metric))
+        rested = run.step <= self.rests_until
+        self.standing = best = self.standing.after(run.step, scores.get(metric), rested)
         rows = [{"metric": name, "value": value} for name, value in scores.items()]
         text = f"step {run.step}/{run.last_step}  {in_words(scores)}  eval {seconds:.1f} s"
         if best.best is not None:

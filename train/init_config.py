@@ -63,13 +63,16 @@ def check_frozen(config: Any) -> None:
         return
     needs = {
         "prototype_init": "kmeans",
-        "group_loss_weight": 1,
         "image_loss_weight": 0,
         "cell_loss_weight": 0,
     }
     for name, value in needs.items():
         given = getattr(model, name)
         require(given == value, f"model.{name}", given, f"{value} with train.teacher frozen")
+    share = model.group_loss_weight
+    plain = share == 1 or model.relation_loss_weight
+    alone = "1 with train.teacher frozen, unless model.relation_loss_weight is above 0"
+    require(plain, "model.group_loss_weight", share, alone)
     stages, last_stage = train.teacher_stages, model.stages
     known = bool(train.teacher_arch) or not stages or stages[-1] <= last_stage
     require(known, "train.teacher_stages", stages, f"at most model.stages ({last_stage})")

@@ -124,15 +124,16 @@ class Meter:
 
 def progress_line(values: Mapping[str, Any], epochs: int, last_step: int, batch_size: int) -> str:
     """The log line on the terminal."""
-    pairs = {
+    titles = {
         "grouping": ("grouping_12", "grouping_21"),
         "masked": ("masked_1", "masked_2"),
         "slots": ("slot_12", "slot_21"),
+        "relations": ("relations",),
     }
     terms = [
-        f"{title} {values[one]:.3f} {values[other]:.3f}"
-        for title, (one, other) in pairs.items()
-        if one in values
+        " ".join([title, *(f"{values[name]:.3f}" for name in names)])
+        for title, names in titles.items()
+        if names[0] in values
     ]
     text = (
         f"loss {values['loss']:.4f} ({', '.join(terms)})  "

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,16 @@ from model.encoder import AnyEncoder
 from model.official import official_names, shaped
 from pipeline.errors import UserError, printable
 from train.config import TrainConfig
-from train.encoders import published_encoder, read_encoder
+from train.encoders import read_encoder
 from train.init_config import LIBRARIES, InitConfig
 from train.pretrained import load_model
+from train.published import published
+from train.run.sound import fault_of
 from train.weights import (
-    published_weights,
     read_file,
     state_below,
     stem,
     tensors_in,
-    timm_weights,
     weights_file,
 )
 
@@ -69,14 +69,14 @@ def start_from(init: InitConfig, model: SlotCon, train: TrainConfig = _TRAIN) ->
         unused = []
     fitting = {n: v for n, v in found.items() if n in expected and v.shape == expected[n].shape}
     for name, value in fitting.items():
-        if not value.isfinite().all():
-            raise UserError(f"init.weights: {init.weights}: {printable(name)} is not finite")
+        if fault := fault_of(printable(name), value):
+            raise UserError(f"init.weights: {init.weights}: {fault}")
     learnt = (n for n, _ in model.named_parameters() if n.startswith("guide."))
     missing = [name for name in learnt if name not in fitting]
     if missing:
         raise UserError(f"train.teacher frozen: its weights lack {_parts(missing)[0]}")
     _require_known(model, train, fitting)
-    unused += [name for name in found if name not in fitting]
+    unused += _parts(name for name in found if name not in fitting)
     model.load_state_dict({**expected, **fitting})
     own = ("encoder.scale", "encoder.shift")  # how an encoder of timm gets its images
     new = (
@@ -84,7 +84,7 @@ def start_from(init: InitConfig, model: SlotCon, train: TrainConfig = _TRAIN) ->
         for name in expected
         if not (name in fitting or name.startswith("guide.") or name.endswith(own))
     )
-    return about | {"fitted": len(fitting), "new": _parts(new), "unused": _parts(unused)}
+    return about | {"fitted": len(fitting), "new": _few(_parts(new)), "unused": _few(unused)}
 
 
 def _encoder(source: str, arch: str) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
@@ -92,7 +92,7 @@ def _encoder(source: str, arch: str) -> tuple[dict[str, Tensor], list[str], dict
     is known of it. Raises UserError.
     """
     if source in LIBRARIES:
-        weights, unused = _published(source, arch), list[str]()
+        weights, unused = published(source, arch), list[str]()
         about: dict[str, Any] = {"weights": source, "kind": source}
     else:
         path = Path(source)
@@ -128,17 +128,8 @@ def _require_known(model: SlotCon, train: TrainConfig, fitting: Container[str]) 
     full = (f"student.encoder.{name}" for name in sorted(names))
     if missing := [name for name in full if name not in fitting]:
         setting = "model.norm eval" if model.config.norm == "eval" else "resting stages"
-        parts = ", ".join(_parts(missing))
+        parts = ", ".join(_few(_parts(missing)))
         raise UserError(f"init.weights: without {parts}; new weights cannot rest ({setting})")
-
-
-def _published(library: str, arch: str) -> dict[str, Tensor]:
-    """The weights that a library publishes. Raises UserError."""
-    if library == "torchvision" and is_timm(arch):
-        raise UserError(f"torchvision has no weights of {arch}; use timm, or a file")
-    if library == "torchvision":
-        return published_weights(arch)
-    return published_encoder(arch) if is_timm(arch) else timm_weights(arch)
 
 
 def _below(networks: Iterable[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -180,6 +171,11 @@ def digest(path: Path) -> str:
 
 
 def _parts(names: Iterable[str]) -> list[str]:
-    """The parts of a network that these names belong to, a few of them."""
-    parts = list(dict.fromkeys(printable(stem(name) or name) for name in names))
-    return parts if len(parts) <= _PARTS else [*parts[:_PARTS], f"{len(parts) - _PARTS} more"]
+    """The parts of a network that these names of tensors belong to."""
+    return list(dict.fromkeys(stem(name) or name for name in names))
+
+
+def _few(parts: Sequence[str]) -> list[str]:
+    """The first of these parts, and how many more there are."""
+    more = [f"{len(parts) - _PARTS} more"] if len(parts) > _PARTS else []
+    return [*map(printable, parts[:_PARTS]), *more]

@@ -76,6 +76,7 @@ class Trainer:
         self._check_batch_statistics()
         steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * steps_per_epoch
+        self.evaluations.rests_until = config.train.freeze_encoder_epochs * steps_per_epoch
         self.warmup_steps = round(config.train.warmup_epochs * steps_per_epoch)
         own = {"ema": 0.0, "student": 1.0, "switch": config.train.teacher_from, "frozen": 1.0}
         self.average_from = round(own[config.train.teacher] * self.total_steps)

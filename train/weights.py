@@ -13,21 +13,30 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from model.encoder import Encoder
-from model.names import Branch, archs_of, branch_of, choose, resnets_in, stages_of, with_counts
+from model.names import (
+    COUNT,
+    Branch,
+    archs_of,
+    branch_of,
+    choose,
+    resnets_in,
+    stages_of,
+    with_counts,
+)
 from pipeline.errors import UserError, printable
 from pipeline.files import open_file
 from train.config import RunConfig, from_dict
 from train.pickle_machine import BYTES, TENSORS, NotDense, room
 from train.pickles import read_pickle
 from train.pretrained import load_model, read_record
-from train.run.checkpoint import Record, check_weights, find, is_checkpoint
+from train.run.checkpoint import Record, find, is_checkpoint
 from train.run.settings import to_dict
+from train.run.sound import STATISTICS, check_weights
 
 META = "meta"
 """The key of the metadata in the dictionaries that we write, as in mmengine's."""
@@ -51,9 +60,9 @@ _REAL = {
     torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 }  # fmt: skip
 """Types whose numbers float32 can hold."""
-NAME_LENGTH, NETWORKS, SHOWN = 500, 16, 6
+NAME_LENGTH, NETWORKS, SHOWN, _ANCHORS = 500, 16, 6, 8
 """Most characters of a tensor's name: longer ones are skipped. Most copies of a network in a file.
-Most prefixes in a message."""
+Most prefixes in a message. Names that are looked for to find a network."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,16 @@ class Backbone:
     """The parts of the source that are not these weights, by the beginnings of their names."""
 
 
+Content = tuple[Any, dict[str, str]]
+"""What a file of weights holds, and its metadata."""
+
+
 def read_backbone(
-    source: Path, arch: str | None = None, branch: Branch = "teacher", partial: bool = False
+    source: Path,
+    arch: str | None = None,
+    branch: Branch = "teacher",
+    partial: bool = False,
+    content: Content | None = None,
 ) -> Backbone:
     """Read the encoder in `source`.
 
@@ -85,6 +102,7 @@ def read_backbone(
         branch: which encoder to take if `source` holds two. Teacher is the default, so a file that
             holds only the student is also accepted for it.
         partial: whether an encoder that ends before stage 4 will do.
+        content: what `read_file` gives of the file `source`, if it is known.
 
     Raises:
         UserError: `source` holds no encoder, or one of another architecture, or is damaged; or
@@ -96,8 +114,8 @@ def read_backbone(
         record = read_record(find(source))
         state, metadata = load_model(source)[0].state_dict(), describe(record, branch)
     else:
-        content, metadata = read_file(source)
-        state = tensors_in(content)
+        inside, metadata = content or read_file(source)
+        state = tensors_in(inside)
     resnets = resnets_in(state)
     networks = {
         prefix: _dense({ours: state[name] for ours, name in names.items()}, source)
@@ -119,8 +137,8 @@ def read_backbone(
         raise UserError(f"{source}: a {arch} that ends at stage {stages}; all four are needed")
     place = f"{source}: below '{printable(prefix)}'" if prefix else source
     used = set(resnets[prefix].values())
-    unused = tuple(dict.fromkeys(stem(name) or name for name in state if name not in used))
-    return Backbone(arch, fitting(weights, arch, place, stages), metadata, stages, unused)
+    unused = parts_outside(used, (name for name in state if name not in used))
+    return Backbone(arch, fitting(weights, arch, place, stages), metadata, stages, tuple(unused))
 
 
 def weights_file(source: Path) -> Path:
@@ -176,7 +194,7 @@ def fitting(
     try:
         check_weights({**weights, **plain}, expected)  # float64 may become infinite in float32
     except ValueError as error:
-        raise UserError(f"{source}: damaged, or not a {arch} ({error})") from None
+        raise UserError(f"{source}: incomplete, damaged, or not a {arch} ({error})") from None
     return {name: plain[name] for name in expected}
 
 
@@ -189,46 +207,6 @@ def safetensors_bytes(backbone: Backbone) -> bytes:
         name: value.encode(errors="backslashreplace").decode() for name, value in facts.items()
     }
     return save(backbone.weights, header)
-
-
-def published_weights(arch: str) -> dict[str, Tensor]:
-    """The backbone that torchvision publishes, trained on ImageNet's labels (IMAGENET1K_V1).
-
-    Downloads it, unless torchvision's cache has it. Raises UserError.
-    """
-    published = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
-    try:
-        state = published.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{published.url} cannot be downloaded ({error}): get it elsewhere and give its file"
-        ) from None
-    return fitting(_resnet(state), arch, published.url)
-
-
-def timm_weights(arch: str) -> dict[str, Tensor]:
-    """The backbone that timm publishes under this name by default.
-
-    Downloads it, unless the cache of Hugging Face's hub has it. Raises UserError.
-    """
-    try:
-        import timm
-    except ImportError:
-        raise UserError("weights of timm need timm (pip install .[timm])") from None
-    try:
-        state = timm.create_model(arch, pretrained=True).state_dict()
-    except Exception as error:  # timm's hub and registry raise many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"timm's weights of {arch} cannot be loaded ({printable(reason)}): get them elsewhere "
-            "and give their file"
-        ) from None
-    return fitting(_resnet(state), arch, f"timm's weights of {arch}")
-
-
-def _resnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The ResNet, without classifier, in the state dict of one."""
-    return {ours: state[name] for ours, name in resnets_in(state)[""].items()}
 
 
 def describe(record: Record, branch: Branch | None = None) -> dict[str, str]:
@@ -307,15 +285,25 @@ def state_below(
 
 
 def read_weights(
-    path: Path, expected: Iterable[str], branch: Branch = "teacher"
+    path: Path,
+    expected: Iterable[str],
+    branch: Branch = "teacher",
+    content: Content | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict, below any prefix, of a model whose names are `expected`; of two, that of
-    `branch`. And the names of the tensors that are not below this prefix. Raises UserError.
+    `branch`. And the parts of the file that are not below this prefix. `content`: as in
+    `read_backbone`. Raises UserError.
     """
-    anchor = max(expected, key=len)  # the least likely to be another model's
-    tensors = tensors_in(read_file(path)[0])
+    # Long names are the least likely to be another model's. A file may lack any, as statistics.
+    weights = (name for name in expected if not name.endswith((*STATISTICS, COUNT)))
+    anchors = sorted(weights, key=len, reverse=True)[:_ANCHORS]
+    tensors = tensors_in((content or read_file(path))[0])
+    ends = [f".{name}" for name in tensors]
+    known = (name for name in anchors if any(end.endswith(f".{name}") for end in ends))
+    anchor = next(known, anchors[0])
     state, prefix = state_below(tensors, anchor, path, "weights of this model", branch)
-    return state, [name for name in tensors if not name.startswith(prefix)]
+    others = [name for name in tensors if not name.startswith(prefix)]
+    return state, parts_outside(tensors.keys() - others, others)
 
 
 def _chosen(
@@ -353,6 +341,18 @@ def stem(name: str) -> str:
     return ".".join(parts[: next((n for n, p in enumerate(parts) if p.isdigit()), -1)])
 
 
+def parts_outside(used: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The largest parts of a file that hold `others` of its tensors, and none of those `used`."""
+    inside = {above for name in used for above in _above(name)}
+    parts = (next((p for p in _above(name) if p not in inside), name) for name in others)
+    return list(dict.fromkeys(parts))
+
+
+def _above(name: str) -> list[str]:
+    """The parts that a tensor belongs to, the largest first: of a.b.weight a and a.b."""
+    return [name[:at] for at, letter in enumerate(name) if letter == "."]
+
+
 def _listed(prefixes: Iterable[str]) -> str:
     names = [printable(f"'{prefix}'") if prefix else "no prefix" for prefix in prefixes]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -377,7 +377,7 @@ def _dense(state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
     return made
 
 
-def read_file(path: Path) -> tuple[Any, dict[str, str]]:
+def read_file(path: Path) -> Content:
     """The content and the metadata of a .safetensors file, a .pkl of arrays, or a file of torch's.
 
     Raises UserError, also for a pickle that holds more than tensors, arrays and plain values, and
@@ -399,7 +399,7 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
     return content, _ours(metadata) if isinstance(metadata, dict) else {}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path) -> Content:
     """As `read_file`. The library checks that the shapes fit the file."""
     with path.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")

@@ -10,8 +10,9 @@ from model.architectures import is_timm
 from model.encoder import AnyEncoder, Encoder
 from model.timm_encoder import TimmEncoder
 from pipeline.errors import UserError
-from train.encoders import image_stats, published_encoder, read_encoder
-from train.weights import Backbone, published_weights
+from train.encoders import image_stats, read_encoder
+from train.published import published_encoder, published_weights
+from train.weights import Backbone
 from transfer.config import InitConfig
 
 _LAST_OF_STAGE = ("bn1", "layer1", "layer2", "layer3", "layer4")

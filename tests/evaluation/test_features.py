@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evaluation import specs
-from evaluation.datasets.images import FolderImages
+from evaluation.datasets.images import FileImages, FolderImages
 from evaluation.datasets.squares import SquareImages
 from evaluation.features import Features, Network, fuse
 from evaluation.options import stage
@@ -81,6 +82,11 @@ def test_the_start_of_a_run_is_its_baseline(tmp_path: Path, capsys: Capture) -> 
         expected = start.teacher.encoder.eval()(images())
     torch.testing.assert_close(before[1](images()), expected)
     assert f"from {weights}" in capsys.readouterr().err
+    unread = replace(squares, images=FileImages([tmp_path / "no.jpg"] * 3, ["no.jpg"] * 3))
+    assert torch.equal(
+        open_all(options("teacher", checkpoint=checkpoint), unread)[1](images()),
+        before[1](images()),
+    )  # only a projector is new, and is not asked for
     weights.write_bytes(b"another")
     found = open_all(options("teacher", checkpoint=checkpoint), squares)
     assert [each.name for each in found] == ["teacher", "untrained"]
@@ -184,7 +190,7 @@ def test_bad_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no weights in it"):
         read_weights(tmp_path / "list.pth", ["weight"])
     save_file({"weight": torch.ones(3, 2)}, tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="bias is missing or unknown"):
+    with pytest.raises(UserError, match=r"it lacks bias, of 2 tensors"):
         load(nn.Linear(3, 3), read_weights(tmp_path / "w.safetensors", ["weight"])[0], tmp_path)
     with pytest.raises(UserError, match=r"weight has shape \[3, 2\], not \[3, 3\]"):
         load(

@@ -3,38 +3,59 @@
 import json
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tests.evidence.scores import JOINED, READINGS
+from tests.evidence.scores import FILES, JOINED, STAGES, probe_of
 from tools.report.charts import FAINT, INK, PAPER, RULE, decades, short, ticks
 from transfer.table import mean_and_deviation
 
 Reading = tuple[str, str]
 """(stage, probe)"""
-PANELS: tuple[Reading, ...] = (("3", "knn"), ("4", "knn"), ("4", "linear"), (JOINED, "linear"))
-COLOURS = {"fast": "#c8553d", "today": "#2f6fde", "control": "#1a936f", "untrained": FAINT}
+PANELS: tuple[Reading, ...] = (
+    ("4", "knn"),
+    ("4", "linear"),
+    (JOINED, "knn"),
+    (JOINED, "linear"),
+)
+COLOURS = {
+    "fast": "#c8553d",
+    "today": "#2f6fde",
+    "control": "#1a936f",
+    "slotmim": "#8a4fbf",
+    "untrained": FAINT,
+    "untrained-vit": "#b9a3cf",
+}
 SIDE, GAP = 520, 90
 """Of a panel of the picture, in pixels: its drawn square, and the room around it."""
 
 
 @dataclass
 class Row:
-    """The runs of a recipe with one budget, a value for each seed."""
+    """The runs of a recipe with one budget, one of each seed."""
 
     recipe: str
     budget: float
-    facts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """TFLOP, steps and CPU seconds."""
-    scores: dict[Reading, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """mIoU in percent."""
+    runs: list[tuple[dict[str, float], dict[Reading, float]]] = field(default_factory=list)
+    """Facts (TFLOP, steps, CPU seconds; none of an untrained network), and scores: mIoU in percent
+    of the readings that there are."""
 
     def mean(self, fact: str) -> float:
-        return statistics.mean(self.facts[fact] or [0.0])
+        return statistics.mean(facts.get(fact, 0.0) for facts, _ in self.runs)
+
+    def scores(self, reading: Reading) -> list[float]:
+        return [scores[reading] for _, scores in self.runs if reading in scores]
+
+    def points(self, fact: str, reading: Reading) -> list[tuple[float, float]]:
+        """A fact and a score of each run that has both."""
+        return [
+            (facts[fact], scores[reading])
+            for facts, scores in self.runs
+            if fact in facts and reading in scores
+        ]
 
 
 def rows_of(work: Path) -> list[Row]:
@@ -44,37 +65,46 @@ def rows_of(work: Path) -> list[Row]:
         recipe, *budget, _ = file.parent.name.split("_")
         size = float(budget[0]) if budget else 0.0
         row = rows.setdefault((size, recipe), Row(recipe, size))
-        facts = file.with_name("facts.json")
-        for name, value in json.loads(facts.read_text()).items() if budget else ():
-            if name in ("tflop", "steps", "cpu_seconds"):
-                row.facts[name].append(value)
-        for probe in READINGS:
-            for each in json.loads(file.with_name(f"{probe}.json").read_text())["results"]:
-                if each["metric"] == "miou":
-                    row.scores[each["stage"], probe].append(100 * each["value"])
+        facts = json.loads(file.with_name("facts.json").read_text()) if budget else {}
+        row.runs.append((facts, scores_in(file.parent)))
     order = list(COLOURS)
     return sorted(rows.values(), key=lambda row: (row.budget, order.index(row.recipe)))
+
+
+def scores_in(folder: Path) -> dict[Reading, float]:
+    """mIoU in percent of each reading in the folder of a run."""
+    results = [
+        (each, probe_of(name))
+        for name in FILES
+        if (folder / f"{name}.json").is_file()
+        for each in json.loads((folder / f"{name}.json").read_text())["results"]
+    ]
+    return {
+        (each["stage"], probe): 100 * each["value"]
+        for each, probe in results
+        if each["metric"] == "miou"
+    }
 
 
 def table(rows: Sequence[Row]) -> str:
     """mIoU in percent, mean ± deviation over the seeds, as a Markdown table."""
     readings: list[Reading] = [
-        (stage, probe) for probe, stages in READINGS.items() for stage in stages
+        (stage, probe) for probe in ("knn", "linear") for stage in (*STAGES, JOINED)
     ]
     heads = [f"{'k-NN' if probe == 'knn' else probe} {stage}" for stage, probe in readings]
     lines = [f"| recipe | TFLOP | steps | CPU s | seeds | {' | '.join(heads)} |"]
     lines.append("|---" * (5 + len(heads)) + "|")
     for row in rows:
         facts = [f"{row.mean('tflop'):.1f}", f"{row.mean('steps'):.0f}"]
-        facts += [f"{row.mean('cpu_seconds'):.0f}", str(max(map(len, row.scores.values())))]
-        cells = [mean_and_deviation(row.scores[reading]) for reading in readings]
+        facts += [f"{row.mean('cpu_seconds'):.0f}", str(len(row.runs))]
+        cells = [mean_and_deviation(row.scores(reading)) for reading in readings]
         lines.append(f"| {row.recipe} | {' | '.join([*facts, *cells])} |")
     return "\n".join(lines)
 
 
 def picture(rows: Sequence[Row], title: str) -> Image.Image:
     """Each of PANELS against TFLOP, above, and against CPU seconds, below. A dot is a seed's run, a
-    line joins means, the grey line is the untrained network.
+    line joins means, a level line is an untrained network.
     """
     step = SIDE + GAP
     whole = Image.new("RGB", (len(PANELS) * step + GAP, 2 * step + GAP), PAPER)
@@ -100,9 +130,9 @@ def draw_panel(
     unit: str,
 ) -> None:
     """One reading against one fact, on a logarithmic axis, in the square below `corner`."""
-    trained = [row for row in rows if row.facts[fact]]
-    xs = [math.log(x) for row in trained for x in row.facts[fact]] or [0.0]
-    ys = [y for row in rows for y in row.scores[reading]] or [0.0]
+    points = {(row.recipe, row.budget): row.points(fact, reading) for row in rows}
+    xs = [math.log(x) for each in points.values() for x, _ in each] or [0.0]
+    ys = [y for row in rows for y in row.scores(reading)] or [0.0]
     left, right = min(xs) - 0.7, max(xs) + 0.7  # a factor of two
     low, high = min(ys) - 1, max(ys) + 1
     small = ImageFont.load_default(18)
@@ -122,16 +152,15 @@ def draw_panel(
     name = f"{'k-NN' if probe == 'knn' else probe}, stage {stage}: mIoU % against {unit}"
     pen.text((corner[0], corner[1] - 8), name, INK, small, anchor="lb")
     for row in rows:
-        if row.recipe == "untrained":
-            y = statistics.mean(row.scores[reading])
-            pen.line((at(math.exp(left), y), at(math.exp(right), y)), COLOURS["untrained"], 3)
+        if not row.budget and row.scores(reading):
+            y = statistics.mean(row.scores(reading))
+            pen.line((at(math.exp(left), y), at(math.exp(right), y)), COLOURS[row.recipe], 3)
     for recipe, colour in COLOURS.items():
-        own = [row for row in trained if row.recipe == recipe]
-        means = [at(row.mean(fact), statistics.mean(row.scores[reading])) for row in own]
-        pen.line(means, colour, 4)
-        for row in own:
-            for x, y in zip(row.facts[fact], row.scores[reading], strict=True):
-                pen.circle(at(x, y), 6, colour)
+        own = [points[row.recipe, row.budget] for row in rows if row.recipe == recipe]
+        means = [tuple(map(statistics.mean, zip(*each, strict=True))) for each in own if each]
+        pen.line([at(x, y) for x, y in means], colour, 4)
+        for x, y in (point for each in own for point in each):
+            pen.circle(at(x, y), 6, colour)
 
 
 def tables(data: str, work: Path) -> str:

@@ -1,5 +1,5 @@
-"""Quality against operations: the recipe that is close to the authors', the fast one, and a control
-at equal budgets of FLOPs, each read at stages 2, 3 and 4 and at all of them joined.
+"""Quality against operations: the recipe that is close to the authors', the fast one, a control,
+and SlotMIM at equal budgets of FLOPs, each read at stages 2, 3 and 4 and at all of them joined.
 
     python -m tests.evidence curves camvid WORK --root CamVid --budgets 6 12 --seeds 0 1 2
 
@@ -20,6 +20,7 @@ from pipeline.beton import Beton
 from pipeline.order import steps_per_epoch
 from tests.evidence.curve_tables import tables
 from tests.evidence.data import Setting, call, make_beton, setting
+from tests.evidence.scores import missing
 from tools.benchmark.step import gflop_of
 from train.config import load_config
 from train.run.cli import CommandParser
@@ -30,7 +31,7 @@ PATH = 160
 """Peak learning rate times steps of the fast recipe: docs/fast.md."""
 MEMORY = 16_000
 """Cells that the probes learn from: all that stage 4 has of CamVid."""
-RECIPES = ("fast", "control", "today")
+RECIPES = ("fast", "control", "today", "slotmim")
 LEAST, MOST = 0.75, 1.25
 """A run of whole epochs that is not within these shares of its budget is left out."""
 
@@ -61,13 +62,19 @@ def options_of(recipe: str, data: Setting) -> str:
 
     fast: losses at stages 2, 3 and 4; the rate follows from PATH. control: the stages up to the
     second alone, in the batches and at the rate of configs/fast/scenes_cpu.yaml, which are the best
-    known for them.
+    known for them. slotmim: a ViT by the recipe of the same name in configs/slotmim.
     """
     return {
         "today": data.recipe,
         "fast": FAST,
         "control": f"{FAST} {STAGE_2} --train.batch_size 16 --train.base_lr 32",
+        "slotmim": data.recipe.replace("configs/", "configs/slotmim/"),
     }[recipe]
+
+
+def baseline_of(recipe: str, seed: int) -> str:
+    """The folder of the network that the recipe's runs with this seed start from."""
+    return f"untrained-vit_{seed}" if recipe == "slotmim" else f"untrained_{seed}"
 
 
 @functools.cache
@@ -114,9 +121,9 @@ def train_run(run: Run, data: Setting, work: Path) -> Path:
 
 
 def score(folder: Path, network: str, data: Setting, log: Path) -> None:
-    """Write FOLDER/knn.json and linear.json, unless they exist; a baseline's network is that of the
-    run beside its folder."""
-    if (folder / "linear.json").is_file():
+    """Write the files of scores that FOLDER lacks; a baseline's network is that of the run beside
+    its folder."""
+    if not missing(folder):
         return
     options = f"--size {data.size} {data.scored} {data.learnt} --memory {MEMORY}"
     options += f" --features {network}"
@@ -152,7 +159,7 @@ def main() -> None:
                     continue
                 folder = train_run(run, data, args.work)
                 score(folder, "teacher", data, args.work / f"{run.name}.log")
-                baseline = args.work / f"untrained_{seed}"
+                baseline = args.work / baseline_of(recipe, seed)
                 if not baseline.exists():
                     baseline.mkdir()
                     (baseline / "of").write_text(str(folder))

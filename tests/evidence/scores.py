@@ -1,32 +1,35 @@
 """The probes of `evaluation.probe` on one network, read at stages 2, 3 and 4 and at all of them
-joined: `python -m tests.evidence.scores FOLDER OPTIONS`. Writes FOLDER/knn.json and linear.json.
+joined: `python -m tests.evidence.scores FOLDER OPTIONS`. Writes those of FILES that FOLDER lacks.
 
-The images go through the network once, not once for each reading. k-NN is left out where stages are
-joined: there it takes longer than a short training.
+The images go through the network once, not once for each reading.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
 from evaluation import probe
 from evaluation.probes.scores import score_probes
 from model.encoder import Encoder
+from model.timm_encoder import TimmEncoder
 
 STAGES, JOINED = ("2", "3", "4"), "2+3+4"
-READINGS = {"knn": STAGES, "linear": (*STAGES, JOINED)}
-Maps = Callable[[Encoder, Tensor, Sequence[int]], list[Tensor]]
+FILES = {"knn": STAGES, "linear": (*STAGES, JOINED), "knn_joined": (JOINED,)}
+"""The stages in each file of scores, whose name begins with the probe's."""
+Network = Encoder | TimmEncoder
+Maps = Callable[[Network, Tensor, Sequence[int]], list[Tensor]]
 
 
 def remembering(maps: Maps) -> Maps:
-    """`Encoder.maps` that keeps the maps of all stages that are read, by encoder and images. While
-    BatchNorm is calibrated, nothing is kept.
+    """An encoder's `maps` that keeps the maps of all stages that are read, by encoder and images.
+    While BatchNorm is calibrated, nothing is kept.
     """
     numbers = tuple(map(int, STAGES))
     known: dict[tuple[int, int], dict[int, Tensor]] = {}
 
-    def read(encoder: Encoder, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
+    def read(encoder: Network, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
         if any(part.training for part in encoder.modules()) or not {*stages} <= {*numbers}:
             return maps(encoder, images, stages)
         key = id(encoder), hash(images.numpy().tobytes())
@@ -37,12 +40,28 @@ def remembering(maps: Maps) -> Maps:
     return read
 
 
+def remember() -> None:
+    """Let all kinds of encoders remember their maps from now on."""
+    for network in (Encoder, TimmEncoder):
+        network.maps = remembering(network.maps)  # type: ignore
+
+
+def probe_of(name: str) -> str:
+    """The probe whose scores are in a file of FILES."""
+    return name.partition("_")[0]
+
+
+def missing(folder: Path) -> list[str]:
+    """The files of scores that a run does not have yet."""
+    return [name for name in FILES if not (folder / f"{name}.json").is_file()]
+
+
 def main() -> None:
     folder, *options = sys.argv[1:]
-    Encoder.maps = remembering(Encoder.maps)  # type: ignore[method-assign]
-    for name, stages in READINGS.items():
-        argv = [name, *options, "--stage", *stages, "--seeds", "0", "--baseline", "none"]
-        args = probe.parse([*argv, "--json", f"{folder}/{name}.json"])
+    remember()
+    for name in missing(Path(folder)):
+        argv = [probe_of(name), *options, "--stage", *FILES[name], "--seeds", "0"]
+        args = probe.parse([*argv, "--baseline", "none", "--json", f"{folder}/{name}.json"])
         probe.check(args)
         score_probes(args)
 

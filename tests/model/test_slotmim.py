@@ -103,7 +103,9 @@ def test_no_hidden_patch_or_pair_leaves_a_step(hidden: int, pair: bool) -> None:
 
 def test_heads_have_no_batch_statistics() -> None:
     """Without it a process's own images would change each other's features."""
-    model = tiny_slotmim(image_loss_weight=1.0, cell_loss_weight=1.0, cells=4)
+    model = tiny_slotmim(
+        image_loss_weight=1.0, cell_loss_weight=1.0, relation_loss_weight=1.0, cells=4
+    )
     norms = [
         n for n, part in model.named_modules() if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d)
     ]

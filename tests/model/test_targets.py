@@ -123,6 +123,7 @@ SHARED: dict[str, object] = {
     "supervise": (2, 4),
     "group_loss_weight": 1.0,
     "cell_loss_weight": 1.0,
+    "relation_loss_weight": 1.0,
     "cells": 3,
 }
 
@@ -147,7 +148,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     output = model(*(torch.cat(parts, dim=1) for parts in halves), draw=(7, 3))
     output.loss.backward()
     names = [name for name in output.terms if not name.removeprefix("stage2_").startswith("slot")]
-    assert "stage2_cells" in names and "grouping_12" in names
+    assert {"stage2_cells", "relations"} < set(names) and "grouping_12" in names
     for name in names:
         mean = sum(of_rank["terms"][name] for of_rank in ranks) / 2
         torch.testing.assert_close(mean, output.terms[name], rtol=1e-4, atol=1e-6)

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from evaluation.datasets.squares import SquareImages
+from model.encoder import Encoder
 from pipeline.errors import UserError
 from tests import ROOT
 from tests.helpers.killed import killed
@@ -31,6 +32,7 @@ from tests.helpers.training import (
 )
 from train.config import EfficiencyConfig, RunConfig, from_dict
 from train.eval_config import EvalConfig
+from train.init_config import InitConfig
 from train.pretrain import open_evaluation
 from train.pretrained import load_model
 from train.run import checkpoint
@@ -394,6 +396,17 @@ def test_settings_that_contradict_each_other(
     config = to_dict(small_run(beton, tmp_path))
     with pytest.raises(UserError, match=says):
         from_dict(config | {name: config[name] | part for name, part in values.items()})
+
+
+def test_an_encoder_that_rests_is_on_no_plateau(beton: Path, tmp_path: Path) -> None:
+    """Its score cannot rise. Without it a post-training run ends while only prototypes learn."""
+    torch.save(Encoder("resnet18", 2).state_dict(), tmp_path / "w.pth")
+    config, start = small_run(beton, tmp_path), InitConfig(str(tmp_path / "w.pth"))
+    rests = replace(config.train, freeze_encoder_epochs=1, stop_on_plateau=2)
+    config = replace(config, eval=EvalConfig(1), init=start, train=rests)
+    training = scripted(config, 0.3, 0.5, 0.5, 0.5, 0.5, 0.5, 0.4, 0.4)
+    assert isinstance(ended(training.train), Plateau)
+    assert training.run.step == 7 and training.evaluations.standing.best_step == 1
 
 
 def test_features_that_are_not_finite(beton: Path, labelled: Path, tmp_path: Path) -> None:

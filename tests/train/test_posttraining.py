@@ -1,5 +1,6 @@
 """Post-training: prototypes that begin as clusters, and a frozen teacher, in a run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.helpers.training import (
 )
 from train.config import RunConfig, load_config
 from train.init_config import InitConfig
+from train.metrics import progress_line
 from train.pretrained import load_model, read_record
 from train.prototypes import place_prototypes
 from train.run import checkpoint
@@ -144,6 +146,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         prototype_init="kmeans",
         targets="balanced",
         group_loss_weight=1.0,
+        relation_loss_weight=1.0,
+        cells=1,
     )
     config = replace(
         plain,
@@ -176,6 +180,14 @@ def test_a_run_keeps_its_teacher_and_resumes_bit_for_bit(run: RunConfig, tmp_pat
     assert record.provenance["init"]["fitted"] == 3 * len(start)
 
 
+def test_relations_are_logged(run: RunConfig) -> None:
+    """Without it nobody sees whether the term that teaches alone falls."""
+    lines = (run_dir(run) / "metrics.jsonl").read_text().splitlines()
+    values = json.loads(lines[0])
+    assert 0 < values["relations"] < values["loss"]
+    assert f"relations {values['relations']:.3f})" in progress_line(values, 1, 5, 4)
+
+
 def test_the_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
     """configs/posttrain_cpu.yaml on a small network, stopped while only the prototypes learn.
     Without it a run that goes on is another run: its prototypes are placed again, or its encoder
@@ -185,6 +197,7 @@ def test_the_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
     small = {
         "data.path": small_beton(tmp_path), "init.weights": tmp_path / "w.pth",
         "model.arch": "timm:test_efficientnet", "model.dim_out": 64, "model.num_prototypes": 8,
+        "model.relation_loss_weight": 1, "model.cells": 4,
         "views.size": 64, "data.threads": 1, "train.epochs": 2, "train.max_steps": 7,
         "log.trackers": "[]", "log.checkpoint_every": 3, "log.history": 0,
     }  # fmt: skip
@@ -272,6 +285,20 @@ def test_settings_that_cannot_work(change: list[str], message: str) -> None:
     """Without it a setting has no effect, or fails deep in the run."""
     with pytest.raises(UserError, match=message):
         load_config(["--name", "x", "--data.path", "x", *FROZEN, *change])
+
+
+def test_relations_can_teach_alone() -> None:
+    """Without it a frozen teacher whose slots can't be compared is always asked for groups too; or
+    a sample is larger than a view."""
+    options = ["--name", "x", "--data.path", "x", *FROZEN, "--model.group_loss_weight", "0"]
+    config, _ = load_config([*options, "--model.relation_loss_weight", "1"])
+    assert config.model.group_loss_weight == 0
+    with pytest.raises(UserError, match=r"unless model\.relation_loss_weight is above 0"):
+        load_config(options)
+    with pytest.raises(UserError, match=r"model\.cells must be at most the 16 cells"):
+        load_config(
+            [*options, "--model.relation_loss_weight=1", "--model.cells=17", "--views.size=128"]
+        )
 
 
 def test_the_teacher_needs_all_its_weights(run: RunConfig, tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ SMALL = ModelConfig("resnet18", dim_hidden=16, dim_out=8, num_prototypes=8)
 @pytest.fixture(scope="module")
 def encoder() -> dict[str, Tensor]:
     torch.manual_seed(5)
-    return {name: torch.randn_like(v) if v.ndim else v for name, v in _new("resnet18").items()}
+    return {
+        name: torch.randn_like(v).abs() if v.ndim else v for name, v in _new("resnet18").items()
+    }
 
 
 def _new(arch: str) -> dict[str, Tensor]:
@@ -205,7 +207,7 @@ def test_weights_of_a_library(
 ) -> None:
     """Without it `timm` and `torchvision` are taken for files, or a classifier is."""
     reader = {"torchvision": "published_weights", "timm": "timm_weights"}[library]
-    monkeypatch.setattr(f"train.start.{reader}", lambda arch: encoder if arch else {})
+    monkeypatch.setattr(f"train.published.{reader}", lambda arch: encoder if arch else {})
     model, about = start(library)
     assert is_in(model, encoder) and about["kind"] == library and "sha256" not in about
 

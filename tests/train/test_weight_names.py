@@ -140,7 +140,7 @@ def test_networks_that_are_not_quite_resnets(encoder: dict[str, Tensor], tmp_pat
     with pytest.raises(UserError, match=r"below 'model.': .*layer1.0.se.fc1.bias is .*unknown"):
         read_backbone(tmp_path / "w.pth")
     torch.save({k: v for k, v in encoder.items() if k != "conv1.weight"}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"conv1.weight is missing"):  # as of a deep stem
+    with pytest.raises(UserError, match=r"it lacks conv1.weight"):  # as of a deep stem
         read_backbone(tmp_path / "w.pth")
 
 

@@ -19,7 +19,8 @@ from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported import CONFIG, meta_state
 from train.pickles import pickle_arrays, read_pickle
-from train.weights import published_weights, read_backbone, read_weights
+from train.published import published_weights
+from train.weights import read_backbone, read_weights
 
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 
@@ -371,7 +372,7 @@ def test_bad_files(encoder: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save({"model": {"conv1.weight": "text"}}, file)
     refused("no weights in it")
     torch.save({k: v for k, v in encoder.items() if k != "layer2.0.bn1.bias"}, file)
-    refused("not a resnet18 .layer2.0.bn1.bias is missing")
+    refused("not a resnet18 .it lacks layer2.0.bn1.bias")
     torch.save({k: v for k, v in encoder.items() if "layer3.1" not in k}, file)
     refused("damaged, or not one of torchvision's ResNets", arch=None)
     torch.save(encoder | {"bn1.bias": torch.full((64,), torch.nan)}, file)

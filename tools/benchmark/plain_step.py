@@ -153,7 +153,7 @@ def is_plain(config: ModelConfig) -> bool:
     """Whether a model is SlotCon itself, not a variant."""
     standard = (
         "objective", "slot_loss", "align", "image_loss_weight", "stages", "supervise", "targets",
-        "cell_loss_weight", "norm",
+        "cell_loss_weight", "relation_loss_weight", "norm",
     )  # fmt: skip
     return all(getattr(config, name) == getattr(ModelConfig, name) for name in standard)
 

@@ -18,6 +18,7 @@ CURVES = (
     ("Grouping loss, both directions", ("grouping_12", "grouping_21"), False),
     ("Loss of hidden patches, both views", ("masked_1", "masked_2"), False),
     ("Slot loss, both directions", ("slot_12", "slot_21"), False),
+    ("Loss of relations, both directions", ("relations",), False),
     ("Active slots per image", ("active_slots",), True),
     ("Usage entropy of the prototypes", ("usage_entropy",), True),
     ("Dead prototypes", ("dead_prototypes",), True),

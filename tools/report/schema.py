@@ -36,6 +36,7 @@ class Line(TypedDict, total=False):
     slot_12: float
     slot_21: float
     image: float
+    relations: float
     active_slots: float
     active_pairs: float
     usage_entropy: float

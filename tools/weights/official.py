@@ -23,10 +23,11 @@ from tools.weights.official_settings import recipe, with_official_settings
 from tools.weights.vits import PATCHES, VITS, vit_of
 from train.config import RunConfig, from_dict
 from train.encoders import read_encoder
-from train.run.checkpoint import Record, check_weights, write_model
+from train.run.checkpoint import Record, write_model
 from train.run.cli import check_writable
 from train.run.provenance import new_folder, provenance, write_bytes
 from train.run.settings import to_dict, to_yaml
+from train.run.sound import check_weights
 from train.weights import read_file, safetensors_bytes, tensors_in
 
 _DIGITS = 15  # of a count: no run has more steps

@@ -31,6 +31,7 @@ from torch.utils import _pytree
 from pipeline.errors import UserError, printable
 from train.run.background import Background
 from train.run.settings import Settings
+from train.run.sound import check_weights
 from train.run.text import read_text
 
 _MODEL, _OPTIMIZER, _SCALER, _RECORD = "model.safetensors", "optimizer.bin", "scaler.pt", "run.json"
@@ -318,19 +319,6 @@ def _read_weights(checkpoint: Path, model: nn.Module) -> dict[str, Tensor]:
         weights = load_file(checkpoint / _MODEL)
         check_weights(weights, model.state_dict())
         return weights
-
-
-def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless names and shapes are equal and all `weights` are finite."""
-    if different := sorted(weights.keys() ^ expected.keys()):
-        raise ValueError(f"{different[0]} is missing or unknown")
-    for name, value in expected.items():
-        if weights[name].shape != value.shape:
-            raise ValueError(
-                f"{name} has shape {list(weights[name].shape)}, not {list(value.shape)}"
-            )
-        if not weights[name].isfinite().all():
-            raise ValueError(f"{name} is not finite")
 
 
 @contextmanager

