@@ -4,13 +4,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 
 @contextmanager
 def fails_at_once() -> Iterator[None]:
-    """Inside the block, where the hub's name is unknown and no proxy is set, the hub's cache alone
-    is used. Otherwise its client asks again and again for a minute before it says so.
+    """Inside the block, where the hub's name is unknown and no proxy leads to it, the hub's cache
+    alone is used. Otherwise its client asks again and again for a minute before it says so.
     """
     from huggingface_hub import constants
 
@@ -23,9 +23,10 @@ def fails_at_once() -> Iterator[None]:
 
 
 def _may_answer(url: str) -> bool:
-    if getproxies():
+    address = urlsplit(url)
+    if {address.scheme, "all"} & getproxies().keys() and not proxy_bypass(address.netloc):
         return True
     try:
-        return bool(socket.getaddrinfo(urlsplit(url).hostname, None))
+        return bool(socket.getaddrinfo(address.hostname, None))
     except OSError:
         return False

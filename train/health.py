@@ -52,8 +52,10 @@ class CollapseAlarm:
     spread. The active slots of stages before the last one are not logged, so not checked.
     """
 
-    def __init__(self, num_prototypes: int, warmup_steps: int) -> None:
+    def __init__(self, num_prototypes: int, warmup_steps: int, groups: bool = True) -> None:
+        """`groups`: whether the grouping loss is learnt. Else it may well be at chance."""
         self._prototypes, self._warmup_steps = num_prototypes, warmup_steps
+        self._groups = groups
         self.reset()
 
     def reset(self) -> None:
@@ -88,6 +90,6 @@ class CollapseAlarm:
             symptoms["usage"] = (
                 f"usage entropy {entropy:.2f} of log K (less than {LOWEST_ENTROPY:g})"
             )
-        if loss > UNIFORM * log_k:
+        if self._groups and loss > UNIFORM * log_k:
             symptoms["loss"] = f"a grouping loss of {loss:.2f}, about log K: chance"
         return symptoms

@@ -96,7 +96,8 @@ class Trainer:
         skipped = self.bare_optimizer.skipped
         self.meter = Meter(self.accelerator, terms, sum(counts.values()), skipped)
         self.alarms = {
-            name: CollapseAlarm(count, self.warmup_steps) for name, count in counts.items()
+            name: CollapseAlarm(count, self.warmup_steps, config.model.group_loss_weight > 0)
+            for name, count in counts.items()
         }
         self.roll_backs = 0  # since the run has passed `furthest_step`
         self.furthest_step = 0  # the last step at which it has diverged so far

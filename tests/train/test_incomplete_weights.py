@@ -123,8 +123,9 @@ def test_a_file_is_read_once(
 def test_without_a_network_a_download_fails_at_once(
     answers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it the hub's client asks again for a minute before the one line. With a network, or
-    a proxy that may have one, nothing is forbidden."""
+    """Without it the hub's client asks again for a minute before the one line, also where only
+    exceptions from a proxy or one for another scheme are set. With a network, or a proxy that may
+    have one, nothing is forbidden."""
     timm = pytest.importorskip("timm")
     constants = pytest.importorskip("huggingface_hub").constants
     seen = list[bool]()
@@ -140,9 +141,10 @@ def test_without_a_network_a_download_fails_at_once(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.getaddrinfo", look_up)
-    monkeypatch.setattr("model.hub.getproxies", dict)
     monkeypatch.setattr(timm, "create_model", asked)
-    for arch in ARCHS:
+    useless = {"no": "localhost", "ftp": "somewhere"}
+    for arch, proxies in zip(ARCHS, ({}, useless), strict=True):
+        monkeypatch.setattr("model.hub.getproxies", lambda proxies=proxies: proxies)
         with pytest.raises(UserError, match=r"no \w+, True"):
             published("timm", arch)
     monkeypatch.setattr("model.hub.getproxies", lambda: {"https": "somewhere"})
