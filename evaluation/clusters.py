@@ -3,6 +3,7 @@ command.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -164,7 +165,7 @@ def counting_of(args: argparse.Namespace, num_classes: int) -> Counting:
 
 def of_prototypes(args: argparse.Namespace, squares: LabelledSquares) -> Iterator[Predictor]:
     """The prototypes of the run, or with --merge their groups, and the same of the network before
-    training. Raises UserError.
+    training, unless too few of its prototypes are in use: a note says so. Raises UserError.
     """
     unlabelled = open_images(args.unlabelled) if args.merge else None
     trained, config = load_network(args.checkpoint, squares.device)
@@ -183,8 +184,14 @@ def of_prototypes(args: argparse.Namespace, squares: LabelledSquares) -> Iterato
         if unlabelled is None:
             yield prototype_clusters(name, network, config, args)
         else:
-            groups = merge_prototypes(network, config, unlabelled, count, squares.device)
-            yield merged_prototypes(name, network, groups, config, args)
+            try:
+                groups = merge_prototypes(network, config, unlabelled, count, squares.device)
+            except UserError as error:
+                if network is trained:
+                    raise
+                print(f"note: {name} is left out: {error}", file=sys.stderr)
+            else:
+                yield merged_prototypes(name, network, groups, config, args)
 
 
 def number_of_groups(args: argparse.Namespace, data: LabelledImages, prototypes: int) -> int:

@@ -91,8 +91,8 @@ def read(args: argparse.Namespace, licence: dict[str, str]) -> Backbone:
         if args.to != "onnx" and (args.to, args.out.suffix) != (plain, ".safetensors"):
             raise UserError(
                 f"--to {args.to}: needs four stages, and {args.checkpoint} ends at stage "
-                f"{backbone.stages}: only --to onnx, and --to {plain} --out NAME.safetensors, can"
-                " say so"
+                f"{backbone.stages}: only --to onnx, --to onnx-segmenter, and --to {plain} --out "
+                "NAME.safetensors, can say so"
             )
         print(f"{args.checkpoint}: only the stages 1 to {backbone.stages} of a {backbone.arch}")
         known = {"stages": str(backbone.stages), **known}

@@ -224,6 +224,9 @@ class TrainConfig(Bounded):
             "frozen": (self.teacher_momentum == 0, "0 with train.teacher frozen"),
         }[self.teacher]
         require(bound[0], "teacher_momentum", self.teacher_momentum, bound[1])
+        plain = self.teacher == "switch" or self.teacher_from == type(self).teacher_from
+        words = f"{type(self).teacher_from} unless train.teacher is switch"
+        require(plain, "teacher_from", self.teacher_from, words)
         for name in ("teacher_arch", "teacher_weights", "teacher_stages", "teacher_resolution"):
             value, default = getattr(self, name), getattr(type(self), name, ())
             plain = self.teacher == "frozen" or value == default

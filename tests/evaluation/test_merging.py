@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from evaluation import unsupervised_segmentation
 from evaluation.merging import TEMPERATURE, Groups, Views, count_confusions, merge
+from evaluation.networks import untrained_network
 from model import ModelConfig, SlotCon
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import write_checkpoint
@@ -187,6 +189,28 @@ def test_merged_groups_are_scored_beside_the_untrained(
     made = "6 prototypes merged to 3 groups, without labels, by how often two views of 6 images"
     assert all(row["made"].startswith(made) for row in rows[0])
     assert made in capsys.readouterr().out
+
+
+def test_an_untrained_network_with_few_prototypes_in_use_is_left_out(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only prototype 0 of the network before training wins. Without it the scores of the run are
+    lost, and the message seems to be about the run."""
+
+    def collapsed(*args: Any) -> SlotCon:
+        network: SlotCon = untrained_network(*args)
+        prototypes = network.teacher.grouping.prototypes
+        prototypes.copy_(prototypes[:1].expand_as(prototypes))
+        return network
+
+    monkeypatch.setattr("evaluation.clusters.untrained_network", collapsed)
+    out = run.parent / "x.json"
+    more = ("--merge", "--unlabelled", str(run.parent / "set/train/images"), "--json", str(out))
+    monkeypatch.setattr("sys.argv", options(run, *more))
+    unsupervised_segmentation.main()
+    rows = json.loads(out.read_text())["results"]
+    assert {row["network"] for row in rows} == {"trained, merged"}
+    assert "note: untrained is left out: --merge 3: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

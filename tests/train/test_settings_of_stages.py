@@ -142,6 +142,10 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         ),
         ({"train": {"teacher": "tutor"}}, "train.teacher must be one of ema, student, switch"),
         ({"train": {"teacher_from": 1.5}}, "train.teacher_from must be in 0..1"),
+        (
+            {"train": {"teacher_from": 0.3}},
+            "train.teacher_from must be 0.5 unless train.teacher is switch, not 0.3",
+        ),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

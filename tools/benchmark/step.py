@@ -202,7 +202,9 @@ def gflop_of(config: RunConfig, side: int) -> float:
     """
     teacher, share = config.train.teacher, config.train.teacher_from
     shares = {"ema": 0.0, "student": 1.0, "switch": share, "frozen": 1.0}[teacher]
-    model, total = build_model(config), 0.0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the active slots follow from the weights
+        model, total = build_model(config), 0.0
     side *= config.train.teacher_resolution
     model.train_stages(config.train.trainable_stages)
     for own, part in ((False, 1 - shares), (True, shares)):
