@@ -110,8 +110,9 @@ def picture(rows: Sequence[Row], title: str) -> Image.Image:
     whole = Image.new("RGB", (len(PANELS) * step + GAP, 2 * step + GAP), PAPER)
     pen = ImageDraw.Draw(whole)
     pen.text((GAP, 20), title, INK, ImageFont.load_default(26))
-    for number, (recipe, colour) in enumerate(COLOURS.items()):
-        left = GAP + 160 * number
+    drawn = {row.recipe for row in rows}
+    for number, recipe in enumerate(recipe for recipe in COLOURS if recipe in drawn):
+        left, colour = GAP + 160 * number, COLOURS[recipe]
         pen.rectangle((left, 62, left + 16, 78), colour)
         pen.text((left + 24, 58), recipe, colour, ImageFont.load_default(22))
     for across, reading in enumerate(PANELS):
