@@ -92,8 +92,7 @@ def count_confusions(segment: Callable[[Tensor], Tensor], batches: Iterator[View
     aligned maps. A point counts in parts for several prototypes, by a softmax of its scores; a
     prototype that wins no point has none. Raises ValueError if no two views share a pixel.
     """
-    counts: Tensor | float = 0.0
-    wins: Tensor | float = 0.0
+    counts, wins = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
     for views, overlap, flipped in batches:
         shared = has_area(overlap[0])
         first, second = (
@@ -102,9 +101,9 @@ def count_confusions(segment: Callable[[Tensor], Tensor], batches: Iterator[View
         )
         parts = [(scores / TEMPERATURE).softmax(dim=1).double() for scores in (first, second)]
         counts = parts[0].T @ parts[1] + counts
-        for scores in (first, second):
-            wins = F.one_hot(scores.argmax(dim=1), scores.shape[1]).sum(dim=0) + wins
-    if not torch.is_tensor(counts) or not torch.is_tensor(wins) or not wins.any():
+        winners = torch.cat([first, second]).argmax(dim=1)
+        wins = torch.bincount(winners, minlength=first.shape[1]) + wins
+    if not wins.any():
         raise ValueError("no two views share a pixel")
     used = wins > 0
     return (counts * used * used[:, None]).cpu().numpy()
