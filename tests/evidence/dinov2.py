@@ -53,9 +53,7 @@ def timm_weights(found: Arrays, blocks: int = 12) -> Arrays:
         named[f"norm.{kind}"] = found[f"layernorm.{kind}"]
         for block in range(blocks):
             old, new = f"encoder.layer.{block}.", f"blocks.{block}."
-            parts = [
-                f"{old}attention.attention.{part}.{kind}" for part in ("query", "key", "value")
-            ]
+            parts = [f"{old}attention.attention.{part}.{kind}" for part in QKV]
             named[f"{new}attn.qkv.{kind}"] = np.concatenate([found[part] for part in parts])
             named[f"{new}attn.proj.{kind}"] = found[f"{old}attention.output.dense.{kind}"]
             named |= {f"{new}{part}.{kind}": found[f"{old}{part}.{kind}"] for part in SAME}

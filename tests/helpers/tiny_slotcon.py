@@ -27,6 +27,14 @@ def tiny_batch(side: int = 32, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack((images, images)), overlap, torch.zeros(2, IMAGES, dtype=torch.bool)
 
 
+def tiny_crops(seed: int = 3, side: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of different views, with every kind of box and flip."""
+    generator = torch.Generator().manual_seed(seed)
+    views = torch.randn(2, IMAGES, 3, side, side, generator=generator)
+    first, size = torch.rand(2, 2, IMAGES, 2, generator=generator) / 2
+    return views, torch.cat((first, first + size), dim=-1), torch.tensor([[0, 1, 1], [0, 0, 1]]) > 0
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradient of every trainable parameter; fails if one is missing or not finite."""
     found = {}

@@ -13,18 +13,11 @@ from model.cells import cell_loss, sample_cells
 from model.heads import build_predictor
 from model.slots import SlotCapacity
 from tests.helpers.host_sync import host_syncs
-from tests.helpers.tiny_slotcon import IMAGES, gradients, tiny_batch, tiny_model
+from tests.helpers.tiny_slotcon import IMAGES, gradients, tiny_batch, tiny_crops, tiny_model
 
 CELLS: dict[str, object] = {"cell_loss_weight": 0.7, "cells": 3}
+RELATIONS: dict[str, object] = {"relation_loss_weight": 0.7, "cells": 3}
 CPU = torch.device("cpu")
-
-
-def crops(seed: int = 3, side: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of different views, with every kind of box and flip."""
-    generator = torch.Generator().manual_seed(seed)
-    views = torch.randn(2, IMAGES, 3, side, side, generator=generator)
-    first, size = torch.rand(2, 2, IMAGES, 2, generator=generator) / 2
-    return views, torch.cat((first, first + size), dim=-1), torch.tensor([[0, 1, 1], [0, 0, 1]]) > 0
 
 
 # ---- The sample ----
@@ -106,7 +99,7 @@ def test_the_loss_is_info_nce_between_aligned_cells() -> None:
     """Without it a cell may be contrasted with another place, before the alignment or the flip; and
     the weight may be left out.
     """
-    model, plain, batch = tiny_model(**CELLS), tiny_model(), crops()
+    model, plain, batch = tiny_model(**CELLS), tiny_model(), tiny_crops()
     with torch.no_grad():
         output, before = model(*batch, draw=(4, 2)), plain(*batch)
         chosen = sample_cells((4, 2), IMAGES, 4, 3, CPU)
@@ -142,9 +135,10 @@ def test_pairs_without_overlap_are_left_out() -> None:
     gradients(model)
 
 
-def test_no_host_synchronisation() -> None:
+@pytest.mark.parametrize("term", [CELLS, RELATIONS], ids=["cells", "relations"])
+def test_no_host_synchronisation(term: dict[str, object]) -> None:
     """Without it the host waits for a GPU, for the sample or for the pairs that overlap."""
-    model, batch = tiny_model(**CELLS), crops()
+    model, batch = tiny_model(**term), tiny_crops()
     model.capacity = SlotCapacity(8, 8)
     with host_syncs() as found:
         model(*batch, draw=(0, 8)).loss.backward()
@@ -154,10 +148,10 @@ def test_no_host_synchronisation() -> None:
 def test_under_autocast_the_loss_is_float32() -> None:
     """Without it a cosine or softmax in half precision is wrong by per cents."""
     with torch.no_grad():
-        expected = tiny_model(**CELLS)(*crops())
+        expected = tiny_model(**CELLS)(*tiny_crops())
     model = tiny_model(**CELLS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(*crops())
+        output = model(*tiny_crops())
     output.loss.backward()
     assert output.terms["cells"].dtype == torch.float32
     torch.testing.assert_close(output.terms["cells"], expected.terms["cells"], rtol=0.05, atol=0)

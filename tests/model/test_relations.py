@@ -12,20 +12,10 @@ from model.alignment import align_to_overlap
 from model.cells import sample_cells
 from model.guide import Guide
 from model.relations import relation_loss
-from model.slots import SlotCapacity
-from tests.helpers.host_sync import host_syncs
-from tests.helpers.tiny_slotcon import IMAGES, gradients, tiny_model
+from tests.helpers.tiny_slotcon import IMAGES, gradients, tiny_crops, tiny_model
 
 RELATIONS: dict[str, object] = {"relation_loss_weight": 0.7, "relation_temp": 0.3, "cells": 3}
 CPU = torch.device("cpu")
-
-
-def crops(seed: int = 3, side: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of different views, with every kind of box and flip."""
-    generator = torch.Generator().manual_seed(seed)
-    views = torch.randn(2, IMAGES, 3, side, side, generator=generator)
-    first, size = torch.rand(2, 2, IMAGES, 2, generator=generator) / 2
-    return views, torch.cat((first, first + size), dim=-1), torch.tensor([[0, 1, 1], [0, 0, 1]]) > 0
 
 
 def naive(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -58,7 +48,7 @@ def test_the_term_is_its_formula_between_aligned_cells(other_space: bool) -> Non
     model = SlotCon(tiny_model(**RELATIONS, **fields).config, copy.deepcopy(guide))
     torch.manual_seed(0)
     plain = SlotCon(tiny_model(**fields).config, guide)
-    batch = crops(side=128 if other_space else 64)
+    batch = tiny_crops(side=128 if other_space else 64)
     views, overlap, flipped = batch
     output, before = model(*batch, draw=(4, 2)), plain(*batch, draw=(4, 2))
     chosen = sample_cells((4, 2), IMAGES, 4, 3, CPU)
@@ -113,15 +103,6 @@ def test_equal_relations_cost_nothing_in_any_space() -> None:
     loss = relation_loss(student, teacher, kept, chosen, 0.1)
     torch.testing.assert_close(loss, torch.zeros(()), atol=1e-5, rtol=0)
     assert relation_loss(student, student.flip(0), kept, chosen, 0.1) > 0.1
-
-
-def test_no_host_synchronisation() -> None:
-    """Without it the host waits for a GPU, for the sample or for the pairs that overlap."""
-    model, batch = tiny_model(**RELATIONS), crops()
-    model.capacity = SlotCapacity(8, 8)
-    with host_syncs() as found:
-        model(*batch, draw=(0, 8)).loss.backward()
-    assert not found
 
 
 def test_under_autocast_the_relations_are_float32() -> None:

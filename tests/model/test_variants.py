@@ -1,5 +1,6 @@
 """The method's ablations: each against a naive formula, and that it changes nothing else."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ from model.losses import slot_regression
 from model.slots import SlotCapacity
 from tests.helpers.host_sync import host_syncs
 from tests.helpers.processes import run_workers
-from tests.helpers.tiny_slotcon import IMAGES, gradients, set_agreement, tiny_batch, tiny_model
+from tests.helpers.tiny_slotcon import (
+    IMAGES,
+    gradients,
+    set_agreement,
+    tiny_batch,
+    tiny_crops,
+    tiny_model,
+)
 
 Batch = tuple[Tensor, Tensor, Tensor]
 VARIANTS: dict[str, dict[str, object]] = {
@@ -24,15 +32,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "all": {"slot_loss": "regression", "align": "projections", "image_loss_weight": 0.5},
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
+crops = partial(tiny_crops, side=96)
 THEIRS = ("grouping_12", "grouping_21", "slot_12", "slot_21")
-
-
-def crops(seed: int = 3, side: int = 96) -> Batch:
-    """A batch of different views, with every kind of box and flip."""
-    generator = torch.Generator().manual_seed(seed)
-    views = torch.randn(2, IMAGES, 3, side, side, generator=generator)
-    first, size = torch.rand(2, 2, IMAGES, 2, generator=generator) / 2
-    return views, torch.cat((first, first + size), dim=-1), torch.tensor([[0, 1, 1], [0, 0, 1]]) > 0
 
 
 # ---- Naive formulae ----
