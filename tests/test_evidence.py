@@ -16,7 +16,7 @@ from tests.evidence import curves
 from tests.evidence.control import put_on
 from tests.evidence.curve_tables import tables
 from tests.evidence.data import setting
-from tests.evidence.scores import FILES, missing, remember, remembering
+from tests.evidence.scores import FILES, is_whitened, missing, remember, remembering
 from tests.helpers.betons import varied, write_beton
 
 CPU = torch.device("cpu")
@@ -114,7 +114,9 @@ def test_epochs_and_rate_follow_from_the_budget(tmp_path: Path) -> None:
 
 
 def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> None:
-    """Without it a run that is not finished, or of another budget, may enter a mean."""
+    """Without it a run that is not finished, or of another budget, may enter a mean, and whitened
+    scores may stand for plain ones.
+    """
     for name, value in (
         ("fast_6_0", 0.2),
         ("fast_6_1", 0.3),
@@ -126,7 +128,8 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
         folder = tmp_path / name
         folder.mkdir()
         for file, stages in FILES.items():
-            rows = [{"metric": "miou", "stage": stage, "value": value} for stage in stages]
+            there = value + 0.4 * is_whitened(file)
+            rows = [{"metric": "miou", "stage": stage, "value": there} for stage in stages]
             (folder / f"{file}.json").write_text(json.dumps({"results": rows}))
         facts = {"tflop": 6.1, "steps": 75, "cpu_seconds": 50.0}
         (folder / "facts.json").write_text(json.dumps(facts))
@@ -134,7 +137,8 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     (tmp_path / "fast_6_1" / "knn_joined.json").unlink()  # scored in part
     assert missing(tmp_path / "fast_6_1") == ["knn_joined"]
     assert not missing(tmp_path / "fast_6_0")
-    head, _, untrained, vit, six, slotmim, twelve = tables("camvid", tmp_path).splitlines()
+    plain, whitened = (part.splitlines() for part in tables("camvid", tmp_path).split("\n\n"))
+    head, _, untrained, vit, six, slotmim, twelve = plain
     assert vit.startswith("| untrained-vit | 0.0 | 0 | 0 | 1 | 5.0 |")
     assert slotmim.startswith("| slotmim | 6.1 | 75 | 50 | 1 | 15.0 |")
     assert untrained.startswith("| untrained | 0.0 | 0 | 0 | 1 | 10.0 |")
@@ -142,6 +146,8 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     joined = head.split(" | ").index("k-NN 2+3+4")
     assert [row.split(" | ")[joined] for row in (untrained, six)] == ["10.0", "20.0"]
     assert twelve.startswith("| fast | 6.1 | 75 | 50 | 1 | 50.0 |")
+    assert "| whitened k-NN 3 | whitened k-NN 4 | whitened linear 3 |" in whitened[0]
+    assert whitened[-1] == "| fast | 6.1 | 75 | 50 | 1 | 90.0 | 90.0 | 90.0 | 90.0 |"
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 

@@ -1,4 +1,4 @@
-"""The table and the picture of `tests.evidence curves`, from the files of its runs."""
+"""The tables and the picture of `tests.evidence curves`, from the files of its runs."""
 
 import json
 import math
@@ -9,16 +9,23 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tests.evidence.scores import FILES, JOINED, STAGES, probe_of
+from tests.evidence.scores import FILES, JOINED, STAGES, is_whitened, probe_of
 from tools.report.charts import FAINT, INK, PAPER, RULE, decades, short, ticks
 from transfer.table import mean_and_deviation
 
 Reading = tuple[str, str]
-"""(stage, probe)"""
+"""(stage, probe); "whitened " stands before the probe where it reads whitened features."""
+PROBES = {"knn": "k-NN", "linear": "linear"}
+AS_THEY_ARE: tuple[Reading, ...] = tuple(
+    (stage, probe) for probe in PROBES for stage in (*STAGES, JOINED)
+)
+WHITENED: tuple[Reading, ...] = tuple(
+    (stage, f"whitened {probe}") for probe in PROBES for stage in ("3", "4")
+)
 PANELS: tuple[Reading, ...] = (
     ("4", "knn"),
+    ("4", "whitened knn"),
     ("4", "linear"),
-    (JOINED, "knn"),
     (JOINED, "linear"),
 )
 COLOURS = {
@@ -74,7 +81,7 @@ def rows_of(work: Path) -> list[Row]:
 def scores_in(folder: Path) -> dict[Reading, float]:
     """mIoU in percent of each reading in the folder of a run."""
     results = [
-        (each, probe_of(name))
+        (each, "whitened " * is_whitened(name) + probe_of(name))
         for name in FILES
         if (folder / f"{name}.json").is_file()
         for each in json.loads((folder / f"{name}.json").read_text())["results"]
@@ -86,14 +93,19 @@ def scores_in(folder: Path) -> dict[Reading, float]:
     }
 
 
-def table(rows: Sequence[Row]) -> str:
+def title_of(reading: Reading) -> str:
+    """As it stands above a column."""
+    stage, probe = reading
+    for name, title in PROBES.items():
+        probe = probe.replace(name, title)
+    return f"{probe} {stage}"
+
+
+def table(rows: Sequence[Row], readings: Sequence[Reading]) -> str:
     """mIoU in percent, mean ± deviation over the seeds, as a Markdown table."""
-    readings: list[Reading] = [
-        (stage, probe) for probe in ("knn", "linear") for stage in (*STAGES, JOINED)
-    ]
-    heads = [f"{'k-NN' if probe == 'knn' else probe} {stage}" for stage, probe in readings]
+    heads = map(title_of, readings)
     lines = [f"| recipe | TFLOP | steps | CPU s | seeds | {' | '.join(heads)} |"]
-    lines.append("|---" * (5 + len(heads)) + "|")
+    lines.append("|---" * (5 + len(readings)) + "|")
     for row in rows:
         facts = [f"{row.mean('tflop'):.1f}", f"{row.mean('steps'):.0f}"]
         facts += [f"{row.mean('cpu_seconds'):.0f}", str(len(row.runs))]
@@ -149,8 +161,7 @@ def draw_panel(
     for x in decades(math.exp(left), math.exp(right)):
         if left <= math.log(x) <= right:
             pen.text((at(x, low)[0], corner[1] + SIDE - 30), short(x), FAINT, small, anchor="mt")
-    stage, probe = reading
-    name = f"{'k-NN' if probe == 'knn' else probe}, stage {stage}: mIoU % against {unit}"
+    name = f"{title_of(reading)}: mIoU % against {unit}"
     pen.text((corner[0], corner[1] - 8), name, INK, small, anchor="lb")
     for row in rows:
         if not row.budget and row.scores(reading):
@@ -165,8 +176,10 @@ def draw_panel(
 
 
 def tables(data: str, work: Path) -> str:
-    """The table; draws WORK/curves.png too, once a run has been scored."""
+    """The scores as they are, and those of whitened features. Draws WORK/curves.png too, once a run
+    has been scored.
+    """
     rows = rows_of(work)
     if rows:
         picture(rows, f"{data}: quality against the cost of training").save(work / "curves.png")
-    return table(rows)
+    return "\n\n".join(table(rows, readings) for readings in (AS_THEY_ARE, WHITENED))

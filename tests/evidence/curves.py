@@ -1,5 +1,6 @@
 """Quality against operations: the recipe that is close to the authors', the fast one, a control,
-and SlotMIM at equal budgets of FLOPs, each read at stages 2, 3 and 4 and at all of them joined.
+and SlotMIM at equal budgets of FLOPs, each read at stages 2, 3 and 4, all of them joined, and
+whitened.
 
     python -m tests.evidence curves camvid WORK --root CamVid --budgets 6 12 --seeds 0 1 2
 
@@ -147,10 +148,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(sys.argv[1:])
+    if not args.only_print:
+        train_and_score(args)
+    print(tables(args.data, args.work))
+
+
+def train_and_score(args: argparse.Namespace) -> None:
+    """The runs that WORK lacks, and their baselines."""
     args.work.mkdir(parents=True, exist_ok=True)
     data = setting(args.data, args.work, args.root)
     make_beton(data, args.work, threads=1)
-    for budget in [] if args.only_print else args.budgets:
+    for budget in args.budgets:
         for seed in args.seeds:
             for recipe in args.recipes:
                 run = planned(recipe, seed, budget, data, args.work / "images.beton")
@@ -165,4 +173,3 @@ def main() -> None:
                     (baseline / "of").write_text(str(folder))
                 score(baseline, "untrained", data, args.work / f"{run.name}.log")
                 print(f"done: {run.name}", flush=True)
-    print(tables(args.data, args.work))

@@ -1,5 +1,6 @@
-"""The probes of `evaluation.probe` on one network, read at stages 2, 3 and 4 and at all of them
-joined: `python -m tests.evidence.scores FOLDER OPTIONS`. Writes those of FILES that FOLDER lacks.
+"""The probes of `evaluation.probe` on one network, read at stages 2, 3 and 4, at all of them joined
+and whitened: `python -m tests.evidence.scores FOLDER OPTIONS`. Writes those of FILES that FOLDER
+lacks.
 
 The images go through the network once, not once for each reading.
 """
@@ -16,7 +17,13 @@ from model.encoder import Encoder
 from model.timm_encoder import TimmEncoder
 
 STAGES, JOINED = ("2", "3", "4"), "2+3+4"
-FILES = {"knn": STAGES, "linear": (*STAGES, JOINED), "knn_joined": (JOINED,)}
+FILES = {
+    "knn": STAGES,
+    "linear": (*STAGES, JOINED),
+    "knn_whitened": ("3", "4"),
+    "linear_whitened": ("3", "4"),
+    "knn_joined": (JOINED,),
+}
 """The stages in each file of scores, whose name begins with the probe's."""
 Network = Encoder | TimmEncoder
 Maps = Callable[[Network, Tensor, Sequence[int]], list[Tensor]]
@@ -51,6 +58,11 @@ def probe_of(name: str) -> str:
     return name.partition("_")[0]
 
 
+def is_whitened(name: str) -> bool:
+    """Whether a file of FILES has scores of whitened features."""
+    return name.endswith("_whitened")
+
+
 def missing(folder: Path) -> list[str]:
     """The files of scores that a run does not have yet."""
     return [name for name in FILES if not (folder / f"{name}.json").is_file()]
@@ -61,6 +73,7 @@ def main() -> None:
     remember()
     for name in missing(Path(folder)):
         argv = [probe_of(name), *options, "--stage", *FILES[name], "--seeds", "0"]
+        argv += ["--whiten"] if is_whitened(name) else []
         args = probe.parse([*argv, "--baseline", "none", "--json", f"{folder}/{name}.json"])
         probe.check(args)
         score_probes(args)
