@@ -149,6 +149,8 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     assert "| whitened k-NN 3 | whitened k-NN 4 | whitened linear 3 |" in whitened[0]
     assert whitened[-1] == "| fast | 6.1 | 75 | 50 | 1 | 90.0 | 90.0 | 90.0 | 90.0 |"
     assert (tmp_path / "curves.png").stat().st_size > 0
+    with pytest.raises(UserError, match="no run has been scored"):
+        tables("camvid", tmp_path / "elsewhere")
 
 
 def test_an_exported_dinov2_gets_timms_names() -> None:

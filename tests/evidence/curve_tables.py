@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.errors import UserError
 from tests.evidence.scores import FILES, JOINED, STAGES, is_whitened, probe_of
 from tools.report.charts import FAINT, INK, PAPER, RULE, decades, short, ticks
 from transfer.table import mean_and_deviation
@@ -176,10 +177,11 @@ def draw_panel(
 
 
 def tables(data: str, work: Path) -> str:
-    """The scores as they are, and those of whitened features. Draws WORK/curves.png too, once a run
-    has been scored.
+    """The scores as they are, and those of whitened features. Draws WORK/curves.png too. Raises
+    UserError if no run has been scored.
     """
     rows = rows_of(work)
-    if rows:
-        picture(rows, f"{data}: quality against the cost of training").save(work / "curves.png")
+    if not rows:
+        raise UserError(f"{work}: no run has been scored here")
+    picture(rows, f"{data}: quality against the cost of training").save(work / "curves.png")
     return "\n\n".join(table(rows, readings) for readings in (AS_THEY_ARE, WHITENED))
