@@ -1,6 +1,7 @@
 """What stands behind docs/results.md: the control, the plan of a budget, the tables."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from model import ModelConfig, SlotCon
 from model.encoder import Encoder
 from model.timm_encoder import TimmEncoder
 from pipeline.errors import UserError
-from tests.evidence import curves
+from tests.evidence import curves, scores
 from tests.evidence.control import put_on
 from tests.evidence.curve_tables import tables
 from tests.evidence.data import setting
-from tests.evidence.scores import FILES, is_whitened, missing, remember, remembering
+from tests.evidence.scores import FILES, missing, remember, remembering
 from tests.helpers.betons import varied, write_beton
 
 CPU = torch.device("cpu")
@@ -127,9 +128,15 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     ):
         folder = tmp_path / name
         folder.mkdir()
-        for file, stages in FILES.items():
-            there = value + 0.4 * is_whitened(file)
-            rows = [{"metric": "miou", "stage": stage, "value": there} for stage in stages]
+        for file, (_, stages, whitened) in FILES.items():
+            rows = [
+                {
+                    "metric": "miou",
+                    "stage": stage,
+                    "value": value + (float(stage[0]) * whitened) / 10,
+                }
+                for stage in stages
+            ]
             (folder / f"{file}.json").write_text(json.dumps({"results": rows}))
         facts = {"tflop": 6.1, "steps": 75, "cpu_seconds": 50.0}
         (folder / "facts.json").write_text(json.dumps(facts))
@@ -137,7 +144,7 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     (tmp_path / "fast_6_1" / "knn_joined.json").unlink()  # scored in part
     assert missing(tmp_path / "fast_6_1") == ["knn_joined"]
     assert not missing(tmp_path / "fast_6_0")
-    plain, whitened = (part.splitlines() for part in tables("camvid", tmp_path).split("\n\n"))
+    plain, second = (part.splitlines() for part in tables("camvid", tmp_path).split("\n\n"))
     head, _, untrained, vit, six, slotmim, twelve = plain
     assert vit.startswith("| untrained-vit | 0.0 | 0 | 0 | 1 | 5.0 |")
     assert slotmim.startswith("| slotmim | 6.1 | 75 | 50 | 1 | 15.0 |")
@@ -146,11 +153,43 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     joined = head.split(" | ").index("k-NN 2+3+4")
     assert [row.split(" | ")[joined] for row in (untrained, six)] == ["10.0", "20.0"]
     assert twelve.startswith("| fast | 6.1 | 75 | 50 | 1 | 50.0 |")
-    assert "| whitened k-NN 3 | whitened k-NN 4 | whitened linear 3 |" in whitened[0]
-    assert whitened[-1] == "| fast | 6.1 | 75 | 50 | 1 | 90.0 | 90.0 | 90.0 | 90.0 |"
+    assert "| whitened k-NN 3 | whitened k-NN 4 | whitened linear 3 |" in second[0]
+    assert second[-1] == "| fast | 6.1 | 75 | 50 | 1 | 80.0 | 90.0 | 80.0 | 90.0 |"
     assert (tmp_path / "curves.png").stat().st_size > 0
     with pytest.raises(UserError, match="no run has been scored"):
         tables("camvid", tmp_path / "elsewhere")
+
+
+def test_scores_are_whitened_where_their_file_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the whitened columns may be the plain ones again."""
+    asked = {}
+    monkeypatch.setattr(scores, "remember", lambda: None)
+    monkeypatch.setattr(scores.probe, "check", lambda args: None)
+    monkeypatch.setattr(
+        scores, "score_probes", lambda args: asked.update({Path(args.json).stem: args})
+    )
+    options = ["--checkpoint", "RUN", "--dataset", "camvid", "--root", "CamVid"]
+    monkeypatch.setattr(sys, "argv", ["scores", str(tmp_path), *options])
+    scores.main()
+    assert {name for name, args in asked.items() if args.whiten is not None} == {
+        "knn_whitened",
+        "linear_whitened",
+    }
+    assert [args.probe for args in asked.values()] == ["knn", "linear"] * 2 + ["knn"]
+    assert asked["linear_whitened"].stage == asked["knn_whitened"].stage
+
+
+def test_only_print_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it looking at a table starts hours of training."""
+    monkeypatch.setattr(curves, "train_and_score", lambda args: pytest.fail("it trains"))
+    monkeypatch.setattr(curves, "tables", lambda data, work: f"the tables of {data}")
+    monkeypatch.setattr(sys, "argv", ["curves", "camvid", str(tmp_path), "--only-print"])
+    curves.main()
+    assert capsys.readouterr().out == "the tables of camvid\n"
 
 
 def test_an_exported_dinov2_gets_timms_names() -> None:

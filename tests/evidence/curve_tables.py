@@ -6,28 +6,37 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.errors import UserError
-from tests.evidence.scores import FILES, JOINED, STAGES, is_whitened, probe_of
+from tests.evidence.scores import DEEP, FILES, JOINED, STAGES
 from tools.report.charts import FAINT, INK, PAPER, RULE, decades, short, ticks
 from transfer.table import mean_and_deviation
 
-Reading = tuple[str, str]
-"""(stage, probe); "whitened " stands before the probe where it reads whitened features."""
 PROBES = {"knn": "k-NN", "linear": "linear"}
-AS_THEY_ARE: tuple[Reading, ...] = tuple(
-    (stage, probe) for probe in PROBES for stage in (*STAGES, JOINED)
-)
-WHITENED: tuple[Reading, ...] = tuple(
-    (stage, f"whitened {probe}") for probe in PROBES for stage in ("3", "4")
-)
-PANELS: tuple[Reading, ...] = (
-    ("4", "knn"),
-    ("4", "whitened knn"),
-    ("4", "linear"),
-    (JOINED, "linear"),
+
+
+class Reading(NamedTuple):
+    """A probe of a stage."""
+
+    stage: str
+    probe: str
+    whitened: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{'whitened ' * self.whitened}{PROBES[self.probe]} {self.stage}"
+
+
+PLAIN = tuple(Reading(stage, probe) for probe in PROBES for stage in (*STAGES, JOINED))
+WHITENED = tuple(Reading(stage, probe, whitened=True) for probe in PROBES for stage in DEEP)
+PANELS = (
+    Reading("4", "knn"),
+    Reading("4", "knn", whitened=True),
+    Reading("4", "linear"),
+    Reading(JOINED, "linear"),
 )
 COLOURS = {
     "fast": "#c8553d",
@@ -82,29 +91,21 @@ def rows_of(work: Path) -> list[Row]:
 def scores_in(folder: Path) -> dict[Reading, float]:
     """mIoU in percent of each reading in the folder of a run."""
     results = [
-        (each, "whitened " * is_whitened(name) + probe_of(name))
-        for name in FILES
+        (each, scores)
+        for name, scores in FILES.items()
         if (folder / f"{name}.json").is_file()
         for each in json.loads((folder / f"{name}.json").read_text())["results"]
     ]
     return {
-        (each["stage"], probe): 100 * each["value"]
-        for each, probe in results
+        Reading(each["stage"], scores.probe, scores.whitened): 100 * each["value"]
+        for each, scores in results
         if each["metric"] == "miou"
     }
 
 
-def title_of(reading: Reading) -> str:
-    """As it stands above a column."""
-    stage, probe = reading
-    for name, title in PROBES.items():
-        probe = probe.replace(name, title)
-    return f"{probe} {stage}"
-
-
 def table(rows: Sequence[Row], readings: Sequence[Reading]) -> str:
     """mIoU in percent, mean ± deviation over the seeds, as a Markdown table."""
-    heads = map(title_of, readings)
+    heads = [reading.title for reading in readings]
     lines = [f"| recipe | TFLOP | steps | CPU s | seeds | {' | '.join(heads)} |"]
     lines.append("|---" * (5 + len(readings)) + "|")
     for row in rows:
@@ -162,7 +163,7 @@ def draw_panel(
     for x in decades(math.exp(left), math.exp(right)):
         if left <= math.log(x) <= right:
             pen.text((at(x, low)[0], corner[1] + SIDE - 30), short(x), FAINT, small, anchor="mt")
-    name = f"{title_of(reading)}: mIoU % against {unit}"
+    name = f"{reading.title}: mIoU % against {unit}"
     pen.text((corner[0], corner[1] - 8), name, INK, small, anchor="lb")
     for row in rows:
         if not row.budget and row.scores(reading):
@@ -184,4 +185,4 @@ def tables(data: str, work: Path) -> str:
     if not rows:
         raise UserError(f"{work}: no run has been scored here")
     picture(rows, f"{data}: quality against the cost of training").save(work / "curves.png")
-    return "\n\n".join(table(rows, readings) for readings in (AS_THEY_ARE, WHITENED))
+    return "\n\n".join(table(rows, readings) for readings in (PLAIN, WHITENED))

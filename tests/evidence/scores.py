@@ -8,6 +8,7 @@ The images go through the network once, not once for each reading.
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,15 +17,23 @@ from evaluation.probes.scores import score_probes
 from model.encoder import Encoder
 from model.timm_encoder import TimmEncoder
 
-STAGES, JOINED = ("2", "3", "4"), "2+3+4"
+
+class Scores(NamedTuple):
+    """What a file of scores has."""
+
+    probe: str
+    stages: tuple[str, ...]
+    whitened: bool = False
+
+
+STAGES, DEEP, JOINED = ("2", "3", "4"), ("3", "4"), "2+3+4"
 FILES = {
-    "knn": STAGES,
-    "linear": (*STAGES, JOINED),
-    "knn_whitened": ("3", "4"),
-    "linear_whitened": ("3", "4"),
-    "knn_joined": (JOINED,),
+    "knn": Scores("knn", STAGES),
+    "linear": Scores("linear", (*STAGES, JOINED)),
+    "knn_whitened": Scores("knn", DEEP, whitened=True),
+    "linear_whitened": Scores("linear", DEEP, whitened=True),
+    "knn_joined": Scores("knn", (JOINED,)),
 }
-"""The stages in each file of scores, whose name begins with the probe's."""
 Network = Encoder | TimmEncoder
 Maps = Callable[[Network, Tensor, Sequence[int]], list[Tensor]]
 
@@ -53,16 +62,6 @@ def remember() -> None:
         network.maps = remembering(network.maps)  # type: ignore
 
 
-def probe_of(name: str) -> str:
-    """The probe whose scores are in a file of FILES."""
-    return name.partition("_")[0]
-
-
-def is_whitened(name: str) -> bool:
-    """Whether a file of FILES has scores of whitened features."""
-    return name.endswith("_whitened")
-
-
 def missing(folder: Path) -> list[str]:
     """The files of scores that a run does not have yet."""
     return [name for name in FILES if not (folder / f"{name}.json").is_file()]
@@ -72,8 +71,9 @@ def main() -> None:
     folder, *options = sys.argv[1:]
     remember()
     for name in missing(Path(folder)):
-        argv = [probe_of(name), *options, "--stage", *FILES[name], "--seeds", "0"]
-        argv += ["--whiten"] if is_whitened(name) else []
+        scores = FILES[name]
+        argv = [scores.probe, *options, "--stage", *scores.stages, "--seeds", "0"]
+        argv += ["--whiten"] if scores.whitened else []
         args = probe.parse([*argv, "--baseline", "none", "--json", f"{folder}/{name}.json"])
         probe.check(args)
         score_probes(args)
