@@ -288,14 +288,14 @@ def create(
     # Some have a drop path by default: 0 is said too, unless the network does not know the word.
     ways = [dilation | {"drop_path_rate": drop_path}] + [dilation] * (drop_path == 0)
     refusal = ""
-    for options in (size | way for way in ways for size in SIZES):
-        try:
-            with fails_at_once() if pretrained else nullcontext():
+    with fails_at_once() if pretrained else nullcontext():  # once: it looks up the hub's name
+        for options in (size | way for way in ways for size in SIZES):
+            try:
                 return timm.create_model(name, pretrained, num_classes=0, **options)
-        except TypeError as error:  # it has no such option
-            refusal = first_line(error)
-        except Exception as error:  # timm's hub and networks raise many types
-            raise ValueError(first_line(error)) from None
+            except TypeError as error:  # it has no such option
+                refusal = first_line(error)
+            except Exception as error:  # timm's hub and networks raise many types
+                raise ValueError(first_line(error)) from None
     if output_stride is not None:
         refusal = f"it cannot be dilated to cells of {output_stride} pixels"
     raise ValueError(refusal)
