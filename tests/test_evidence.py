@@ -141,6 +141,9 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
         facts = {"tflop": 6.1, "steps": 75, "cpu_seconds": 50.0}
         (folder / "facts.json").write_text(json.dumps(facts))
     (tmp_path / "today_6_0").mkdir()  # not scored yet
+    for other in ("full_0", "notes"):  # of another command, and of its user
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "linear.json").write_text("{}")
     (tmp_path / "fast_6_1" / "knn_joined.json").unlink()  # scored in part
     assert missing(tmp_path / "fast_6_1") == ["knn_joined"]
     assert not missing(tmp_path / "fast_6_0")
@@ -156,8 +159,13 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     assert "| whitened k-NN 3 | whitened k-NN 4 | whitened linear 3 |" in second[0]
     assert second[-1] == "| fast | 6.1 | 75 | 50 | 1 | 80.0 | 90.0 | 80.0 | 90.0 |"
     assert (tmp_path / "curves.png").stat().st_size > 0
-    with pytest.raises(UserError, match="no run has been scored"):
+    (tmp_path / "fast_6_0" / "knn.json").write_text('{"results": [{"sta')
+    with pytest.raises(UserError, match=r"knn\.json: not JSON"):
+        tables("camvid", tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
         tables("camvid", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="no run has been scored"):
+        tables("camvid", tmp_path / "notes")
 
 
 def test_scores_are_whitened_where_their_file_says_so(

@@ -1,18 +1,20 @@
 """The tables and the picture of `tests.evidence curves`, from the files of its runs."""
 
-import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.errors import UserError
 from tests.evidence.scores import DEEP, FILES, JOINED, STAGES
 from tools.report.charts import FAINT, INK, PAPER, RULE, decades, short, ticks
+from train.run.json_file import read_json
 from transfer.table import mean_and_deviation
 
 PROBES = {"knn": "k-NN", "linear": "linear"}
@@ -50,6 +52,28 @@ SIDE, GAP = 520, 90
 """Of a panel of the picture, in pixels: its drawn square, and the room around it."""
 
 
+class Cost(msgspec.Struct):
+    """What is read of a run's facts."""
+
+    tflop: float
+    steps: int
+    cpu_seconds: float
+
+
+class Score(msgspec.Struct):
+    """What is read of each score in a file of `evaluation.probe`."""
+
+    stage: str
+    metric: str
+    value: float
+
+
+class Scored(msgspec.Struct):
+    """A file of scores."""
+
+    results: list[Score]
+
+
 @dataclass
 class Row:
     """The runs of a recipe with one budget, one of each seed."""
@@ -76,13 +100,20 @@ class Row:
 
 
 def rows_of(work: Path) -> list[Row]:
-    """All runs of WORK that have been scored: untrained ones first, then by budget."""
+    """All runs of WORK that have been scored: untrained ones first, then by budget. Folders of
+    other names are not looked at. Raises UserError if a file cannot be read.
+    """
     rows: dict[tuple[float, str], Row] = {}
+    known = re.compile(rf"({'|'.join(COLOURS)})(?:_([\d.]+))?_\d+")
     for file in sorted(work.glob("*/linear.json")):
-        recipe, *budget, _ = file.parent.name.split("_")
-        size = float(budget[0]) if budget else 0.0
+        if not (match := known.fullmatch(file.parent.name)):
+            continue
+        recipe, budget = match.groups()
+        size = float(budget or 0)
         row = rows.setdefault((size, recipe), Row(recipe, size))
-        facts = json.loads(file.with_name("facts.json").read_text()) if budget else {}
+        facts = {}
+        if budget:
+            facts = msgspec.structs.asdict(read_json(file.with_name("facts.json"), Cost))
         row.runs.append((facts, scores_in(file.parent)))
     order = list(COLOURS)
     return sorted(rows.values(), key=lambda row: (row.budget, order.index(row.recipe)))
@@ -94,12 +125,12 @@ def scores_in(folder: Path) -> dict[Reading, float]:
         (each, scores)
         for name, scores in FILES.items()
         if (folder / f"{name}.json").is_file()
-        for each in json.loads((folder / f"{name}.json").read_text())["results"]
+        for each in read_json(folder / f"{name}.json", Scored).results
     ]
     return {
-        Reading(each["stage"], scores.probe, scores.whitened): 100 * each["value"]
+        Reading(each.stage, scores.probe, scores.whitened): 100 * each.value
         for each, scores in results
-        if each["metric"] == "miou"
+        if each.metric == "miou"
     }
 
 
@@ -183,6 +214,7 @@ def tables(data: str, work: Path) -> str:
     """
     rows = rows_of(work)
     if not rows:
-        raise UserError(f"{work}: no run has been scored here")
+        lacks = "no run has been scored here" if work.is_dir() else "no such folder"
+        raise UserError(f"{work}: {lacks}")
     picture(rows, f"{data}: quality against the cost of training").save(work / "curves.png")
     return "\n\n".join(table(rows, readings) for readings in (PLAIN, WHITENED))
