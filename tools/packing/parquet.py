@@ -320,6 +320,8 @@ def _columns(path: str, schema: "Schema", image: str | None, label: str | None) 
         return kind and (kinds.is_binary(kind) or kinds.is_large_binary(kind))
 
     def is_text(kind: Any) -> Any:
+        if kind and kinds.is_dictionary(kind):  # a categorical column of a data frame
+            kind = kind.value_type
         return kind and (kinds.is_string(kind) or kinds.is_large_string(kind))
 
     leaves: dict[str, tuple[str, str | None]] = {}

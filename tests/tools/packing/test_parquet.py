@@ -325,11 +325,14 @@ def of_text(kind: Any, name: str = "label") -> Any:
     ])  # fmt: skip
 
 
-def test_labels_that_are_names(tmp_path: Path) -> None:
-    """Without it sets whose labels are text lose them. As in a list: the rank of the name."""
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_labels_that_are_names(tmp_path: Path, kind: Any) -> None:
+    """Without it sets whose labels are text lose them, also where a data frame wrote them as
+    categories. As in a list: the rank of the name.
+    """
     for shard, names in enumerate([["dog", "cat"], ["ant", "dog"]]):
         rows = [ROW | {"label": name} for name in names]
-        write(tmp_path / f"in/a-{shard}.parquet", rows, of_text(pa.large_string()))
+        write(tmp_path / f"in/a-{shard}.parquet", rows, of_text(kind))
     source = parquet(tmp_path / "in")
     assert source.classes == ["ant", "cat", "dog"]
     assert source.labels is not None and source.labels.tolist() == [2, 1, 0, 2]
@@ -338,7 +341,7 @@ def test_labels_that_are_names(tmp_path: Path) -> None:
     chosen = parquet(tmp_path / "b", label="kind")
     assert chosen.classes == ["x"] and chosen.labels is not None
     bad = [ROW | {"label": "cat"}, ROW | {"label": None}]
-    write(tmp_path / "in/a-2.parquet", bad, of_text(pa.large_string()))
+    write(tmp_path / "in/a-2.parquet", bad, of_text(kind))
     source = parquet(tmp_path / "in")
     assert source.faults == {4: "row 1: no label"}
     assert source.labels is not None and source.labels.tolist() == [2, 1, 0, 2, -1]
