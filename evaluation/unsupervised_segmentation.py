@@ -113,7 +113,10 @@ def add_kmeans_options(parser: CommandParser) -> None:
 
 def groups(text: str) -> int | str:
     """A number of groups, or as many as classes: the type of `--merge`."""
-    return text if text == AS_CLASSES else int(text)
+    try:
+        return text if text == AS_CLASSES else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of groups") from None
 
 
 def check(args: argparse.Namespace) -> None:

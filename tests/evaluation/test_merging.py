@@ -235,6 +235,14 @@ def test_what_cannot_be_merged(
         unsupervised_segmentation.main()
 
 
+def test_a_word_is_no_number_of_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it the message speaks of an `invalid groups value`."""
+    with pytest.raises(SystemExit) as ended:
+        unsupervised_segmentation.parse(["--merge", "x"])
+    assert ended.value.code == 2
+    assert "--merge: 'x' is no whole number of groups" in capsys.readouterr().err
+
+
 def test_only_a_run_has_prototypes_to_merge() -> None:
     """Without it --merge is silently without effect on features."""
     args = unsupervised_segmentation.parse(
