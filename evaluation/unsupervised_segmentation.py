@@ -116,7 +116,8 @@ def groups(text: str) -> int | str:
     try:
         return text if text == AS_CLASSES else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of groups") from None
+        what = "a whole number of groups, or nothing for as many as classes"
+        raise argparse.ArgumentTypeError(f"expected {what}") from None
 
 
 def check(args: argparse.Namespace) -> None:

@@ -141,7 +141,7 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
         facts = {"tflop": 6.1, "steps": 75, "cpu_seconds": 50.0}
         (folder / "facts.json").write_text(json.dumps(facts))
     (tmp_path / "today_6_0").mkdir()  # not scored yet
-    for other in ("full_0", "notes"):  # of another command, and of its user
+    for other in ("full_0", "notes", "fast_1.2.3_0", "fast_0", "untrained_6_0"):  # not of curves
         (tmp_path / other).mkdir()
         (tmp_path / other / "linear.json").write_text("{}")
     (tmp_path / "fast_6_1" / "knn_joined.json").unlink()  # scored in part
@@ -159,6 +159,14 @@ def test_the_table_has_means_over_seeds_and_untrained_rows(tmp_path: Path) -> No
     assert "| whitened k-NN 3 | whitened k-NN 4 | whitened linear 3 |" in second[0]
     assert second[-1] == "| fast | 6.1 | 75 | 50 | 1 | 80.0 | 90.0 | 80.0 | 90.0 |"
     assert (tmp_path / "curves.png").stat().st_size > 0
+    (tmp_path / "slotmim_6_0").rename(tmp_path / "slotmim_1e+06_0")  # as curves writes a million
+    assert "| slotmim | 6.1 |" in tables("camvid", tmp_path)
+    facts = tmp_path / "fast_12_0" / "facts.json"
+    for wrong in ("-1", "NaN"):
+        facts.write_text(f'{{"tflop": {wrong}, "steps": 75, "cpu_seconds": 50}}')
+        with pytest.raises(UserError, match=r"facts\.json: tflop is"):
+            tables("camvid", tmp_path)
+    facts.write_text('{"tflop": 12, "steps": 75, "cpu_seconds": 50}')
     (tmp_path / "fast_6_0" / "knn.json").write_text('{"results": [{"sta')
     with pytest.raises(UserError, match=r"knn\.json: not JSON"):
         tables("camvid", tmp_path)

@@ -240,7 +240,7 @@ def test_a_word_is_no_number_of_groups(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as ended:
         unsupervised_segmentation.parse(["--merge", "x"])
     assert ended.value.code == 2
-    assert "--merge: 'x' is no whole number of groups" in capsys.readouterr().err
+    assert "--merge: expected a whole number of groups, or nothing" in capsys.readouterr().err
 
 
 def test_only_a_run_has_prototypes_to_merge() -> None:

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
+from msgspec import Meta
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.errors import UserError
@@ -55,9 +56,9 @@ SIDE, GAP = 520, 90
 class Cost(msgspec.Struct):
     """What is read of a run's facts."""
 
-    tflop: float
-    steps: int
-    cpu_seconds: float
+    tflop: Annotated[float, Meta(gt=0)]
+    steps: Annotated[int, Meta(gt=0)]
+    cpu_seconds: Annotated[float, Meta(gt=0)]
 
 
 class Score(msgspec.Struct):
@@ -65,7 +66,7 @@ class Score(msgspec.Struct):
 
     stage: str
     metric: str
-    value: float
+    value: Annotated[float, Meta(ge=0, le=1)]
 
 
 class Scored(msgspec.Struct):
@@ -104,11 +105,13 @@ def rows_of(work: Path) -> list[Row]:
     other names are not looked at. Raises UserError if a file cannot be read.
     """
     rows: dict[tuple[float, str], Row] = {}
-    known = re.compile(rf"({'|'.join(COLOURS)})(?:_([\d.]+))?_\d+")
+    number = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
+    known = re.compile(rf"({'|'.join(COLOURS)})(?:_({number}))?_\d+")
     for file in sorted(work.glob("*/linear.json")):
-        if not (match := known.fullmatch(file.parent.name)):
+        match = known.fullmatch(file.parent.name)
+        recipe, budget = match.groups() if match else ("", None)
+        if not match or recipe.startswith("untrained") == bool(budget):
             continue
-        recipe, budget = match.groups()
         size = float(budget or 0)
         row = rows.setdefault((size, recipe), Row(recipe, size))
         facts = {}
