@@ -264,7 +264,7 @@ class Server:
         if self._failures >= MOST_FAILURES:
             name = as_url(self._url).partition("://")[2].partition("/")[0]
             raise UserError(
-                f"{name}: {self._failures} requests in a row failed ({self._last}): the server does"
+                f"{name}: {MOST_FAILURES} requests in a row failed ({self._last}): the server does"
                 " not answer; the same command resumes"
             )
         return _file_system(self._url)
